@@ -1,0 +1,102 @@
+"""What every config shares: parsing of `config.py:name=value` and default fields."""
+
+import ast
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
+    """Parses the part after the colon of `--config=file.py:a=1,b`.
+
+    A bare name means True. Unknown names and values of another type than the default's
+    raise ValueError.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(
+                f"unknown config argument {name!r}; accepted: {', '.join(defaults)}"
+            )
+        try:
+            value = ast.literal_eval(text) if text else True
+        except (ValueError, SyntaxError):
+            value = text
+        kind = type(defaults[name])
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"config argument {item!r}: {name} must be {kind.__name__}"
+            )
+        values[name] = value
+    return ml_collections.ConfigDict(values)
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Returns every field that does not depend on the method, with its default.
+
+    The schedule is HyperFedZero's: SGD without momentum, learning rate 0.01 times
+    0.99 each round, batches of 128, one local epoch, all clients every round.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.rounds = 100
+    config.data = dict(
+        name="mnist5k",  # mnist5k, digits, synthetic, or any TFDS image set
+        data_dir=config_dict.placeholder(str),  # prepared TFDS sets; None: TFDS's own
+        split="train",
+        download=False,  # let TFDS download and prepare a missing set
+        seed=-1,  # of splits and partition; -1: config.seed
+        num_clients=10,  # N, take part in training
+        num_novel=5,  # M, never seen in training
+        partition="dirichlet",  # iid, dirichlet, pathological, by_client_id
+        alpha=1.0,  # dirichlet
+        min_size=10,  # dirichlet: samples of the smallest client
+        classes_per_client=2,  # pathological
+        client_ids=config_dict.placeholder(str),  # by_client_id: ids.npy or f.npz:key
+        test_fraction=0.2,  # global test set
+        eval_fraction=0.2,  # held out by each participant
+    )
+    config.model = dict(
+        name="mlp",  # mlp, lenet_s, lenet
+        hidden=(),  # hidden layers; (): the model's own
+    )
+    config.local = dict(
+        epochs=1,
+        steps=config_dict.placeholder(int),  # instead of epochs
+        batch_size=128,
+        optimizer="sgd",  # any of optax, with options: "sgd(momentum=0.9)"
+        learning_rate=0.01,
+        learning_rate_decay=0.99,  # factor per round
+        milestones=(),  # rounds at which the rate is multiplied by milestone_factor
+        milestone_factor=0.1,
+        weight_decay=0.0,  # added to the gradient
+        clip_norm=config_dict.placeholder(float),
+    )
+    config.server = dict(
+        optimizer="sgd",  # optax, or fedavgm, fedadagrad, fedadam, fedyogi
+        learning_rate=1.0,
+        weights="size",  # size or uniform
+        sampler="full",  # full or uniform
+        cohort_size=10,  # for the sampler "uniform"
+    )
+    config.engine = dict(
+        mapper="auto",  # map, vmap, block
+        block_size=5,
+        devices=0,  # 0: all; on the CPU one per core
+        store="device",  # client state and index tables: device or host
+        memory_map=False,  # host store: files in the workdir instead of memory
+        rounds_per_call=0,  # 0: as many as lie between evaluations
+        conv_rule="auto",  # xla or patches
+    )
+    config.evaluation = dict(
+        every=5,
+        batch_size=256,
+        clients_per_call=64,
+        sample_level=False,  # at the end, also one classifier per input
+    )
+    config.checkpoint = dict(keep=2)
+    config.tensorboard = True
+    return config

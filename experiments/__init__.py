@@ -1,0 +1,1 @@
+"""Launchers: train, evaluate, compare; the only place that sees everything."""

@@ -1,0 +1,393 @@
+"""From a config to objects; every mistake in a config is found here, before any work."""
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax.data import federation as federations
+from hyperjax.data import partition, sources
+from hyperjax.data.clients import Table
+from hyperjax.data.federation import Federation
+from hyperjax.engine import evaluate, schedule, sharding
+from hyperjax.errors import check_at_least, check_choice
+from hyperjax.types import Algorithm, Model
+
+
+class Experiment(NamedTuple):
+    """Everything a run needs."""
+
+    federation: Federation
+    algorithm: Algorithm
+    simulator: schedule.Simulator
+    evaluator: evaluate.Evaluator
+    populations: dict[str, evaluate.Population]  # by metric: pacc, zacc, gacc
+    cohort_size: int
+    plan: dict[str, Any]
+
+
+def build(config: ml_collections.ConfigDict, store_dir: str | None = None) -> Experiment:
+    """Builds a run.
+
+    Args:
+      config: see `configs.common.defaults`; with `config.method`.
+      store_dir: where a memory-mapped host store keeps its files.
+
+    Raises:
+      ValueError, TypeError, FileNotFoundError, ImportError: naming the field, what was
+        given and what is accepted.
+    """
+    check(config)
+    source = load_source(config.data)
+    federation = federate(source, config)
+    model = make_model(config, source.x.shape[1:], source.num_classes)
+    algorithm = make_algorithm(config, model)
+    cohort_size = (
+        federation.num_clients
+        if config.server.sampler == "full"
+        else config.server.cohort_size
+    )
+    engine = config.engine
+    backend = jax.default_backend()
+    mapper = sharding.resolve_mapper(engine.mapper, engine.block_size, backend)
+    mesh = sharding.client_mesh(cohort_size, engine.devices)
+    sizes = federation.train.size
+    simulator = schedule.simulator(
+        algorithm,
+        federation.train,
+        federation.pool,
+        weight=sizes if config.server.weights == "size" else np.ones_like(sizes),
+        cohort_size=cohort_size,
+        sampler=config.server.sampler,
+        mapper=mapper,
+        mesh=mesh,
+        store=engine.store,
+        store_dir=store_dir if engine.memory_map else None,
+    )
+    plan = dict(
+        backend=backend,
+        device=jax.local_devices()[0].device_kind,
+        devices=1 if mesh is None else mesh.size,
+        mapper=mapper,
+        store=engine.store,
+        conv_rule=engine.conv_rule,
+        rounds_per_call=engine.rounds_per_call or config.evaluation.every,
+    )
+    return Experiment(
+        federation,
+        algorithm,
+        simulator,
+        make_evaluator(config, federation, algorithm),
+        populations(federation),
+        cohort_size,
+        plan,
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks every number and name that needs no data to be judged."""
+    check_at_least(0, rounds=config.rounds, devices=config.engine.devices)
+    check_at_least(
+        1,
+        **{
+            "data.num_clients": config.data.num_clients,
+            "data.num_novel": config.data.num_novel,
+            "local.batch_size": config.local.batch_size,
+            "evaluation.every": config.evaluation.every,
+            "evaluation.batch_size": config.evaluation.batch_size,
+            "evaluation.clients_per_call": config.evaluation.clients_per_call,
+            "checkpoint.keep": config.checkpoint.keep,
+        },
+    )
+    check_at_least(
+        0,
+        **{
+            "local.epochs": config.local.epochs,
+            "local.weight_decay": config.local.weight_decay,
+            "local.learning_rate": config.local.learning_rate,
+            "server.learning_rate": config.server.learning_rate,
+            "engine.rounds_per_call": config.engine.rounds_per_call,
+        },
+    )
+    if config.data.partition == "dirichlet" and config.data.alpha <= 0:
+        raise ValueError(f"data.alpha={config.data.alpha} must be positive")
+    check_choice("data.partition", config.data.partition, partition.PARTITIONERS)
+    check_choice("server.weights", config.server.weights, ("size", "uniform"))
+    check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
+    check_choice("engine.store", config.engine.store, schedule.STORES)
+    check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
+    check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
+    check_choice("method.name", config.method.name, method_names())
+    if ":" not in config.model.name:
+        check_choice("model.name", config.model.name, models.ZOO)
+    if (
+        config.server.sampler == "uniform"
+        and not 1 <= config.server.cohort_size <= config.data.num_clients
+    ):
+        raise ValueError(
+            f"server.cohort_size={config.server.cohort_size} must be between 1 and "
+            f"data.num_clients={config.data.num_clients}"
+        )
+    local_optimizer(config.local)
+    server_optimizer(config.server)
+
+
+# Data ------------------------------------------------------------------------------
+
+
+def load_source(data: ml_collections.ConfigDict) -> sources.Source:
+    """Reads the data set."""
+    return sources.load(
+        data.name, data_dir=data.data_dir, split=data.split, download=data.download
+    )
+
+
+def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
+    """Deals it out."""
+    data = config.data
+    options: dict[str, Any] = {
+        "iid": {},
+        "dirichlet": dict(alpha=data.alpha, min_size=data.min_size),
+        "pathological": dict(classes_per_client=data.classes_per_client),
+        "by_client_id": {},
+    }[data.partition]
+    client_ids = None
+    if data.partition == "by_client_id":
+        client_ids = _load_ids(data.client_ids)
+    return federations.federate(
+        source,
+        num_clients=data.num_clients,
+        num_novel=data.num_novel,
+        partition_name=data.partition,
+        seed=config.seed if data.seed < 0 else data.seed,
+        test_fraction=data.test_fraction,
+        eval_fraction=data.eval_fraction,
+        client_ids=client_ids,
+        **options,
+    )
+
+
+def _load_ids(given: str | None) -> np.ndarray:
+    """Reads "ids.npy" or "file.npz:key"."""
+    if not given:
+        raise ValueError(
+            "data.partition='by_client_id' needs data.client_ids: ids.npy, or "
+            "file.npz:key, one id per sample"
+        )
+    path, _, key = given.partition(".npz:")
+    path = path + ".npz" if key else path
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.client_ids={given!r}: there is no file {path!r}")
+    content = np.load(path)
+    if not key:
+        return content
+    check_choice("key of data.client_ids", key, content.files)
+    return content[key]
+
+
+def populations(federation: Federation) -> dict[str, evaluate.Population]:
+    """Who is evaluated for each metric: participants, unseen clients, everybody."""
+    n, m = federation.num_clients, federation.num_novel
+
+    def untrained(inputs: Table, first_id: int) -> evaluate.Population:
+        num = len(inputs.size)
+        empty = Table(np.zeros((num, 1), np.int32), np.zeros(num, np.int32))
+        ids = np.arange(first_id, first_id + num, dtype=np.int32)
+        return evaluate.Population(ids, empty, inputs)
+
+    return {
+        "pacc": evaluate.Population(
+            np.arange(n, dtype=np.int32), federation.train, federation.held_out
+        ),
+        "zacc": untrained(federation.novel, n),
+        "gacc": untrained(federation.test, n + m),
+    }
+
+
+# Model and method ------------------------------------------------------------------
+
+
+def make_model(
+    config: ml_collections.ConfigDict, input_shape: tuple[int, ...], num_classes: int
+) -> Model:
+    """Builds `config.model` for inputs [H, W, c]; "package.module:Class" is yours."""
+    name = config.model.name
+    cls = _import_module_class(name) if ":" in name else models.ZOO[name]
+    fields = inspect.signature(cls).parameters
+    options = {k: v for k, v in config.model.items() if k != "name" and v != ()}
+    if "conv_rule" in fields:
+        options["conv_rule"] = config.engine.conv_rule
+    module = call("model", cls, num_classes=num_classes, **options)
+    return models.from_linen(module, input_shape, num_classes)
+
+
+def _import_module_class(name: str):
+    module_name, _, class_name = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"model.name={name!r}: expected package.module:Class of a linen module "
+            f"({error})"
+        ) from error
+
+
+def method_names() -> list[str]:
+    """Names of all methods: the modules of `hyperjax.algorithms`."""
+    return sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
+
+
+def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm:
+    """Builds `config.method` around a model."""
+    name = config.method.name
+    check_choice("method.name", name, method_names())
+    factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+    options = {k: v for k, v in config.method.items() if k != "name"}
+    return call(
+        "method",
+        factory,
+        model,
+        local=make_local(config.local),
+        server_opt=server_optimizer(config.server),
+        **options,
+    )
+
+
+def call(field: str, factory, *args, **options):
+    """Calls a factory with a config's options; names those it does not take."""
+    parameters = inspect.signature(factory).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            check_choice(f"option of {field}", option, parameters)
+    try:
+        return factory(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"{field}: {error}") from error
+
+
+def make_local(config: ml_collections.ConfigDict):
+    """Returns the builder of the local training loop: model -> train function."""
+    phase = local.Phase(
+        epochs=config.epochs if config.steps is None else None, steps=config.steps
+    )
+    milestones = jnp.asarray(config.milestones or (0,), jnp.int32)
+
+    def schedule_fn(round):
+        factor = config.learning_rate_decay ** round.astype(jnp.float32)
+        if config.milestones:
+            passed = jnp.sum(round >= milestones).astype(jnp.float32)
+            factor = factor * config.milestone_factor**passed
+        return factor
+
+    return functools.partial(
+        local.trainer,
+        optimizer=local_optimizer(config),
+        batch_size=config.batch_size,
+        phases=(phase,),
+        clip_norm=config.clip_norm,
+        schedule=schedule_fn,
+    )
+
+
+def local_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns the clients' optimizer; weight decay joins the gradient first."""
+    optimizer = make_optimizer(
+        "local.optimizer", config.optimizer, config.learning_rate, {}
+    )
+    if config.weight_decay:
+        decay = optax.add_decayed_weights(config.weight_decay)
+        return optax.chain(decay, optimizer)
+    return optimizer
+
+
+def server_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns the server's optimizer."""
+    return make_optimizer(
+        "server.optimizer",
+        config.optimizer,
+        config.learning_rate,
+        server_optimizers.FEDOPT,
+    )
+
+
+def make_optimizer(
+    field: str, text: str, learning_rate: float, extra: dict[str, Any]
+) -> optax.GradientTransformation:
+    """Builds an optimizer from "name" or "name(option=value, ...)".
+
+    Raises:
+      ValueError: unknown name or option, or values the optimizer does not accept.
+    """
+    name, options = parse_call(field, text)
+    known = {**_optax_optimizers(), **extra}
+    check_choice(field, name, known)
+    parameters = inspect.signature(known[name]).parameters
+    for option in options:
+        check_choice(f"option of {field}={name}", option, parameters)
+    try:
+        optimizer = known[name](learning_rate=learning_rate, **options)
+        trial = {"w": jnp.zeros(2)}
+        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), trial)
+    except Exception as error:
+        raise ValueError(f"{field}={text!r}: {error}") from error
+    return optimizer
+
+
+def parse_call(field: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Parses "name" or "name(option=literal, ...)"."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and not node.args
+            and all(k.arg for k in node.keywords)
+        ):
+            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            return node.func.id, options
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(
+        f"{field}={text!r} is not of the form name or name(option=value, ...)"
+    )
+
+
+@functools.cache
+def _optax_optimizers() -> dict[str, Any]:
+    """Optax's optimizers: public functions with a `learning_rate`."""
+    found = {}
+    for name, value in vars(optax).items():
+        if name.startswith("_") or not inspect.isfunction(value):
+            continue
+        parameters = inspect.signature(value).parameters
+        if "learning_rate" in parameters and "optimizer" not in parameters:
+            found[name] = value
+    return found
+
+
+def make_evaluator(
+    config: ml_collections.ConfigDict, federation: Federation, algorithm: Algorithm
+) -> evaluate.Evaluator:
+    """Builds the evaluation of a run."""
+    most = max(federation.num_clients, federation.num_novel)
+    clients_per_call = min(config.evaluation.clients_per_call, most)
+    return evaluate.evaluator(
+        algorithm,
+        federation.pool,
+        source_prior=federation.source_prior,
+        batch_size=config.evaluation.batch_size,
+        clients_per_call=clients_per_call,
+        mesh=sharding.client_mesh(clients_per_call, config.engine.devices),
+    )

@@ -1,0 +1,61 @@
+"""How a server combines the uplinks of a cohort into one tree."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax.types import Array, PyTree
+
+
+class Aggregator(NamedTuple):
+    """Combines stacked uplinks; `state` is whatever it keeps between exchanges."""
+
+    init: Callable  # (spec) -> state
+    combine: Callable  # (key, stacked [C, ...], weight [C], state) -> (tree, state)
+
+
+@jax.jit
+def mean_over_clients(stacked: PyTree, weight: Array) -> PyTree:
+    """Averages a tree over its leading client axis.
+
+    Args:
+      stacked: leaves [C, ...], float; rows of inactive clients must be zero.
+      weight: [C] float32, non-negative; need not sum to one.
+
+    Returns:
+      Leaves [...], same dtypes. All zeros if `weight` sums to zero.
+
+    Raises:
+      ValueError: a leaf's leading axis is not C (the message names its path).
+
+    Example:
+      >>> mean_over_clients({"w": jnp.array([1.0, 3.0])}, jnp.array([1.0, 1.0]))
+      {'w': Array(2., dtype=float32)}
+
+    Reference: McMahan et al. 2017, algorithm 1 (arXiv:1602.05629).
+    """
+    total = jnp.sum(weight)
+    share = weight / jnp.where(total > 0, total, 1.0)
+
+    def average(path, x):
+        if x.ndim == 0 or x.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"leaf {jax.tree_util.keystr(path)} has shape {x.shape}; its leading "
+                f"axis must be the {weight.shape[0]} clients of the cohort"
+            )
+        return jnp.tensordot(share, x.astype(jnp.float32), axes=1).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(average, stacked)
+
+
+def weighted_mean() -> Aggregator:
+    """The weighted average of FedAvg; keeps no state."""
+    return Aggregator(
+        init=lambda spec: (),
+        combine=lambda key, stacked, weight, state: (
+            mean_over_clients(stacked, weight),
+            state,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Federated methods: module `name` defines a function `name` that builds it."""

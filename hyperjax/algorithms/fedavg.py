@@ -1,0 +1,181 @@
+"""FedAvg and the FedOpt family: a weighted mean of local changes, fed to an optimizer.
+
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", AISTATS (arXiv:1602.05629), algorithm 1. Server optimizers: Hsu et
+al. 2019 (FedAvgM, arXiv:1909.06335); Reddi et al. 2021 (FedAdagrad, FedAdam, FedYogi,
+arXiv:2003.00295, algorithm 2).
+
+Deviations: the mean is over participants with weights registered once (number of
+samples, or ones), and an optimizer other than the mean acts on parameters only, while
+statistics such as those of batch-norm are averaged.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperjax import aggregators, corrections, tree
+from hyperjax.errors import check_choice
+from hyperjax.types import Algorithm, ClientSide, Downlink, Model, PyTree, ServerSide
+
+CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
+
+
+class State(NamedTuple):
+    """Server state: shared variables by path, optimizer, correction, aggregator."""
+
+    theta: PyTree
+    opt: PyTree
+    correction: PyTree
+    aggregator: PyTree
+
+
+class Client(NamedTuple):
+    """Client state: variables that stay home, the correction's memory, and (only in
+    an adapted copy) the condition the client is deployed with."""
+
+    kept: PyTree
+    memory: PyTree
+    condition: PyTree = ()
+
+
+class Uplink(NamedTuple):
+    """What a client sends: its change (after minus before), the correction's part."""
+
+    delta: PyTree
+    extra: PyTree
+
+
+def fedavg(
+    model: Model,
+    *,
+    local,
+    keep=None,
+    server_opt: optax.GradientTransformation | None = None,
+    correction: corrections.Correction | None = None,
+    aggregator: aggregators.Aggregator | None = None,
+    condition_source: str = "eval_inputs",
+) -> Algorithm:
+    """Returns federated averaging of `model`.
+
+    Args:
+      model: what is trained.
+      local: builds the client's training loop from a model, for example
+        `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
+      keep: patterns on paths of variables that stay on the client; None shares all.
+      server_opt: descends along minus the mean change; default: adds the mean.
+      correction: gradient term against client drift; default none.
+      aggregator: default the weighted mean.
+      condition_source: inputs a deployed model's condition is computed from, for
+        models that have one: "eval_inputs" (those it predicts on, without labels) or
+        "local_train_inputs" (its training inputs; those it predicts on if it has none).
+
+    Raises:
+      ValueError: `keep` matches no variable, or condition_source is unknown.
+    """
+    check_choice("condition_source", condition_source, CONDITION_SOURCES)
+    train = local(model)
+    server_opt = optax.sgd(1.0) if server_opt is None else server_opt
+    correction = correction or corrections.none()
+    aggregator = aggregator or aggregators.weighted_mean()
+    home = tree.splitter(jax.eval_shape(model.init, jax.random.key(0)), keep)
+
+    def shared_part(variables):
+        return home.split(variables)[1]
+
+    def init(common):
+        theta = shared_part(model.init(common))
+        params, _ = _split_stats(theta)
+        return State(
+            theta,
+            server_opt.init(params),
+            correction.init_server(params),
+            aggregator.init(theta),
+        )
+
+    def downlink(key, server, cohort):
+        return Downlink(shared=(server.theta, correction.send(server.correction)))
+
+    def server_update(key, server, uplink, cohort):
+        weight = cohort.weight * cohort.active
+        (mean, extra), aggregate = aggregator.combine(
+            key, (uplink.delta, uplink.extra), weight, server.aggregator
+        )
+        params, stats = _split_stats(server.theta)
+        delta, stats_delta = _split_stats(mean)
+        updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
+        # An exchange in which nobody took part must not move momentum either.
+        alive = jnp.sum(weight) > 0
+        params = _where(alive, optax.apply_updates(params, updates), params)
+        memory, params = correction.absorb(
+            server.correction, params, delta, extra, jnp.sum(cohort.active)
+        )
+        theta = {**params, **tree.add(stats, stats_delta)}
+        info = {"update_norm": tree.norm(delta)}
+        opt = _where(alive, opt, server.opt)
+        return State(theta, opt, memory, aggregate), info
+
+    def client_init(key, common, down):
+        theta, _ = down.shared
+        params, _ = _split_stats(theta)
+        kept, _ = home.split(model.init(common))
+        return Client(kept, correction.init_client(params))
+
+    def client_update(key, down, client, data):
+        anchor, sent = down.shared
+        anchor_params, _ = _split_stats(anchor)
+
+        def adjust(grads, params):
+            shared = {k: g for k, g in grads.items() if k in anchor}
+            adjusted = correction.adjust(
+                shared, params, anchor_params, sent, client.memory
+            )
+            return {**grads, **adjusted}
+
+        before = home.merge(client.kept, anchor)
+        after, info = train(key, before, data, down.round, adjust)
+        kept, theta = home.split(after)
+        params, _ = _split_stats(theta)
+        memory, extra = correction.finish(
+            params, anchor_params, sent, client.memory, info
+        )
+        return Uplink(tree.sub(theta, anchor), extra), Client(kept, memory), info
+
+    def adapt(key, down, client, data):
+        variables = home.merge(client.kept, down.shared[0])
+        inputs = data.inputs
+        if condition_source == "local_train_inputs":
+            train = data.train
+            use = train.size > 0
+            # Same pool, so choosing rows and size chooses the data.
+            width = max(train.rows.shape[0], inputs.rows.shape[0])
+            rows = jnp.where(use, _widen(train.rows, width), _widen(inputs.rows, width))
+            size = jnp.where(use, train.size, inputs.size)
+            inputs = inputs._replace(rows=rows, size=size)
+        return client._replace(condition=model.condition(variables, inputs))
+
+    def deploy(down, client):
+        variables = home.merge(client.kept, down.shared[0])
+        return {**variables, "condition": client.condition}
+
+    return Algorithm(
+        ServerSide(init, downlink, server_update),
+        ClientSide(client_init, client_update, adapt, deploy, model),
+    )
+
+
+def _split_stats(theta: PyTree) -> tuple[PyTree, PyTree]:
+    """Cuts shared variables into parameters and statistics."""
+    params = {k: v for k, v in theta.items() if k.startswith("params/")}
+    stats = {k: v for k, v in theta.items() if not k.startswith("params/")}
+    return params, stats
+
+
+def _where(condition, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _widen(rows, width: int):
+    return jnp.pad(rows, (0, width - rows.shape[0]))

@@ -1,0 +1,1 @@
+"""Images with labels, their split over clients, and a picture of that split."""

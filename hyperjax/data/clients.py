@@ -1,0 +1,105 @@
+"""Index tables of clients, and the batches gathered from them inside compiled code."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
+
+
+class Table(NamedTuple):
+    """Which pool rows belong to which client: host arrays, padded to a rectangle."""
+
+    rows: np.ndarray  # [N, n_max] int32; padding repeats row 0 of the pool
+    size: np.ndarray  # [N] int32
+
+
+def table(parts: Sequence[np.ndarray]) -> Table:
+    """Packs per-client index arrays into a padded `Table`."""
+    size = np.array([len(part) for part in parts], np.int32)
+    rows = np.zeros((len(parts), max(1, int(size.max(initial=0)))), np.int32)
+    for i, part in enumerate(parts):
+        rows[i, : len(part)] = part
+    return Table(rows, size)
+
+
+def make_pool(x: np.ndarray, y: np.ndarray, train_rows: np.ndarray) -> Pool:
+    """Puts samples on the device, with channel moments of the training rows only.
+
+    Args:
+      x: [n, H, W, ch] uint8.
+      y: [n] int32.
+      train_rows: [m] int, rows whose pixels define mean and standard deviation.
+    """
+    # Moments from a histogram of the 256 levels: exact, and no float copy of x.
+    levels = np.arange(256) / 255.0
+    mean, std = [], []
+    for channel in range(x.shape[-1]):
+        counts = np.zeros(256)
+        for block in np.array_split(train_rows, max(1, len(train_rows) // 4096)):
+            counts += np.bincount(x[block, ..., channel].ravel(), minlength=256)
+        share = counts / counts.sum()
+        mean.append(share @ levels)
+        std.append(np.sqrt(share @ levels**2 - mean[-1] ** 2))
+    return Pool(
+        jnp.asarray(x),
+        jnp.asarray(y, jnp.int32),
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(np.maximum(std, 1e-3), jnp.float32),
+    )
+
+
+def withhold_labels(data: ClientData) -> ClientData:
+    """Returns the same data with every label -1."""
+    return data._replace(pool=data.pool._replace(y=jnp.full_like(data.pool.y, -1)))
+
+
+def gather(pool: Pool, rows: Array, mask: Array) -> Batch:
+    """Gathers a normalised float32 batch: rows [B] int32, mask [B] float32."""
+    x = pool.x[rows].astype(jnp.float32) / 255.0
+    return Batch((x - pool.mean) / pool.std, pool.y[rows], mask)
+
+
+def num_batches(size: Array, batch_size: int) -> Array:
+    """Returns ceil(size / batch_size), [] int32."""
+    return (size + batch_size - 1) // batch_size
+
+
+def take(data: ClientData, order: Array, step: Array, batch_size: int) -> Batch:
+    """Returns batch number `step` of an epoch that visits rows in `order` [n_max]."""
+    position = step * batch_size + jnp.arange(batch_size)
+    inside = position < data.size
+    # Clipped: positions past the end are masked, whatever row they show.
+    place = order.at[position].get(mode="clip")
+    return gather(data.pool, data.rows[place], inside.astype(jnp.float32))
+
+
+def shuffled(key: Key, data: ClientData) -> Array:
+    """Returns a random order of the client's samples, [n_max] int32, padding last.
+
+    Each position draws its own number, so padding the table with more rows leaves the
+    order of the real samples as it was.
+    """
+    n_max = data.rows.shape[0]
+    draw = jax.random.bits(key, (n_max,), jnp.uint32) >> 1
+    draw = jnp.where(jnp.arange(n_max) < data.size, draw, jnp.uint32(0xFFFFFFFF))
+    return jnp.argsort(draw)
+
+
+def fold(
+    step: Callable[[PyTree, Batch], PyTree],
+    carry: PyTree,
+    data: ClientData,
+    batch_size: int,
+) -> PyTree:
+    """Folds `step` over the client's samples in stored order, exactly once each."""
+    order = jnp.arange(data.rows.shape[0])
+    return jax.lax.fori_loop(
+        0,
+        num_batches(data.size, batch_size),
+        lambda i, c: step(c, take(data, order, i, batch_size)),
+        carry,
+    )

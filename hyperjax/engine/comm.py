@@ -1,0 +1,66 @@
+"""What one exchange sends, in numbers and bytes, from the messages themselves."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import rng, tree
+from hyperjax.types import Algorithm, ClientData, Cohort, Pool, PyTree
+
+
+class Messages(NamedTuple):
+    """Abstract server state, downlink, state and uplink of one client."""
+
+    server: PyTree
+    shared: PyTree
+    own: PyTree
+    client: PyTree
+    uplink: PyTree
+
+
+class Cost(NamedTuple):
+    """Per client and exchange; `down` is the shared part plus the client's own."""
+
+    down_numbers: int
+    up_numbers: int
+    down_bytes: int
+    up_bytes: int
+
+
+def describe(alg: Algorithm) -> Messages:
+    """Runs one exchange with one client by abstract evaluation; computes nothing."""
+    shape = alg.client.model.sample_shape
+    channels = shape[-1]
+
+    def once(root):
+        pool = Pool(
+            jnp.zeros((1, *shape), jnp.uint8),
+            jnp.zeros(1, jnp.int32),
+            jnp.zeros(channels),
+            jnp.ones(channels),
+        )
+        data = ClientData(jnp.zeros(1, jnp.int32), jnp.int32(1), pool)
+        common = rng.stream(root, "common_init")
+        server = alg.server.init(common)
+        one = jnp.ones(1, jnp.float32)
+        cohort = Cohort(jnp.zeros(1, jnp.int32), one, one, jnp.int32(0))
+        down = alg.server.downlink(root, server, cohort)
+        shared, own = down.shared, jax.tree.map(lambda x: x[0], down.own)
+        down = down._replace(own=own, round=cohort.round)
+        client = alg.client.init(root, common, down)
+        uplink, _, _ = alg.client.update(root, down, client, data)
+        return Messages(server, shared, own, client, uplink)
+
+    return jax.eval_shape(once, jax.random.key(0))
+
+
+def cost(messages: Messages) -> Cost:
+    """Counts a client's messages of one exchange."""
+    down = (messages.shared, messages.own)
+    return Cost(
+        tree.count(down),
+        tree.count(messages.uplink),
+        tree.num_bytes(down),
+        tree.num_bytes(messages.uplink),
+    )

@@ -1,0 +1,91 @@
+"""One exchange: down, train, up, update; the only place that adds the client axis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import rng, tree
+from hyperjax.engine import sharding
+from hyperjax.types import Algorithm, Array, ClientData, Cohort, Downlink, PyTree
+
+# Entries of a client's info that are summed over the cohort; the others are averaged,
+# weighted by "samples".
+SUMMED = ("steps", "samples")
+
+
+def first_visit(alg: Algorithm, root, down: Downlink, ids: Array) -> PyTree:
+    """Returns the initial state of clients, leaves [C, ...].
+
+    `ids` may name clients that never trained: they start by the very same path.
+    """
+    common = rng.stream(root, "common_init")
+    keys = rng.client_keys(rng.stream(root, "client_init"), ids)
+
+    def one(key, own):
+        return alg.client.init(key, common, Downlink(down.shared, own, down.round))
+
+    return jax.vmap(one)(keys, down.own)
+
+
+def make_exchange(
+    alg: Algorithm, mapper: str | int = "map", mesh: Any = None
+) -> Callable:
+    """Builds the exchange of a method.
+
+    Returns:
+      `exchange(root, server, rows, seen, data, cohort) -> (server, rows, info)` with
+      rows [C, ...] the stored state of the cohort, seen [C] bool, data a `ClientData`
+      with leading axis C on rows and size, and info a dict of means over the cohort.
+    """
+
+    def one_client(mapped, shared):
+        key, own, row, rows, size = mapped
+        common_down, round, pool = shared
+        down = Downlink(common_down, own, round)
+        return alg.client.update(key, down, row, ClientData(rows, size, pool))
+
+    mapped_update = sharding.map_clients(one_client, mapper, mesh)
+
+    def exchange(root, server, rows, seen, data: ClientData, cohort: Cohort):
+        key = jax.random.fold_in(root, cohort.round)
+        down = alg.server.downlink(rng.stream(key, "downlink"), server, cohort)
+        down = down._replace(round=cohort.round)
+        start = tree.where_rows(seen, rows, first_visit(alg, root, down, cohort.ids))
+        alive = cohort.active > 0
+        keys = rng.client_keys(rng.stream(key, "client_update"), cohort.ids)
+        size = jnp.where(alive, data.size, 0)  # the dead take no step
+        up, new, info = mapped_update(
+            (keys, down.own, start, data.rows, size),
+            (down.shared, down.round, data.pool),
+        )
+        up = tree.where_rows(alive, up, tree.zeros_like(up))
+        new = tree.where_rows(alive, new, rows)
+        server, server_info = alg.server.update(
+            rng.stream(key, "server_update"), server, up, cohort
+        )
+        return server, new, {**cohort_info(info, cohort.active), **server_info}
+
+    return exchange
+
+
+def cohort_info(info: dict[str, Array], active: Array) -> dict[str, Array]:
+    """Reduces per-client info [C] to one value per name."""
+    alive = active > 0
+    info = tree.where_rows(alive, info, tree.zeros_like(info))
+    weight = info.get("samples", active)
+    share = weight / jnp.maximum(jnp.sum(weight), 1.0)
+    return {
+        name: jnp.sum(x) if name in SUMMED else jnp.tensordot(share, x, axes=1)
+        for name, x in info.items()
+    }
+
+
+def make_cohort(
+    ids: Array, num_clients: int, weight: Array, round: Array, padded: int
+) -> Cohort:
+    """Pads sampled ids [C] to [padded]; `weight` is that of every client, [N]."""
+    ids = jnp.pad(ids, (0, padded - ids.shape[0]), constant_values=num_clients)
+    active = (ids < num_clients).astype(jnp.float32)
+    return Cohort(ids, active, weight.at[ids].get(mode="clip"), round)

@@ -1,0 +1,161 @@
+"""What a run leaves to read: JSON lines, TensorBoard events, progress on the terminal.
+
+`metrics.jsonl` holds results only and is the same however often a run was interrupted;
+wall-clock times are in `timing.jsonl`.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from hyperjax.engine.checkpoint import write_atomically
+
+METRICS, TIMING, EVENTS = "metrics.jsonl", "timing.jsonl", "events"
+
+
+def plain(value: Any) -> Any:
+    """Turns arrays and NumPy scalars into JSON values; floats keep 6 digits."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Returns the complete records of a JSON-lines file; a torn last line is left."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Recorder:
+    """Appends the records of one run, cutting off what a kill left behind."""
+
+    def __init__(self, workdir: Path, finished_rounds: int, tensorboard: bool = True):
+        """Keeps records up to `finished_rounds`; -1 for a fresh run."""
+        self._workdir = workdir
+        for name in (METRICS, TIMING):
+            kept = [
+                record
+                for record in read_lines(workdir / name)
+                if record["round"] <= finished_rounds
+            ]
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            write_atomically(workdir / name, text)
+        self._events = _event_writer(workdir, finished_rounds) if tensorboard else None
+
+    def evaluation(self, record: Mapping[str, Any], seconds: float) -> None:
+        """Writes the record of one evaluation, which names its "round"."""
+        self._append(METRICS, plain(record))
+        self._append(TIMING, {"round": record["round"], "seconds": round(seconds, 3)})
+        if self._events is not None:
+            for name, value in record.items():
+                if name != "round" and isinstance(value, (int, float, np.number)):
+                    self._events.add_scalar(f"eval/{name}", value, record["round"])
+            self._events.flush()
+
+    def rounds(self, start: int, info: Mapping[str, np.ndarray]) -> None:
+        """Writes training quantities [R] of rounds start + 1, ... as events."""
+        if self._events is None:
+            return
+        for name, values in info.items():
+            for i, value in enumerate(np.asarray(values)):
+                if np.ndim(value) == 0:
+                    step = start + i + 1
+                    self._events.add_scalar(f"train/{name}", float(value), step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self._events is not None:
+            self._events.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with open(self._workdir / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _event_writer(workdir: Path, finished_rounds: int):
+    from tensorboardX import SummaryWriter
+
+    purge = finished_rounds + 1 if finished_rounds >= 0 else None
+    return SummaryWriter(str(workdir / EVENTS), purge_step=purge)
+
+
+class Progress:
+    """One live line on a terminal, plain lines elsewhere."""
+
+    def __init__(
+        self,
+        name: str,
+        total_rounds: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._name, self._total = name, total_rounds
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._clock = clock
+        self._start: tuple[int, float] | None = None
+        self._printed = -math.inf
+        self._width = 0
+
+    def update(self, round: int, values: Mapping[str, str]) -> None:
+        """Shows finished rounds, time left, and `values` in order."""
+        now = self._clock()
+        if self._start is None:
+            self._start = (round, now)
+        first, began = self._start
+        left = "?"
+        if round > first:
+            left = duration((now - began) / (round - first) * (self._total - round))
+        fields = " | ".join(f"{key} {value}" for key, value in values.items())
+        line = f"{self._name} | round {round}/{self._total} | {fields} | left {left}"
+        if self._live:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        elif now - self._printed >= 2.0 or round >= self._total:
+            self._stream.write(line + "\n")
+            self._printed = now
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._live and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Returns 42s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def size(num_bytes: float) -> str:
+    """Returns a number of bytes in readable units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"

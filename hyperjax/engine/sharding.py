@@ -1,0 +1,96 @@
+"""Maps a function over clients: one after another, batched, on one device or many."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from hyperjax.errors import check_at_least, check_choice
+from hyperjax.types import PyTree
+
+CLIENTS = "clients"
+MAPPERS = ("auto", "map", "vmap", "block")
+
+
+def resolve_mapper(mapper: str, block_size: int, backend: str) -> str | int:
+    """Turns a config's mapper into "map", "vmap" or a block size.
+
+    "auto" is "map" on the CPU, where a batch of 32 already fills a core and batched
+    per-client kernels are slow, and "vmap" on accelerators, which want large products
+    (`benchmarks/round_time.py` compares them).
+
+    Raises:
+      ValueError: unknown mapper, or a block size below 1.
+    """
+    check_choice("mapper", mapper, MAPPERS)
+    check_at_least(1, block_size=block_size)
+    if mapper == "auto":
+        return "map" if backend == "cpu" else "vmap"
+    return block_size if mapper == "block" else mapper
+
+
+def client_mesh(cohort_size: int, max_devices: int = 0) -> Mesh | None:
+    """Returns a mesh over the axis "clients", or None if one device is as good.
+
+    Uses the fewest local devices that minimise clients per device, so that 8 clients
+    on 6 devices take 4 devices with 2 clients each. `max_devices` = 0 means all.
+    """
+    devices = jax.local_devices()[: max_devices or None]
+    rows = -(-cohort_size // len(devices))
+    used = -(-cohort_size // rows)
+    if used == 1:
+        return None
+    # Auto axes: explicit ones would ask method code for output shardings.
+    return Mesh(
+        np.array(devices[:used]),
+        (CLIENTS,),
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+
+
+def padded_size(cohort_size: int, mesh: Mesh | None) -> int:
+    """Returns the cohort size rounded up to a multiple of the device count."""
+    devices = 1 if mesh is None else mesh.size
+    return -(-cohort_size // devices) * devices
+
+
+def map_clients(fn: Callable, mapper: str | int, mesh: Mesh | None) -> Callable:
+    """Maps `fn(mapped, shared)` over the leading axis of `mapped`, leaves [C, ...].
+
+    Args:
+      fn: function of one client.
+      mapper: "map" (in sequence: each client runs its own number of steps), "vmap"
+        (all at once) or a block size (vmapped blocks in sequence).
+      mesh: devices to split C over; C must be a multiple of their number.
+
+    Returns:
+      `mapped_fn(mapped, shared) -> outputs [C, ...]`.
+    """
+
+    def local_map(mapped, shared):
+        if mapper == "vmap":
+            return jax.vmap(fn, (0, None))(mapped, shared)
+        batch_size = None if mapper == "map" else mapper
+        return jax.lax.map(lambda m: fn(m, shared), mapped, batch_size=batch_size)
+
+    if mesh is None:
+        return local_map
+    along = PartitionSpec(CLIENTS)
+    return jax.shard_map(
+        local_map,
+        mesh=mesh,
+        in_specs=(along, PartitionSpec()),
+        out_specs=along,
+        check_vma=False,
+    )
+
+
+def everywhere(mesh: Mesh) -> jax.sharding.NamedSharding:
+    """Returns the sharding that puts a copy on every device of the mesh."""
+    return jax.sharding.NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(a: PyTree, mesh: Mesh | None) -> PyTree:
+    """Puts a copy of a tree on every device of the mesh."""
+    return a if mesh is None else jax.device_put(a, everywhere(mesh))

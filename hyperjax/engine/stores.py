@@ -1,0 +1,66 @@
+"""Where client state lives between visits: on the device, or on the host.
+
+Both stores allocate zeros and a `seen` flag per client; a client's real initial state
+is computed on its first visit, so a million clients cost no initialisation. Rows of
+clients that do not take part come back bitwise equal.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperjax.types import Array, PyTree
+
+
+def zeros(spec: PyTree, num_clients: int) -> tuple[PyTree, Array]:
+    """Returns device rows [N, ...] of zeros and seen [N] false."""
+    rows = jax.tree.map(lambda s: jnp.zeros((num_clients, *s.shape), s.dtype), spec)
+    return rows, jnp.zeros(num_clients, bool)
+
+
+def gather(rows: PyTree, seen: Array, ids: Array) -> tuple[PyTree, Array]:
+    """Returns the rows of a cohort; padding ids show the last client."""
+    take = lambda x: x.at[ids].get(mode="clip")  # noqa: E731
+    return jax.tree.map(take, rows), take(seen)
+
+
+def scatter(
+    rows: PyTree, seen: Array, ids: Array, new: PyTree, alive: Array
+) -> tuple[PyTree, Array]:
+    """Writes a cohort back; padding ids are dropped."""
+    rows = jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), rows, new)
+    return rows, seen.at[ids].max(alive, mode="drop")
+
+
+def host_zeros(
+    spec: PyTree, num_clients: int, folder: str | None = None
+) -> tuple[PyTree, np.ndarray]:
+    """Returns NumPy rows [N, ...] and seen [N]; memory-mapped files if a folder."""
+    leaves, structure = jax.tree.flatten(spec)
+
+    def allocate(i, s):
+        shape = (num_clients, *s.shape)
+        if folder is None:
+            return np.zeros(shape, s.dtype)
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f"rows_{i}.npy")
+        return np.lib.format.open_memmap(path, "w+", s.dtype, shape)
+
+    rows = structure.unflatten([allocate(i, s) for i, s in enumerate(leaves)])
+    return rows, np.zeros(num_clients, bool)
+
+
+def host_gather(rows: PyTree, seen: np.ndarray, ids: np.ndarray):
+    """As `gather`, for host arrays."""
+    place = np.minimum(ids, len(seen) - 1)
+    return jax.tree.map(lambda x: x[place], rows), seen[place]
+
+
+def host_scatter(rows, seen, ids, new, alive) -> None:
+    """As `scatter`, in place."""
+    keep = alive & (ids < len(seen))
+    for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(new), strict=True):
+        x[ids[keep]] = np.asarray(y)[keep]
+    seen[ids[keep]] = True

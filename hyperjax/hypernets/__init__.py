@@ -1,0 +1,1 @@
+"""Hypernetworks: functions from a condition to a parameter tree, and their layouts."""

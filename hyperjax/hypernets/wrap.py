@@ -1,0 +1,222 @@
+"""Model transforms: networks whose parameters, or inputs, depend on a condition.
+
+Both transforms compute the condition from the inputs alone, so a deployed model needs
+unlabelled data only. `embed_granularity` says which inputs share a condition in
+training: "sample" (each its own), "batch" (their mean), "client" (the mean over all of
+the client's inputs at the start of the visit; gradients flow through the batch's
+part). `deploy_granularity` is "client" (their mean) or "sample".
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax.data import clients
+from hyperjax.errors import check_choice
+from hyperjax.hypernets import embedding as embeddings
+from hyperjax.hypernets.embedding import Embedding
+from hyperjax.models.linen import cross_entropy
+from hyperjax.types import Array, HyperNet, Model, PyTree
+
+GRANULARITIES = ("sample", "batch", "client")
+DEPLOYMENTS = ("client", "sample")
+# How the condition enters; all but "embedding" are deviations from the paper.
+ENTRIES: dict[str, Callable] = {
+    "embedding": lambda e: e,
+    "centred": lambda e: e.shape[-1] * e - 1.0,
+    "log_ratio": lambda e: jnp.log(e.shape[-1] * e + 0.05),
+}
+EMBED_BATCH = 256  # inputs embedded at a time outside training
+NETWORKS_AT_ONCE = 16  # networks generated at a time when each sample has its own
+
+
+def conditioned(
+    model: Model,
+    embedding: Embedding,
+    bind: Callable,
+    init: Callable,
+    *,
+    embed_granularity: str = "batch",
+    deploy_granularity: str = "client",
+    eval_noise: bool = False,
+    enter: str = "embedding",
+) -> Model:
+    """Returns `model` bound to a condition that is computed from its own inputs.
+
+    Args:
+      model: the network underneath; without running statistics if `embed_granularity`
+        is "sample", where batch statistics have no meaning.
+      embedding: where the condition comes from.
+      bind: `(variables, condition [d], x [B, ...]) -> (variables of model, its x)`.
+      init: `(key) -> variables` of everything but the embedding.
+      embed_granularity: inputs that share a condition in training.
+      deploy_granularity: inputs that share a condition when deployed.
+      eval_noise: keep NoisyEmbed on outside training.
+      enter: key of `ENTRIES`.
+
+    Raises:
+      ValueError: an unknown choice.
+    """
+    for name, value, accepted in (
+        ("embed_granularity", embed_granularity, GRANULARITIES),
+        ("deploy_granularity", deploy_granularity, DEPLOYMENTS),
+        ("enter", enter, ENTRIES),
+    ):
+        check_choice(name, value, accepted)
+
+    def init_all(key):
+        key_embed, key_rest = jax.random.split(key)
+        rest = init(key_rest)
+        params = {"extractor": embedding.init(key_embed), **rest["params"]}
+        return {"params": params, "stats": rest["stats"]}
+
+    def embed(key, variables, x):
+        return embedding.embed(key, variables["params"]["extractor"], x)
+
+    def bound(variables, e, x):
+        return bind(variables, ENTRIES[enter](e), x)
+
+    def logits_per_sample(variables, e, x):
+        def one(pair):
+            plain, x = bound(variables, pair[0], pair[1][None])
+            return model.predict(plain, x)[0]
+
+        return jax.lax.map(one, (e, x), batch_size=min(NETWORKS_AT_ONCE, len(x)))
+
+    def loss(key, variables, batch, context):
+        key_noise, key_model = jax.random.split(key)
+        e, info = embed(key_noise, variables, batch.x)
+        penalty, terms = embedding.penalty(e, batch.mask)
+        info |= terms
+        if embed_granularity == "sample":
+            value = cross_entropy(logits_per_sample(variables, e, batch.x), batch)
+            return value + penalty, (variables["stats"], {"loss": value, **info})
+        mean = embeddings.mean_embedding(e, batch.mask)
+        if embed_granularity == "client":
+            clean = embeddings.mean_embedding(
+                embed(None, variables, batch.x)[0], batch.mask
+            )
+            mean = mean + jax.lax.stop_gradient(context - clean)
+        plain, x = bound(variables, mean, batch.x)
+        value, (stats, own) = model.loss(key_model, plain, batch._replace(x=x), ())
+        return value + penalty, (stats, {**own, **info})
+
+    def moments(variables, inputs):
+        """Mean embedding [P] and mean entropy [] over a client's inputs."""
+        key = _noise_key(eval_noise)
+
+        def step(sums, batch):
+            e, _ = embed(key, variables, batch.x)
+            total = jnp.sum(batch.mask)
+            mean = embeddings.mean_embedding(e, batch.mask)
+            spread = jnp.sum(embeddings.entropy(e) * batch.mask)
+            return sums[0] + total * mean, sums[1] + spread
+
+        start = (jnp.zeros(embedding.size), jnp.float32(0))
+        sums = clients.fold(step, start, inputs, EMBED_BATCH)
+        size = jnp.maximum(inputs.size, 1)
+        return sums[0] / size, sums[1] / size
+
+    def context(variables, data):
+        return moments(variables, data)[0] if embed_granularity == "client" else ()
+
+    def condition(variables, inputs):
+        return moments(variables, inputs)[0] if deploy_granularity == "client" else ()
+
+    def predict(variables, x):
+        e = variables.get("condition", ())
+        if isinstance(e, tuple):
+            e, _ = embed(_noise_key(eval_noise), variables, x)
+            return logits_per_sample(variables, e, x)
+        return model.predict(*bound(variables, e, x))
+
+    def export(variables):
+        e = variables.get("condition", ())
+        if isinstance(e, tuple):  # no single network to speak of
+            return variables
+        x = jnp.zeros((1, *model.sample_shape))
+        return bound(variables, e, x)[0]
+
+    def inspect(variables, inputs):
+        mean, spread = moments(variables, inputs)
+        return {"embedding": mean, "embedding_entropy": spread}
+
+    return model._replace(
+        init=init_all,
+        loss=loss,
+        predict=predict,
+        context=context,
+        condition=condition,
+        export=export,
+        inspect=inspect,
+    )
+
+
+def generated_from_input(
+    model: Model, embedding: Embedding, net: HyperNet, **choices
+) -> Model:
+    """Returns a model all of whose parameters a hypernetwork emits (Opt.2).
+
+    Its parameters are {"extractor", "hyper"}; the target's are generated at every use
+    and never kept. `choices` are those of `conditioned`.
+    """
+
+    def bind(variables, condition, x):
+        params = net.generate(variables["params"]["hyper"], condition)
+        return {"params": params, "stats": variables["stats"]}, x
+
+    def init(key):
+        key_net, key_stats = jax.random.split(key)
+        stats = model.init(key_stats)["stats"]
+        return {"params": {"hyper": net.init(key_net)}, "stats": stats}
+
+    return conditioned(model, embedding, bind, init, **choices)
+
+
+def concatenated_to_input(model: Model, embedding: Embedding, **choices) -> Model:
+    """Returns a model that sees the condition as extra input (Opt.1).
+
+    The network is rebuilt for wider inputs: flat ones, [B, H W c + P], if it accepts
+    them, else [B, H, W, c + P] with the condition in extra channels. `choices` are
+    those of `conditioned`.
+
+    Raises:
+      ValueError: the model cannot be rebuilt, or accepts neither form.
+    """
+    *size, channels = model.sample_shape
+    numbers = channels
+    for length in size:
+        numbers *= length
+    try:
+        wide, flat = model.with_shape((numbers + embedding.size,)), True
+    except ValueError:
+        wide, flat = model.with_shape((*size, channels + embedding.size)), False
+
+    def join(condition: Array, x: Array) -> Array:
+        x = x.reshape(x.shape[0], -1) if flat else x
+        extra = jnp.broadcast_to(condition, (*x.shape[:-1], embedding.size))
+        return jnp.concatenate([x, extra], axis=-1)
+
+    def bind(variables, condition, x):
+        params = variables["params"]["network"]
+        return {"params": params, "stats": variables["stats"]}, join(condition, x)
+
+    def init(key):
+        variables = wide.init(key)
+        return {"params": {"network": variables["params"]}, "stats": variables["stats"]}
+
+    joined = conditioned(wide, embedding, bind, init, **choices)
+    # Inputs are still the raw ones, and a network fed its condition is not a plain one.
+    return joined._replace(
+        sample_shape=model.sample_shape, export=_identity, with_shape=model.with_shape
+    )
+
+
+def _identity(variables: PyTree) -> PyTree:
+    return variables
+
+
+def _noise_key(eval_noise: bool) -> Array | None:
+    """A fixed key: evaluation stays a function of its inputs even with noise on."""
+    return jax.random.key(0) if eval_noise else None

@@ -1,0 +1,137 @@
+"""Arithmetic, masked rows, splitting by path, and counting, for parameter trees."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperjax.types import Array, PyTree
+
+
+def sub(a: PyTree, b: PyTree) -> PyTree:
+    """Returns a - b."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Returns a + b."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def scale(a: PyTree, factor: Array | float) -> PyTree:
+    """Returns factor * a, in a's dtypes."""
+    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), a)
+
+
+def zeros_like(a: PyTree) -> PyTree:
+    """Returns zeros with a's structure, shapes and dtypes."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
+    """Picks rows of `a` where mask [C] is true, else rows of `b`; leaves [C, ...]."""
+
+    def pick(x, y):
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(pick, a, b)
+
+
+def norm(a: PyTree) -> Array:
+    """Returns the Euclidean norm over all leaves, [] float32."""
+    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(a)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def finite(a: PyTree) -> Array:
+    """Returns whether every floating-point entry is finite, [] bool."""
+    checks = [
+        jnp.all(jnp.isfinite(x))
+        for x in jax.tree.leaves(a)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
+
+
+def count(a: PyTree) -> int:
+    """Returns the number of scalars; leaves may be abstract."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(a))
+
+
+def num_bytes(a: PyTree) -> int:
+    """Returns the number of bytes; leaves may be abstract."""
+    return sum(
+        math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(a)
+    )
+
+
+def sha256(a: PyTree) -> str:
+    """Returns a digest over paths, dtypes, shapes and bits of all leaves."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(a):
+        array = np.ascontiguousarray(np.asarray(leaf))
+        digest.update(f"{_join(path)}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+# Paths -----------------------------------------------------------------------------
+
+
+def _join(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def paths(a: PyTree) -> list[str]:
+    """Returns the /-joined path of every leaf, e.g. "params/Dense_0/kernel"."""
+    return [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(a)]
+
+
+class Splitter(NamedTuple):
+    """Cuts a tree in two by path, and joins it again.
+
+    `split(tree) -> (chosen, rest)`, two dicts from path to leaf;
+    `merge(chosen, rest) -> tree`. Either part may be an abstract tree.
+    """
+
+    split: Callable
+    merge: Callable
+
+
+def splitter(template: PyTree, patterns: Sequence[str] | str | None) -> Splitter:
+    r"""Builds a `Splitter` that chooses leaves by full-match patterns on paths.
+
+    Args:
+      template: a tree (concrete or abstract) with the structure to be cut.
+      patterns: regular expressions such as r"params/head/.*"; None chooses nothing.
+
+    Raises:
+      ValueError: a pattern matches no path (the message lists the first paths).
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    names = paths(template)
+    structure = jax.tree.structure(template)
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(
+                f"pattern {pattern!r} matches no variable; paths are: "
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+    chosen_names = {n for n in names if any(re.fullmatch(p, n) for p in patterns)}
+
+    def split(tree):
+        leaves = dict(zip(names, structure.flatten_up_to(tree), strict=True))
+        chosen = {n: x for n, x in leaves.items() if n in chosen_names}
+        rest = {n: x for n, x in leaves.items() if n not in chosen_names}
+        return chosen, rest
+
+    def merge(chosen, rest):
+        leaves = {**chosen, **rest}
+        return structure.unflatten([leaves[name] for name in names])
+
+    return Splitter(split, merge)

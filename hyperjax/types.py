@@ -1,0 +1,140 @@
+"""The contract between a federated method and the engine: named tuples of functions.
+
+A method is an `Algorithm`: what the server does and what one client does. They talk
+only through messages (`Downlink` and an uplink tree of the method's choice), so the
+size of a message *is* the cost of communication. Client functions are written for one
+client; the engine adds the client axis, stores client state and counts bytes.
+
+Glossary of shapes: N clients in the population, C in the cohort, B in a batch,
+K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Key: TypeAlias = jax.Array
+
+
+# Data ------------------------------------------------------------------------------
+
+
+class Pool(NamedTuple):
+    """All samples of a run, once on the device; clients hold rows of it.
+
+    A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed.
+    """
+
+    x: Array  # [n, H, W, ch] uint8
+    y: Array  # [n] int32; -1 where a label is withheld
+    mean: Array  # [ch] float32, in units of [0, 1]
+    std: Array  # [ch] float32
+
+
+class ClientData(NamedTuple):
+    """The samples of one client: row numbers of a pool that all clients share."""
+
+    rows: Array  # [n_max] int32; the first `size` count, the rest is padding
+    size: Array  # [] int32
+    pool: Pool
+
+
+class Batch(NamedTuple):
+    """A minibatch; `mask` is 0 for padding, and losses average over the mask."""
+
+    x: Array  # [B, H, W, ch] float32
+    y: Array  # [B] int32
+    mask: Array  # [B] float32
+
+
+class AdaptData(NamedTuple):
+    """What a client may look at before it is deployed."""
+
+    train: ClientData  # labelled local samples; size 0 for a zero-shot client
+    inputs: ClientData  # the inputs it will predict on, every label withheld (-1)
+
+
+# Messages --------------------------------------------------------------------------
+
+
+class Downlink(NamedTuple):
+    """Server to clients. `round` is the public clock: known to all, never counted."""
+
+    shared: PyTree = ()  # one copy for the whole cohort, no client axis
+    own: PyTree = ()  # different for each client, leading axis [C]
+    round: Array | tuple[()] = ()  # [] int32, filled in by the engine
+
+
+class Cohort(NamedTuple):
+    """Who takes part in one exchange; public metadata only."""
+
+    ids: Array  # [C] int32; padding rows hold the number of clients
+    active: Array  # [C] float32; 0 for padding and for drop-outs
+    weight: Array  # [C] float32; registered once (number of samples, or ones)
+    round: Array  # [] int32
+
+
+# Sides -----------------------------------------------------------------------------
+
+
+def _cannot_rebuild(sample_shape):
+    raise ValueError("this model cannot be rebuilt for inputs of another shape")
+
+
+class Model(NamedTuple):
+    """A network (or a generator of networks) as pure functions.
+
+    `variables` is `{"params": tree, "stats": tree}`; a deployed model may carry a
+    third entry, "condition", the label-free description of the client it serves.
+    """
+
+    sample_shape: tuple[int, ...]  # (H, W, ch) of one input
+    init: Callable  # (key) -> variables
+    loss: Callable  # (key, variables, batch, context) -> (loss [], (stats, info))
+    predict: Callable  # (variables, x [B, ...]) -> logits [B, K]
+    context: Callable = lambda variables, data: ()  # once per local visit, for `loss`
+    condition: Callable = lambda variables, inputs: ()
+    export: Callable = lambda variables: variables  # -> variables of a plain network
+    inspect: Callable = lambda variables, inputs: {}  # -> logged quantities
+    with_shape: Callable = _cannot_rebuild  # (sample_shape) -> the same, rebuilt
+
+
+class HyperNet(NamedTuple):
+    """A function from a condition to a parameter tree, with its own parameters phi."""
+
+    init: Callable  # (key) -> phi
+    generate: Callable  # (phi, condition [d]) -> target parameter tree
+
+
+class ServerSide(NamedTuple):
+    """What the server does."""
+
+    init: Callable  # (common) -> server
+    downlink: Callable  # (key, server, cohort) -> Downlink
+    update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
+
+
+class ClientSide(NamedTuple):
+    """What ONE client does; never sees the client axis.
+
+    `adapt` prepares a copy for deployment: its result goes to `deploy` and is never
+    stored, so it may differ in structure from the state that `update` returns.
+    `model` is the one `deploy`'s variables belong to: it predicts, and methods with a
+    prediction rule of their own replace its `predict`.
+    """
+
+    init: Callable  # (key, common, down) -> client, on its first visit
+    update: Callable  # (key, down, client, data) -> (uplink, client, info)
+    adapt: Callable  # (key, down, client, AdaptData) -> adapted client; sends nothing
+    deploy: Callable  # (down, adapted client) -> variables
+    model: Model
+
+
+class Algorithm(NamedTuple):
+    """A federated method."""
+
+    server: ServerSide
+    client: ClientSide

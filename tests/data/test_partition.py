@@ -1,0 +1,227 @@
+"""Partitions: exact properties that hold for every generator."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperjax.data import partition
+
+Y = np.repeat(np.arange(5), 40)
+OPTIONS = {
+    "iid": {},
+    "dirichlet": dict(alpha=0.5),
+    "pathological": dict(classes_per_client=2),
+    "by_client_id": dict(client_ids=np.arange(200) % 10),
+}
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def check(parts, num_samples, num_clients):
+    """Index arrays that are disjoint, not empty and in range; returns all indices."""
+    assert len(parts) == num_clients
+    assert all(part.dtype == np.int64 and len(part) for part in parts)
+    indices = np.sort(np.concatenate(parts))
+    assert (np.diff(indices) > 0).all()
+    assert indices[0] >= 0 and indices[-1] < num_samples
+    return indices
+
+
+def test_every_partitioner_is_tested():
+    assert set(OPTIONS) == set(partition.PARTITIONERS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_all_samples_are_dealt_once_and_seeds_decide(name):
+    first, again, other = (
+        partition.partition(name, rng(seed), Y, 10, **OPTIONS[name])
+        for seed in (0, 0, 1)
+    )
+    assert len(check(first, 200, 10)) == 200
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_clients_are_shuffled(name):
+    parts = partition.partition(name, rng(), Y, 10, **OPTIONS[name])
+    assert any((np.diff(part) < 0).any() for part in parts)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_more_clients_than_samples_is_an_error(name):
+    with pytest.raises(ValueError, match=r"num_clients=201 .*200 samples"):
+        partition.partition(name, rng(), Y, 201, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("y", [Y.astype(float), Y[:, None]])
+def test_labels_must_be_a_row_of_integers(name, y):
+    with pytest.raises(ValueError, match="integer labels"):
+        partition.partition(name, rng(), y, 10, **OPTIONS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "match"), [("dirichelt", "did you mean 'dirichlet'"), ("x", "iid")]
+)
+def test_an_unknown_name_gets_the_nearest(name, match):
+    with pytest.raises(ValueError, match=match):
+        partition.partition(name, rng(), Y, 10)
+
+
+@given(num_samples=st.integers(1, 60), num_clients=st.integers(1, 60))
+@settings(deadline=None, max_examples=20)
+def test_iid_sizes_differ_by_one_at_most(num_samples, num_clients):
+    num_clients = min(num_clients, num_samples)
+    parts = partition.iid(rng(), np.zeros(num_samples, int), num_clients)
+    assert len(check(parts, num_samples, num_clients)) == num_samples
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(
+    alpha=st.sampled_from([0.1, 1.0, 1e6]),
+    num_clients=st.integers(1, 8),
+    min_size=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=25)
+def test_dirichlet_uses_all_samples_and_keeps_the_least(
+    alpha, num_clients, min_size, seed
+):
+    parts = partition.dirichlet(
+        rng(seed), Y, num_clients, alpha=alpha, min_size=min_size
+    )
+    assert len(check(parts, 200, num_clients)) == 200
+    assert min(map(len, parts)) >= min_size
+    counts = partition.class_counts(Y, parts, 5)
+    assert counts.sum(axis=0).tolist() == [40] * 5
+
+
+def test_dirichlet_goes_from_one_client_per_class_to_equal_shares():
+    skewed, even = (
+        partition.class_counts(Y, partition.dirichlet(rng(), Y, 4, alpha=alpha), 5)
+        for alpha in (1e-3, 1e8)
+    )
+    assert (skewed.max(axis=0) == 40).all()
+    assert (abs(even - 10) <= 1).all()
+
+
+def test_dirichlet_shares_have_the_variance_of_their_distribution():
+    # A share of Dirichlet(a 1_N) has mean 1/N and variance (1/N)(1 - 1/N) / (N a + 1);
+    # N = 2, a = 1 is the uniform distribution: 1/12. Error of 300 draws: 0.0043.
+    y = np.repeat(np.arange(300), 100)
+    parts = partition.dirichlet(rng(), y, 2, alpha=1.0)
+    shares = partition.class_counts(y, parts, 300)[0] / 100
+    assert abs(shares.mean() - 1 / 2) < 0.05
+    assert abs(shares.var() - 1 / 12) < 0.015
+
+
+def test_dirichlet_ends_for_500_clients_and_100_classes():
+    y = np.repeat(np.arange(100), 500)
+    parts = partition.dirichlet(rng(), y, 500, alpha=0.3, min_size=10)
+    assert len(check(parts, 50_000, 500)) == 50_000
+    assert min(map(len, parts)) >= 10
+
+
+def test_dirichlet_gives_up_with_the_best_it_saw():
+    # Five classes that stay whole cannot feed ten clients.
+    with pytest.raises(ValueError, match=r"21 draws with alpha=1e-06 .* had 0 in the"):
+        partition.dirichlet(rng(), Y, 10, alpha=1e-6, max_redraws=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(alpha=0.0), "alpha=0.0 must be positive"),
+        (dict(alpha=float("nan")), "alpha=nan must be positive"),
+        (dict(alpha=1.0, min_size=0), "min_size=0 must be at least 1"),
+        (dict(alpha=1.0, min_size=21), "takes 210 samples; there are 200"),
+    ],
+)
+def test_dirichlet_refuses_what_cannot_be(options, match):
+    with pytest.raises(ValueError, match=match):
+        partition.dirichlet(rng(), Y, 10, **options)
+
+
+@given(
+    num_clients=st.integers(1, 12),
+    num_classes=st.integers(1, 9),
+    each=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_pathological_counts_are_exact(num_clients, num_classes, each, seed):
+    each = min(each, num_classes)
+    y = rng(seed).permutation(np.repeat(np.arange(num_classes), 12 + seed % 3))
+    parts = partition.pathological(rng(seed), y, num_clients, classes_per_client=each)
+    check(parts, len(y), num_clients)
+    counts = partition.class_counts(y, parts, num_classes)
+    assert ((counts > 0).sum(axis=1) == each).all()
+    holders = (counts > 0).sum(axis=0)
+    assert holders.max() - holders.min() <= 1
+    for k in range(num_classes):
+        shares = counts[counts[:, k] > 0, k]
+        if len(shares):
+            assert shares.sum() == 12 + seed % 3
+            assert shares.max() - shares.min() <= 1
+
+
+def test_pathological_leaves_out_classes_without_a_place():
+    counts = partition.class_counts(
+        Y, partition.pathological(rng(), Y, 3, classes_per_client=1), 5
+    )
+    assert sorted(counts.sum(axis=0)) == [0, 0, 40, 40, 40]
+
+
+@pytest.mark.parametrize("each", [0, 6])
+def test_pathological_checks_its_range(each):
+    with pytest.raises(ValueError, match=f"classes_per_client={each} .*5 classes"):
+        partition.pathological(rng(), Y, 10, classes_per_client=each)
+
+
+def test_pathological_needs_a_sample_for_every_holder():
+    y = np.array([0] * 20 + [7])
+    with pytest.raises(ValueError, match="class 7 has 1 samples for 3 clients"):
+        partition.pathological(rng(), y, 3, classes_per_client=2)
+
+
+def test_client_ids_group_samples():
+    ids = np.array([30, 10, 30, 20, 10, 30])
+    parts = partition.by_client_id(rng(), np.zeros(6, int), 3, client_ids=ids)
+    assert [sorted(part) for part in parts] == [[1, 4], [3], [0, 2, 5]]
+
+
+def test_client_ids_are_drawn_if_there_are_more():
+    ids = OPTIONS["by_client_id"]["client_ids"]
+    parts = partition.by_client_id(rng(), Y, 4, client_ids=ids)
+    check(parts, 200, 4)
+    owners = [set(ids[part]) for part in parts]
+    assert all(len(owner) == 1 for owner in owners) and len(set.union(*owners)) == 4
+    assert all(len(part) == 20 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (np.zeros(200, int), "num_clients=2, but client_ids has only 1"),
+        (np.zeros(199, int), r"client_ids must be 200 integers.*\(199,\)"),
+        (np.zeros(200), "client_ids must be 200 integers.*float64"),
+    ],
+)
+def test_client_ids_must_fit(ids, match):
+    with pytest.raises(ValueError, match=match):
+        partition.by_client_id(rng(), Y, 2, client_ids=ids)
+
+
+def test_class_counts_by_hand():
+    y = np.array([0, 2, 2, 1])
+    parts = [np.array([0, 1]), np.array([2]), np.array([], int)]
+    counts = partition.class_counts(y, parts, 4)
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="from 0 to 2; num_classes=2"):
+        partition.class_counts(y, parts, 2)

@@ -1,0 +1,354 @@
+"""Local training, against steps worked out by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hyperjax import local
+from hyperjax.data import clients
+from hyperjax.local import Phase
+from hyperjax.models import MLP, from_linen
+from hyperjax.models.linen import masked_mean
+from hyperjax.types import ClientData, Model, Pool
+
+LR = 0.1
+
+
+def quadratic():
+    """Two scalars a, b with loss mean (a - x)^2 / 2 + mean (b - 2 x)^2 / 2.
+
+    Gradients are a - mean x and b - 2 mean x. One pixel per sample.
+    """
+
+    def init(key):
+        params = {"a": {"w": jnp.float32(10)}, "b": {"w": jnp.float32(-4)}}
+        return {"params": params, "stats": {"seen": jnp.float32(0)}}
+
+    def loss(key, variables, batch, context):
+        x = batch.x.reshape(-1)
+        a, b = (variables["params"][name]["w"] for name in "ab")
+        mean = masked_mean(x, batch.mask)
+        value = masked_mean((a - x) ** 2 / 2 + (b - 2 * x) ** 2 / 2, batch.mask)
+        stats = {"seen": variables["stats"]["seen"] + jnp.sum(batch.mask)}
+        return value, (stats, {"loss": value, "mean_x": mean})
+
+    return Model((1, 1, 1), init, loss, predict=lambda variables, x: x)
+
+
+def pool_of(values):
+    """A pool of one-pixel samples whose normalised inputs are `values`."""
+    x = np.asarray(values, np.uint8).reshape(-1, 1, 1, 1)
+    one = jnp.ones(1)
+    return Pool(jnp.asarray(x), jnp.zeros(len(x), jnp.int32), 0 * one, one / 255)
+
+
+def data_of(values, padding=0):
+    """A client that holds `values`; padding rows show a sample that is not its own."""
+    n = len(values)
+    rows = np.r_[np.arange(n), np.full(padding, n)].astype(np.int32)
+    return ClientData(jnp.asarray(rows), jnp.int32(n), pool_of([*values, 99]))
+
+
+def run(data, *, model=None, optimizer=None, seed=0, start=None, round=0, **options):
+    model = model or quadratic()
+    train = local.trainer(model, optimizer=optimizer or optax.sgd(LR), **options)
+    start = model.init(jax.random.key(0)) if start is None else start
+    return jax.jit(
+        lambda key, start, data, round: train(
+            key, start, data, round, local.no_adjustment
+        )
+    )(jax.random.key(seed), start, data, jnp.int32(round))
+
+
+def weights(variables):
+    return {name: float(x["w"]) for name, x in variables["params"].items()}
+
+
+# One step --------------------------------------------------------------------------
+
+
+def test_full_batch_epoch_is_one_gradient_step():
+    # mean x = 3: a <- 10 - 0.1 (10 - 3) = 9.3; b <- -4 - 0.1 (-4 - 6) = -3.
+    after, info = run(data_of([1, 2, 6]), batch_size=3)
+    assert weights(after) == pytest.approx({"a": 9.3, "b": -3.0}, rel=1e-6)
+    # Loss before the step: mean of (81 + 64 + 16) / 2 and (36 + 64 + 256) / 2.
+    assert float(info["loss"]) == pytest.approx((161 + 356) / 6, rel=1e-6)
+    assert float(info["steps"]) == 1 and float(info["samples"]) == 3
+
+
+def test_network_step_equals_plain_gradient_descent():
+    key = jax.random.key(3)
+    x = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), np.uint8)
+    pool = clients.make_pool(x, np.array([0, 1, 2, 2, 0]), np.arange(5))
+    model = from_linen(MLP(3, hidden=(4,)), (2, 2, 1), 3)
+    start = model.init(key)
+    data = ClientData(jnp.arange(5, dtype=jnp.int32), jnp.int32(5), pool)
+
+    def objective(params):  # written out, without masks
+        inputs = (jnp.asarray(x) / 255.0 - pool.mean) / pool.std
+        logits = model.predict({"params": params, "stats": {}}, inputs)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(5), pool.y])
+
+    grads = jax.grad(objective)(start["params"])
+    expected = jax.tree.map(lambda w, g: w - LR * g, start["params"], grads)
+    # Batch of 8: the three masked rows must not enter the mean.
+    after, info = run(data, model=model, start=start, batch_size=8)
+    chex.assert_trees_all_close(after["params"], expected, atol=1e-7, rtol=1e-6)
+    assert float(info["loss"]) == pytest.approx(
+        float(objective(start["params"])), rel=1e-6
+    )
+
+
+def test_last_batch_is_averaged_over_its_real_samples():
+    # 5 samples in batches of 4: the second batch holds one sample, x_j, whichever the
+    # shuffle leaves over. With m the mean of the others:
+    #   a1 = a0 - lr (a0 - m),  a2 = a1 - lr (a1 - x_j).
+    x = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    after, info = run(data_of(x), batch_size=4)
+    candidates = []
+    for j in range(5):
+        a1 = 10 - LR * (10 - np.delete(x, j).mean())
+        candidates.append(a1 - LR * (a1 - x[j]))
+    gap = np.abs(np.array(candidates) - weights(after)["a"])
+    assert gap.min() < 5e-6
+    assert float(info["steps"]) == 2 and float(info["samples"]) == 5
+    # Sample-weighted, so the mean over batches is the mean over samples.
+    assert float(info["mean_x"]) == pytest.approx(31 / 5, rel=1e-6)
+    assert float(after["stats"]["seen"]) == 5
+
+
+def test_padding_of_the_table_changes_nothing():
+    values = [1, 2, 4, 8, 16, 32, 64]
+    plain = run(data_of(values), batch_size=3, phases=(Phase(epochs=2),))
+    padded = run(data_of(values, padding=6), batch_size=3, phases=(Phase(epochs=2),))
+    chex.assert_trees_all_close(plain, padded, rtol=1e-7)
+
+
+@pytest.mark.parametrize("length", [dict(epochs=3), dict(epochs=None, steps=4)])
+def test_client_without_samples_returns_its_variables_bitwise(length):
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR, 0.9))
+    start = quadratic().init(jax.random.key(0))
+    after, info = run(
+        data_of([], padding=4),
+        optimizer=optimizer,
+        batch_size=2,
+        phases=(Phase(**length),),
+    )
+    chex.assert_trees_all_equal(after, start)
+    # No sample: means are 0, not 0 / 0.
+    assert {k: float(v) for k, v in info.items()} == dict.fromkeys(info, 0.0)
+
+
+# Order and number of visits --------------------------------------------------------
+
+
+def test_epoch_visits_every_sample_once():
+    # Eight powers of two add up to 255 only if each of 1, 2, ..., 128 occurs once.
+    values = 2 ** np.arange(8)
+    for seed in range(3):
+        _, info = run(data_of(values, padding=3), batch_size=3, seed=seed)
+        assert float(info["samples"]) == 8 and float(info["steps"]) == 3
+        assert float(info["mean_x"]) * 8 == pytest.approx(255, rel=1e-6)
+
+
+def test_shuffled_puts_padding_last_and_ignores_it():
+    def order(padding, seed=0, size=6):
+        data = data_of(range(size), padding)
+        return np.asarray(clients.shuffled(jax.random.key(seed), data))
+
+    for seed in range(5):
+        short, long = order(0, seed), order(7, seed)
+        assert sorted(short) == list(range(6))
+        assert sorted(long) == list(range(13))
+        np.testing.assert_array_equal(short, long[:6])
+    assert not np.array_equal(order(0, 0), order(0, 1))
+
+
+def test_shuffles_are_uniform():
+    # Each of 4 samples is first in about a quarter of 4000 shuffles: sd 27.
+    data = data_of(range(4), padding=2)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    first = jax.vmap(lambda k: clients.shuffled(k, data)[0])(keys)
+    assert np.abs(np.bincount(first, minlength=4) - 1000).max() < 5 * 27.4
+
+
+def test_epochs_are_shuffled_anew():
+    # With lr = 1 and batches of one, a is the last sample seen; over many seeds the
+    # last sample of one and of two epochs must differ about 7 times in 8.
+    data = data_of(2 ** np.arange(8))
+    train = local.trainer(quadratic(), optimizer=optax.sgd(1.0), batch_size=1)
+    twice = local.trainer(
+        quadratic(), optimizer=optax.sgd(1.0), batch_size=1, phases=(Phase(epochs=2),)
+    )
+    start = quadratic().init(jax.random.key(0))
+
+    def last(train):
+        def one(key):
+            out, _ = train(key, start, data, jnp.int32(0), local.no_adjustment)
+            return out["params"]["a"]["w"]
+
+        return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 64))
+
+    differ = int(jnp.sum(jnp.abs(last(train) - last(twice)) > 0.5))
+    assert 40 <= differ < 64
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7])
+def test_steps_are_taken_exactly(steps):
+    # 5 samples in batches of 2: passes of 3 steps with 2 + 2 + 1 samples.
+    after, info = run(
+        data_of([1, 2, 4, 8, 16], padding=2),
+        batch_size=2,
+        phases=(Phase(epochs=None, steps=steps),),
+    )
+    assert float(info["steps"]) == steps
+    assert float(info["samples"]) == steps // 3 * 5 + steps % 3 * 2
+    assert float(after["stats"]["seen"]) == float(info["samples"])
+
+
+def test_zero_epochs_change_nothing():
+    start = quadratic().init(jax.random.key(0))
+    after, info = run(data_of([1, 2]), batch_size=2, phases=(Phase(epochs=0),))
+    chex.assert_trees_all_equal(after, start)
+    assert float(info["steps"]) == 0
+
+
+# Phases ----------------------------------------------------------------------------
+
+
+def test_frozen_leaves_stay_bitwise_under_momentum_and_decay():
+    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(LR, 0.9))
+    data = data_of([1, 2, 6])
+    both = Phase(epochs=2)
+    only_a = Phase(epochs=2, train=r"params/a/.*")
+    first, _ = run(data, optimizer=optimizer, batch_size=2, phases=(both,))
+    after, info = run(data, optimizer=optimizer, batch_size=2, phases=(both, only_a))
+    assert weights(after)["b"] == weights(first)["b"] != -4.0
+    assert weights(after)["a"] != weights(first)["a"]
+    assert float(info["steps"]) == 8
+    # Statistics belong to no phase: they go on.
+    assert float(after["stats"]["seen"]) == 12
+
+
+def test_phases_start_with_a_fresh_optimizer():
+    # Full batches, momentum 0.9: two phases of one step are two plain steps.
+    data = data_of([1, 2, 6])
+    phases = (Phase(), Phase())
+    after, _ = run(data, optimizer=optax.sgd(LR, 0.9), batch_size=3, phases=phases)
+    # a: 10 -> 9.3 -> 9.3 - 0.1 * 6.3
+    assert weights(after)["a"] == pytest.approx(8.67, rel=1e-6)
+
+
+def test_phase_pattern_without_match():
+    with pytest.raises(ValueError, match=r"params/c/.*paths are.*params/a/w"):
+        run(data_of([1]), batch_size=1, phases=(Phase(train=r"params/c/.*"),))
+
+
+# Gradient and rate -----------------------------------------------------------------
+
+
+def test_clip_norm_bounds_the_global_norm():
+    # Gradient (7, -10), norm sqrt(149); clipped to norm 2.
+    after, _ = run(data_of([1, 2, 6]), batch_size=3, clip_norm=2.0)
+    factor = LR * 2 / np.sqrt(149)
+    expected = {"a": 10 - 7 * factor, "b": -4 + 10 * factor}
+    assert weights(after) == pytest.approx(expected, rel=1e-6)
+    loose, _ = run(data_of([1, 2, 6]), batch_size=3, clip_norm=13.0)
+    assert weights(loose) == pytest.approx({"a": 9.3, "b": -3.0}, rel=1e-6)
+
+
+def test_corrections_enter_before_clipping():
+    # (7, -10) + (-4, 14) = (3, 4): norm 5, clipped to 1.
+    train = local.trainer(
+        quadratic(), optimizer=optax.sgd(LR), batch_size=3, clip_norm=1.0
+    )
+
+    def adjust(grads, params):
+        assert set(grads) == set(params) == {"params/a/w", "params/b/w"}
+        return {
+            "params/a/w": grads["params/a/w"] - 4,
+            "params/b/w": grads["params/b/w"] + 14,
+        }
+
+    start = quadratic().init(jax.random.key(0))
+    data = data_of([1, 2, 6])
+    after, _ = train(jax.random.key(0), start, data, jnp.int32(0), adjust)
+    expected = {"a": 10 - LR * 0.6, "b": -4 - LR * 0.8}
+    assert weights(after) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(LR), optax.adam(LR)])
+def test_schedule_is_a_factor_on_the_update(optimizer):
+    def schedule(round):
+        return 0.5**round
+
+    def change(round):
+        after, _ = run(
+            data_of([1, 2, 6]),
+            optimizer=optimizer,
+            batch_size=3,
+            schedule=schedule,
+            round=round,
+        )
+        return np.array([weights(after)["a"] - 10, weights(after)["b"] + 4])
+
+    np.testing.assert_allclose(change(1), change(0) / 2, rtol=1e-5)
+    np.testing.assert_allclose(change(3), change(0) / 8, rtol=3e-5)
+
+
+# The client axis -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [dict(epochs=2), dict(epochs=None, steps=5)])
+def test_vmap_over_ragged_clients_equals_one_by_one(length):
+    sizes = [0, 3, 8, 1, 5]
+    data = ClientData(
+        jnp.asarray(np.random.default_rng(0).integers(0, 20, (5, 8)), jnp.int32),
+        jnp.asarray(sizes, jnp.int32),
+        pool_of(np.arange(20)),
+    )
+    model = quadratic()
+    train = local.trainer(
+        model,
+        optimizer=optax.sgd(LR, momentum=0.9),
+        batch_size=3,
+        phases=(Phase(**length),),
+        clip_norm=5.0,
+    )
+    start = model.init(jax.random.key(0))
+
+    def one(key, data):
+        return train(key, start, data, jnp.int32(0), local.no_adjustment)
+
+    keys = jax.random.split(jax.random.key(7), 5)
+    axes = ClientData(0, 0, None)
+    together = jax.jit(jax.vmap(one, in_axes=(0, axes)))(keys, data)
+    alone = jax.jit(one)
+    for i, size in enumerate(sizes):
+        row = ClientData(data.rows[i], data.size[i], data.pool)
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        chex.assert_trees_all_close(mine, alone(keys[i], row), rtol=1e-6, atol=1e-6)
+        steps = 2 * -(-size // 3) if "steps" not in length else 5 * (size > 0)
+        assert float(mine[1]["steps"]) == steps
+
+
+# Errors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(batch_size=1, clip_norm=0.0), "clip_norm=0.0 must be positive"),
+        (dict(batch_size=1, clip_norm=-1.0), "clip_norm=-1.0 must be positive"),
+        (dict(batch_size=1, phases=(Phase(epochs=None),)), "either epochs or steps"),
+        (dict(batch_size=1, phases=(Phase(steps=3),)), "either epochs or steps"),
+        (dict(batch_size=1, phases=(Phase(epochs=-1),)), "0 or more"),
+    ],
+)
+def test_bad_arguments_fail_when_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        local.trainer(quadratic(), optimizer=optax.sgd(LR), **options)
