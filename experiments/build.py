@@ -1,4 +1,4 @@
-"""From a config to objects; every mistake in a config is found here, before any work."""
+"""From a config to objects; every mistake in it is found here, before any work."""
 
 import ast
 import functools
@@ -31,12 +31,13 @@ class Experiment(NamedTuple):
     algorithm: Algorithm
     simulator: schedule.Simulator
     evaluator: evaluate.Evaluator
-    populations: dict[str, evaluate.Population]  # by metric: pacc, zacc, gacc
     cohort_size: int
     plan: dict[str, Any]
 
 
-def build(config: ml_collections.ConfigDict, store_dir: str | None = None) -> Experiment:
+def build(
+    config: ml_collections.ConfigDict, store_dir: str | None = None
+) -> Experiment:
     """Builds a run.
 
     Args:
@@ -88,7 +89,6 @@ def build(config: ml_collections.ConfigDict, store_dir: str | None = None) -> Ex
         algorithm,
         simulator,
         make_evaluator(config, federation, algorithm),
-        populations(federation),
         cohort_size,
         plan,
     )
@@ -386,6 +386,7 @@ def make_evaluator(
     return evaluate.evaluator(
         algorithm,
         federation.pool,
+        populations(federation),
         source_prior=federation.source_prior,
         batch_size=config.evaluation.batch_size,
         clients_per_call=clients_per_call,

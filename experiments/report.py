@@ -652,7 +652,11 @@ def _communication(latest: Row) -> str:
         None if None in pair else sum(pair)
         for pair in zip(*sizes.values(), strict=True)
     ]
-    rows = [(name, *row, _bytes(row[-1])) for name, row in sizes.items() if any(row)]
+    rows = [
+        (name, *row, _bytes(row[-1]))
+        for name, row in sizes.items()
+        if row != [None] * len(kinds)
+    ]
     if not rows:
         return ""
     headings = (

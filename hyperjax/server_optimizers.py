@@ -2,7 +2,8 @@
 
 Reddi et al. 2021, "Adaptive Federated Optimization" (arXiv:2003.00295), algorithm 2:
 unlike optax's Adam and Yogi there is no bias correction, v starts at tau squared (or at
-a given `v0`), and tau is added outside the root. FedAvgM: Hsu et al. 2019 (arXiv:1909.06335).
+a given `v0`), and tau is added outside the root. FedAvgM: Hsu et al. 2019
+(arXiv:1909.06335).
 
 All descend along what they are given, so a server feeds minus the mean change.
 """
@@ -71,16 +72,15 @@ def _fedopt(
     """m = b1 m + (1 - b1) D; theta += learning_rate m / (sqrt(v) + tau)."""
 
     def init(params):
-        start = jax.tree.map(lambda x: jnp.full_like(x, tau**2 if v0 is None else v0), params)
-        return FedOptState(jax.tree.map(jnp.zeros_like, params), start)
+        start = tau**2 if v0 is None else v0
+        v = jax.tree.map(lambda x: jnp.full_like(x, start), params)
+        return FedOptState(jax.tree.map(jnp.zeros_like, params), v)
 
     def update(gradient, state, params=None):
         del params
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, gradient)
         v = jax.tree.map(lambda v, g: second(v, jnp.square(g)), state.v, gradient)
-        step = jax.tree.map(
-            lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v
-        )
+        step = jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v)
         return step, FedOptState(m, v)
 
     return optax.GradientTransformation(init, update)

@@ -132,6 +132,6 @@ def splitter(template: PyTree, patterns: Sequence[str] | str | None) -> Splitter
 
     def merge(chosen, rest):
         leaves = {**chosen, **rest}
-        return structure.unflatten([leaves[name] for name in names])
+        return jax.tree.unflatten(structure, [leaves[name] for name in names])
 
     return Splitter(split, merge)

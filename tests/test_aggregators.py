@@ -16,8 +16,7 @@ STACKED = {
 
 def combine(stacked, weight):
     aggregator = aggregators.weighted_mean()
-    spec = jax.tree.map(lambda x: x[0], stacked)
-    state = aggregator.init(spec)
+    state = aggregator.init(stacked)
     out, after = aggregator.combine(jax.random.key(0), stacked, weight, state)
     chex.assert_trees_all_equal(after, state)
     return out

@@ -63,12 +63,12 @@ def gather(pool: Pool, rows: Array, mask: Array) -> Batch:
     return Batch((x - pool.mean) / pool.std, pool.y[rows], mask)
 
 
-def num_batches(size: Array, batch_size: int) -> Array:
+def num_batches(size: Array | int, batch_size: Array | int) -> Array | int:
     """Returns ceil(size / batch_size), [] int32."""
     return (size + batch_size - 1) // batch_size
 
 
-def take(data: ClientData, order: Array, step: Array, batch_size: int) -> Batch:
+def take(data: ClientData, order: Array, step: Array | int, batch_size: int) -> Batch:
     """Returns batch number `step` of an epoch that visits rows in `order` [n_max]."""
     position = step * batch_size + jnp.arange(batch_size)
     inside = position < data.size

@@ -98,8 +98,9 @@ def federate(
             )
         options = {**options, "client_ids": np.asarray(client_ids)[rest]}
     everyone = num_clients + num_novel
-    parts = partition.partition(partition_name, rng, source.y[rest], everyone, **options)
-    parts = [rest[part] for part in parts]
+    y = source.y[rest]
+    places = partition.partition(partition_name, rng, y, everyone, **options)
+    parts = [rest[place] for place in places]
     train, held_out = [], []
     for client, part in enumerate(parts[:num_clients]):
         if len(part) < 2:
@@ -124,7 +125,7 @@ def federate(
 
 def save_tables(federation: Federation, path: str | Path) -> None:
     """Writes the exact index tables and class counts to an .npz file."""
-    tables = {}
+    tables: dict[str, np.ndarray] = {}
     for name in ("train", "held_out", "novel", "test"):
         rows, size = getattr(federation, name)
         tables |= {f"{name}_rows": rows, f"{name}_size": size}

@@ -105,7 +105,8 @@ def _read(path: Path, template: PyTree) -> Restored:
     with ocp.PyTreeCheckpointer() as checkpointer:
         named = checkpointer.restore(path / "carry")
     leaves, structure = jax.tree.flatten(template)
-    carry = structure.unflatten([np.asarray(named[_name(i)]) for i in range(len(leaves))])
+    arrays = [np.asarray(named[_name(i)]) for i in range(len(leaves))]
+    carry = jax.tree.unflatten(structure, arrays)
     if tree.sha256(carry) != record["sha256"]:
         raise ValueError("its content does not match its digest")
     for leaf, found in zip(leaves, jax.tree.leaves(carry), strict=True):

@@ -9,7 +9,7 @@ Saerens, Latinne, Decaestecker 2002, "Adjusting the Outputs of a Classifier to N
 Priori Probabilities", Neural Computation 14(1): `prior_em` is their equation 2.4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def _correct(logits, labels, mask, prior, source):
 
 
 class Evaluator(NamedTuple):
-    """`evaluate(root, carry, population) -> {name: [n] per-client values}`.
+    """`evaluate(root, carry, round) -> {population: {name: [n] per-client values}}`.
 
     Names: "size", "accuracy" (a share), "accuracy_em", "accuracy_oracle", "loss", for
     methods whose deployment differs between clients "accuracy_swapped" (with the next
@@ -87,6 +87,7 @@ class Evaluator(NamedTuple):
 def evaluator(
     alg: Algorithm,
     pool: Pool,
+    populations: Mapping[str, Population],
     *,
     source_prior: np.ndarray,
     batch_size: int = 256,
@@ -98,22 +99,36 @@ def evaluator(
     Args:
       alg: the method.
       pool: the samples.
+      populations: who is evaluated; all are padded to one shape, so that one program
+        serves them.
       source_prior: [K] class prior of all participating clients' training samples.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
     """
     program = Compiled(mesh)
+    largest = max(len(population.ids) for population in populations.values())
+    width = sharding.padded_size(min(largest, clients_per_call), mesh)
+    longest = [
+        max(
+            getattr(population, name).rows.shape[1]
+            for population in populations.values()
+        )
+        for name in ("train", "inputs")
+    ]
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     source = source / jnp.sum(source)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
     pools = sharding.replicate((pool, unlabelled), mesh)
 
     def adapt_one(mapped, shared):
-        key, own, row, train, inputs = mapped
+        key, own, row, (train, train_size), (inputs, inputs_size) = mapped
         common, round, (pool, unlabelled) = shared
         down = Downlink(common, own, round)
-        data = AdaptData(ClientData(*train, pool), ClientData(*inputs, unlabelled))
+        data = AdaptData(
+            ClientData(train, train_size, pool),
+            ClientData(inputs, inputs_size, unlabelled),
+        )
         adapted = alg.client.adapt(key, down, row, data)
         variables = alg.client.deploy(down, adapted)
         return adapted, alg.client.model.inspect(variables, data.inputs)
@@ -182,12 +197,13 @@ def evaluator(
         scores = map_score((down.own, adapted, other_own, other, inputs), shared)
         return {**scores, **seen_info}
 
-    def evaluate(root, carry: schedule.Carry, round: int, population: Population):
+    def evaluate_one(root, carry: schedule.Carry, round: int, population: Population):
         blocks = []
         num = len(population.ids)
-        width = sharding.padded_size(min(num, clients_per_call), mesh)
         for start in range(0, num, width):
-            place = np.minimum(np.arange(start, start + width), num - 1)
+            place = np.arange(start, start + width)
+            alive = place < num
+            place = np.minimum(place, num - 1)
             ids = population.ids[place]
             real = min(width, num - start)
             state, seen = _stored(carry, ids)
@@ -198,8 +214,8 @@ def evaluator(
                 state,
                 seen,
                 jnp.asarray(ids),
-                _pick(population.train, place),
-                _pick(population.inputs, place),
+                _pick(population.train, place, alive, longest[0]),
+                _pick(population.inputs, place, alive, longest[1]),
                 pools,
                 jnp.int32(real),
             )
@@ -207,7 +223,13 @@ def evaluator(
             out = jax.device_get(program("evaluate", evaluate_block, args))
             blocks.append(jax.tree.map(lambda x, n=real: x[:n], out))
         stacked = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
-        return {"size": population.inputs.size[:num].copy(), **stacked}
+        return {"size": population.inputs.size.copy(), **stacked}
+
+    def evaluate(root, carry: schedule.Carry, round: int):
+        return {
+            name: evaluate_one(root, carry, round, population)
+            for name, population in populations.items()
+        }
 
     return Evaluator(evaluate, program)
 
@@ -219,8 +241,10 @@ def _stored(carry: schedule.Carry, ids: np.ndarray):
     return rows, seen & (ids < num_clients)
 
 
-def _pick(table: Table, place: np.ndarray):
-    return jnp.asarray(table.rows[place]), jnp.asarray(table.size[place])
+def _pick(table: Table, place: np.ndarray, alive: np.ndarray, length: int):
+    """Rows and sizes of clients, padded to `length`; the dead have no samples."""
+    rows = np.pad(table.rows[place], ((0, 0), (0, length - table.rows.shape[1])))
+    return jnp.asarray(rows), jnp.asarray(np.where(alive, table.size[place], 0))
 
 
 def summarise(values: np.ndarray, size: np.ndarray) -> dict[str, float]:

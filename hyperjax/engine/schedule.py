@@ -153,7 +153,8 @@ def simulator(
     def load_host(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)
         rows, seen = stores.host_zeros(row_spec, num_clients, store_dir)
-        for x, y in zip(jax.tree.leaves((rows, seen)), jax.tree.leaves(arrays[1:])):
+        found = jax.tree.leaves((arrays.rows, arrays.seen))
+        for x, y in zip(jax.tree.leaves((rows, seen)), found, strict=True):
             x[...] = y
         return Carry(sharding.replicate(server, mesh), rows, seen)
 
@@ -168,10 +169,9 @@ def simulator(
             ids = np.asarray(cohort.ids)
             state, was_seen = stores.host_gather(rows, seen, ids)
             place = np.minimum(ids, num_clients - 1)
-            data = (table.rows[place], table.size[place])
-            inputs = sharding.replicate((root, cohort, state, was_seen, data), mesh)
-            root_r, cohort, state, was_seen, data = inputs
-            args = (root_r, server, state, was_seen, ClientData(*data, pool), cohort)
+            data = ClientData(table.rows[place], table.size[place], pool)
+            args = (root, server, state, was_seen, data, cohort)
+            args = sharding.replicate(args, mesh)
             server, state, info = program("exchange", one_exchange, args, donate=(1,))
             stores.host_scatter(rows, seen, ids, state, np.asarray(cohort.active) > 0)
             infos.append(jax.device_get(info))

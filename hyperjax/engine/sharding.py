@@ -71,7 +71,7 @@ def map_clients(fn: Callable, mapper: str | int, mesh: Mesh | None) -> Callable:
     def local_map(mapped, shared):
         if mapper == "vmap":
             return jax.vmap(fn, (0, None))(mapped, shared)
-        batch_size = None if mapper == "map" else mapper
+        batch_size = None if isinstance(mapper, str) else mapper
         return jax.lax.map(lambda m: fn(m, shared), mapped, batch_size=batch_size)
 
     if mesh is None:

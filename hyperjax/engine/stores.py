@@ -48,8 +48,8 @@ def host_zeros(
         path = os.path.join(folder, f"rows_{i}.npy")
         return np.lib.format.open_memmap(path, "w+", s.dtype, shape)
 
-    rows = structure.unflatten([allocate(i, s) for i, s in enumerate(leaves)])
-    return rows, np.zeros(num_clients, bool)
+    rows = [allocate(i, s) for i, s in enumerate(leaves)]
+    return jax.tree.unflatten(structure, rows), np.zeros(num_clients, bool)
 
 
 def host_gather(rows: PyTree, seen: np.ndarray, ids: np.ndarray):

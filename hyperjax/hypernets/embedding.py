@@ -6,7 +6,7 @@ penalty and the behaviour at evaluation are not published; each choice is an arg
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -160,7 +160,8 @@ def distribution_embedding(
         return module.init(key, jnp.zeros((1, *input_shape)))["params"]
 
     def embed(key, params, x):
-        logits, noisy = module.apply({"params": params}, x)
+        outputs: Any = module.apply({"params": params}, x)
+        logits, noisy = outputs
         info = {}
         if noisy is not None:
             # If this falls below about 0.01 the noise has switched itself off.

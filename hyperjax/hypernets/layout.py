@@ -48,7 +48,7 @@ def flat(template: PyTree, chunk_size: int) -> Layout:
             part = jax.lax.slice_in_dim(vector, start, start + size)
             parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
             start += size
-        return structure.unflatten(parts)
+        return jax.tree.unflatten(structure, parts)
 
     def cut(target):
         vector = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(target)])

@@ -1,6 +1,7 @@
 """From a flax.linen module to a `Model`."""
 
 import inspect
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,7 @@ def from_linen(
         return module.apply(collections, x, rngs=rngs, **flags), variables["stats"]
 
     def init(key):
-        flags = {"train": False} if takes_train else {}
+        flags: dict[str, Any] = {"train": False} if takes_train else {}
         collections = dict(module.init(key, jnp.zeros((1, *input_shape)), **flags))
         return {"params": collections.pop("params"), "stats": collections}
 

@@ -1,0 +1,26 @@
+r"""Control of HyperFedZero: the same hypernetwork, a fixed uniform embedding.
+
+python -m experiments.train --config=configs/constant_embedding_mnist.py \
+    --workdir=runs/constant
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, alpha (of the Dirichlet partition), smoke."""
+    arg = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
+    config = common.defaults()
+    config.data.name = arg.data
+    config.data.alpha = arg.alpha
+    config.method = dict(
+        name="constant_embedding",
+        embedding_size=16,
+        chunk_size=576,
+        chunk_embedding_size=16,
+        hidden=(220, 220),
+        out_scale="none",
+        norm_scale_offset=0.0,
+    )
+    config.rounds = 2 if arg.smoke else 100
+    return config

@@ -1,0 +1,22 @@
+r"""FedAvg on HyperFedZero's first experiment: MNIST, MLP, 10 + 5 clients.
+
+python -m experiments.train --config=configs/fedavg_mnist.py --workdir=runs/fedavg
+
+`:tuned` uses the learning rate chosen for FedAvg itself (README.md). FedAvgM and its
+relatives: `--config.server.optimizer=fedavgm`, fedadam, fedyogi, fedadagrad.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, alpha (of the Dirichlet partition), tuned, smoke."""
+    arg = common.parse_arg(arg, data="mnist5k", alpha=1.0, tuned=False, smoke=False)
+    config = common.defaults()
+    config.data.name = arg.data
+    config.data.alpha = arg.alpha
+    config.method = dict(name="fedavg", keep=())  # keep: patterns of what stays home
+    if arg.tuned:
+        config.local.learning_rate = 0.1
+    config.rounds = 2 if arg.smoke else 100
+    return config

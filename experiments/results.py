@@ -1,0 +1,80 @@
+"""From per-client values to the numbers a run reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hyperjax.data.federation import Federation
+from hyperjax.engine.evaluate import summarise
+
+VARIANTS = ("em", "oracle", "swapped")
+PREFIXES = ("pacc", "zacc", "gacc")
+
+Values = Mapping[str, np.ndarray]
+
+
+def record(values: Mapping[str, Values]) -> dict[str, float]:
+    """Returns the metrics of one evaluation.
+
+    Args:
+      values: per-client values by metric ("pacc": participants, "zacc": unseen
+        clients, "gacc": the global test set), from `Evaluator.evaluate`.
+
+    Returns:
+      Percentages: "<metric>", with "_mean", "_std", "_p10" over clients, and
+      "_em", "_oracle", "_swapped" for the controls; "<metric>_distance"; and the
+      collapse metric of embeddings, in nats.
+    """
+    found: dict[str, float] = {}
+    for metric, clients in values.items():
+        size = clients["size"]
+        for suffix, value in summarise(clients["accuracy"], size).items():
+            found[metric + suffix] = value
+        for variant in VARIANTS:
+            # One client has no neighbour to swap with.
+            if f"accuracy_{variant}" in clients and not (
+                variant == "swapped" and len(size) == 1
+            ):
+                share = summarise(clients[f"accuracy_{variant}"], size)[""]
+                found[f"{metric}_{variant}"] = share
+        if "distance_swapped" in clients and len(size) > 1:
+            found[f"{metric}_distance"] = float(clients["distance_swapped"].mean())
+    for metric, name in (("pacc", "participating"), ("zacc", "novel")):
+        if "embedding" in values[metric]:
+            found[f"collapse_{name}"] = collapse(values[metric])
+    return found
+
+
+def collapse(clients: Values) -> float:
+    """Returns I = H(mean e) - mean H(e) in nats, over all inputs of some clients.
+
+    0 means that the embedding says nothing about the input; the maximum is ln P.
+    """
+    weight = clients["size"] / clients["size"].sum()
+    mean = weight @ np.asarray(clients["embedding"], np.float64)
+    of_mean = -np.sum(mean * np.log(mean + 1e-12))
+    return float(of_mean - weight @ clients["embedding_entropy"])
+
+
+def per_client(
+    values: Mapping[str, Values], federation: Federation
+) -> list[dict[str, Any]]:
+    """Returns one record per participating and per unseen client."""
+    rows = []
+    for metric, participating in (("pacc", True), ("zacc", False)):
+        clients = values[metric]
+        for i, size in enumerate(clients["size"]):
+            row: dict[str, Any] = dict(
+                client=i if participating else federation.num_clients + i,
+                participating=participating,
+                train_samples=int(federation.train.size[i]) if participating else 0,
+                eval_samples=int(size),
+            )
+            for name, column in clients.items():
+                if name.startswith("accuracy"):
+                    row[name] = 100.0 * float(column[i])
+                elif name != "size":
+                    row[name] = column[i]
+            rows.append(row)
+    return rows

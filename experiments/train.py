@@ -1,0 +1,258 @@
+"""Trains one method on one federation; the same command continues a stopped run.
+
+python -m experiments.train --config=configs/hyperfedzero_mnist.py --workdir=runs/x
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from experiments import build, cli, report, results, workdir
+from hyperjax import tree
+from hyperjax.data import federation as federations
+from hyperjax.engine import checkpoint, comm, log
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
+
+
+def train(
+    config: ml_collections.ConfigDict, path: str, name: str | None = None
+) -> dict[str, Any]:
+    """Runs, or continues, one experiment in a folder.
+
+    Args:
+      config: see `configs.common.defaults`; its method under `config.method`.
+      path: the run's folder; made if it is not there.
+      name: shown in progress lines; the method's name by default.
+
+    Returns:
+      The summary, also written to summary.json.
+
+    Raises:
+      ValueError and others, before any work: bad input, see `build.build` and
+        `workdir.claim`.
+      FloatingPointError: a loss or the state is not finite.
+      Stopped: by SIGTERM or SIGINT.
+    """
+    build.check(config)
+    with workdir.claim(path, config) as folder:
+        finished = folder / workdir.SUMMARY
+        if finished.exists():
+            summary = json.loads(finished.read_text())
+            logging.info("%s is finished; nothing to do.", folder)
+            return summary
+        return _Run(config, folder, name or config.method.name).go()
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, config: ml_collections.ConfigDict, folder: Path, name: str):
+        self.config, self.folder, self.name = config, folder, name
+        self.experiment = build.build(config, str(folder / "store"))
+        self.root = jax.random.key(config.seed)
+        self.cost = comm.cost(comm.describe(self.experiment.algorithm))
+        self.seconds = 0.0  # of training calls
+        self.samples = 0.0
+        self.began = time.perf_counter()
+        self.stop_signal: int | None = None
+
+    def go(self) -> dict[str, Any]:
+        config, folder, experiment = self.config, self.folder, self.experiment
+        if not (folder / workdir.CONFIG).exists():
+            federations.save_tables(experiment.federation, folder / "partition.npz")
+            workdir.describe(folder, config, experiment.plan)
+        round, carry = self.start()
+        recorder = log.Recorder(folder, round, config.tensorboard)
+        progress = log.Progress(self.name, config.rounds)
+        handlers = {s: signal.signal(s, self.ask_to_stop) for s in _signals()}
+        try:
+            if round < 0:
+                round = 0
+                self.evaluate(round, carry, {}, recorder, progress)
+                checkpoint.save(self.checkpoints, 0, carry, config.checkpoint.keep)
+            while round < config.rounds:
+                if self.stop_signal is not None:
+                    raise Stopped(round)
+                num_rounds = self.next_stop(round) - round
+                carry, info = self.train_rounds(carry, round, num_rounds)
+                recorder.rounds(round, info)
+                round += num_rounds
+                if round % config.evaluation.every == 0 or round == config.rounds:
+                    last = {k: v[-1] for k, v in info.items()}
+                    self.evaluate(round, carry, last, recorder, progress)
+                checkpoint.save(self.checkpoints, round, carry, config.checkpoint.keep)
+            return self.finish(round, carry)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            progress.close()
+            recorder.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def ask_to_stop(self, number, frame) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def start(self):
+        """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
+        simulator = self.experiment.simulator
+        carry = simulator.init(self.root)
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
+        restored = checkpoint.restore(self.checkpoints, template)
+        if restored is None:
+            return -1, carry
+        logging.info("Continuing %s after round %d.", self.folder, restored.round)
+        return restored.round, simulator.load(restored.carry)
+
+    def next_stop(self, round: int) -> int:
+        """The next round to stop the program at: on a grid, so that a continued run
+        makes the same calls as an uninterrupted one."""
+        every = self.config.evaluation.every
+        per_call = self.config.engine.rounds_per_call or every
+        last_evaluation = round // every * every
+        within = (round - last_evaluation) // per_call + 1
+        stop = min(last_evaluation + every, last_evaluation + within * per_call)
+        return min(stop, self.config.rounds)
+
+    def train_rounds(self, carry, round: int, num_rounds: int):
+        program = self.experiment.simulator.program
+        began, compiled = time.perf_counter(), program.seconds
+        carry, info = self.experiment.simulator.run(self.root, carry, round, num_rounds)
+        info = jax.device_get(info)
+        compiling = program.seconds - compiled
+        self.seconds += time.perf_counter() - began - compiling
+        self.samples += float(np.sum(info["samples"]))
+        self.check_finite(carry, info, round)
+        return carry, info
+
+    def check_finite(self, carry, info: dict[str, np.ndarray], round: int) -> None:
+        for i in range(len(info["samples"])):
+            bad = [name for name, values in info.items() if not np.isfinite(values[i])]
+            if bad:
+                self.fail(round + i + 1, ", ".join(bad), round)
+        if not bool(tree.finite(carry)):
+            self.fail(round + len(info["samples"]), "the state", round)
+
+    def fail(self, round: int, what: str, last_good: int) -> None:
+        raise FloatingPointError(
+            f"round {round}: {what} is not finite. The last good checkpoint is that "
+            f"after round {last_good} in {self.checkpoints}. A smaller "
+            "local.learning_rate or local.clip_norm=1.0 often helps"
+        )
+
+    def evaluate(self, round: int, carry, info, recorder, progress) -> None:
+        self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
+        metrics = results.record(self.values)
+        totals = self.totals(round)
+        record = dict(round=round, loss=info.get("loss"), **metrics, **totals)
+        record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
+        self.metrics = log.plain(metrics)
+        recorder.evaluation(record, time.perf_counter() - self.began)
+        shown = {m: f"{metrics[m]:.2f}" for m in ("gacc", "pacc", "zacc")}
+        if "loss" in info:
+            shown = {"loss": f"{info['loss']:.4f}", **shown}
+        if self.seconds:
+            shown["samples/s"] = f"{self.samples / self.seconds:,.0f}"
+        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
+        progress.update(round, {**shown, "sent": log.size(sent)})
+
+    def totals(self, round: int) -> dict[str, int]:
+        """Bytes of all clients in all rounds so far, in Python integers."""
+        visits = round * self.experiment.cohort_size
+        return dict(
+            up_bytes_total=self.cost.up_bytes * visits,
+            down_bytes_total=self.cost.down_bytes * visits,
+        )
+
+    def finish(self, round: int, carry) -> dict[str, Any]:
+        if not hasattr(self, "values"):  # continued after the last evaluation
+            self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
+            self.metrics = log.plain(results.record(self.values))
+        config, experiment = self.config, self.experiment
+        rows = results.per_client(self.values, experiment.federation)
+        checkpoint.write_atomically(
+            self.folder / "clients.json", json.dumps(log.plain(rows), indent=1) + "\n"
+        )
+        programs = (experiment.simulator.program, experiment.evaluator.program)
+        rate = self.samples / self.seconds if self.seconds else None
+        summary = dict(
+            method=config.method.name,
+            dataset=config.data.name,
+            rounds=config.rounds,
+            seed=config.seed,
+            **self.metrics,
+            **self.cost._asdict(),
+            **self.totals(round),
+            seconds=time.perf_counter() - self.began,
+            samples_per_second=rate,
+            compile_seconds=sum(p.seconds for p in programs),
+            plan=experiment.plan,
+            state_sha256=tree.sha256(jax.device_get(carry)),
+            finished=True,
+        )
+        if config.evaluation.sample_level:
+            summary |= self.sample_level(round, carry)
+        summary = log.plain(summary)
+        checkpoint.write_atomically(
+            self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
+        )
+        report.run_report(str(self.folder))
+        return summary
+
+    def sample_level(self, round: int, carry) -> dict[str, float]:
+        """Accuracies with one classifier per input, for methods that can."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        if "deploy_granularity" not in config.method:
+            return {}
+        config.method.deploy_granularity = "sample"
+        source = build.load_source(config.data)
+        shape = source.x.shape[1:]
+        model = build.make_model(config, shape, source.num_classes)
+        algorithm = build.make_algorithm(config, model)
+        evaluator = build.make_evaluator(config, self.experiment.federation, algorithm)
+        values = evaluator.evaluate(self.root, carry, round)
+        return {
+            f"{metric}_sample": results.summarise(v["accuracy"], v["size"])[""]
+            for metric, v in values.items()
+        }
+
+
+def _signals() -> tuple[signal.Signals, ...]:
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return ()  # signals belong to the main thread
+    return (signal.SIGTERM, signal.SIGINT)
+
+
+def main(config: ml_collections.ConfigDict, path: str) -> int:
+    """Trains, prints the result; returns the exit code."""
+    try:
+        summary = train(config, path)
+    except Stopped as stop:
+        print(f"Stopped after round {stop}; the same command continues.")
+        return 0
+    print(
+        f"{summary['method']} on {summary['dataset']}: "
+        + ", ".join(f"{m} {summary[m]:.2f}" for m in ("gacc", "pacc", "zacc"))
+        + f"; report: {Path(path) / 'report.html'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

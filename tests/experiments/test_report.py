@@ -1,0 +1,363 @@
+"""Reports of runs: what they say, that they stand alone, and text tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import plots, report
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def _accuracies(share: float, shift: float) -> dict[str, float]:
+    """All accuracies of one evaluation after a share of the training."""
+    values = {}
+    for name, best in (("gacc", 70.0), ("pacc", 88.0), ("zacc", 81.0)):
+        value = 10 + (best + shift - 10) * (1 - math.exp(-4 * share))
+        values |= {name: value, f"{name}_mean": value - 0.5, f"{name}_p10": value - 9}
+        values |= {f"{name}_std": 0.0 if name == "gacc" else 4.2}
+        values |= {f"{name}_em": value - 4, f"{name}_oracle": value + 3}
+    return values
+
+
+def _evaluation(round_: int, rounds: int, shift: float) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    row: dict[str, Any] = _accuracies(round_ / rounds, shift)
+    row |= {"round": round_, "loss": 2.3 / (1 + round_) if round_ else None}
+    row |= {"pacc_swapped": 55.0, "zacc_swapped": 57.0, "pacc_distance": 0.0412}
+    row |= {"collapse_participating": 1.25, "collapse_novel": 1.1}
+    row |= {"up_bytes_total": 4000 * round_, "down_bytes_total": 8000 * round_}
+    return row | {"dispersion": 0.1 * round_, "update_norm": 1 / (1 + round_)}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def make_run(
+    folder: Path,
+    method: str = "hyperfednet",
+    finished: bool = True,
+    clients: int = 15,
+    novel: int = 5,
+    classes: int = 10,
+    rounds: int = 40,
+    collapsed: bool = False,
+    shift: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Writes the files that a run leaves behind; returns the folder."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    config = {
+        "seed": seed,
+        "rounds": rounds,
+        "data": {"name": "digits", "labels": [3, 1]},
+        "method": {"name": method, "rate": 0.05},
+    }
+    about = {
+        "config": config,
+        "commit": "0123abc",
+        "versions": {"jax": "0.4.30"},
+        "device": "cpu x 2",
+        "plan": {"clients_at_once": 5},
+    }
+    _write_json(folder / "config.json", about)
+    done = rounds if finished else rounds // 2
+    evaluations = [_evaluation(t, rounds, shift) for t in range(0, done + 1, 4)]
+    _write_lines(folder / "metrics.jsonl", evaluations)
+    times = [{"round": e["round"], "seconds": 1.5 * e["round"]} for e in evaluations]
+    _write_lines(folder / "timing.jsonl", times)
+    counts = rng.multinomial(60, rng.dirichlet(np.full(classes, 0.3), clients))
+    participating = np.arange(clients) < clients - novel
+    names = np.array([f"class {k}" for k in range(classes)])
+    np.savez(
+        folder / "partition.npz",
+        counts=counts,
+        participating=participating,
+        label_names=names,
+    )
+    if not finished:
+        return str(folder)
+    summary = {**evaluations[-1], "method": method, "dataset": "digits", "seed": seed}
+    summary |= {"rounds": rounds, "up_numbers": 1000, "down_numbers": 2000}
+    summary |= {"up_bytes": 4000, "down_bytes": 8000, "seconds": 61.25}
+    summary |= {"samples_per_second": 12345.6, "compile_seconds": 8.5}
+    summary |= {"plan": about["plan"], "state_sha256": "feed" * 16, "finished": True}
+    _write_json(folder / "summary.json", summary)
+    embeddings = rng.dirichlet(np.full(6, 0.4), clients)
+    if collapsed:
+        embeddings = np.full((clients, 6), 1 / 6) + rng.uniform(0, 1e-9, (clients, 6))
+    rows = []
+    for client in range(clients):
+        accuracy = float(rng.uniform(60, 98))
+        rows.append(
+            {
+                "client": client,
+                "participating": bool(participating[client]),
+                "train_samples": int(counts[client].sum()),
+                "eval_samples": 12,
+                "accuracy": accuracy,
+                "accuracy_em": accuracy - 6,
+                "embedding": embeddings[client].tolist(),
+            }
+        )
+    _write_json(folder / "clients.json", rows)
+    return str(folder)
+
+
+class _Checker(HTMLParser):
+    """Fails where tags do not nest; keeps attributes that load or lead elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        links = ("src", "href", "xlink:href", "data", "srcset")
+        self.links += [value or "" for name, value in attrs if name in links]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+
+def _read(path: str | Path) -> tuple[str, list[str]]:
+    """A page's text and links, after a check that it is well formed."""
+    text = Path(path).read_text(encoding="utf-8")
+    checker = _Checker()
+    checker.feed(text)
+    assert checker.open == []
+    return text, checker.links
+
+
+def test_run_report_shows_everything(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = report.run_report(folder)
+    assert path == os.path.join(folder, "report.html")
+    text, _ = _read(path)
+    for part in (
+        "hyperfednet on digits",
+        "seed 0 · 40 rounds · finished",
+        "EM control 75.70 · oracle 82.70",
+        "up 4 kB · down 8 kB",
+        "61.2 s",
+        "12,346",
+        "Partition",
+        "class 3",
+        "Accuracy of every client",
+        "Embeddings of 15 clients",
+        "at most ln 6 = 1.79",
+        "57 (own 79.7)",
+        "client to server",
+        "160,000",
+        "<code>data.labels</code>",
+        "[3, 1]",
+        "clients_at_once",
+        "0.4.30",
+        "0123abc",
+        "cpu x 2",
+        "feed" * 16,
+        "update norm",
+    ):
+        assert part in text, part
+    assert not list(Path(folder).glob("*.tmp"))
+
+
+def test_same_files_same_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    first = Path(report.run_report(folder)).read_bytes()
+    assert Path(report.run_report(folder)).read_bytes() == first
+
+
+def test_pages_stand_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    own = report.run_report(folder)
+    both = report.comparison_report([folder], str(tmp_path / "all.html"), "All")
+    for path in (own, both):
+        text, links = _read(path)
+        assert all(link.startswith("#") or link == "run/report.html" for link in links)
+        assert "<script" not in text and "@import" not in text
+        assert not re.findall(r"url\((?!#)", text)
+        addresses = re.findall(r'([\w:]+)="https?://', text)
+        assert all(name.startswith("xmlns") for name in addresses)
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    bad = "<script>alert('&')</script>"
+    folder = make_run(tmp_path / "run", method=bad)
+    path = tmp_path / "all.html"
+    report.comparison_report([folder], str(path), bad, [bad], [{bad: bad}])
+    for page in (report.run_report(folder), path):
+        text, _ = _read(page)
+        assert "<script" not in text
+        assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)" in text
+
+
+def test_collapsed_embedding_is_said_not_drawn(tmp_path: Path) -> None:
+    text, _ = _read(report.run_report(make_run(tmp_path / "run", collapsed=True)))
+    assert "The embedding has collapsed: all 15 clients" in text
+    assert "component 1" not in text
+
+
+def test_without_embeddings_no_section(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    clients = json.loads((tmp_path / "run/clients.json").read_text())
+    for client in clients:
+        del client["embedding"], client["accuracy_em"]
+    _write_json(tmp_path / "run/clients.json", clients)
+    text, _ = _read(report.run_report(folder))
+    assert "<h2>Embeddings</h2>" not in text
+    assert "Accuracy of every client" in text
+
+
+def test_run_in_progress(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=False)
+    with open(tmp_path / "run/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"round": 24, "lo')  # being written while the report is made
+    text, _ = _read(report.run_report(folder))
+    assert "This run is not finished: evaluated up to round 20 of 40" in text
+    assert "hyperfednet on digits" in text
+    assert "30.0 s" in text  # from timing.jsonl
+    assert "<h2>Clients</h2>" not in text
+
+
+def test_run_that_has_only_started(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    _write_json(folder / "config.json", {"config": {"seed": 1}, "commit": None})
+    text, _ = _read(report.run_report(str(folder)))
+    assert "No evaluation yet" in text
+    assert "not finished" in text
+
+
+def test_no_run_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        report.run_report(str(tmp_path))
+
+
+def test_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text("{oops\n" + metrics.read_text())
+    with pytest.raises(json.JSONDecodeError):
+        report.run_report(folder)
+
+
+def test_hundred_clients_and_classes_stay_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", clients=100, novel=20, classes=100)
+    path = report.run_report(folder)
+    _read(path)
+    assert os.path.getsize(path) < 2e6
+
+
+def test_comparison_of_two_runs(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "runs/one & two", "fedavg")
+    second = make_run(tmp_path / "runs/other", "pfedhn", shift=-5.0)
+    path = str(tmp_path / "pages.html")
+    rows = [{"rate": 0.1}, {"rate": 0.2}]
+    assert report.comparison_report([first, second], path, "Sweep", rows=rows) == path
+    text, links = _read(path)
+    assert "runs/one%20%26%20two/report.html" in links
+    assert "runs/other/report.html" in links
+    assert "fedavg" in text and "pfedhn" in text and "0.20" in text
+    assert text.count("<h2>Partition</h2>") == 1 and "class 3" in text
+    for label in ("one &amp; two", "other"):
+        # Once in each of three charts.
+        assert len(re.findall(f"<polyline[^>]*><title>{label}</title>", text)) == 3
+
+
+def test_comparison_with_other_partitions(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "Seeds")
+    text, _ = _read(path)
+    assert "do not share one partition" in text and "class 3" not in text
+
+
+def test_comparison_checks_lengths(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = str(tmp_path / "all.html")
+    with pytest.raises(ValueError, match="1 runs with 2 labels"):
+        report.comparison_report([folder], path, "All", ["a", "b"])
+    with pytest.raises(ValueError, match="0 runs"):
+        report.comparison_report([], path, "All")
+
+
+def test_failed_write_leaves_the_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run")
+    path = Path(report.run_report(folder))
+    before = path.read_bytes()
+    monkeypatch.setattr(report.os, "replace", _refuse)
+    with pytest.raises(OSError, match="disk"):
+        report.run_report(folder)
+    assert path.read_bytes() == before
+    assert not list(Path(folder).glob("*.tmp"))
+
+
+def _refuse(*_: object) -> None:
+    raise OSError("no room on disk")
+
+
+def test_text_table() -> None:
+    rows = [
+        {"name": "fedavg", "acc": 71.234, "size": 1234567, "done": True},
+        {"name": "pfedhn", "acc": None, "size": np.int64(12), "done": False},
+    ]
+    columns = [("name", "method"), ("acc", "%"), ("size", "bytes"), ("done", "done")]
+    assert report.text_table(rows, [*columns, ("gone", "gone")]) == "\n".join(
+        [
+            "method      %      bytes  done  gone",
+            "------  -----  ---------  ----  ----",
+            "fedavg  71.23  1,234,567  yes   -",
+            "pfedhn      -         12  no    -",
+        ]
+    )
+    assert report.text_table([], columns[:2]) == "method  %\n------  -"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0, 100, False, [0, 20, 40, 60, 80, 100]),
+        (0.31, 0.52, False, [0.3, 0.35, 0.4, 0.45, 0.5, 0.55]),
+        (0, 3, True, [0, 1, 2, 3]),
+    ],
+)
+def test_nice_ticks(low: float, high: float, whole: bool, expected: list) -> None:
+    assert plots.nice_ticks(low, high, whole=whole) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.0, 1e-9, 3e7])
+def test_nice_ticks_around_one_value(value: float) -> None:
+    ticks = plots.nice_ticks(value, value)
+    assert ticks[0] < value < ticks[-1] and ticks == sorted(ticks)
+
+
+def test_line_chart_of_little() -> None:
+    assert "no values yet" in plots.line_chart("empty", [])
+    one = plots.line_chart("one", [plots.Line("a", [(0, 5.0), (1, math.inf)], "#000")])
+    assert one.count("<circle") == 1 and "inf" not in one

@@ -1,0 +1,317 @@
+"""Networks: published sizes, layers against XLA's own, and the way from linen."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hyperjax import tree
+from hyperjax.models import MLP, ZOO, LeNet, from_linen, layers
+from hyperjax.models.linen import cross_entropy, masked_mean
+from hyperjax.types import Batch
+
+MNIST = (28, 28, 1)
+
+
+def num_parameters(model):
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    assert variables["stats"] == {}
+    return tree.count(variables["params"])
+
+
+def numbers(*shapes):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+# Sizes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "expected"),
+    [
+        # 784 * 200 + 200 + 200 * 200 + 200 + 200 C + C
+        ("mlp", 10, 199_210),
+        ("mlp", 47, 206_647),
+        ("mlp", 62, 209_662),
+        # 26 * 10 + (25 * 10 + 1) * 20 + 321 * 50 + 51 C
+        ("lenet_s", 10, 21_840),
+        ("lenet_s", 62, 24_492),
+        # 26 * 20 + (25 * 20 + 1) * 50 + 801 * 500 + 501 C
+        ("lenet", 10, 431_080),
+    ],
+)
+def test_parameter_counts(name, num_classes, expected):
+    model = from_linen(ZOO[name](num_classes), MNIST, num_classes)
+    assert num_parameters(model) == expected
+    logits = jax.eval_shape(
+        lambda key, x: model.predict(model.init(key), x),
+        jax.random.key(0),
+        jnp.zeros((3, *MNIST)),
+    )
+    assert logits.shape == (3, num_classes) and logits.dtype == jnp.float32
+
+
+def test_mlp_is_its_formula():
+    model = from_linen(MLP(3, hidden=(4,)), (2, 3, 1), 3)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    x = np.random.default_rng(0).normal(size=(5, 2, 3, 1)).astype(np.float32)
+    first, second = (
+        jax.tree.map(np.asarray, variables["params"][f"Dense_{i}"]) for i in range(2)
+    )
+    hidden = np.maximum(x.reshape(5, 6) @ first["kernel"] + first["bias"], 0)
+    expected = hidden @ second["kernel"] + second["bias"]
+    logits = jax.jit(model.predict)(variables, x)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+# Layers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolution_by_patches_equals_xla(size, stride, padding):
+    x, kernel, bias = numbers((2, 7, 8, 3), (size, size, 3, 4), (4,))
+
+    @jax.jit
+    def outputs(kernel, x):
+        def one(rule):
+            def apply(kernel, x):
+                params = {"kernel": kernel, "bias": bias}
+                return layers.Conv(4, size, stride, padding, rule).apply(
+                    {"params": params}, x
+                )
+
+            y, pullback = jax.vjp(apply, kernel, x)
+            return y, pullback(jnp.sin(y))
+
+        return one("patches"), one("xla")
+
+    ours, theirs = outputs(kernel, x)
+    chex.assert_trees_all_equal_shapes(ours, theirs)
+    # Up to 75 products per output, 112 per gradient entry, in another order.
+    chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shape", [(4, 6), (5, 7), (3, 8)])
+def test_max_pool_equals_reduce_window(shape, size):
+    # No two entries are equal, so the gradient is unique.
+    values = np.random.default_rng(0).permutation(2 * shape[0] * shape[1] * 3)
+    x = jnp.asarray(values.reshape(2, *shape, 3), jnp.float32)
+
+    def reference(x):
+        window = (1, size, size, 1)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
+
+    @jax.jit
+    def both(x):
+        def outputs(pool):
+            y, pullback = jax.vjp(pool, x)
+            return y, pullback(y + 1)
+
+        return outputs(lambda x: layers.max_pool(x, size)), outputs(reference)
+
+    chex.assert_trees_all_equal(*both(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "fan_in"),
+    [
+        (layers.Dense(2000), (1, 25), 25),
+        (layers.Conv(500, 3), (1, 4, 4, 2), 18),
+    ],
+)
+def test_initialisation_is_pytorchs(module, shape, fan_in):
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros(shape))["params"]
+    limit = 1 / np.sqrt(fan_in)
+    for leaf in (params["kernel"], params["bias"]):
+        leaf = np.asarray(leaf)
+        largest = np.abs(leaf).max()
+        # Uniform on +-limit: n draws come within 10 / n of the limit.
+        assert limit * (1 - 10 / leaf.size) < largest <= limit * (1 + 1e-6)
+        # Standard error of the deviation of a uniform: 0.447 / sqrt(n) of itself.
+        np.testing.assert_allclose(
+            leaf.std(), limit / np.sqrt(3), rtol=4 * 0.447 / leaf.size**0.5
+        )
+    assert abs(float(params["kernel"].mean())) < 0.02 * limit
+
+
+def test_rules_of_a_whole_network_agree():
+    x = jax.random.normal(jax.random.key(1), (2, *MNIST))
+    ours, theirs = (
+        from_linen(LeNet(3, channels=(2, 3), hidden=(4,), conv_rule=rule), MNIST, 3)
+        for rule in ("patches", "xla")
+    )
+
+    @jax.jit
+    def both(key):
+        variables = ours.init(key)
+        return ours.predict(variables, x), theirs.predict(variables, x)
+
+    a, b = both(jax.random.key(0))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# Losses ----------------------------------------------------------------------------
+
+
+def test_masked_mean():
+    values = jnp.array([1.0, jnp.nan, 5.0, jnp.inf])
+    assert float(masked_mean(values, jnp.array([1.0, 0, 1, 0]))) == 3.0
+    assert float(masked_mean(values, jnp.zeros(4))) == 0.0
+
+
+def test_cross_entropy_by_hand():
+    # Uniform logits: ln 3. Logits (ln 2, 0, 0), label 0: -ln(2 / 4) = ln 2.
+    logits = jnp.array([[0.0, 0, 0], [np.log(2), 0, 0]])
+    batch = Batch(None, jnp.array([2, 0]), jnp.ones(2))
+    expected = (np.log(3) + np.log(2)) / 2
+    assert float(cross_entropy(logits, batch)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_cross_entropy_ignores_padding():
+    logits = jax.random.normal(jax.random.key(0), (3, 4))
+    y = jnp.array([1, 0, 3])
+    padding = jnp.array([[1e30, -1e30, 0, 0], [1e4, 1e4, 1e4, -1e4]])
+
+    def padded(logits):
+        batch = Batch(None, jnp.array([1, 0, 3, 1, -1]), jnp.array([1.0, 1, 1, 0, 0]))
+        return cross_entropy(jnp.concatenate([logits, padding]), batch)
+
+    def plain(logits):
+        return cross_entropy(logits, Batch(None, y, jnp.ones(3)))
+
+    (a, grad_a), (b, grad_b) = (
+        jax.jit(jax.value_and_grad(f))(logits) for f in (padded, plain)
+    )
+    assert float(a) == pytest.approx(float(b), rel=1e-7)
+    np.testing.assert_allclose(grad_a, grad_b, rtol=1e-6)
+
+
+# From linen ------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A user's network with batch statistics and dropout, by Flax's conventions."""
+
+    num_classes: int
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.Dense(4)(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(self.rate, deterministic=not train)(x)
+        return nn.Dense(self.num_classes)(x)
+
+
+def batch_of(n=6):
+    x = 3 + 2 * jax.random.normal(jax.random.key(5), (n, 2, 2, 1))
+    return Batch(x, jnp.arange(n) % 3, jnp.ones(n))
+
+
+def test_batch_statistics_are_moved_in_training_only():
+    model = from_linen(Normalised(3), (2, 2, 1), 3)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    assert set(variables) == {"params", "stats"}
+    assert tree.paths(variables["stats"]) == [
+        "batch_stats/BatchNorm_0/mean",
+        "batch_stats/BatchNorm_0/var",
+    ]
+    batch = batch_of()
+    predict = jax.jit(model.predict)
+    value, (stats, info) = jax.jit(model.loss)(jax.random.key(1), variables, batch, ())
+    assert jax.tree.structure(stats) == jax.tree.structure(variables["stats"])
+    # Running mean: 0.9 * 0 + 0.1 * (batch mean of the first layer's output).
+    first, last = (
+        jax.tree.map(np.asarray, variables["params"][f"Dense_{i}"]) for i in range(2)
+    )
+    hidden = np.asarray(batch.x).reshape(6, 4) @ first["kernel"] + first["bias"]
+    np.testing.assert_allclose(
+        stats["batch_stats"]["BatchNorm_0"]["mean"], 0.1 * hidden.mean(0), rtol=1e-5
+    )
+    # Training normalises by the batch, prediction by the running statistics.
+    normalised = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    logits = normalised @ last["kernel"] + last["bias"]
+    assert float(value) == pytest.approx(float(cross_entropy(logits, batch)), rel=1e-4)
+    assert float(info["loss"]) == float(value)
+    expected = hidden / np.sqrt(1 + 1e-5) @ last["kernel"] + last["bias"]
+    predicted = predict(variables, batch.x)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(
+        predict({**variables, "stats": stats}, batch.x), predicted, atol=1e-3
+    )
+
+
+def test_dropout_follows_the_key_in_training_only():
+    model = from_linen(Normalised(3, rate=0.5), (2, 2, 1), 3)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    batch = batch_of()
+    loss, predict = jax.jit(model.loss), jax.jit(model.predict)
+    first, again, other = (
+        float(loss(jax.random.key(seed), variables, batch, ())[0]) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    # Predictions have no key at all, and drop nothing: another rate is no change.
+    other_rate = from_linen(Normalised(3, rate=0.9), (2, 2, 1), 3)
+    np.testing.assert_array_equal(
+        predict(variables, batch.x), jax.jit(other_rate.predict)(variables, batch.x)
+    )
+
+
+def test_users_module_trains():
+    model = from_linen(Normalised(3, rate=0.1), (2, 2, 1), 3)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    batch = batch_of()
+    optimizer = optax.adam(0.1)
+
+    @jax.jit
+    def train(variables):
+        def step(i, carry):
+            params, stats, opt = carry
+
+            def loss(params):
+                every = {"params": params, "stats": stats}
+                return model.loss(jax.random.key(i), every, batch, ())
+
+            (_, (stats, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            updates, opt = optimizer.update(grads, opt)
+            return optax.apply_updates(params, updates), stats, opt
+
+        params, stats = variables["params"], variables["stats"]
+        carry = (params, stats, optimizer.init(params))
+        params, stats, _ = jax.lax.fori_loop(0, 60, step, carry)
+        return {"params": params, "stats": stats}
+
+    before, after = (
+        float(cross_entropy(model.predict(v, batch.x), batch))
+        for v in (variables, train(variables))
+    )
+    assert after < 0.7 * before
+
+
+def test_with_shape_rebuilds():
+    model = from_linen(MLP(3, hidden=(4,)), (2, 2, 1), 3)
+    wide = model.with_shape((7,))
+    assert wide.sample_shape == (7,)
+    variables = jax.eval_shape(wide.init, jax.random.key(0))
+    assert variables["params"]["Dense_0"]["kernel"].shape == (7, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (800,), (28, 28)])
+def test_wrong_input_shape_names_model_and_shape(shape):
+    with pytest.raises(ValueError, match="LeNet does not accept inputs") as error:
+        from_linen(LeNet(10), shape, 10)
+    assert str(shape) in str(error.value)
+
+
+def test_wrong_logits_shape_names_model_and_shapes():
+    with pytest.raises(ValueError, match="MLP returns") as error:
+        from_linen(MLP(7), MNIST, 10)
+    for text in ("(2, 7)", "(2, 10)", str(MNIST)):
+        assert text in str(error.value)
