@@ -1,5 +1,7 @@
 """Flags of the launchers, and one readable message instead of a stack trace."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -7,59 +9,87 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(), such as configs/....py", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_DEBUG = flags.DEFINE_bool("debug", False, "Show stack traces.")
+from hyperjax.errors import check_choice
 
 
-def run(main: Callable) -> None:
-    """Parses --config, --workdir, --debug and exits with what `main` returns."""
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
+    """Runs `main() -> exit code` under absl, turning mistakes into messages.
+
+    Args:
+      main: reads `flags.FLAGS`.
+      needs: flags that must be given.
+    """
+    flags.DEFINE_bool("debug", False, "Show stack traces.")
+    debug = "--debug" in sys.argv
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            for name in needs:
+                if flags.FLAGS[name].value is None:
+                    raise ValueError(f"--{name} is required; see --help")
+            if len(rest) > 1:
+                raise ValueError(f"unexpected argument {rest[1]!r}; see --help")
+            return rest
+        except Exception as error:
+            if debug:
+                raise
+            sys.exit(complain(explain(error)))
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        logging.set_verbosity(logging.WARNING)
+        try:
+            code = main()
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
+            if debug:
+                raise
+            code = complain(str(error) or type(error).__name__)
+        sys.exit(code)
+
+    app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """As absl's parser, with our own way of reporting a bad value."""
-    try:
-        rest = flags.FLAGS(argv)
-        for name in ("config", "workdir"):
-            if flags.FLAGS[name].value is None:
-                raise ValueError(f"--{name} is required")
-        if len(rest) > 1:
-            raise ValueError(f"unexpected argument {rest[1]!r}")
-        return rest
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        sys.exit(_complain(_explain(error)))
+def define_config() -> flags.FlagHolder:
+    """Defines --config=file.py[:argument] and --config.field=value."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "A file with get_config(), as in configs/.", lock_config=True
+    )
 
 
-def _explain(error: Exception) -> str:
-    """Adds the nearest field name to ml_collections' words."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+def complain(message: str) -> int:
+    """Prints an error; returns the exit code."""
+    print(f"error: {message}\n(--debug shows where)", file=sys.stderr)
+    return 2
+
+
+def explain(error: Exception) -> str:
+    """Returns a parser's message; for an unknown config field with the nearest one."""
+    text = str(error).strip() or type(error).__name__
+    field = re.search(r"--config\.([\w.]+)", " ".join(sys.argv[1:]))
+    if isinstance(error, (AttributeError, KeyError)) and field is not None:
+        return _nearest_field(text)
     return text
 
 
-def _guarded(main: Callable, argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    devices = _CONFIG.value.engine.devices
-    use_cores(devices)
+def _nearest_field(text: str) -> str:
+    """Finds the first --config.field that the config does not have."""
+    from experiments.workdir import flatten
+
     try:
-        code = main(_CONFIG.value, _WORKDIR.value)
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        if _DEBUG.value:
-            raise
-        code = _complain(str(error) or type(error).__name__)
-    sys.exit(code)
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    print("(--debug shows where)", file=sys.stderr)
-    return 2
+        config = flags.FLAGS["config"].value
+        fields = list(flatten(config.to_dict()))
+        for argument in sys.argv[1:]:
+            match = re.match(r"--config\.([\w.]+)", argument)
+            if match and match.group(1) not in fields:
+                check_choice("config field", match.group(1), fields)
+    except ValueError as unknown:
+        return str(unknown)
+    except Exception:  # no config to compare with: the parser's words must do
+        pass
+    return text
 
 
 def use_cores(devices: int) -> None:
@@ -69,7 +99,5 @@ def use_cores(devices: int) -> None:
     of client training (`benchmarks/round_time.py`). Accelerators are untouched. Must
     run before JAX looks for devices.
     """
-    import os
-
     cores = len(os.sched_getaffinity(0))
     jax.config.update("jax_num_cpu_devices", devices or cores)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from experiments import build, cli, report, results, workdir
 from hyperjax import tree
@@ -241,18 +241,21 @@ def _signals() -> tuple[signal.Signals, ...]:
 
 def main(config: ml_collections.ConfigDict, path: str) -> int:
     """Trains, prints the result; returns the exit code."""
+    cli.use_cores(config.engine.devices)
     try:
         summary = train(config, path)
     except Stopped as stop:
         print(f"Stopped after round {stop}; the same command continues.")
         return 0
+    scores = ", ".join(f"{m} {summary[m]:.2f}" for m in ("gacc", "pacc", "zacc"))
     print(
-        f"{summary['method']} on {summary['dataset']}: "
-        + ", ".join(f"{m} {summary[m]:.2f}" for m in ("gacc", "pacc", "zacc"))
-        + f"; report: {Path(path) / 'report.html'}"
+        f"{summary['method']} on {summary['dataset']}: {scores}; "
+        f"report: {Path(path) / 'report.html'}"
     )
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    cli.run(lambda: main(_CONFIG.value, _WORKDIR.value), needs=("config", "workdir"))

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def splitter(template: PyTree, patterns: Sequence[str] | str | None) -> Splitter
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     names = paths(template)
-    structure = jax.tree.structure(template)
+    structure: Any = jax.tree.structure(template)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(

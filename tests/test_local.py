@@ -1,5 +1,7 @@
 """Local training, against steps worked out by hand."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ from hyperjax.models.linen import masked_mean
 from hyperjax.types import ClientData, Model, Pool
 
 LR = 0.1
+PLAIN = optax.sgd(LR)
+DECAYING = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(LR, 0.9))
 
 
 def quadratic():
@@ -45,22 +49,25 @@ def pool_of(values):
     return Pool(jnp.asarray(x), jnp.zeros(len(x), jnp.int32), 0 * one, one / 255)
 
 
-def data_of(values, padding=0):
+def data_of(values, n_max=8):
     """A client that holds `values`; padding rows show a sample that is not its own."""
     n = len(values)
-    rows = np.r_[np.arange(n), np.full(padding, n)].astype(np.int32)
-    return ClientData(jnp.asarray(rows), jnp.int32(n), pool_of([*values, 99]))
+    rows = np.r_[np.arange(n), np.full(n_max - n, n)].astype(np.int32)
+    pool = pool_of([*values, *[99] * (9 - n)])
+    return ClientData(jnp.asarray(rows), jnp.int32(n), pool)
 
 
-def run(data, *, model=None, optimizer=None, seed=0, start=None, round=0, **options):
-    model = model or quadratic()
-    train = local.trainer(model, optimizer=optimizer or optax.sgd(LR), **options)
-    start = model.init(jax.random.key(0)) if start is None else start
-    return jax.jit(
-        lambda key, start, data, round: train(
-            key, start, data, round, local.no_adjustment
-        )
-    )(jax.random.key(seed), start, data, jnp.int32(round))
+@functools.cache
+def compiled(optimizer, **options):
+    """One program per set of options: all clients of this file have equal shapes."""
+    train = local.trainer(quadratic(), optimizer=optimizer, **options)
+    return jax.jit(lambda *args: train(*args, local.no_adjustment))
+
+
+def run(data, *, optimizer=PLAIN, seed=0, round=0, **options):
+    start = quadratic().init(None)
+    key = jax.random.key(seed)
+    return compiled(optimizer, **options)(key, start, data, jnp.int32(round))
 
 
 def weights(variables):
@@ -80,11 +87,10 @@ def test_full_batch_epoch_is_one_gradient_step():
 
 
 def test_network_step_equals_plain_gradient_descent():
-    key = jax.random.key(3)
     x = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), np.uint8)
     pool = clients.make_pool(x, np.array([0, 1, 2, 2, 0]), np.arange(5))
     model = from_linen(MLP(3, hidden=(4,)), (2, 2, 1), 3)
-    start = model.init(key)
+    start = jax.jit(model.init)(jax.random.key(3))
     data = ClientData(jnp.arange(5, dtype=jnp.int32), jnp.int32(5), pool)
 
     def objective(params):  # written out, without masks
@@ -92,14 +98,15 @@ def test_network_step_equals_plain_gradient_descent():
         logits = model.predict({"params": params, "stats": {}}, inputs)
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(5), pool.y])
 
-    grads = jax.grad(objective)(start["params"])
+    value, grads = jax.jit(jax.value_and_grad(objective))(start["params"])
     expected = jax.tree.map(lambda w, g: w - LR * g, start["params"], grads)
     # Batch of 8: the three masked rows must not enter the mean.
-    after, info = run(data, model=model, start=start, batch_size=8)
-    chex.assert_trees_all_close(after["params"], expected, atol=1e-7, rtol=1e-6)
-    assert float(info["loss"]) == pytest.approx(
-        float(objective(start["params"])), rel=1e-6
+    train = local.trainer(model, optimizer=PLAIN, batch_size=8)
+    after, info = jax.jit(lambda *args: train(*args, local.no_adjustment))(
+        jax.random.key(0), start, data, jnp.int32(0)
     )
+    chex.assert_trees_all_close(after["params"], expected, atol=1e-7, rtol=1e-6)
+    assert float(info["loss"]) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_last_batch_is_averaged_over_its_real_samples():
@@ -122,20 +129,16 @@ def test_last_batch_is_averaged_over_its_real_samples():
 
 def test_padding_of_the_table_changes_nothing():
     values = [1, 2, 4, 8, 16, 32, 64]
-    plain = run(data_of(values), batch_size=3, phases=(Phase(epochs=2),))
-    padded = run(data_of(values, padding=6), batch_size=3, phases=(Phase(epochs=2),))
+    plain = run(data_of(values), batch_size=3)
+    padded = run(data_of(values, n_max=13), batch_size=3)
     chex.assert_trees_all_close(plain, padded, rtol=1e-7)
 
 
 @pytest.mark.parametrize("length", [dict(epochs=3), dict(epochs=None, steps=4)])
 def test_client_without_samples_returns_its_variables_bitwise(length):
-    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR, 0.9))
-    start = quadratic().init(jax.random.key(0))
+    start = quadratic().init(None)
     after, info = run(
-        data_of([], padding=4),
-        optimizer=optimizer,
-        batch_size=2,
-        phases=(Phase(**length),),
+        data_of([]), optimizer=DECAYING, batch_size=2, phases=(Phase(**length),)
     )
     chex.assert_trees_all_equal(after, start)
     # No sample: means are 0, not 0 / 0.
@@ -149,14 +152,14 @@ def test_epoch_visits_every_sample_once():
     # Eight powers of two add up to 255 only if each of 1, 2, ..., 128 occurs once.
     values = 2 ** np.arange(8)
     for seed in range(3):
-        _, info = run(data_of(values, padding=3), batch_size=3, seed=seed)
+        _, info = run(data_of(values), batch_size=3, seed=seed)
         assert float(info["samples"]) == 8 and float(info["steps"]) == 3
         assert float(info["mean_x"]) * 8 == pytest.approx(255, rel=1e-6)
 
 
 def test_shuffled_puts_padding_last_and_ignores_it():
     def order(padding, seed=0, size=6):
-        data = data_of(range(size), padding)
+        data = data_of(range(size), size + padding)
         return np.asarray(clients.shuffled(jax.random.key(seed), data))
 
     for seed in range(5):
@@ -169,7 +172,7 @@ def test_shuffled_puts_padding_last_and_ignores_it():
 
 def test_shuffles_are_uniform():
     # Each of 4 samples is first in about a quarter of 4000 shuffles: sd 27.
-    data = data_of(range(4), padding=2)
+    data = data_of(range(4), 6)
     keys = jax.random.split(jax.random.key(0), 4000)
     first = jax.vmap(lambda k: clients.shuffled(k, data)[0])(keys)
     assert np.abs(np.bincount(first, minlength=4) - 1000).max() < 5 * 27.4
@@ -183,7 +186,7 @@ def test_epochs_are_shuffled_anew():
     twice = local.trainer(
         quadratic(), optimizer=optax.sgd(1.0), batch_size=1, phases=(Phase(epochs=2),)
     )
-    start = quadratic().init(jax.random.key(0))
+    start = quadratic().init(None)
 
     def last(train):
         def one(key):
@@ -196,11 +199,11 @@ def test_epochs_are_shuffled_anew():
     assert 40 <= differ < 64
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("steps", [0, 3, 7])
 def test_steps_are_taken_exactly(steps):
     # 5 samples in batches of 2: passes of 3 steps with 2 + 2 + 1 samples.
     after, info = run(
-        data_of([1, 2, 4, 8, 16], padding=2),
+        data_of([1, 2, 4, 8, 16]),
         batch_size=2,
         phases=(Phase(epochs=None, steps=steps),),
     )
@@ -210,7 +213,7 @@ def test_steps_are_taken_exactly(steps):
 
 
 def test_zero_epochs_change_nothing():
-    start = quadratic().init(jax.random.key(0))
+    start = quadratic().init(None)
     after, info = run(data_of([1, 2]), batch_size=2, phases=(Phase(epochs=0),))
     chex.assert_trees_all_equal(after, start)
     assert float(info["steps"]) == 0
@@ -220,12 +223,11 @@ def test_zero_epochs_change_nothing():
 
 
 def test_frozen_leaves_stay_bitwise_under_momentum_and_decay():
-    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(LR, 0.9))
     data = data_of([1, 2, 6])
     both = Phase(epochs=2)
     only_a = Phase(epochs=2, train=r"params/a/.*")
-    first, _ = run(data, optimizer=optimizer, batch_size=2, phases=(both,))
-    after, info = run(data, optimizer=optimizer, batch_size=2, phases=(both, only_a))
+    first, _ = run(data, optimizer=DECAYING, batch_size=2, phases=(both,))
+    after, info = run(data, optimizer=DECAYING, batch_size=2, phases=(both, only_a))
     assert weights(after)["b"] == weights(first)["b"] != -4.0
     assert weights(after)["a"] != weights(first)["a"]
     assert float(info["steps"]) == 8
@@ -262,9 +264,7 @@ def test_clip_norm_bounds_the_global_norm():
 
 def test_corrections_enter_before_clipping():
     # (7, -10) + (-4, 14) = (3, 4): norm 5, clipped to 1.
-    train = local.trainer(
-        quadratic(), optimizer=optax.sgd(LR), batch_size=3, clip_norm=1.0
-    )
+    train = local.trainer(quadratic(), optimizer=PLAIN, batch_size=3, clip_norm=1.0)
 
     def adjust(grads, params):
         assert set(grads) == set(params) == {"params/a/w", "params/b/w"}
@@ -273,24 +273,27 @@ def test_corrections_enter_before_clipping():
             "params/b/w": grads["params/b/w"] + 14,
         }
 
-    start = quadratic().init(jax.random.key(0))
+    start = quadratic().init(None)
     data = data_of([1, 2, 6])
-    after, _ = train(jax.random.key(0), start, data, jnp.int32(0), adjust)
+    after, _ = jax.jit(lambda *args: train(*args, adjust))(
+        jax.random.key(0), start, data, jnp.int32(0)
+    )
     expected = {"a": 10 - LR * 0.6, "b": -4 - LR * 0.8}
     assert weights(after) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(LR), optax.adam(LR)])
-def test_schedule_is_a_factor_on_the_update(optimizer):
-    def schedule(round):
-        return 0.5**round
+def halving(round):
+    return 0.5**round
 
+
+@pytest.mark.parametrize("optimizer", [PLAIN, optax.adam(LR)])
+def test_schedule_is_a_factor_on_the_update(optimizer):
     def change(round):
         after, _ = run(
             data_of([1, 2, 6]),
             optimizer=optimizer,
             batch_size=3,
-            schedule=schedule,
+            schedule=halving,
             round=round,
         )
         return np.array([weights(after)["a"] - 10, weights(after)["b"] + 4])
@@ -318,7 +321,7 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
         phases=(Phase(**length),),
         clip_norm=5.0,
     )
-    start = model.init(jax.random.key(0))
+    start = model.init(None)
 
     def one(key, data):
         return train(key, start, data, jnp.int32(0), local.no_adjustment)
@@ -351,4 +354,4 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
 )
 def test_bad_arguments_fail_when_built(options, message):
     with pytest.raises(ValueError, match=message):
-        local.trainer(quadratic(), optimizer=optax.sgd(LR), **options)
+        local.trainer(quadratic(), optimizer=PLAIN, **options)

@@ -125,13 +125,13 @@ def federate(
 
 def save_tables(federation: Federation, path: str | Path) -> None:
     """Writes the exact index tables and class counts to an .npz file."""
-    tables: dict[str, np.ndarray] = {}
+    tables: dict[str, Any] = {}
     for name in ("train", "held_out", "novel", "test"):
         rows, size = getattr(federation, name)
         tables |= {f"{name}_rows": rows, f"{name}_size": size}
     participating = np.arange(len(federation.counts)) < federation.num_clients
     np.savez_compressed(
-        path,
+        str(path),
         counts=federation.counts,
         participating=participating,
         label_names=np.array(federation.label_names),

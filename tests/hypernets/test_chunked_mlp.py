@@ -109,6 +109,13 @@ TEMPLATE = {
 CONDITION = jnp.array([0.7, 0.2, 0.1])
 
 
+def filled(net):
+    """Parameters of the right shapes (compiling a small `init` takes long)."""
+    rng = np.random.default_rng(0)
+    spec = jax.eval_shape(net.init, jax.random.key(0))
+    return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), spec)
+
+
 def small(template=TEMPLATE, **options):
     options = dict(chunk_size=6, chunk_embedding_size=2, hidden=(8,)) | options
     return mlp.chunked_mlp(template, condition_size=3, **options)
@@ -116,7 +123,7 @@ def small(template=TEMPLATE, **options):
 
 @functools.cache
 def small_phi():
-    return jax.jit(small().init)(jax.random.key(1))
+    return filled(small())
 
 
 @functools.cache
@@ -131,7 +138,7 @@ def test_generates_the_template():
 
 def test_is_its_formula():
     target = small_generate()(small_phi(), CONDITION)
-    phi = jax.tree.map(np.asarray, small_phi())
+    phi = small_phi()
     assert phi["chunks"].shape == (6, 2)  # 33 numbers in chunks of 6
     first, last = (phi["mlp"][f"Dense_{i}"] for i in range(2))
     rows = []
@@ -140,7 +147,7 @@ def test_is_its_formula():
         hidden = np.maximum(u @ first["kernel"] + first["bias"], 0)
         rows.append(hidden @ last["kernel"] + last["bias"])
     flat = np.concatenate([x.reshape(-1) for x in jax.tree.leaves(target)])
-    np.testing.assert_allclose(flat, np.concatenate(rows)[:33], atol=1e-6)
+    np.testing.assert_allclose(flat, np.concatenate(rows)[:33], rtol=1e-5, atol=1e-5)
 
 
 def test_permuting_chunk_embeddings_permutes_blocks():
@@ -151,7 +158,7 @@ def test_permuting_chunk_embeddings_permutes_blocks():
     blocks, moved = (
         np.asarray(chunks.cut(small_generate()(p, CONDITION))) for p in (phi, permuted)
     )
-    np.testing.assert_allclose(moved, blocks[order], atol=1e-7)
+    np.testing.assert_allclose(moved, blocks[order], rtol=1e-6, atol=1e-6)
     assert len(np.unique(blocks[:, 0].round(5))) == 6
 
 
@@ -161,25 +168,24 @@ def test_condition_reaches_every_tensor():
         for e in (CONDITION, jnp.array([0.0, 0.0, 1.0]))
     )
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        assert float(jnp.max(jnp.abs(x - y))) > 1e-3
+        assert np.abs(np.asarray(x) - np.asarray(y)).max() > 1e-2
 
 
 def test_surplus_outputs_have_no_gradient():
     # One chunk of 6 holds all of a target of 4 numbers: outputs 4 and 5 feed nothing.
     net = small({"w": jnp.zeros(4)})
 
+    phi = filled(net)
+
     @jax.jit
-    def gradient(key):
-        def total(phi):
-            return jnp.sum(net.generate(phi, CONDITION)["w"] ** 2)
+    def gradient(phi):
+        return jax.grad(lambda p: jnp.sum(net.generate(p, CONDITION)["w"] ** 2))(phi)
 
-        return jax.grad(total)(net.init(key))
-
-    grads = gradient(jax.random.key(0))
+    grads = jax.tree.map(np.asarray, gradient(phi))
     last = grads["mlp"]["Dense_1"]
     np.testing.assert_array_equal(last["kernel"][:, 4:], 0)
     np.testing.assert_array_equal(last["bias"][4:], 0)
-    assert float(jnp.min(jnp.abs(last["bias"][:4]))) > 0
+    assert np.abs(last["bias"][:4]).min() > 0
 
 
 @pytest.mark.parametrize("chunk_batch_size", [1, 4, 50])
@@ -195,7 +201,7 @@ def test_generation_in_groups_agrees(chunk_batch_size):
 
     groups = small(chunk_batch_size=chunk_batch_size)
     assert mlp.num_parameters(groups) == mlp.num_parameters(small())
-    chex.assert_trees_all_close(outputs(groups), outputs(small()), atol=2e-6)
+    chex.assert_trees_all_close(outputs(groups), outputs(small()), rtol=1e-5, atol=1e-5)
 
 
 # Scales ----------------------------------------------------------------------------
@@ -217,11 +223,11 @@ def test_deviation_at_initialisation_is_published_one():
 
 
 def test_fan_in_gives_each_tensor_its_own_deviation():
-    keys = jax.random.split(jax.random.key(0), 2)
+    rng = np.random.default_rng(0)
     template = {
-        "wide": 0.01 * jax.random.normal(keys[0], (100, 60)),
-        "narrow": 0.5 * jax.random.normal(keys[1], (90, 60)),
-        "zeros": jnp.zeros((60,)),
+        "wide": np.float32(rng.normal(scale=0.01, size=(100, 60))),
+        "narrow": np.float32(rng.normal(scale=0.5, size=(90, 60))),
+        "zeros": np.zeros(60, np.float32),
     }
     options = dict(chunk_size=300, hidden=(50,), chunk_embedding_size=8)
     plain = small(template, **options)
@@ -240,7 +246,7 @@ def test_fan_in_gives_each_tensor_its_own_deviation():
         np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
         # ... which is fixed, so another draw of phi matches up to sampling.
         np.testing.assert_allclose(
-            np.std(after[name]), np.std(np.asarray(template[name])), rtol=0.15
+            np.std(after[name]), np.std(template[name]), rtol=0.15
         )
     # A constant tensor has no deviation to match.
     np.testing.assert_array_equal(after["zeros"], before["zeros"])

@@ -16,8 +16,19 @@ P = 16
 SHAPE = (8, 8, 1)
 
 
-def simplex(seed=0, shape=(5, P)):
-    return jax.nn.softmax(2 * jax.random.normal(jax.random.key(seed), shape))
+def normal(*shape, scale=1.0):
+    return np.float32(np.random.default_rng(0).normal(scale=scale, size=shape))
+
+
+def simplex(rows=5):
+    return jax.nn.softmax(normal(rows, P, scale=2.0))
+
+
+def filled(e):
+    """Parameters of the right shapes (compiling an `init` takes long)."""
+    spec = jax.eval_shape(e.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: np.float32(rng.normal(scale=0.2, size=x.shape)), spec)
 
 
 def num_parameters(e):
@@ -28,9 +39,8 @@ def num_parameters(e):
 def example():
     """Embeddings as a jitted function of (key, inputs), and six inputs."""
     e = embedding.distribution_embedding(SHAPE)
-    x = np.random.default_rng(1).normal(size=(6, *SHAPE)).astype(np.float32)
-    params = jax.jit(e.init)(jax.random.key(0))
-    return jax.jit(lambda key, x: e.embed(key, params, x)), x
+    params = filled(e)
+    return jax.jit(lambda key, x: e.embed(key, params, x)), normal(6, *SHAPE)
 
 
 # Sizes -----------------------------------------------------------------------------
@@ -74,7 +84,7 @@ def test_embeddings_are_points_of_the_simplex():
 
 
 def test_no_noise_where_its_scale_vanishes():
-    logits = jax.random.normal(jax.random.key(0), (4, P))
+    logits = normal(4, P)
     silent = embedding.noisy_embed(
         jax.random.key(1), logits, jnp.full((4, P), -jnp.inf)
     )
@@ -110,13 +120,14 @@ def test_noise_network_learns():
     e = embedding.distribution_embedding(SHAPE)
 
     @jax.jit
-    def gradient(key, x):
+    def gradient(params):
         def entropy(params):
-            return jnp.mean(embedding.entropy(e.embed(key, params, x)[0]))
+            out, _ = e.embed(jax.random.key(3), params, normal(6, *SHAPE))
+            return jnp.mean(embedding.entropy(out))
 
-        return jax.grad(entropy)(e.init(key))
+        return jax.grad(entropy)(params)
 
-    grads = gradient(jax.random.key(3), example()[1])
+    grads = gradient(filled(e))
     for head in ("head", "noise_head"):
         assert np.linalg.norm(grads[head]["kernel"]) > 1e-4
 
@@ -179,7 +190,7 @@ def test_batch_mean_rewards_different_confident_embeddings():
 @pytest.mark.parametrize("ent_reduction", embedding.ENT_REDUCTIONS)
 def test_penalty_ignores_padding(cv_mode, ent_reduction):
     options = dict(cv_mode=cv_mode, ent_reduction=ent_reduction)
-    e = simplex(shape=(4, P))
+    e = simplex(4)
     padded = jnp.concatenate([e, jnp.full((3, P), jnp.nan)])
     mask = jnp.array([1.0] * 4 + [0.0] * 3)
     np.testing.assert_allclose(
@@ -228,7 +239,7 @@ def test_users_extractor():
             return layers.Dense(4)(x.mean(axis=(1, 2))), None
 
     e = embedding.distribution_embedding(SHAPE, embedding_size=4, extractor=Mean())
-    params = e.init(jax.random.key(0))
+    params = filled(e)
     assert tree.count(params) == 8
     out, info = e.embed(jax.random.key(1), params, jnp.ones((3, *SHAPE)))
     assert out.shape == (3, 4) and info == {}

@@ -16,20 +16,21 @@ TEMPLATE = {
 TOTAL = 6 + 2 + 4 + 1
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 5, 13, 20])
+@pytest.mark.parametrize("chunk_size", [1, 5, 13, 20])
 def test_cut_and_assemble_are_inverse(chunk_size):
     chunks = layout.flat(TEMPLATE, chunk_size)
     assert chunks.num_parameters == TOTAL and chunks.chunk_size == chunk_size
     assert chunks.num_chunks == int(np.ceil(TOTAL / chunk_size))
-    keys = iter(jax.random.split(jax.random.key(0), 5))
-    target = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), TEMPLATE)
-    pieces = chunks.cut(target)
+    rng = np.random.default_rng(0)
+    target = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), TEMPLATE)
+    cut, assemble = jax.jit(chunks.cut), jax.jit(chunks.assemble)
+    pieces = np.asarray(cut(target))
     assert pieces.shape == (chunks.num_chunks, chunk_size)
-    chex.assert_trees_all_equal(chunks.assemble(pieces), target)
+    chex.assert_trees_all_equal(assemble(pieces), target)
     np.testing.assert_array_equal(pieces.reshape(-1)[TOTAL:], 0)
     # The other way round everything but the surplus survives.
-    numbered = 1 + jnp.arange(float(pieces.size)).reshape(pieces.shape)
-    again = chunks.cut(chunks.assemble(numbered)).reshape(-1)
+    numbered = 1 + np.arange(pieces.size, dtype=np.float32).reshape(pieces.shape)
+    again = np.asarray(cut(assemble(numbered))).reshape(-1)
     np.testing.assert_array_equal(again[:TOTAL], 1 + np.arange(TOTAL))
     np.testing.assert_array_equal(again[TOTAL:], 0)
 
@@ -54,7 +55,7 @@ def test_surplus_has_no_gradient():
     def total(pieces):
         return sum(jnp.sum(x) for x in jax.tree.leaves(chunks.assemble(pieces)))
 
-    grads = jax.grad(total)(jnp.ones((3, 5))).reshape(-1)
+    grads = jax.jit(jax.grad(total))(jnp.ones((3, 5))).reshape(-1)
     np.testing.assert_array_equal(grads, np.arange(15) < TOTAL)
 
 
