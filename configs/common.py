@@ -1,12 +1,13 @@
 """What every config shares: parsing of `config.py:name=value` and default fields."""
 
 import ast
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 
-def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
+def parse_arg(arg: str | None, **defaults) -> Any:
     """Parses the part after the colon of `--config=file.py:a=1,b`.
 
     A bare name means True. Unknown names and values of another type than the default's

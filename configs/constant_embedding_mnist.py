@@ -9,10 +9,10 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), smoke."""
-    arg = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
+    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
     config = common.defaults()
-    config.data.name = arg.data
-    config.data.alpha = arg.alpha
+    config.data.name = args.data
+    config.data.alpha = args.alpha
     config.method = dict(
         name="constant_embedding",
         embedding_size=16,
@@ -22,5 +22,5 @@ def get_config(arg: str = ""):
         out_scale="none",
         norm_scale_offset=0.0,
     )
-    config.rounds = 2 if arg.smoke else 100
+    config.rounds = 2 if args.smoke else 100
     return config

@@ -11,12 +11,12 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), tuned, smoke."""
-    arg = common.parse_arg(arg, data="mnist5k", alpha=1.0, tuned=False, smoke=False)
+    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, tuned=False, smoke=False)
     config = common.defaults()
-    config.data.name = arg.data
-    config.data.alpha = arg.alpha
+    config.data.name = args.data
+    config.data.alpha = args.alpha
     config.method = dict(name="fedavg", keep=())  # keep: patterns of what stays home
-    if arg.tuned:
+    if args.tuned:
         config.local.learning_rate = 0.1
-    config.rounds = 2 if arg.smoke else 100
+    config.rounds = 2 if args.smoke else 100
     return config

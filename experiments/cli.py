@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -79,7 +80,7 @@ def _nearest_field(text: str) -> str:
     from experiments.workdir import flatten
 
     try:
-        config = flags.FLAGS["config"].value
+        config: Any = flags.FLAGS["config"].value
         fields = list(flatten(config.to_dict()))
         for argument in sys.argv[1:]:
             match = re.match(r"--config\.([\w.]+)", argument)
@@ -99,5 +100,9 @@ def use_cores(devices: int) -> None:
     of client training (`benchmarks/round_time.py`). Accelerators are untouched. Must
     run before JAX looks for devices.
     """
-    cores = len(os.sched_getaffinity(0))
-    jax.config.update("jax_num_cpu_devices", devices or cores)
+    jax.config.update("jax_num_cpu_devices", devices or num_cores())
+
+
+def num_cores() -> int:
+    """Returns the number of cores this process may use."""
+    return len(os.sched_getaffinity(0))

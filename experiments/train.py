@@ -258,4 +258,6 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-    cli.run(lambda: main(_CONFIG.value, _WORKDIR.value), needs=("config", "workdir"))
+    cli.run(
+        lambda: main(_CONFIG.value, str(_WORKDIR.value)), needs=("config", "workdir")
+    )
