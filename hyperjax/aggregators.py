@@ -45,7 +45,11 @@ def mean_over_clients(stacked: PyTree, weight: Array) -> PyTree:
                 f"leaf {jax.tree_util.keystr(path)} has shape {x.shape}; its leading "
                 f"axis must be the {weight.shape[0]} clients of the cohort"
             )
-        return jnp.tensordot(share, x.astype(jnp.float32), axes=1).astype(x.dtype)
+        # Full precision: accelerators would otherwise round parameters to TF32.
+        mean = jnp.tensordot(
+            share, x.astype(jnp.float32), axes=1, precision=jax.lax.Precision.HIGHEST
+        )
+        return mean.astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(average, stacked)
 

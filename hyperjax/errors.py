@@ -20,3 +20,8 @@ def check_at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or its name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,13 +21,13 @@ class Phase(NamedTuple):
     """A stretch of local training of one part of the parameters.
 
     Attributes:
-      epochs: passes over the client's samples; None if `steps` is given.
+      epochs: passes over the client's samples; or
       steps: minibatch steps, cycling through reshuffled passes.
       train: patterns on paths of trained leaves ("params/..."); None trains all. The
         rest is absent from gradient and optimizer: neither momentum nor decay moves it.
     """
 
-    epochs: int | None = 1
+    epochs: int | None = None
     steps: int | None = None
     train: Sequence[str] | str | None = None
 
@@ -37,7 +37,7 @@ def trainer(
     *,
     optimizer: optax.GradientTransformation,
     batch_size: int,
-    phases: Sequence[Phase] = (Phase(),),
+    phases: Sequence[Phase] = (Phase(epochs=1),),
     clip_norm: float | None = None,
     schedule: Callable[[Array], Array] = lambda round: jnp.float32(1.0),
 ) -> Callable:
@@ -98,7 +98,7 @@ def trainer(
 
     def run_phase(key, phase, variables, totals, data, context, factor, adjust):
         params = {"params": variables["params"]}
-        split = tree.splitter(params, phase.train or (r".*",))
+        split = tree.splitter(params, (r".*",) if phase.train is None else phase.train)
         active, frozen = split.split(params)
 
         def loss(active, stats, key, batch):

@@ -74,7 +74,7 @@ def sha256(a: PyTree) -> str:
     """Returns a digest over paths, dtypes, shapes and bits of all leaves."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(a):
-        array = np.ascontiguousarray(np.asarray(leaf))
+        array = np.asarray(leaf)
         digest.update(f"{_join(path)}|{array.dtype.str}|{array.shape}|".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

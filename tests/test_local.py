@@ -205,7 +205,7 @@ def test_steps_are_taken_exactly(steps):
     after, info = run(
         data_of([1, 2, 4, 8, 16]),
         batch_size=2,
-        phases=(Phase(epochs=None, steps=steps),),
+        phases=(Phase(steps=steps),),
     )
     assert float(info["steps"]) == steps
     assert float(info["samples"]) == steps // 3 * 5 + steps % 3 * 2
@@ -238,7 +238,7 @@ def test_frozen_leaves_stay_bitwise_under_momentum_and_decay():
 def test_phases_start_with_a_fresh_optimizer():
     # Full batches, momentum 0.9: two phases of one step are two plain steps.
     data = data_of([1, 2, 6])
-    phases = (Phase(), Phase())
+    phases = (Phase(epochs=1), Phase(epochs=1))
     after, _ = run(data, optimizer=optax.sgd(LR, 0.9), batch_size=3, phases=phases)
     # a: 10 -> 9.3 -> 9.3 - 0.1 * 6.3
     assert weights(after)["a"] == pytest.approx(8.67, rel=1e-6)
@@ -246,7 +246,7 @@ def test_phases_start_with_a_fresh_optimizer():
 
 def test_phase_pattern_without_match():
     with pytest.raises(ValueError, match=r"params/c/.*paths are.*params/a/w"):
-        run(data_of([1]), batch_size=1, phases=(Phase(train=r"params/c/.*"),))
+        run(data_of([1]), batch_size=1, phases=(Phase(epochs=1, train=r"params/c/.*"),))
 
 
 # Gradient and rate -----------------------------------------------------------------
@@ -347,8 +347,11 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(batch_size=1, clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (dict(batch_size=1, clip_norm=-1.0), "clip_norm=-1.0 must be positive"),
-        (dict(batch_size=1, phases=(Phase(epochs=None),)), "either epochs or steps"),
-        (dict(batch_size=1, phases=(Phase(steps=3),)), "either epochs or steps"),
+        (dict(batch_size=1, phases=(Phase(),)), "either epochs or steps"),
+        (
+            dict(batch_size=1, phases=(Phase(epochs=1, steps=3),)),
+            "either epochs or steps",
+        ),
         (dict(batch_size=1, phases=(Phase(epochs=-1),)), "0 or more"),
     ],
 )

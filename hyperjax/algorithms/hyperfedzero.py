@@ -101,6 +101,6 @@ def hyperfedzero(
 
 def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Model:
     """Returns `model` with its parameters emitted by a chunked hypernetwork."""
-    template = model.init(jax.random.key(0))["params"]
+    template = jax.jit(model.init)(jax.random.key(0))["params"]
     net = mlp.chunked_mlp(template, condition_size=embedding.size, **hypernet)
     return wrap.generated_from_input(model, embedding, net, **choices)

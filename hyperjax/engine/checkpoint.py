@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from hyperjax import tree
+from hyperjax.errors import first_line
 from hyperjax.types import PyTree
 
 DIGEST = "digest.json"
@@ -88,7 +89,7 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
             logging.warning(
                 "Checkpoint %s is damaged (%s); trying the one before.",
                 path,
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                first_line(error),
             )
     if finished:
         raise ValueError(

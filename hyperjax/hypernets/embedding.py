@@ -156,8 +156,19 @@ def distribution_embedding(
     check_at_least(1, embedding_size=embedding_size)
     module = extractor or Extractor(embedding_size, noise, noise_net)
 
+    @jax.jit
     def init(key):
         return module.init(key, jnp.zeros((1, *input_shape)))["params"]
+
+    trial = jax.eval_shape(
+        lambda key: module.apply({"params": init(key)}, jnp.zeros((1, *input_shape))),
+        jax.random.key(0),
+    )
+    if any(out.shape != (1, embedding_size) for out in jax.tree.leaves(trial)):
+        raise ValueError(
+            f"the extractor returns {jax.tree.map(lambda out: out.shape, trial)} for "
+            f"one input; embedding_size={embedding_size} asks for (1, {embedding_size})"
+        )
 
     def embed(key, params, x):
         outputs: Any = module.apply({"params": params}, x)

@@ -102,6 +102,13 @@ def chunked_mlp(
         grouped = embeddings.reshape(groups, chunk_batch_size, -1)
         return chunks.assemble(jax.lax.map(emit, grouped))
 
+    offsets = jax.tree.unflatten(
+        jax.tree.structure(template),
+        [
+            norm_scale_offset * (path.split("/")[-1] == "scale")
+            for path in tree.paths(template)
+        ],
+    )
     factors = _factors(raw, init, template, condition_size, out_scale)
 
     def generate(phi, condition):
@@ -109,10 +116,7 @@ def chunked_mlp(
         if factors is not None:
             target = jax.tree.map(jnp.multiply, target, factors)
         if norm_scale_offset:
-            target = jax.tree_util.tree_map_with_path(
-                lambda path, x: x + norm_scale_offset * (path[-1].key == "scale"),
-                target,
-            )
+            target = jax.tree.map(jnp.add, target, offsets)
         return target
 
     return HyperNet(init, generate)

@@ -46,7 +46,8 @@ def conditioned(
 
     Args:
       model: the network underneath; without running statistics if `embed_granularity`
-        is "sample", where batch statistics have no meaning.
+        is "sample", which also predicts in training as it does when deployed
+        (no dropout).
       embedding: where the condition comes from.
       bind: `(variables, condition [d], x [B, ...]) -> (variables of model, its x)`.
       init: `(key) -> variables` of everything but the embedding.
@@ -64,6 +65,14 @@ def conditioned(
         ("enter", enter, ENTRIES),
     ):
         check_choice(name, value, accepted)
+
+    stats = jax.eval_shape(model.init, jax.random.key(0))["stats"]
+    if embed_granularity == "sample" and jax.tree.leaves(stats):
+        raise ValueError(
+            "embed_granularity='sample' gives each input its own network, for which "
+            "running statistics (batch-norm) have no meaning; use 'batch' or 'client', "
+            "or a model without them"
+        )
 
     def init_all(key):
         key_embed, key_rest = jax.random.split(key)
@@ -110,7 +119,8 @@ def conditioned(
             e, _ = embed(key, variables, batch.x)
             total = jnp.sum(batch.mask)
             mean = embeddings.mean_embedding(e, batch.mask)
-            spread = jnp.sum(embeddings.entropy(e) * batch.mask)
+            entropy = embeddings.entropy(e)
+            spread = jnp.sum(jnp.where(batch.mask > 0, entropy, 0.0))
             return sums[0] + total * mean, sums[1] + spread
 
         start = (jnp.zeros(embedding.size), jnp.float32(0))
@@ -150,6 +160,7 @@ def conditioned(
         condition=condition,
         export=export,
         inspect=inspect,
+        with_shape=Model._field_defaults["with_shape"],
     )
 
 
@@ -208,9 +219,7 @@ def concatenated_to_input(model: Model, embedding: Embedding, **choices) -> Mode
 
     joined = conditioned(wide, embedding, bind, init, **choices)
     # Inputs are still the raw ones, and a network fed its condition is not a plain one.
-    return joined._replace(
-        sample_shape=model.sample_shape, export=_identity, with_shape=model.with_shape
-    )
+    return joined._replace(sample_shape=model.sample_shape, export=_identity)
 
 
 def _identity(variables: PyTree) -> PyTree:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax.errors import first_line
 from hyperjax.types import Array, Batch, Model
 
 
@@ -69,7 +70,7 @@ def from_linen(
     except Exception as error:  # whatever a user's module raises on a wrong shape
         raise ValueError(
             f"model {name} does not accept inputs of shape {tuple(input_shape)}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     if logits.shape != (2, num_classes):
         raise ValueError(

@@ -1,0 +1,24 @@
+"""Shared settings: four CPU devices, a compilation cache, one small federation."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before anything looks for devices: the laws compare one device with four.
+jax.config.update("jax_num_cpu_devices", 4)
+_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+# The suite is compile-bound, and its programs run for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Programs started by tests share the cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).parents[1]

@@ -1,0 +1,80 @@
+"""A tiny federation and every method of the package on it, found by discovery."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax.data import clients
+from hyperjax.data.sources import load
+from hyperjax.types import Algorithm, Model, Pool
+
+NUM_CLIENTS, NUM_CLASSES, BATCH = 8, 3, 4
+SIZES = (3, 4, 5, 8, 9, 2, 6, 7)  # ragged: less than, equal to, more than a batch
+
+
+class Tiny(NamedTuple):
+    """Eight ragged clients of 4x4 images in three classes."""
+
+    pool: Pool
+    table: clients.Table
+    model: Model
+
+
+@functools.cache
+def tiny() -> Tiny:
+    source = load(
+        "synthetic", num_samples=sum(SIZES), num_classes=NUM_CLASSES, shape=(4, 4, 1)
+    )
+    rows = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
+    pool = clients.make_pool(source.x, source.y, np.arange(sum(SIZES)))
+    network = models.MLP(NUM_CLASSES, hidden=(4,))
+    model = models.from_linen(network, (4, 4, 1), NUM_CLASSES)
+    return Tiny(pool, clients.table(rows), model)
+
+
+# Arguments that shrink a method, for those that take them.
+SMALL = dict(embedding_size=4, hidden=(4,), chunk_size=16, chunk_embedding_size=3)
+
+# Stacks beyond every method's defaults: client state, server optimizer state.
+EXTRA = {
+    "fedavg+kept_head": ("fedavg", dict(keep=r"params/Dense_1/.*")),
+    "fedavg+fedadam": ("fedavg", dict(server_opt=server_optimizers.fedadam(0.1))),
+    "hyperfedzero+sample": (
+        "hyperfedzero",
+        dict(embed_granularity="sample", deploy_granularity="sample"),
+    ),
+    "hyperfedzero+client": ("hyperfedzero", dict(embed_granularity="client")),
+}
+METHODS = sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
+STACKS = [*METHODS, *EXTRA]
+
+
+def make_local(**options):
+    """The local training of the tests: momentum and decay on, to catch leaks."""
+    options = {"batch_size": BATCH, "phases": (local.Phase(epochs=2),), **options}
+    optimizer = optax.chain(
+        optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9)
+    )
+    return functools.partial(local.trainer, optimizer=optimizer, **options)
+
+
+@functools.cache
+def method(stack: str) -> Algorithm:
+    """Builds a method, or an extra stack, on the tiny model."""
+    name, options = EXTRA.get(stack, (stack, {}))
+    factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+    accepted = inspect.signature(factory).parameters
+    small = {k: v for k, v in SMALL.items() if k in accepted}
+    return factory(tiny().model, local=make_local(), **small, **options)
+
+
+def weights() -> jnp.ndarray:
+    """Aggregation weights of the tiny federation."""
+    return jnp.asarray(tiny().table.size, jnp.float32)

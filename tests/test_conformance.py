@@ -1,0 +1,255 @@
+"""The laws of the contract, for every method found in the package."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from federated import NUM_CLIENTS, STACKS, method, tiny, weights
+
+from hyperjax import rng, tree
+from hyperjax.engine import checkpoint, comm, exchange, schedule, sharding, stores
+from hyperjax.types import ClientData, Cohort
+
+ROOT = jax.random.key(0)
+CLOSE = dict(rtol=2e-4, atol=2e-5)  # different order of sums, several steps
+
+# One process tests all laws of a method, and compiles its programs once.
+every_method = pytest.mark.parametrize(
+    "stack", [pytest.param(s, marks=pytest.mark.xdist_group(s)) for s in STACKS]
+)
+
+
+@functools.cache
+def start(stack: str):
+    """Server state and stored rows before the first exchange."""
+    alg = method(stack)
+    server = alg.server.init(rng.stream(ROOT, "common_init"))
+    rows, seen = stores.zeros(comm.describe(alg).client, NUM_CLIENTS)
+    return server, rows, seen
+
+
+def cohort_of(ids, active=None, width=NUM_CLIENTS) -> Cohort:
+    """A cohort padded to one width, so that tests share compiled programs."""
+    ids = np.asarray(ids, np.int32)
+    active = np.ones(len(ids)) if active is None else active
+    active = np.pad(np.asarray(active, np.float32), (0, width - len(ids)))
+    ids = np.pad(ids, (0, width - len(ids)), constant_values=NUM_CLIENTS)
+    active = jnp.asarray(np.where(ids < NUM_CLIENTS, active, 0.0), jnp.float32)
+    ids = jnp.asarray(ids)
+    return Cohort(ids, active, weights().at[ids].get(mode="clip"), jnp.int32(0))
+
+
+def data_of(ids) -> ClientData:
+    """The data of a cohort; padding shows the last client."""
+    place = np.minimum(np.asarray(ids), NUM_CLIENTS - 1)
+    rows, size = tiny().table
+    return ClientData(jnp.asarray(rows[place]), jnp.asarray(size[place]), tiny().pool)
+
+
+@functools.cache
+def jitted(stack: str, mapper="map", mesh=None):
+    return jax.jit(exchange.make_exchange(method(stack), mapper, mesh))
+
+
+def one_exchange(stack, ids, active=None, *, state=None, width=NUM_CLIENTS, run=None):
+    """Runs an exchange; returns (server, rows [N], seen, info)."""
+    server, rows, seen = state or start(stack)
+    cohort = cohort_of(ids, active, width)
+    got, was_seen = stores.gather(rows, seen, cohort.ids)
+    run = run or jitted(stack)
+    server, new, info = run(ROOT, server, got, was_seen, data_of(cohort.ids), cohort)
+    rows, seen = stores.scatter(rows, seen, cohort.ids, new, cohort.active > 0)
+    return server, rows, seen, info
+
+
+IDS = (5, 1, 6, 3)
+
+
+@every_method
+def test_equal_inputs_give_equal_bits_and_arguments_stay(stack):
+    before = tree.sha256(start(stack))
+    first, second = one_exchange(stack, IDS), one_exchange(stack, IDS)
+    assert tree.sha256(first) == tree.sha256(second)
+    assert tree.sha256(start(stack)) == before
+
+
+@every_method
+def test_training_changes_the_server_and_stays_finite(stack):
+    server, rows, _, info = one_exchange(stack, IDS)
+    assert tree.sha256(server) != tree.sha256(start(stack)[0])
+    assert tree.finite((server, rows, info))
+
+
+@every_method
+def test_order_of_the_cohort_does_not_matter(stack):
+    chex.assert_trees_all_close(
+        one_exchange(stack, IDS), one_exchange(stack, sorted(IDS)), **CLOSE
+    )
+
+
+@every_method
+def test_padding_changes_nothing(stack):
+    without = one_exchange(stack, IDS, width=len(IDS))
+    chex.assert_trees_all_close(without, one_exchange(stack, IDS), **CLOSE)
+    in_front = (NUM_CLIENTS, NUM_CLIENTS, *IDS)
+    chex.assert_trees_all_close(without, one_exchange(stack, in_front), **CLOSE)
+
+
+@every_method
+def test_a_wider_index_table_changes_nothing(stack):
+    alg, pool, table = method(stack), tiny().pool, tiny().table
+    server = start(stack)[0]
+    down = alg.server.downlink(ROOT, server, cohort_of([3], width=1))
+    down = down._replace(round=jnp.int32(0))
+    client = alg.client.init(ROOT, rng.stream(ROOT, "common_init"), down)
+
+    def update(rows):
+        data = ClientData(jnp.asarray(rows), jnp.int32(table.size[3]), pool)
+        return jax.jit(alg.client.update)(ROOT, down, client, data)
+
+    wide = np.pad(table.rows[3], (0, 9))
+    chex.assert_trees_all_close(update(table.rows[3]), update(wide), **CLOSE)
+
+
+@every_method
+@pytest.mark.parametrize("mapper", ["vmap", 3])
+def test_all_mappers_agree(stack, mapper):
+    run = jitted(stack, mapper)
+    chex.assert_trees_all_close(
+        one_exchange(stack, IDS), one_exchange(stack, IDS, run=run), **CLOSE
+    )
+
+
+@every_method
+def test_one_device_and_four_agree(stack):
+    mesh = sharding.client_mesh(NUM_CLIENTS)
+    assert mesh.size == 4
+    run = jitted(stack, "map", mesh)
+    chex.assert_trees_all_close(
+        one_exchange(stack, IDS), one_exchange(stack, IDS, run=run), **CLOSE
+    )
+
+
+@every_method
+def test_a_drop_out_counts_as_absent(stack):
+    dropped = one_exchange(stack, (5, 1, 7), active=(1, 1, 0))
+    absent = one_exchange(stack, (5, 1))
+    chex.assert_trees_all_close(dropped, absent, **CLOSE)
+
+
+@every_method
+def test_nan_of_an_inactive_client_reaches_nobody(stack):
+    alg = method(stack)
+
+    def update(key, down, client, data):
+        out = alg.client.update(key, down, client, data)
+        broken = data.size == 0  # only padding and drop-outs have no samples here
+        return jax.tree.map(lambda x: jnp.where(broken, jnp.nan, x), out)
+
+    poisoned = alg._replace(client=alg.client._replace(update=update))
+    run = jax.jit(exchange.make_exchange(poisoned))
+    out = one_exchange(stack, (5, 1, 7), active=(1, 1, 0), run=run)
+    assert tree.finite(out)
+    chex.assert_trees_all_close(out, one_exchange(stack, (5, 1)), **CLOSE)
+
+
+@every_method
+def test_absent_clients_keep_their_bits(stack):
+    state = one_exchange(stack, range(NUM_CLIENTS))[:3]
+    _, rows, _, _ = one_exchange(stack, (*IDS, NUM_CLIENTS), state=state)
+    absent = np.setdiff1d(np.arange(NUM_CLIENTS), IDS)
+    before = jax.tree.map(lambda x: np.asarray(x)[absent], state[1])
+    after = jax.tree.map(lambda x: np.asarray(x)[absent], rows)
+    chex.assert_trees_all_equal(before, after)
+
+
+@every_method
+def test_state_keeps_its_structure_and_nothing_retraces(stack):
+    server, rows, seen, _ = one_exchange(stack, IDS)
+    chex.assert_trees_all_equal_shapes_and_dtypes((server, rows, seen), start(stack))
+    programs = jitted(stack)._cache_size()
+    one_exchange(stack, IDS, state=(server, rows, seen))
+    assert jitted(stack)._cache_size() == programs
+
+
+@every_method
+def test_described_messages_are_those_really_sent(stack):
+    alg = method(stack)
+    messages = comm.describe(alg)
+    server, _, _ = start(stack)
+    down = alg.server.downlink(ROOT, server, cohort_of([3], width=1))
+    own = jax.tree.map(lambda x: x[0], down.own)
+    down = down._replace(own=own, round=jnp.int32(0))
+    client = alg.client.init(ROOT, ROOT, down)
+    data = data_of([3])
+    data = data._replace(rows=data.rows[0], size=data.size[0])
+    uplink, _, _ = jax.jit(alg.client.update)(ROOT, down, client, data)
+    sizes = comm.cost(messages)
+    assert sizes.up_numbers == sum(x.size for x in jax.tree.leaves(uplink))
+    assert sizes.up_bytes == sum(x.nbytes for x in jax.tree.leaves(uplink))
+    sent = jax.tree.leaves((down.shared, own))
+    assert sizes.down_numbers == sum(x.size for x in sent)
+    assert sizes.down_bytes == sum(x.nbytes for x in sent)
+
+
+def simulator(stack, **options) -> schedule.Simulator:
+    options = {"sampler": "uniform", "cohort_size": 3, **options}
+    return schedule.simulator(
+        method(stack), tiny().table, tiny().pool, weight=tiny().table.size, **options
+    )
+
+
+@every_method
+def test_device_store_host_store_and_files_agree(stack, tmp_path):
+    finals = []
+    for options in (
+        dict(store="device"),
+        dict(store="host"),
+        dict(store="host", store_dir=str(tmp_path)),
+    ):
+        sim = simulator(stack, **options)
+        carry, info = sim.run(ROOT, sim.init(ROOT), 0, 2)
+        finals.append(jax.device_get((carry, info)))
+    chex.assert_trees_all_close(finals[0], finals[1], **CLOSE)
+    chex.assert_trees_all_equal(finals[1], finals[2])
+
+
+@every_method
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_a_resumed_run_has_the_same_bits(stack, store, tmp_path):
+    sim = simulator(stack, store=store)
+    whole = sim.init(ROOT)
+    for first in (0, 2, 4):
+        whole, _ = sim.run(ROOT, whole, first, 2)
+    half, _ = sim.run(ROOT, sim.init(ROOT), 0, 2)
+    checkpoint.save(tmp_path, 2, half)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), half)
+    del half
+    again = simulator(stack, store=store)  # as another process would
+    restored = checkpoint.restore(tmp_path, template)
+    carry = again.load(restored.carry)
+    for first in (restored.round, restored.round + 2):
+        carry, _ = again.run(ROOT, carry, first, 2)
+    assert tree.sha256(jax.device_get(carry)) == tree.sha256(jax.device_get(whole))
+
+
+@every_method
+def test_seeds_are_one_more_axis(stack):
+    alg = method(stack)
+    data = data_of(range(NUM_CLIENTS))
+    rows, seen = stores.zeros(comm.describe(alg).client, NUM_CLIENTS)
+    cohort = cohort_of(range(NUM_CLIENTS))
+    run = exchange.make_exchange(alg, "vmap")
+
+    def one(root):
+        server = alg.server.init(rng.stream(root, "common_init"))
+        return run(root, server, rows, seen, data, cohort)[0]
+
+    roots = jax.vmap(jax.random.key)(jnp.arange(2))
+    together = jax.jit(jax.vmap(one))(roots)
+    alone = jax.jit(one)(roots[1])
+    last = jax.tree.map(lambda x: x[1], together)
+    chex.assert_trees_all_close(last, alone, **CLOSE)
