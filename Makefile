@@ -17,9 +17,9 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 # The tested lock. Installing is repeated when it, or the package's own list, changes.
 $(STAMP): setup.cfg pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from absl import flags, logging
 from experiments import build, cli, report, results, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
-from hyperjax.engine import checkpoint, comm, log
+from hyperjax.engine import checkpoint, comm, log, schedule
 
 
 class Stopped(Exception):
@@ -110,11 +110,12 @@ class _Run:
     def start(self):
         """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
         simulator = self.experiment.simulator
-        carry = simulator.init(self.root)
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
+        template = schedule.abstract_carry(
+            self.experiment.algorithm, self.experiment.federation.num_clients
+        )
         restored = checkpoint.restore(self.checkpoints, template)
         if restored is None:
-            return -1, carry
+            return -1, simulator.init(self.root)
         logging.info("Continuing %s after round %d.", self.folder, restored.round)
         return restored.round, simulator.load(restored.carry)
 

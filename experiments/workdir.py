@@ -92,6 +92,13 @@ def as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def as_tuples(value: Any) -> Any:
+    """Undoes what JSON does to tuples."""
+    if isinstance(value, dict):
+        return {k: as_tuples(v) for k, v in value.items()}
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list) else value
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Returns {"a.b": value} of nested dicts."""
     if not isinstance(tree, dict):

@@ -124,7 +124,7 @@ def federate(
 
 
 def save_tables(federation: Federation, path: str | Path) -> None:
-    """Writes the exact index tables and class counts to an .npz file."""
+    """Writes index tables, class counts and pixel moments to an .npz file."""
     tables: dict[str, Any] = {}
     for name in ("train", "held_out", "novel", "test"):
         rows, size = getattr(federation, name)
@@ -135,6 +135,10 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         counts=federation.counts,
         participating=participating,
         label_names=np.array(federation.label_names),
+        sample_shape=np.array(federation.pool.x.shape[1:]),
+        mean=np.asarray(federation.pool.mean),
+        std=np.asarray(federation.pool.std),
+        source_prior=federation.source_prior,
         **tables,
     )
 

@@ -21,7 +21,16 @@ from hyperjax.data import clients
 from hyperjax.data.clients import Table
 from hyperjax.engine import exchange, schedule, sharding, stores
 from hyperjax.engine.compiled import Compiled
-from hyperjax.types import AdaptData, Algorithm, Array, ClientData, Downlink, Pool
+from hyperjax.types import (
+    AdaptData,
+    Algorithm,
+    Array,
+    ClientData,
+    Downlink,
+    Model,
+    Pool,
+    PyTree,
+)
 
 EM_STEPS = 1000  # upper bound; it stops once the prior moves by less than 1e-6
 SCORES = ("accuracy", "accuracy_em", "accuracy_oracle", "accuracy_swapped", "loss")
@@ -69,6 +78,20 @@ def _correct(logits, labels, mask, prior, source):
     shift = jnp.log(jnp.maximum(prior, 1e-30)) - jnp.log(source)
     right = jnp.argmax(logits + shift, -1) == labels
     return jnp.sum(jnp.where(mask > 0, right, False).astype(jnp.float32))
+
+
+def predict_all(
+    model: Model, variables: PyTree, data: ClientData, num_classes: int, batch_size: int
+) -> Array:
+    """Returns logits [n_max, K] in stored order; n_max a multiple of the batch size."""
+
+    def step(state, batch):
+        i, logits = state
+        new = model.predict(variables, batch.x)
+        return i + 1, jax.lax.dynamic_update_slice(logits, new, (i * batch_size, 0))
+
+    empty = jnp.zeros((data.rows.shape[0], num_classes), jnp.float32)
+    return clients.fold(step, (jnp.int32(0), empty), data, batch_size)[1]
 
 
 class Evaluator(NamedTuple):
@@ -145,15 +168,7 @@ def evaluator(
         mask = (jnp.arange(length) < size).astype(jnp.float32)
 
         def all_logits(variables):
-            def step(state, batch):
-                i, logits = state
-                new = model.predict(variables, batch.x)
-                return i + 1, jax.lax.dynamic_update_slice(
-                    logits, new, (i * batch_size, 0)
-                )
-
-            empty = jnp.zeros((length, source.shape[0]), jnp.float32)
-            return clients.fold(step, (jnp.int32(0), empty), data, batch_size)[1]
+            return predict_all(model, variables, data, len(source), batch_size)
 
         logits = all_logits(variables)
         count = jnp.maximum(size, 1)

@@ -25,6 +25,13 @@ class Carry(NamedTuple):
     seen: Any  # [N] bool: has the client ever taken part?
 
 
+def abstract_carry(alg: Algorithm, num_clients: int) -> Carry:
+    """Returns the structure, shapes and dtypes of a run's carry; computes nothing."""
+    messages = comm.describe(alg)
+    rows, seen = jax.eval_shape(lambda: stores.zeros(messages.client, num_clients))
+    return Carry(messages.server, rows, seen)
+
+
 def sample(name: str, key: Key, num_clients: int, cohort_size: int) -> Array:
     """Returns the ids of a cohort, [C] int32, ascending; the same on every machine.
 

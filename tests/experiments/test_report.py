@@ -169,7 +169,7 @@ def test_run_report_shows_everything(tmp_path: Path) -> None:
         "class 3",
         "Accuracy of every client",
         "Embeddings of 15 clients",
-        "at most ln 6 = 1.79",
+        "the most is ln 6 = 1.79",
         "57 (own 79.7)",
         "client to server",
         "160,000",
@@ -220,6 +220,17 @@ def test_collapsed_embedding_is_said_not_drawn(tmp_path: Path) -> None:
     text, _ = _read(report.run_report(make_run(tmp_path / "run", collapsed=True)))
     assert "The embedding has collapsed: all 15 clients" in text
     assert "component 1" not in text
+
+
+def test_almost_collapsed_embedding_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    plain, _ = _read(report.run_report(folder))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary |= {"collapse_participating": 3e-5, "collapse_novel": 2e-5}
+    _write_json(tmp_path / "run/summary.json", summary)
+    text, _ = _read(report.run_report(folder))
+    assert "all but collapsed" in text and "component 1" in text
+    assert "all but collapsed" not in plain
 
 
 def test_without_embeddings_no_section(tmp_path: Path) -> None:
@@ -355,6 +366,23 @@ def test_nice_ticks(low: float, high: float, whole: bool, expected: list) -> Non
 def test_nice_ticks_around_one_value(value: float) -> None:
     ticks = plots.nice_ticks(value, value)
     assert ticks[0] < value < ticks[-1] and ticks == sorted(ticks)
+
+
+@pytest.mark.parametrize(
+    ("ticks", "expected"),
+    [
+        ([0.7071, 0.70715, 0.7072], ["0.7071", "0.70715", "0.7072"]),
+        ([0.1 * 3, 0.35], ["0.3", "0.35"]),
+        ([-5e-19, 0.1], ["0", "0.1"]),
+        ([0.0, 2500.0, 12500.0], ["0", "2,500", "12,500"]),
+        ([0.0, 2e6], ["0", "2e+06"]),
+        ([1000.0, 1000.5], ["1,000", "1,000.5"]),
+        ([7.0], ["7"]),
+        ([], []),
+    ],
+)
+def test_tick_labels(ticks: list[float], expected: list[str]) -> None:
+    assert plots.tick_labels(ticks) == expected
 
 
 def test_line_chart_of_little() -> None:

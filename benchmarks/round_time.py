@@ -1,0 +1,289 @@
+r"""Seconds per round of federated averaging, and what the simulation itself costs.
+
+python -m benchmarks.round_time --models=mlp,lenet --mappers=auto,map,vmap,block \
+    --devices=1,0 --json=rounds.json
+
+The real engine runs rounds of FedAvg (plain SGD, uniform sampling, state and data on
+the device, nothing evaluated) on synthetic 28x28x1 images, one round per call. The
+*simulation tax* of a plan is the federated time per sample over the central one. The
+centre is the same local training, compiled, on one client that holds as many samples
+as the whole cohort, for as many epochs: one stream of steps with the same batch size,
+without sampling, exchange and aggregation. A round and a central run alternate, and the
+tax is the median of their ratios, so that a busy machine slows both.
+
+One stream of steps keeps one device busy, so the centre runs on one device, with the
+threads that XLA gives it. At one device the tax compares like with like; a plan with
+several devices may beat the centre, with a tax below 1, and its row repeats the tax of
+the same plan at one device.
+
+Every plan is measured in a process of its own. Peak memory is that of the process, up
+to the end of the first round and so with compilation, on the CPU, and the peak in use
+on an accelerator's memory.
+"""
+
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from absl import flags
+
+from experiments import cli
+from experiments.report import text_table
+from hyperjax import local, models, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.data import clients
+from hyperjax.engine import schedule, sharding
+from hyperjax.errors import check_at_least, check_choice
+from hyperjax.types import ClientData, Model
+
+SHAPE, NUM_CLASSES = (28, 28, 1), 10
+LEARNING_RATE = 0.01
+COLUMNS = (
+    ("model", "model"),
+    ("mapper", "mapper"),
+    ("auto", "auto"),
+    ("devices", "devices"),
+    ("seconds_median", "s/round, median"),
+    ("seconds_min", "min"),
+    ("samples_per_second", "samples/s"),
+    ("central_samples_per_second", "centre"),
+    ("tax", "tax"),
+    ("tax_one_device", "tax, 1 device"),
+    ("peak_mb", "peak MB"),
+    ("compile_seconds", "compile s"),
+)
+
+
+class Workload(NamedTuple):
+    """What is trained in a round: a `cohort` of `clients` with `samples` each."""
+
+    model: str  # "mlp" or "lenet"
+    peer_lenet: bool  # channels 6 and 16, as other simulators' benchmarks have it
+    batch: int
+    epochs: int
+    clients: int
+    cohort: int
+    samples: int
+    rounds: int  # timed, after one that is not
+
+
+class Plan(NamedTuple):
+    """How it is run; `mapper` as `sharding.map_clients` has it."""
+
+    mapper: str | int
+    devices: int
+
+
+def fresh(fn: Callable, *args: Any) -> Any:
+    """Calls a module's function in a new process, which is also what memory needs."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(fn, *args).result()
+
+
+def peak_mb() -> float:
+    """Returns the most memory used so far: of the accelerator, or of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if jax.default_backend() != "cpu" and stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def about() -> dict[str, Any]:
+    """Returns what a figure depends on besides the workload."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "machine": {"cores": cli.num_cores(), "platform": platform.platform()},
+        "backend": jax.default_backend(),
+        "device": jax.local_devices()[0].device_kind,
+    }
+
+
+def backend_and_devices() -> tuple[str, int]:
+    """Returns the backend and how many devices it has when every core is one."""
+    cli.use_cores(0)
+    return jax.default_backend(), jax.local_device_count()
+
+
+def make_model(name: str, peer_lenet: bool) -> Model:
+    """Returns a network on 28x28x1 images."""
+    check_choice("model", name, ("mlp", "lenet"))
+    network: Any = models.ZOO[name](NUM_CLASSES)
+    if name == "lenet" and peer_lenet:
+        network = models.LeNet(NUM_CLASSES, channels=(6, 16), hidden=(120, 84))
+    return models.from_linen(network, SHAPE, NUM_CLASSES)
+
+
+def make_pool(num_samples: int):
+    """Returns random images with random labels."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 256, (num_samples, *SHAPE), np.uint8)
+    y = generator.integers(0, NUM_CLASSES, num_samples, np.int32)
+    return clients.make_pool(x, y, np.arange(num_samples))
+
+
+def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
+    """Returns `one_round(t) -> info`, and `compile_seconds()`."""
+    num = work.clients
+    rows = np.arange(num * work.samples, dtype=np.int32).reshape(num, -1)
+    sim = schedule.simulator(
+        fedavg(make_model(work.model, work.peer_lenet), local=training(work)),
+        clients.Table(rows, np.full(num, work.samples, np.int32)),
+        pool,
+        weight=np.ones(num),
+        cohort_size=work.cohort,
+        sampler="uniform",
+        mapper=plan.mapper,
+        mesh=sharding.client_mesh(work.cohort, plan.devices),
+    )
+    root = jax.random.key(0)
+    carry = sim.init(root)
+
+    def one_round(t: int):
+        nonlocal carry
+        carry, info = sim.run(root, carry, t, 1)
+        return jax.block_until_ready((carry, info))[1]
+
+    return one_round, lambda: sim.program.seconds
+
+
+def centre_of(work: Workload, pool) -> Callable:
+    """Returns `run()`: the same training of one client with the cohort's samples."""
+    model = make_model(work.model, work.peer_lenet)
+    train = training(work)(model)
+    size = work.cohort * work.samples
+    data = ClientData(jnp.arange(size, dtype=jnp.int32), jnp.int32(size), pool)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(key, variables, data):
+        return train(key, variables, data, jnp.int32(0), local.no_adjustment)
+
+    variables = model.init(jax.random.key(0))
+
+    def run():
+        nonlocal variables
+        variables, info = step(jax.random.key(1), variables, data)
+        return jax.block_until_ready((variables, info))[1]
+
+    return run
+
+
+def training(work: Workload) -> Callable:
+    """Returns the builder of local training, of the clients' and of the centre's."""
+    return functools.partial(
+        local.trainer,
+        optimizer=optax.sgd(LEARNING_RATE),
+        batch_size=work.batch,
+        phases=(local.Phase(epochs=work.epochs),),
+    )
+
+
+def measure(work: Workload, plan: Plan) -> dict[str, Any]:
+    """Times rounds and central runs in turns; sets the devices of this process."""
+    cli.use_cores(plan.devices)
+    pool = make_pool(work.clients * work.samples)
+    one_round, compile_seconds = rounds_of(work, plan, pool)
+    samples = int(one_round(0)["samples"][0])
+    peak = peak_mb()
+    centre = centre_of(work, pool)
+    if int(centre()["samples"]) != samples:
+        raise ValueError("a round and the centre must train on as many samples")
+    federated, central = [], []
+    for t in range(1, work.rounds + 1):
+        federated.append(seconds(one_round, t))
+        central.append(seconds(centre))
+    ratios = [f / c for f, c in zip(federated, central, strict=True)]
+    size = tree.count(jax.eval_shape(make_model(*work[:2]).init, jax.random.key(0)))
+    return {
+        "model": work.model,
+        "parameters": size,
+        "workload": work._asdict(),
+        "mapper": str(plan.mapper),
+        "devices": plan.devices,
+        "conv_rule": "auto" if work.model == "lenet" else None,
+        "seconds_median": statistics.median(federated),
+        "seconds_min": min(federated),
+        "samples_per_second": round(samples / statistics.median(federated)),
+        "central_samples_per_second": round(samples / statistics.median(central)),
+        "tax": statistics.median(ratios),
+        "tax_of_minima": min(federated) / min(central),
+        "peak_mb": peak,
+        "compile_seconds": compile_seconds(),
+        **about(),
+    }
+
+
+def seconds(fn: Callable, *args: Any) -> float:
+    """Returns the wall time of a call that waits for its result."""
+    began = time.perf_counter()
+    fn(*args)
+    return time.perf_counter() - began
+
+
+def write(path: str | None, records: list[dict[str, Any]]) -> None:
+    """Writes records as JSON, if a path is given."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(records, file, indent=2)
+            file.write("\n")
+
+
+def define_flags() -> None:
+    """Defines the command line."""
+    flags.DEFINE_list("models", ["mlp", "lenet"], "Networks to train.")
+    flags.DEFINE_integer("batch", 32, "Samples per step.")
+    flags.DEFINE_integer("epochs", 4, "Local epochs.")
+    flags.DEFINE_integer("clients", 100, "Clients in the population.")
+    flags.DEFINE_integer("cohort", 25, "Clients per round.")
+    flags.DEFINE_integer("samples", 480, "Samples of a client.")
+    flags.DEFINE_integer("rounds", 5, "Timed rounds, after one that compiles.")
+    flags.DEFINE_list("mappers", list(sharding.MAPPERS), "How clients are mapped.")
+    flags.DEFINE_integer("block_size", 5, "Clients per block of the mapper 'block'.")
+    flags.DEFINE_list("devices", ["1", "0"], "Devices to use; 0: every core or device.")
+    flags.DEFINE_bool("peer_lenet", True, "Small LeNet (6, 16), or (20, 50) if not.")
+    flags.DEFINE_string("json", None, "File for the records.")
+
+
+def main() -> int:
+    f = flags.FLAGS
+    numbers = {name: f[name].value for name in Workload._fields if name != "model"}
+    check_at_least(1, **{name: n for name, n in numbers.items() if n is not True})
+    backend, available = fresh(backend_and_devices)
+    resolve = functools.partial(
+        sharding.resolve_mapper, block_size=f.block_size, backend=backend
+    )
+    mappers = dict.fromkeys(resolve(mapper) for mapper in f.mappers)
+    devices = sorted({min(int(d) or available, available) for d in f.devices})
+    records: list[dict[str, Any]] = []
+    for name, mapper in itertools.product(f.models, mappers):
+        for count in devices:
+            work = Workload(name, **numbers)
+            record = fresh(measure, work, Plan(mapper, count))
+            record["auto"] = "*" if mapper == resolve("auto") else ""
+            alone = record if devices[0] == count else records[-1]
+            record["tax_one_device"] = alone.get("tax_one_device", record["tax"])
+            records.append(record)
+    print(text_table(records, COLUMNS))
+    write(f.json, records)
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, needs=())

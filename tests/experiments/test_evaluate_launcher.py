@@ -1,0 +1,104 @@
+"""A finished run serves clients it has never seen."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import hyperfedzero_digits
+from experiments import build, evaluate, train
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    config = hyperfedzero_digits.get_config()
+    config.rounds = 4
+    config.evaluation.every = 4
+    config.tensorboard = False
+    folder = tmp_path_factory.mktemp("served") / "run"
+    train.train(config, str(folder))
+    return folder
+
+
+def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
+    assert evaluate.main(str(run_folder), None, 12, None) == 0
+    result = json.loads((run_folder / "served/client_12/result.json").read_text())
+    rows = json.loads((run_folder / "clients.json").read_text())
+    (reported,) = [row for row in rows if row["client"] == 12]
+    assert result["samples"] == reported["eval_samples"]
+    assert result["zacc"] == pytest.approx(reported["accuracy"], abs=1e-3)
+
+
+def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_path):
+    run = evaluate.load_run(str(run_folder))
+    images, labels = evaluate.own_client(run, 11)
+    served = evaluate.serve(run, images)
+    evaluate.write(tmp_path / "out", served, labels, run)
+    arrays = dict(np.load(tmp_path / "out" / "classifier.npz"))
+    x = (images.astype(np.float32) / 255 - run.facts["mean"]) / run.facts["std"]
+    hidden = x.reshape(len(x), -1) @ arrays["params/Dense_0/kernel"]
+    hidden = np.maximum(hidden + arrays["params/Dense_0/bias"], 0)
+    logits = hidden @ arrays["params/Dense_1/kernel"] + arrays["params/Dense_1/bias"]
+    predictions = np.load(tmp_path / "out" / "predictions.npz")
+    np.testing.assert_array_equal(predictions["label"], logits.argmax(-1))
+    np.testing.assert_allclose(
+        predictions["probability"], jax.nn.softmax(logits), atol=1e-4
+    )
+
+
+def test_labels_are_optional_and_change_nothing_but_the_score(run_folder, tmp_path):
+    run = evaluate.load_run(str(run_folder))
+    images, labels = evaluate.own_client(run, 10)
+    np.savez(tmp_path / "plain.npz", image=images[..., 0])
+    np.savez(tmp_path / "scored.npz", image=images, label=labels)
+    for name in ("plain", "scored"):
+        file = str(tmp_path / f"{name}.npz")
+        evaluate.main(str(run_folder), file, None, str(tmp_path / name))
+    predictions = [
+        dict(np.load(tmp_path / name / "predictions.npz"))
+        for name in ("plain", "scored")
+    ]
+    np.testing.assert_array_equal(predictions[0]["label"], predictions[1]["label"])
+    assert "zacc" not in json.loads((tmp_path / "plain/result.json").read_text())
+    assert "zacc" in json.loads((tmp_path / "scored/result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (dict(image=np.zeros((3, 9, 9, 1), np.uint8)), r"uint8\(n, 8, 8, 1\)"),
+        (dict(image=np.zeros((3, 8, 8, 1))), "float64"),
+        (dict(image=np.zeros((0, 8, 8, 1), np.uint8)), "at least 1"),
+        (dict(images=np.zeros((3, 8, 8, 1), np.uint8)), "'image'"),
+        (
+            dict(image=np.zeros((2, 8, 8), np.uint8), label=np.array([0, 10])),
+            r"0\.\.9",
+        ),
+        (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros(3, int)), "label"),
+    ],
+)
+def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
+    run = evaluate.load_run(str(run_folder))
+    np.savez(tmp_path / "client.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_images(str(tmp_path / "client.npz"), run)
+
+
+def test_mistakes_are_named(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        evaluate.load_run(str(tmp_path))
+    run = evaluate.load_run(str(run_folder))
+    with pytest.raises(ValueError, match=r"10\.\.14"):
+        evaluate.own_client(run, 3)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        evaluate.read_images(str(tmp_path / "absent.npz"), run)
+    with pytest.raises(ValueError, match="either --data"):
+        evaluate.main(str(run_folder), None, None, None)
+
+
+def test_the_run_is_read_without_its_data_set(run_folder, monkeypatch):
+    monkeypatch.setattr(build, "load_source", None)
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+    served = evaluate.serve(evaluate.load_run(str(run_folder)), images)
+    assert served.probability.shape == (3, 10)
