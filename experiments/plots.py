@@ -113,6 +113,30 @@ def nice_ticks(
     return [index * step for index in range(first, last + 1)]
 
 
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Returns evenly spaced ticks as text, with no more digits than tell them apart.
+
+    Example:
+      >>> tick_labels([0.30000000000000004, 0.35])
+      ['0.3', '0.35']
+    """
+    labels: list[str] = []
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
+    for digits in range(3, 16):
+        # Sums of steps miss zero by rounding.
+        labels = [f"{0.0 if abs(t) < 1e-9 * step else t:.{digits}g}" for t in ticks]
+        if all(
+            abs(float(label) - tick) <= 1e-6 * step
+            for label, tick in zip(labels, ticks, strict=True)
+        ):
+            break
+    # Exponents only where figures would be long.
+    return [
+        f"{float(label):,.10g}" if 1000 <= abs(float(label)) < 1e6 else label
+        for label in labels
+    ]
+
+
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -335,22 +359,14 @@ def _axes(
     """Horizontal grid lines, tick labels and the name of the horizontal axis."""
     right, floor = frame.width - frame.right, frame.height - frame.bottom
     parts = []
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = frame.y(tick)
         parts.append(f'<path d="M{frame.left} {y:.1f}H{right}" stroke="{_GRID}"/>')
-        label = _tick(tick)
         parts.append(_text(frame.left - 7, y + 4, label, MUTED, anchor="end"))
-    for tick in x_ticks:
-        parts.append(_text(frame.x(tick), floor + 16, _tick(tick), color=MUTED))
+    for tick, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
+        parts.append(_text(frame.x(tick), floor + 16, label, color=MUTED))
     middle = (frame.left + right) / 2
     return [*parts, _text(middle, frame.height - 6, x_label, color=MUTED)]
-
-
-def _tick(value: float) -> str:
-    """A tick without rounding noise: 0.3, 25, 1,000 or 2e+06."""
-    if 1000 <= abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}"
 
 
 def _diamond(x: float, y: float, radius: float, color: str) -> str:

@@ -27,12 +27,14 @@ _METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}
 _COLORS = {"gacc": plots.INK, "pacc": plots.PARTICIPATING, "zacc": plots.NOVEL}
 _CONTROLS = {"_em": ("EM control", "dashed"), "_oracle": ("oracle", "dotted")}
 _MEANINGS = {
-    "gacc": "one global model, all clients",
-    "pacc": "own model, clients that take part",
-    "zacc": "own model, clients never trained on",
+    "gacc": "global test set",
+    "pacc": "clients that take part",
+    "zacc": "clients never trained on",
 }
 # Embeddings that differ by less are one embedding in float32.
 _SAME = 1e-6
+# Below this share of its most, embedding use is called small.
+_LITTLE_USE = 0.01
 # More clients than this scroll sideways rather than shrink out of sight.
 _WIDE_CLIENTS = 150
 _SUMMARY_COLUMNS: Columns = (
@@ -70,7 +72,8 @@ grid-template-columns:repeat(auto-fit,minmax(165px,1fr))}
 font-variant-numeric:tabular-nums}
 .card small{display:block;line-height:1.45}
 .grid{display:grid;gap:26px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));
+margin-top:26px}
 figure{margin:0;break-inside:avoid}
 svg{display:block;width:100%;height:auto;
 font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
@@ -88,7 +91,7 @@ margin:10px 0}
 th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--line);
 vertical-align:top;overflow-wrap:anywhere}
 .scroll th,.scroll td{white-space:nowrap;overflow-wrap:normal}
-th{color:var(--muted);font-weight:600;font-size:13px}
+th{color:var(--muted);font-weight:600;font-size:13px;overflow-wrap:normal}
 .num{text-align:right;white-space:nowrap}
 code{font:13px ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}
 details{margin:10px 0}
@@ -422,7 +425,7 @@ def _cards(latest: Row) -> str:
             if key + suffix in latest
         ]
         lines += [" · ".join(controls)] if controls else []
-        # The global model has one accuracy, not one per client.
+        # The global test set is one client, so there is no spread.
         if key != "gacc" and f"{key}_mean" in latest:
             spread = f"mean {latest[f'{key}_mean']:.2f}"
             if f"{key}_std" in latest:
@@ -475,13 +478,13 @@ def _curves(run: _Run) -> str:
         ]
         extra = [line for line in extra if line.points]
         lines += extra
-        entries += (
-            [(f"{label}, in the same colour", plots.MUTED, style)] if extra else []
-        )
+        if extra:
+            entries.append((label, plots.MUTED, style))
     loss = plots.Line("loss", _points(run, "loss"), plots.INK)
     note = (
-        "<p>EM control: one global model with a label-shift correction that needs no "
-        "training. Oracle: the same with the client's true class shares.</p>"
+        "<p>EM control: the same outputs, reweighted by class shares estimated from "
+        "them (label-shift EM), without training. Oracle: reweighted by the true "
+        "class shares, which no client knows.</p>"
         if len(entries) > len(_METRICS)
         else ""
     )
@@ -596,7 +599,21 @@ def _embeddings(run: _Run, latest: Row) -> str:
     ]
     chart = plots.point_map(name, marks, (labels[0], labels[1]))
     figure = _figure(f"{name} (share of variance)", plots.legend(entries), chart)
-    return _section("Embeddings", use, f'<div class="map">{figure}</div>')
+    reach = float(np.linalg.norm(centred, axis=1).max())
+    note = (
+        "<p>No client's embedding is further than "
+        f"{reach:.2g} from their mean; the map is scaled to fill its frame.</p>"
+    )
+    uses = [latest.get(f"collapse_{kind}") for kind in ("participating", "novel")]
+    known = [value for value in uses if value is not None]
+    most = math.log(embeddings.shape[1])
+    if known and max(known) < _LITTLE_USE * most:
+        note = (
+            '<p class="note">The embedding has all but collapsed: its use is under '
+            f"{_LITTLE_USE:.0%} of the most possible, and no client is further than "
+            f"{reach:.2g} from the mean. The map magnifies these differences.</p>"
+        )
+    return _section("Embeddings", use, note, f'<div class="map">{figure}</div>')
 
 
 def _use_table(latest: Row, size: int) -> str:
@@ -606,8 +623,8 @@ def _use_table(latest: Row, size: int) -> str:
             "embedding use I, nats",
             "collapse_{participating}",
             "I = H(mean e) - mean H(e), with H the entropy: 0 means the embedding is "
-            f"the same for all clients, so ignored; at most ln {size} = "
-            f"{math.log(size):.2f}.",
+            "the same for every input, so it is ignored; the most is "
+            f"ln {size} = {math.log(size):.2f}.",
         ),
         (
             "distance of networks",
