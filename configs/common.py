@@ -86,7 +86,7 @@ def defaults() -> ml_collections.ConfigDict:
     config.engine = dict(
         mapper="auto",  # map, vmap, block
         block_size=5,
-        devices=0,  # 0: all; on the CPU one per core
+        devices=0,  # 0: all; on the CPU one per core, at most 8
         store="device",  # client state and index tables: device or host
         memory_map=False,  # host store: files in the workdir instead of memory
         rounds_per_call=0,  # 0: as many as lie between evaluations

@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
         out_scale="none",
         norm_scale_offset=0.0,
     )
-    # Deviation: some seeds diverge in round 1 without; 10 is the best of 1, 3, 10 by pACC.
+    # Deviation: some seeds diverge in round 1 without; of 1, 3, 10 the best by pACC.
     config.local.clip_norm = 10.0
     config.rounds = 2 if args.smoke else 100
     return config

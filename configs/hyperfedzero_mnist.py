@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
         norm_scale_offset=0.0,
         chunk_batch_size=0,  # chunks generated at a time; 0: all
     )
-    # Deviation: some seeds diverge in round 1 without; 10 is the best of 1, 3, 10 by pACC.
+    # Deviation: some seeds diverge in round 1 without; of 1, 3, 10 the best by pACC.
     config.local.clip_norm = 10.0
     config.rounds = 2 if args.smoke else 100
     return config

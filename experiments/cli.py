@@ -97,10 +97,11 @@ def use_cores(devices: int) -> None:
     """Makes each CPU core a device, so that clients spread over them.
 
     Two single-threaded devices beat one device with two threads on the small products
-    of client training (`benchmarks/round_time.py`). Accelerators are untouched. Must
-    run before JAX looks for devices.
+    of client training (`benchmarks/round_time.py`). Each holds a copy of the data, so
+    by default there are at most 8. Accelerators are untouched. Must run before JAX
+    looks for devices.
     """
-    jax.config.update("jax_num_cpu_devices", devices or num_cores())
+    jax.config.update("jax_num_cpu_devices", devices or min(num_cores(), 8))
 
 
 def num_cores() -> int:

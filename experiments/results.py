@@ -54,7 +54,8 @@ def collapse(clients: Values) -> float:
     weight = clients["size"] / clients["size"].sum()
     mean = weight @ np.asarray(clients["embedding"], np.float64)
     of_mean = -np.sum(mean * np.log(mean + 1e-12))
-    return float(of_mean - weight @ clients["embedding_entropy"])
+    # Entropies are float32, so equal ones may differ by rounding; I is never negative.
+    return max(0.0, float(of_mean - weight @ clients["embedding_entropy"]))
 
 
 def per_client(

@@ -1,0 +1,91 @@
+"""Every command and example of the README runs, shortened where it would take long."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+# Command in the README -> what is run instead; None: it has run by other means.
+SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
+TRAIN = "python -m experiments.train --config=configs/"
+SHORTENED = {
+    "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
+    "make test": None,  # it is running
+    "pip install -e .": None,  # `make test` has done it
+    TRAIN + "hyperfedzero_digits.py --workdir=runs/try": SHORT,
+    TRAIN + "hyperfedzero_mnist.py:alpha=0.1": SHORT,
+    TRAIN + "fedavg_mnist.py": SHORT,
+    "python -m experiments.evaluate": [],
+    "python -m experiments.study": [
+        *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),
+        *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),
+    ],
+    "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],
+}
+
+
+def blocks(repository, language: str) -> list[str]:
+    text = (repository / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(repository) -> list[str]:
+    lines = "\n".join(blocks(repository, "bash")).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def shortened(command: str) -> list[str] | None:
+    found = [start for start in SHORTENED if command.startswith(start)]
+    assert found, f"no test knows the README's command {command!r}"
+    instead = SHORTENED[max(found, key=len)]
+    if instead is None or instead[:1] == ["python"]:
+        return instead
+    return shlex.split(command) + instead
+
+
+def test_the_two_commands_are_in_the_makefile(repository):
+    makefile = (repository / "Makefile").read_text()
+    for command in ("make demo", "make test"):
+        assert command in commands(repository)
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_every_command_runs(repository, tmp_path, monkeypatch):
+    # In order and in one folder, since some go on from what others wrote.
+    for name in ("configs", "experiments", "benchmarks", "hyperjax"):
+        (tmp_path / name).symlink_to(repository / name)
+    for command in commands(repository):
+        arguments = shortened(command)
+        if arguments is None:
+            continue
+        arguments[0] = sys.executable
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (tmp_path / "runs/try/report.html").exists()
+    assert (tmp_path / "runs/demo/report.html").exists()
+
+
+def test_the_example_of_an_own_network_runs(repository, capsys):
+    (example, *_) = [b for b in blocks(repository, "python") if "class Net" in b]
+    exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+    out = capsys.readouterr().out
+    assert "down_numbers=12384" in out
+    assert "loss by round" in out
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_nothing_else(repository, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, repository],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("hyperjax-*.whl")
+    listing = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True
+    ).stdout
+    assert "hyperjax/engine/exchange.py" in listing
+    assert "hyperjax/py.typed" in listing
+    assert "experiments/" not in listing and "tests/" not in listing
