@@ -18,7 +18,7 @@ from configs import (
     hyperfedzero_mnist,
     opt1_mnist,
 )
-from experiments import cli, report, train
+from experiments import cli, pages, report, train
 
 RUNS = (
     ("FedAvg", "fedavg", fedavg_mnist, ""),
@@ -75,7 +75,7 @@ def main() -> int:
         "Accuracy in percent:\ngACC on the global test set, pACC on participants, zACC "
         "on unseen clients, without fine-tuning.\n"
     )
-    print(report.text_table(rows, COLUMNS))
+    print(pages.text_table(rows, COLUMNS))
     page = report.comparison_report(
         folders,
         str(root / "report.html"),

@@ -10,18 +10,20 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
-from experiments import plots
+from experiments import pages, plots
 from hyperjax.data import picture
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.engine.log import read_lines
 
 Row = Mapping[str, Any]
-Columns = Sequence[tuple[str, str]]
 
 _METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}
 _COLORS = {"gacc": plots.INK, "pacc": plots.PARTICIPATING, "zacc": plots.NOVEL}
@@ -37,7 +39,7 @@ _SAME = 1e-6
 _LITTLE_USE = 0.01
 # More clients than this scroll sideways rather than shrink out of sight.
 _WIDE_CLIENTS = 150
-_SUMMARY_COLUMNS: Columns = (
+_SUMMARY_COLUMNS: pages.Columns = (
     ("method", "method"),
     ("dataset", "data set"),
     ("seed", "seed"),
@@ -53,53 +55,6 @@ _SUMMARY_COLUMNS: Columns = (
     ("seconds", "seconds"),
     ("finished", "finished"),
 )
-_STYLE = """
-:root{--ink:#3d4450;--muted:#7b8494;--line:#e3e7ed;--accent:#2a6f97}
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);
-font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:40px 20px 64px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:19px;margin:44px 0 10px;padding-top:18px;border-top:1px solid var(--line)}
-h3{font-size:14px;margin:0 0 4px}
-p{margin:6px 0;max-width:78ch}
-.muted,small{color:var(--muted)}
-.note{background:#fdf4ec;border-left:4px solid #e07a3f;padding:10px 14px;margin:18px 0}
-.cards{display:grid;gap:14px;margin:26px 0 0;
-grid-template-columns:repeat(auto-fit,minmax(165px,1fr))}
-.card{border:1px solid var(--line);border-radius:10px;padding:14px 16px}
-.card b{display:block;font-size:26px;line-height:1.25;font-weight:650;
-font-variant-numeric:tabular-nums}
-.card small{display:block;line-height:1.45}
-.grid{display:grid;gap:26px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));
-margin-top:26px}
-figure{margin:0;break-inside:avoid}
-svg{display:block;width:100%;height:auto;
-font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-.map{max-width:700px}
-.picture{overflow-x:auto}
-.picture svg{width:auto;max-width:100%}
-.picture.wide svg{max-width:none}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:4px 0 8px;
-padding:0;font-size:13px}
-.legend li{display:flex;align-items:center;gap:6px}
-.legend svg{width:26px;height:10px;flex:none}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;
-margin:10px 0}
-th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--line);
-vertical-align:top;overflow-wrap:anywhere}
-.scroll th,.scroll td{white-space:nowrap;overflow-wrap:normal}
-th{color:var(--muted);font-weight:600;font-size:13px;overflow-wrap:normal}
-.num{text-align:right;white-space:nowrap}
-code{font:13px ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}
-details{margin:10px 0}
-summary{cursor:pointer;font-weight:600}
-a{color:var(--accent)}
-@media print{main{max-width:none;padding:0}.picture.wide svg{max-width:100%}
-h2{break-after:avoid}.card,tr{break-inside:avoid}}
-"""
 
 
 class _Run(NamedTuple):
@@ -134,7 +89,7 @@ def run_report(workdir: str) -> str:
     body += [_partition(run), _clients(run), _embeddings(run, latest)]
     body += [_communication(latest), _configuration(run, latest)]
     path = os.path.join(workdir, "report.html")
-    _write(path, _page(heading, body))
+    write_atomically(path, pages.page(heading, body))
     return path
 
 
@@ -173,44 +128,12 @@ def comparison_report(
     body = [
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="muted">{len(runs)} runs</p></header>',
-        _section("Summary", _comparison_table(runs, path, labels, rows)),
-        _section("Accuracy against round", _overlaid(runs, labels)),
+        pages.section("Summary", _comparison_table(runs, path, labels, rows)),
+        pages.section("Accuracy against round", _overlaid(runs, labels)),
         _shared_partition(runs),
     ]
-    _write(path, _page(title, body))
+    write_atomically(path, pages.page(title, body))
     return path
-
-
-def text_table(rows: Sequence[Mapping[str, object]], columns: Columns) -> str:
-    """Lays rows out in aligned columns for a terminal.
-
-    Args:
-      rows: values by key; missing ones and None show as "-".
-      columns: (key, heading) in order.
-
-    Returns:
-      Lines without a final newline: headings, a rule, one line per row. Numbers stand
-      on the right, floats with two decimals, integers with thousands separators.
-
-    Example:
-      >>> print(text_table([{"n": 1234}], [("n", "samples")]))
-      samples
-      -------
-        1,234
-    """
-    numeric = [_is_numeric([row.get(key) for row in rows]) for key, _ in columns]
-    cells = [[heading for _, heading in columns]]
-    cells += [[_plain(row.get(key)) for key, _ in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for line in cells:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
 
 
 # --- reading and writing --------------------------------------------------------------
@@ -220,11 +143,14 @@ def _read_run(folder: str) -> _Run:
     about = _read_json(folder, "config.json")
     if about is None:
         raise FileNotFoundError(f"no config.json in {folder!r}: not a run folder")
-    metrics = _read_lines(folder, "metrics.jsonl")
+    records = read_lines(Path(folder) / "metrics.jsonl")
     seconds = {
-        row["round"]: row["seconds"] for row in _read_lines(folder, "timing.jsonl")
+        row["round"]: row["seconds"]
+        for row in read_lines(Path(folder) / "timing.jsonl")
     }
-    metrics = [{"seconds": seconds.get(row["round"]), **row} for row in metrics]
+    metrics: list[Row] = [
+        {"seconds": seconds.get(row["round"]), **row} for row in records
+    ]
     try:
         with np.load(os.path.join(folder, "partition.npz"), allow_pickle=False) as file:
             names = [str(name) for name in file["label_names"]]
@@ -245,36 +171,6 @@ def _read_json(folder: str, name: str) -> Any:
         return None
 
 
-def _read_lines(folder: str, name: str) -> list[Row]:
-    """One object per line; a last line that is still being written is left out."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-    return rows
-
-
-def _write(path: str, text: str) -> None:
-    """Replaces a file as a whole; readers see the old one or the new one."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
 def _latest(run: _Run) -> dict[str, Any]:
     """The newest value of everything: configuration, last evaluation, then summary."""
     config = run.about.get("config", {})
@@ -288,110 +184,6 @@ def _latest(run: _Run) -> dict[str, Any]:
     }
     latest = {**known, **(run.metrics[-1] if run.metrics else {}), **run.summary}
     return {key: value for key, value in latest.items() if value is not None}
-
-
-# --- text and tables ------------------------------------------------------------------
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, numbers.Integral):
-        return f"{int(value):,}"
-    if isinstance(value, numbers.Real):
-        return f"{float(value):.2f}"
-    return str(value)
-
-
-def _is_numeric(values: Sequence[object]) -> bool:
-    """Whether all values that are there are numbers, and there is one."""
-    there = [value for value in values if value is not None]
-    return bool(there) and all(
-        isinstance(value, numbers.Real) and not isinstance(value, bool)
-        for value in there
-    )
-
-
-def _percent(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def _bytes(value: Any) -> str:
-    """Bytes in decimal units, such as 1.23 MB."""
-    if value is None:
-        return "-"
-    if value < 1000:
-        return f"{value:,.0f} B"
-    power = min(int(math.log10(value) // 3), 4)
-    return f"{value / 1000**power:.3g} {'kMGT'[power - 1]}B"
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (a.b.c, value) for nested mappings; lists stay whole."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table; cells that are `_Html` go in as they are."""
-    kinds = [_is_numeric([row[i] for row in rows]) for i in range(len(headings))]
-    marks = [' class="num"' if kind else "" for kind in kinds]
-    head = "".join(
-        f"<th{mark}>{escape(heading)}</th>"
-        for mark, heading in zip(marks, headings, strict=True)
-    )
-    lines = [
-        "<tr>"
-        + "".join(
-            f"<td{mark}>{_cell(value)}</td>"
-            for mark, value in zip(marks, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    ]
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
-
-
-class _Html(str):
-    """Text that is HTML already."""
-
-
-def _cell(value: object) -> str:
-    return value if isinstance(value, _Html) else escape(_plain(value))
-
-
-def _pairs(summary: str, value: Any) -> str:
-    """A nested mapping as a folded table; nothing if it is empty."""
-    if not value:
-        return ""
-    rows = [(_Html(f"<code>{escape(k)}</code>"), v) for k, v in _flatten(value)]
-    table = _table(("name", "value"), rows)
-    return f"<details><summary>{escape(summary)}</summary>{table}</details>"
-
-
-def _section(heading: str, *parts: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{''.join(parts)}</section>"
-
-
-def _figure(heading: str, *parts: str) -> str:
-    return f"<figure><h3>{escape(heading)}</h3>{''.join(parts)}</figure>"
-
-
-def _page(title: str, body: Sequence[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
 
 
 # --- sections of a run's page ---------------------------------------------------------
@@ -433,11 +225,11 @@ def _cards(latest: Row) -> str:
             if f"{key}_p10" in latest:
                 spread += f", tenth percentile {latest[f'{key}_p10']:.2f}"
             lines.append(f"over clients: {spread}")
-        cards.append(_card(name, _percent(latest.get(key)), *lines))
+        cards.append(_card(name, pages.percent(latest.get(key)), *lines))
     if "up_bytes" in latest and "down_bytes" in latest:
         up, down = latest["up_bytes"], latest["down_bytes"]
-        line = f"up {_bytes(up)} · down {_bytes(down)}"
-        cards.append(_card("Per client and round", _bytes(up + down), line))
+        line = f"up {pages.num_bytes(up)} · down {pages.num_bytes(down)}"
+        cards.append(_card("Per client and round", pages.num_bytes(up + down), line))
     if "seconds" in latest:
         compile_seconds = latest.get("compile_seconds")
         line = (
@@ -464,7 +256,7 @@ def _points(run: _Run, key: str) -> list[plots.Point]:
 
 def _curves(run: _Run) -> str:
     if not run.metrics:
-        return _section("Curves", "<p>No evaluation yet.</p>")
+        return pages.section("Curves", "<p>No evaluation yet.</p>")
     lines, entries = [], []
     for key, name in _METRICS.items():
         lines.append(plots.Line(name, _points(run, key), _COLORS[key]))
@@ -491,12 +283,12 @@ def _curves(run: _Run) -> str:
     accuracy = plots.line_chart(
         "Accuracy in percent against round", lines, y_ceiling=100
     )
-    return _section(
+    return pages.section(
         "Curves",
         note,
         '<div class="grid">',
-        _figure("Accuracy, %", plots.legend(entries), accuracy),
-        _figure(
+        pages.figure("Accuracy, %", plots.legend(entries), accuracy),
+        pages.figure(
             "Local training loss",
             plots.legend([("mean over the last round", plots.INK, "solid")]),
             plots.line_chart("Local training loss against round", [loss]),
@@ -517,7 +309,7 @@ def _further_quantities(run: _Run) -> str:
             continue
         line = plots.Line(key, points, plots.PARTICIPATING)
         chart = plots.line_chart(f"{key} against round", [line], size=(380, 200))
-        figures.append(_figure(key.replace("_", " "), chart))
+        figures.append(pages.figure(key.replace("_", " "), chart))
     return f'<div class="grid small">{"".join(figures)}</div>' if figures else ""
 
 
@@ -533,7 +325,7 @@ def _partition(run: _Run) -> str:
         f"{int(participating.sum())} of them participating"
     )
     wide = " wide" if len(counts) > _WIDE_CLIENTS else ""
-    return _section(
+    return pages.section(
         "Partition",
         f"<p>{name}; {int(counts.sum()):,} samples in all.</p>",
         f'<div class="picture{wide}" role="img" aria-label="{name}">',
@@ -561,9 +353,11 @@ def _clients(run: _Run) -> str:
     if any(mark.control is not None for mark in marks):
         entries.append(("EM control of the same client", plots.MUTED, "bar"))
     chart = plots.sorted_dots("Accuracy of every client, sorted, in percent", marks)
-    return _section(
+    return pages.section(
         "Clients",
-        _figure("Accuracy of every client, sorted, %", plots.legend(entries), chart),
+        pages.figure(
+            "Accuracy of every client, sorted, %", plots.legend(entries), chart
+        ),
     )
 
 
@@ -580,7 +374,7 @@ def _embeddings(run: _Run, latest: Row) -> str:
             f"{len(clients)} clients have the same one (to {_SAME:g}), so the deployed "
             "networks do not depend on the client through it.</p>"
         )
-        return _section("Embeddings", note, use)
+        return pages.section("Embeddings", note, use)
     left, spread, _ = np.linalg.svd(centred, full_matrices=False)
     places = np.zeros((len(clients), 2))
     shares = np.zeros(2)
@@ -598,7 +392,7 @@ def _embeddings(run: _Run, latest: Row) -> str:
         ("not participating", plots.NOVEL, "diamond"),
     ]
     chart = plots.point_map(name, marks, (labels[0], labels[1]))
-    figure = _figure(f"{name} (share of variance)", plots.legend(entries), chart)
+    figure = pages.figure(f"{name} (share of variance)", plots.legend(entries), chart)
     reach = float(np.linalg.norm(centred, axis=1).max())
     note = (
         "<p>No client's embedding is further than "
@@ -613,7 +407,7 @@ def _embeddings(run: _Run, latest: Row) -> str:
             f"{_LITTLE_USE:.0%} of the most possible, and no client is further than "
             f"{reach:.2g} from the mean. The map magnifies these differences.</p>"
         )
-    return _section("Embeddings", use, note, f'<div class="map">{figure}</div>')
+    return pages.section("Embeddings", use, note, f'<div class="map">{figure}</div>')
 
 
 def _use_table(latest: Row, size: int) -> str:
@@ -656,7 +450,7 @@ def _use_table(latest: Row, size: int) -> str:
         if any(shown):
             rows.append((name, *shown, meaning))
     headings = ("quantity", "participating", "not participating", "meaning")
-    return _table(headings, rows) if rows else ""
+    return pages.table(headings, rows) if rows else ""
 
 
 def _communication(latest: Row) -> str:
@@ -670,7 +464,7 @@ def _communication(latest: Row) -> str:
         for pair in zip(*sizes.values(), strict=True)
     ]
     rows = [
-        (name, *row, _bytes(row[-1]))
+        (name, *row, pages.num_bytes(row[-1]))
         for name, row in sizes.items()
         if row != [None] * len(kinds)
     ]
@@ -683,8 +477,8 @@ def _communication(latest: Row) -> str:
         "bytes in all",
         "",
     )
-    table = _table(headings, rows)
-    return _section("Communication", f'<div class="scroll">{table}</div>')
+    table = pages.table(headings, rows)
+    return pages.section("Communication", f'<div class="scroll">{table}</div>')
 
 
 def _configuration(run: _Run, latest: Row) -> str:
@@ -694,16 +488,17 @@ def _configuration(run: _Run, latest: Row) -> str:
         "state digest (SHA-256)": latest.get("state_sha256") or "none yet",
     }
     rows = [
-        (name, _Html(f"<code>{escape(str(v))}</code>")) for name, v in facts.items()
+        (name, pages.Html(f"<code>{escape(str(v))}</code>"))
+        for name, v in facts.items()
     ]
-    return _section(
+    return pages.section(
         "Configuration",
-        _table(("", ""), rows).replace(
+        pages.table(("", ""), rows).replace(
             "<thead><tr><th></th><th></th></tr></thead>", ""
         ),
-        _pairs("Configuration", run.about.get("config")),
-        _pairs("Plan", latest.get("plan")),
-        _pairs("Package versions", run.about.get("versions")),
+        pages.folded("Configuration", run.about.get("config")),
+        pages.folded("Plan", latest.get("plan")),
+        pages.folded("Package versions", run.about.get("versions")),
     )
 
 
@@ -725,11 +520,11 @@ def _comparison_table(
         own = os.path.join(os.path.abspath(run.folder), "report.html")
         link = os.path.relpath(own, os.path.dirname(os.path.abspath(path)))
         name = f'<a href="{quote(link.replace(os.sep, "/"))}">{escape(label)}</a>'
-        cells: list[object] = [_Html(name), *(row.get(key) for key in extra)]
+        cells: list[object] = [pages.Html(name), *(row.get(key) for key in extra)]
         cells += [value.get(key) for key, _ in columns]
         table.append(cells)
     headings = ["run", *extra, *(heading for _, heading in columns)]
-    return f'<div class="scroll">{_table(headings, table)}</div>'
+    return f'<div class="scroll">{pages.table(headings, table)}</div>'
 
 
 def _overlaid(runs: Sequence[_Run], labels: Sequence[str]) -> str:
@@ -752,7 +547,7 @@ def _overlaid(runs: Sequence[_Run], labels: Sequence[str]) -> str:
         chart = plots.line_chart(
             f"{name} in percent against round", lines, y_ceiling=100
         )
-        figures.append(_figure(f"{name}, % ({_MEANINGS[key]})", chart))
+        figures.append(pages.figure(f"{name}, % ({_MEANINGS[key]})", chart))
     return f'{plots.legend(entries)}<div class="grid">{"".join(figures)}</div>'
 
 
@@ -770,4 +565,4 @@ def _shared_partition(runs: Sequence[_Run]) -> str:
     )
     if shared and len(partitions) == len(runs):
         return _partition(runs[0])
-    return _section("Partition", "<p>The runs do not share one partition.</p>")
+    return pages.section("Partition", "<p>The runs do not share one partition.</p>")

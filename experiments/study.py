@@ -25,7 +25,7 @@ from configs import (
     opt1_mnist,
 )
 from experiments import cli, train, workdir
-from experiments.report import text_table
+from experiments.pages import text_table
 from hyperjax.engine.checkpoint import write_atomically
 
 LEARNING_RATES = (0.03, 0.1, 0.3)

@@ -33,15 +33,21 @@ def plain(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Returns the complete records of a JSON-lines file; a torn last line is left."""
+    """Returns the records of a JSON-lines file, without a torn last one.
+
+    Raises:
+      ValueError: an earlier line is broken, which no kill explains.
+    """
     if not path.exists():
         return []
+    lines = path.read_text().splitlines()
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON") from error
     return records
 
 

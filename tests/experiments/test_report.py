@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import plots, report
+from experiments import pages, plots, report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -339,7 +339,7 @@ def test_text_table() -> None:
         {"name": "pfedhn", "acc": None, "size": np.int64(12), "done": False},
     ]
     columns = [("name", "method"), ("acc", "%"), ("size", "bytes"), ("done", "done")]
-    assert report.text_table(rows, [*columns, ("gone", "gone")]) == "\n".join(
+    assert pages.text_table(rows, [*columns, ("gone", "gone")]) == "\n".join(
         [
             "method      %      bytes  done  gone",
             "------  -----  ---------  ----  ----",
@@ -347,7 +347,7 @@ def test_text_table() -> None:
             "pfedhn      -         12  no    -",
         ]
     )
-    assert report.text_table([], columns[:2]) == "method  %\n------  -"
+    assert pages.text_table([], columns[:2]) == "method  %\n------  -"
 
 
 @pytest.mark.parametrize(
