@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
@@ -96,7 +97,10 @@ def build(
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every number and name that needs no data to be judged."""
-    check_at_least(0, rounds=config.rounds, devices=config.engine.devices)
+    check_at_least(
+        0, rounds=config.rounds, seed=config.seed, devices=config.engine.devices
+    )
+    check_at_least(-1, **{"data.seed": config.data.seed})
     check_at_least(
         1,
         **{
@@ -235,7 +239,7 @@ def _import_module_class(name: str):
     module_name, _, class_name = name.partition(":")
     try:
         return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"model.name={name!r}: expected package.module:Class of a linen module "
             f"({error})"
@@ -265,10 +269,12 @@ def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm
 
 def call(field: str, factory, *args, **options):
     """Calls a factory with a config's options; names those it does not take."""
-    parameters = inspect.signature(factory).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            check_choice(f"option of {field}", option, parameters)
+    parameters = dict(inspect.signature(factory).parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        # Methods built on FedAvg hand further options on to it.
+        parameters |= inspect.signature(fedavg).parameters
+    for option in options:
+        check_choice(f"option of {field}", option, parameters)
     try:
         return factory(*args, **options)
     except TypeError as error:

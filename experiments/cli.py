@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -69,28 +68,31 @@ def complain(message: str) -> int:
 def explain(error: Exception) -> str:
     """Returns a parser's message; for an unknown config field with the nearest one."""
     text = str(error).strip() or type(error).__name__
-    field = re.search(r"--config\.([\w.]+)", " ".join(sys.argv[1:]))
-    if isinstance(error, (AttributeError, KeyError)) and field is not None:
-        return _nearest_field(text)
-    return text
+    if "Traceback (most recent call last)" in text:  # of a config file that failed
+        text = text.splitlines()[-1]
+    return _unknown_field() or text
 
 
-def _nearest_field(text: str) -> str:
-    """Finds the first --config.field that the config does not have."""
+def _unknown_field() -> str | None:
+    """Finds the first --config.field that the config file does not have."""
     from experiments.workdir import flatten
 
+    arguments = sys.argv[1:]
+    given = [re.match(r"--config\.([\w.]+)", argument) for argument in arguments]
+    paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    if not paths or not any(given):
+        return None
     try:
-        config: Any = flags.FLAGS["config"].value
-        fields = list(flatten(config.to_dict()))
-        for argument in sys.argv[1:]:
-            match = re.match(r"--config\.([\w.]+)", argument)
-            if match and match.group(1) not in fields:
-                check_choice("config field", match.group(1), fields)
+        parser = config_flags.config_flags.ConfigFileFlagParser("config")
+        fields = list(flatten(parser.parse(paths[-1]).to_dict()))
+    except Exception:  # the file itself is at fault: the parser's words must do
+        return None
+    try:
+        for match in filter(None, given):
+            check_choice("config field", match.group(1), fields)
     except ValueError as unknown:
         return str(unknown)
-    except Exception:  # no config to compare with: the parser's words must do
-        pass
-    return text
+    return None
 
 
 def use_cores(devices: int) -> None:

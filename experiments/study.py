@@ -135,6 +135,15 @@ def main() -> int:
     return 0
 
 
+def guarded() -> int:
+    """As `main`, but a stopped study is no mistake."""
+    try:
+        return main()
+    except train.Stopped as stop:
+        print(f"Stopped after round {stop}; the same command continues.")
+        return 0
+
+
 def as_text(record: Mapping[str, Any]) -> str:
     """Returns the table, mean and deviation over seeds."""
     rows = [
@@ -154,4 +163,4 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _ROUNDS = flags.DEFINE_integer("rounds", 100, "Rounds.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")
-    cli.run(main)
+    cli.run(guarded)

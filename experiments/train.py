@@ -69,8 +69,9 @@ class _Run:
     def go(self) -> dict[str, Any]:
         config, folder, experiment = self.config, self.folder, self.experiment
         if not (folder / workdir.CONFIG).exists():
-            federations.save_tables(experiment.federation, folder / "partition.npz")
             workdir.describe(folder, config, experiment.plan)
+        if not (folder / "partition.npz").exists():
+            federations.save_tables(experiment.federation, folder / "partition.npz")
         round, carry = self.start()
         recorder = log.Recorder(folder, round, config.tensorboard)
         progress = log.Progress(self.name, config.rounds)

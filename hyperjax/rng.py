@@ -1,4 +1,4 @@
-"""Derives every random key of a run; no other file folds or names keys.
+"""Derives the random keys of a run: named streams, and one key per client.
 
 Keys follow from (root, purpose, exchange index, client id), so a resumed run needs no
 saved key, and a client draws the same numbers wherever it sits in the cohort.

@@ -1,7 +1,7 @@
 """Index tables of clients, and the batches gathered from them inside compiled code."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,13 @@ from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 
 
 class Table(NamedTuple):
-    """Which pool rows belong to which client: host arrays, padded to a rectangle."""
+    """Which pool rows belong to which client, padded to a rectangle.
 
-    rows: np.ndarray  # [N, n_max] int32; padding repeats row 0 of the pool
-    size: np.ndarray  # [N] int32
+    NumPy arrays, but for the copy that the engine's device store makes.
+    """
+
+    rows: Any  # [N, n_max] int32; padding repeats row 0 of the pool
+    size: Any  # [N] int32
 
 
 def table(parts: Sequence[np.ndarray]) -> Table:

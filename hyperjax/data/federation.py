@@ -7,6 +7,7 @@ the last M keep all their samples for evaluation (arXiv:2508.12673, splits after
 authors' earlier harness).
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,14 +125,15 @@ def federate(
 
 
 def save_tables(federation: Federation, path: str | Path) -> None:
-    """Writes index tables, class counts and pixel moments to an .npz file."""
+    """Writes index tables, class counts and pixel moments to a whole .npz file."""
     tables: dict[str, Any] = {}
     for name in ("train", "held_out", "novel", "test"):
         rows, size = getattr(federation, name)
         tables |= {f"{name}_rows": rows, f"{name}_size": size}
     participating = np.arange(len(federation.counts)) < federation.num_clients
+    part = Path(path).with_name(f".part-{Path(path).name}")
     np.savez_compressed(
-        str(path),
+        str(part),
         counts=federation.counts,
         participating=participating,
         label_names=np.array(federation.label_names),
@@ -141,6 +143,7 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         source_prior=federation.source_prior,
         **tables,
     )
+    os.replace(part, path)
 
 
 def _parts(table: Table) -> list[np.ndarray]:

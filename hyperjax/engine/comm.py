@@ -1,5 +1,6 @@
 """What one exchange sends, in numbers and bytes, from the messages themselves."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Cost(NamedTuple):
     up_bytes: int
 
 
+@functools.lru_cache(maxsize=16)
 def describe(alg: Algorithm) -> Messages:
     """Runs one exchange with one client by abstract evaluation; computes nothing."""
     shape = alg.client.model.sample_shape

@@ -131,7 +131,7 @@ def evaluator(
     """
     program = Compiled(mesh)
     largest = max(len(population.ids) for population in populations.values())
-    width = sharding.padded_size(min(largest, clients_per_call), mesh)
+    width = sharding.padded_size(min(largest, max(2, clients_per_call)), mesh)
     longest = [
         max(
             getattr(population, name).rows.shape[1]
@@ -206,7 +206,7 @@ def evaluator(
         keys = rng.client_keys(rng.stream(key, "adapt"), ids)
         shared = (down.shared, down.round, pools)
         adapted, seen_info = map_adapt((keys, down.own, start, train, inputs), shared)
-        # The neighbour whose state each client borrows: the next real client.
+        # The neighbour whose state each client borrows: the next of the population.
         neighbour = (jnp.arange(len(ids)) + 1) % real
         other_own, other = jax.tree.map(lambda x: x[neighbour], (down.own, adapted))
         scores = map_score((down.own, adapted, other_own, other, inputs), shared)
@@ -215,12 +215,14 @@ def evaluator(
     def evaluate_one(root, carry: schedule.Carry, round: int, population: Population):
         blocks = []
         num = len(population.ids)
-        for start in range(0, num, width):
-            place = np.arange(start, start + width)
-            alive = place < num
-            place = np.minimum(place, num - 1)
+        # In a population of several calls, each call's last lane only lends its state.
+        stride = width if num <= width else width - 1
+        for start in range(0, num, stride):
+            real = min(stride, num - start)
+            lanes = num if num <= width else real + 1
+            alive = np.arange(width) < lanes
+            place = (start + np.arange(width)) % num
             ids = population.ids[place]
-            real = min(width, num - start)
             state, seen = _stored(carry, ids)
             args = (
                 root,
@@ -232,7 +234,7 @@ def evaluator(
                 _pick(population.train, place, alive, longest[0]),
                 _pick(population.inputs, place, alive, longest[1]),
                 pools,
-                jnp.int32(real),
+                jnp.int32(lanes),
             )
             args = sharding.replicate(args, mesh)
             out = jax.device_get(program("evaluate", evaluate_block, args))

@@ -161,7 +161,7 @@ def duration(seconds: float) -> str:
 def size(num_bytes: float) -> str:
     """Returns a number of bytes in readable units of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:  # what three digits round up belongs to the next unit
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.4g} TB"

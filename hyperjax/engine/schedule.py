@@ -102,87 +102,115 @@ def simulator(
         )
     cohort_size = num_clients if sampler == "full" else cohort_size
     padded = sharding.padded_size(cohort_size, mesh)
-    one_exchange = exchange.make_exchange(alg, mapper, mesh)
-    weights = jnp.asarray(weight, jnp.float32)
-    row_spec = comm.describe(alg).client
-    program = compiled.Compiled(mesh)
-
-    def init_server(root):
-        return alg.server.init(rng.stream(root, "common_init"))
 
     def draw(root, round, weight):
         key = rng.stream(jax.random.fold_in(root, round), "cohort")
         ids = sample(sampler, key, num_clients, cohort_size)
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
-    if store == "device":
-        on_device = sharding.replicate(
-            (jnp.asarray(table.rows), jnp.asarray(table.size), pool, weights), mesh
-        )
+    parts = _Parts(
+        init_server=lambda root: alg.server.init(rng.stream(root, "common_init")),
+        draw=draw,
+        exchange=exchange.make_exchange(alg, mapper, mesh),
+        row=comm.describe(alg).client,
+        table=table,
+        pool=sharding.replicate(pool, mesh),
+        weight=sharding.replicate(jnp.asarray(weight, jnp.float32), mesh),
+        mesh=mesh,
+    )
+    return _on_device(parts) if store == "device" else _on_host(parts, store_dir)
 
-        def init(root):
-            server = jax.jit(init_server)(root)
-            rows, seen = stores.zeros(row_spec, num_clients)
-            return sharding.replicate(Carry(server, rows, seen), mesh)
 
-        def load(arrays):
-            return sharding.replicate(jax.tree.map(jnp.asarray, arrays), mesh)
+class _Parts(NamedTuple):
+    """What both stores build a simulator from."""
 
-        def many_rounds(root, carry, rounds, rows, size, pool, weight):
-            def body(carry, round):
-                cohort = draw(root, round, weight)
-                ids = cohort.ids
-                data = ClientData(
-                    rows.at[ids].get(mode="clip"), size.at[ids].get(mode="clip"), pool
-                )
-                state, seen = stores.gather(carry.rows, carry.seen, ids)
-                server, state, info = one_exchange(
-                    root, carry.server, state, seen, data, cohort
-                )
-                new = stores.scatter(
-                    carry.rows, carry.seen, ids, state, cohort.active > 0
-                )
-                return Carry(server, *new), info
+    init_server: Callable  # (root) -> server
+    draw: Callable  # (root, round, weight [N]) -> Cohort
+    exchange: Callable
+    row: PyTree  # abstract state of one client
+    table: Table
+    pool: Pool
+    weight: Array
+    mesh: Any
 
-            return jax.lax.scan(body, carry, rounds)
 
-        def run(root, carry, start, num_rounds):
-            rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
-            args = (sharding.replicate(root, mesh), carry, rounds, *on_device)
-            return program("rounds", many_rounds, args, donate=(1,))
+def _on_device(parts: _Parts) -> Simulator:
+    """All rounds of a call are one program; client state is part of its carry."""
+    program = compiled.Compiled(parts.mesh)
+    table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
 
-        return Simulator(init, load, run, program)
+    def init(root):
+        server = jax.jit(parts.init_server)(root)
+        rows, seen = stores.zeros(parts.row, len(parts.table.size))
+        return sharding.replicate(Carry(server, rows, seen), parts.mesh)
 
-    def init_host(root):
-        server = sharding.replicate(jax.jit(init_server)(root), mesh)
-        return Carry(server, *stores.host_zeros(row_spec, num_clients, store_dir))
+    def load(arrays):
+        return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
-    def load_host(arrays):
+    def many_rounds(root, carry, rounds, table, pool, weight):
+        def body(carry, round):
+            cohort = parts.draw(root, round, weight)
+            data = ClientData(
+                table.rows.at[cohort.ids].get(mode="clip"),
+                table.size.at[cohort.ids].get(mode="clip"),
+                pool,
+            )
+            state, seen = stores.gather(carry.rows, carry.seen, cohort.ids)
+            server, state, info = parts.exchange(
+                root, carry.server, state, seen, data, cohort
+            )
+            rows, seen = stores.scatter(
+                carry.rows, carry.seen, cohort.ids, state, cohort.active > 0
+            )
+            return Carry(server, rows, seen), info
+
+        return jax.lax.scan(body, carry, rounds)
+
+    def run(root, carry, start, num_rounds):
+        rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
+        root = sharding.replicate(root, parts.mesh)
+        args = (root, carry, rounds, table, parts.pool, parts.weight)
+        return program("rounds", many_rounds, args, donate=(1,))
+
+    return Simulator(init, load, run, program)
+
+
+def _on_host(parts: _Parts, folder: str | None) -> Simulator:
+    """One program per exchange; only a cohort's state and row numbers travel."""
+    program = compiled.Compiled(parts.mesh)
+    table, num_clients = parts.table, len(parts.table.size)
+
+    def init(root):
+        server = sharding.replicate(jax.jit(parts.init_server)(root), parts.mesh)
+        return Carry(server, *stores.host_zeros(parts.row, num_clients, folder))
+
+    def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)
-        rows, seen = stores.host_zeros(row_spec, num_clients, store_dir)
+        rows, seen = stores.host_zeros(parts.row, num_clients, folder)
         found = jax.tree.leaves((arrays.rows, arrays.seen))
         for x, y in zip(jax.tree.leaves((rows, seen)), found, strict=True):
             x[...] = y
-        return Carry(sharding.replicate(server, mesh), rows, seen)
+        return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
-    pool = sharding.replicate(pool, mesh)
+    def one_round(root, carry, round):
+        cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
+        ids = np.asarray(cohort.ids)
+        state, seen = stores.host_gather(carry.rows, carry.seen, ids)
+        place = np.minimum(ids, num_clients - 1)
+        data = ClientData(table.rows[place], table.size[place], parts.pool)
+        inputs = (root, carry.server, state, seen, data, cohort)
+        inputs = sharding.replicate(inputs, parts.mesh)
+        server, state, info = program("exchange", parts.exchange, inputs, donate=(1,))
+        alive = np.asarray(cohort.active) > 0
+        stores.host_scatter(carry.rows, carry.seen, ids, state, alive)
+        return carry._replace(server=server), jax.device_get(info)
 
-    def run_host(root, carry, start, num_rounds):
+    def run(root, carry, start, num_rounds):
+        root = sharding.replicate(root, parts.mesh)
         infos = []
-        server, rows, seen = carry
         for round in range(start, start + num_rounds):
-            args = (root, jnp.int32(round), weights)
-            cohort = program("cohort", draw, args)
-            ids = np.asarray(cohort.ids)
-            state, was_seen = stores.host_gather(rows, seen, ids)
-            place = np.minimum(ids, num_clients - 1)
-            data = ClientData(table.rows[place], table.size[place], pool)
-            inputs = (root, server, state, was_seen, data, cohort)
-            inputs = sharding.replicate(inputs, mesh)
-            server, state, info = program("exchange", one_exchange, inputs, donate=(1,))
-            stores.host_scatter(rows, seen, ids, state, np.asarray(cohort.active) > 0)
-            infos.append(jax.device_get(info))
-        stacked = jax.tree.map(lambda *x: np.stack(x), *infos)
-        return Carry(server, rows, seen), stacked
+            carry, info = one_round(root, carry, round)
+            infos.append(info)
+        return carry, jax.tree.map(lambda *x: np.stack(x), *infos)
 
-    return Simulator(init_host, load_host, run_host, program)
+    return Simulator(init, load, run, program)

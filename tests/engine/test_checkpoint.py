@@ -1,0 +1,197 @@
+"""Checkpoints: exact, never half there, never trusted without a look."""
+
+import json
+import logging
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperjax import tree
+from hyperjax.engine import checkpoint
+from hyperjax.engine.schedule import Carry
+
+# orbax leaves an event loop behind when it cannot read.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def carry(value: float = 0.0) -> Carry:
+    """A small state with every kind of leaf there is."""
+    server = {"w": jnp.arange(300.0).reshape(20, 15) / 7 + value, "step": jnp.int32(3)}
+    rows = ({"head": jnp.full((4, 2), float(value))}, ())
+    return Carry(server, rows, jnp.array([True, False, True, False]))
+
+
+def abstract(a):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+TEMPLATE = abstract(carry())
+
+
+def files(folder):
+    return {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    saved = carry(1 / 3)
+    digest = checkpoint.save(tmp_path, 7, saved)
+    assert digest == tree.sha256(jax.device_get(saved))
+    restored = checkpoint.restore(tmp_path, TEMPLATE)
+    assert restored.round == 7 and isinstance(restored.carry, Carry)
+    chex.assert_trees_all_equal(restored.carry, jax.device_get(saved))
+    assert tree.sha256(restored.carry) == digest
+
+
+def test_sharded_arrays_are_saved_as_any_others(tmp_path):
+    from hyperjax.engine import sharding
+
+    saved = sharding.replicate(carry(), sharding.client_mesh(4))
+    assert checkpoint.save(tmp_path, 1, saved) == tree.sha256(carry())
+
+
+def test_without_checkpoints_there_is_nothing(tmp_path):
+    assert checkpoint.restore(tmp_path, TEMPLATE) is None
+    assert checkpoint.restore(tmp_path / "nowhere", TEMPLATE) is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [4, 6]), (2, [4, 6]), (3, [2, 4, 6])])
+def test_the_newest_are_kept_and_never_fewer_than_two(keep, left, tmp_path):
+    for round in (0, 2, 4, 6):
+        checkpoint.save(tmp_path, round, carry(round), keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"round_{round:08d}" for round in left
+    ]
+    restored = checkpoint.restore(tmp_path, TEMPLATE)
+    assert restored.round == 6 and restored.carry.rows[0]["head"][0, 0] == 6
+
+
+def test_a_checkpoint_without_its_digest_does_not_count(tmp_path, caplog):
+    checkpoint.save(tmp_path, 2, carry(2))
+    checkpoint.save(tmp_path, 4, carry(4))
+    (tmp_path / "round_00000004" / checkpoint.DIGEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.restore(tmp_path, TEMPLATE).round == 2
+    assert not [r for r in caplog.records if "damaged" in r.getMessage()]
+    checkpoint.save(tmp_path, 4, carry(5))
+    assert checkpoint.restore(tmp_path, TEMPLATE).carry.rows[0]["head"][0, 0] == 5
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {"flip": flip, "halve": halve, "delete": os.remove}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_anywhere_is_noticed_or_harmless(damage, tmp_path, caplog):
+    """Every file in turn: the newest comes back exactly, or the one before does."""
+    checkpoint.save(tmp_path, 2, carry(2))
+    checkpoint.save(tmp_path, 4, carry(4))
+    digests = {2: tree.sha256(carry(2)), 4: tree.sha256(carry(4))}
+    newest = tmp_path / "round_00000004"
+    noticed = 0
+    for name in sorted(map(str, files(newest))):
+        if name == checkpoint.DIGEST and damage == "delete":
+            continue  # then it was never finished, see above
+        content = (newest / name).read_bytes()
+        DAMAGES[damage](newest / name)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            restored = checkpoint.restore(tmp_path, TEMPLATE)
+        assert tree.sha256(restored.carry) == digests[restored.round], name
+        said = [r for r in caplog.records if "trying the one before" in r.getMessage()]
+        assert len(said) == (restored.round == 2), name
+        noticed += restored.round == 2
+        (newest / name).write_bytes(content)
+    assert noticed >= 3
+    assert checkpoint.restore(tmp_path, TEMPLATE).round == 4
+
+
+def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
+    for round in (2, 4):
+        checkpoint.save(tmp_path, round, carry(round))
+        for file in (tmp_path / f"round_{round:08d}").rglob("d/*"):
+            file.write_bytes(b"")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged") as error:
+        checkpoint.restore(tmp_path, TEMPLATE)
+    assert str(tmp_path) in str(error.value)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        abstract(carry()._replace(rows=())),
+        abstract(carry()._replace(seen=jnp.zeros(5, bool))),
+        abstract(carry()._replace(seen=jnp.zeros(4, jnp.float32))),
+        abstract(carry()._replace(rows=(carry().rows, jnp.zeros(3)))),
+    ],
+    ids=["fewer leaves", "another shape", "another dtype", "more leaves"],
+)
+def test_a_checkpoint_of_another_state_is_refused(template, tmp_path):
+    checkpoint.save(tmp_path, 2, carry())
+    with pytest.raises(ValueError, match="every checkpoint"):
+        checkpoint.restore(tmp_path, template)
+
+
+def test_text_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "a.json"
+    checkpoint.write_atomically(path, "old")
+    checkpoint.write_atomically(str(path), "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_kill_while_writing_leaves_the_old_text(function, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    checkpoint.write_atomically(path, "old")
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, kill)
+        with pytest.raises(Killed):
+            checkpoint.write_atomically(path, "n" * 10_000)
+    assert path.read_text() == "old"
+    # What is left is hidden, and the next write takes it away.
+    assert all(p.name.startswith(".") for p in tmp_path.iterdir() if p != path)
+    checkpoint.write_atomically(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_digest_is_written_last(tmp_path, monkeypatch):
+    def look(path, text):
+        assert (path.parent / "carry").is_dir()
+        assert json.loads(text)["round"] == 3
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "write_atomically", look)
+    with pytest.raises(Killed):
+        checkpoint.save(tmp_path, 3, carry())
+    assert checkpoint.restore(tmp_path, TEMPLATE) is None
+
+
+def test_saving_leaves_the_arrays_usable(tmp_path):
+    kept = carry(1.0)
+    checkpoint.save(tmp_path, 1, kept)
+    np.testing.assert_array_equal(kept.rows[0]["head"], 1.0)

@@ -1,0 +1,272 @@
+"""Evaluation: right numbers, no trace in the state, and no dependence on batching."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from federated import NUM_CLASSES, NUM_CLIENTS, method, tiny, weights
+
+from hyperjax import tree
+from hyperjax.data import clients
+from hyperjax.engine import evaluate, schedule, sharding
+from hyperjax.engine.evaluate import Population
+from hyperjax.types import ClientData, Downlink
+
+# One worker runs all, and compiles each program once.
+pytestmark = pytest.mark.xdist_group("evaluate")
+
+ROOT = jax.random.key(0)
+NUM_NOVEL = 3
+SOURCE = np.array([0.2, 0.5, 0.3])
+KEPT, ZERO_SHOT = "fedavg+kept_head", "hyperfedzero"
+
+
+@functools.cache
+def trained(stack: str):
+    """The state after two rounds in which client 7 never took part."""
+    table = clients.Table(*(x[: NUM_CLIENTS - 1] for x in tiny().table))
+    sim = schedule.simulator(
+        method(stack),
+        table,
+        tiny().pool,
+        weight=weights()[:-1],
+        cohort_size=len(table.size),
+    )
+    carry, _ = sim.run(ROOT, sim.init(ROOT), 0, 2)
+    server, rows, seen = jax.device_get(carry)
+    rows = jax.tree.map(lambda x: np.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), rows)
+    return schedule.Carry(server, rows, np.pad(seen, (0, 1)))
+
+
+@functools.cache
+def populations() -> dict[str, Population]:
+    """All clients on their samples, and three unseen ones that share some of them."""
+    unseen = [np.arange(10, 19), np.arange(30, 35), np.arange(3)]
+    nothing = clients.table([np.arange(0)] * NUM_NOVEL)
+    ids = np.arange(NUM_CLIENTS + NUM_NOVEL, dtype=np.int32)
+    return {
+        "pacc": Population(ids[:NUM_CLIENTS], tiny().table, tiny().table),
+        "zacc": Population(ids[NUM_CLIENTS:], nothing, clients.table(unseen)),
+    }
+
+
+@functools.cache
+def scores(stack: str, batch_size=4, clients_per_call=64, devices=1):
+    evaluator = evaluate.evaluator(
+        method(stack),
+        tiny().pool,
+        populations(),
+        source_prior=SOURCE,
+        batch_size=batch_size,
+        clients_per_call=clients_per_call,
+        mesh=sharding.client_mesh(min(clients_per_call, NUM_CLIENTS), devices),
+    )
+    return evaluator.evaluate(ROOT, trained(stack), 2)
+
+
+def deployed(carry, client: int):
+    """The variables of one client of FedAvg with a head that stays at home."""
+    alg = method(KEPT)
+    down = Downlink(shared=(carry.server.theta, ()), round=jnp.int32(2))
+    state = jax.tree.map(lambda x: x[client], carry.rows)
+    assert carry.seen[client]
+    return alg.client.deploy(down, state)
+
+
+def by_hand(logits, labels, prior):
+    """Accuracy in NumPy, after moving from the source prior to another one."""
+    with np.errstate(divide="ignore"):
+        shifted = np.asarray(logits) + np.log(prior) - np.log(SOURCE)
+    return np.mean(shifted.argmax(1) == labels)
+
+
+def test_scores_equal_those_by_hand():
+    found, carry, pool = scores(KEPT)["pacc"], trained(KEPT), tiny().pool
+    for client in (0, 4, 5):  # less and more than a batch
+        rows = tiny().table.rows[client, : tiny().table.size[client]]
+        x = (np.asarray(pool.x)[rows] / 255.0 - pool.mean) / pool.std
+        labels = np.asarray(pool.y)[rows]
+        variables = deployed(carry, client)
+        logits = tiny().model.predict(variables, jnp.asarray(x, jnp.float32))
+        log_probs = np.asarray(jax.nn.log_softmax(logits))
+        truth = np.bincount(labels, minlength=NUM_CLASSES) / len(labels)
+        assert found["accuracy"][client] == pytest.approx(
+            by_hand(logits, labels, SOURCE)
+        )
+        assert found["accuracy_oracle"][client] == pytest.approx(
+            by_hand(logits, labels, truth)
+        )
+        ones = jnp.ones(len(labels))
+        prior = evaluate.prior_em(jnp.exp(log_probs), ones, jnp.asarray(SOURCE))
+        assert found["accuracy_em"][client] == pytest.approx(
+            by_hand(logits, labels, np.maximum(prior, 1e-30))
+        )
+        nll = -log_probs[np.arange(len(labels)), labels].mean()
+        assert found["loss"][client] == pytest.approx(nll, rel=1e-5)
+        other = deployed(carry, client + 1)
+        logits = tiny().model.predict(other, jnp.asarray(x, jnp.float32))
+        assert found["accuracy_swapped"][client] == pytest.approx(
+            by_hand(logits, labels, SOURCE)
+        )
+        distance = tree.norm(tree.sub(variables, other)) / tree.norm(variables)
+        assert found["distance_swapped"][client] == pytest.approx(
+            float(distance), rel=1e-5
+        )
+
+
+def test_sizes_are_those_of_the_inputs():
+    for name, population in populations().items():
+        np.testing.assert_array_equal(
+            scores(KEPT)[name]["size"], population.inputs.size
+        )
+        for values in scores(KEPT)[name].values():
+            assert len(values) == len(population.ids)
+
+
+def test_another_clients_head_gives_other_answers():
+    found = scores(KEPT)["pacc"]
+    assert np.all(found["distance_swapped"] > 1e-3)
+    assert np.any(found["accuracy_swapped"] != found["accuracy"])
+
+
+def test_one_model_for_all_has_nothing_to_swap():
+    assert not {"accuracy_swapped", "distance_swapped"} & set(scores("fedavg")["pacc"])
+
+
+def test_unseen_clients_get_networks_of_their_own_without_training():
+    found = scores(ZERO_SHOT)["zacc"]
+    assert np.all(found["distance_swapped"] > 0)
+    assert found["embedding"].shape == (NUM_NOVEL, 4)
+    np.testing.assert_allclose(found["embedding"].sum(1), 1.0, rtol=1e-5)
+
+
+def test_evaluation_leaves_the_state_as_it_is():
+    before = tree.sha256(trained(KEPT))
+    scores(KEPT)
+    assert tree.sha256(trained(KEPT)) == before
+
+
+def exact(values, names):
+    return {k: {n: v[n] for n in names if n in v} for k, v in values.items()}
+
+
+OWN = ("size", "accuracy", "accuracy_em", "accuracy_oracle", "loss")
+SWAPPED = ("accuracy_swapped", "distance_swapped")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(batch_size=1),
+        dict(batch_size=64),
+        dict(clients_per_call=3),
+        dict(clients_per_call=1),
+        dict(devices=4),
+        dict(clients_per_call=5, devices=4, batch_size=3),
+    ],
+    ids=str,
+)
+def test_batching_and_devices_change_nothing(options):
+    names = OWN if "clients_per_call" in options else OWN + SWAPPED
+    chex.assert_trees_all_close(
+        exact(scores(KEPT, **options), names), exact(scores(KEPT), names), rtol=1e-5
+    )
+
+
+def test_calls_of_few_clients_swap_with_the_same_neighbours():
+    options = dict(clients_per_call=3)
+    chex.assert_trees_all_close(
+        exact(scores(KEPT, **options), SWAPPED), exact(scores(KEPT), SWAPPED), rtol=1e-5
+    )
+
+
+def test_all_predictions_in_stored_order_and_once():
+    table, pool, model = tiny().table, tiny().pool, tiny().model
+    variables = model.init(jax.random.key(1))
+    rows = jnp.pad(jnp.asarray(table.rows[4]), (0, 12 - table.rows.shape[1]))
+    data = ClientData(rows, jnp.int32(table.size[4]), pool)
+    found = evaluate.predict_all(model, variables, data, NUM_CLASSES, 4)
+    x = (pool.x[rows] / 255.0 - pool.mean) / pool.std
+    expected = model.predict(variables, x)
+    np.testing.assert_allclose(found[:9], expected[:9], rtol=1e-5, atol=1e-6)
+    assert found.shape == (12, NUM_CLASSES)
+
+
+# Label-shift EM ----------------------------------------------------------------------
+
+EMISSION = np.array(  # p(symbol | class)
+    [[0.6, 0.2, 0.1, 0.1], [0.1, 0.5, 0.3, 0.1], [0.1, 0.1, 0.2, 0.6]]
+)
+
+
+def calibrated(num: int, prior: np.ndarray, seed: int = 0):
+    """Outputs of the Bayes classifier under SOURCE, on draws from another prior."""
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(3, num, p=prior)
+    symbols = (generator.random((num, 1)) > EMISSION[labels].cumsum(1)).sum(1)
+    joint = SOURCE[:, None] * EMISSION  # [class, symbol]
+    return jnp.asarray((joint / joint.sum(0)).T[symbols], jnp.float32), labels
+
+
+@pytest.mark.parametrize("prior", [(0.7, 0.2, 0.1), (0.05, 0.05, 0.9), tuple(SOURCE)])
+def test_em_recovers_a_shifted_prior(prior):
+    num = 20_000
+    probs, labels = calibrated(num, np.array(prior))
+    found = evaluate.prior_em(probs, jnp.ones(num), jnp.asarray(SOURCE))
+    # Counting labels would err by 0.0035; symbols tell about half of what they do.
+    np.testing.assert_allclose(found, prior, atol=0.02)
+    assert float(jnp.sum(found)) == pytest.approx(1.0, abs=1e-5)
+    error = np.abs(np.asarray(found) - np.bincount(labels) / num).max()
+    assert error < 0.02
+
+
+def test_em_finds_the_maximum_of_the_likelihood():
+    probs, _ = calibrated(500, np.array([0.7, 0.2, 0.1]), seed=3)
+    found = np.asarray(evaluate.prior_em(probs, jnp.ones(500), jnp.asarray(SOURCE)))
+
+    def likelihood(prior):
+        return np.log(np.asarray(probs) @ (prior / SOURCE)).mean()
+
+    for direction in np.eye(3) - np.eye(3)[[1, 2, 0]]:
+        for step in (0.01, -0.01):
+            assert likelihood(found) > likelihood(found + step * direction)
+
+
+def test_em_does_not_see_padding():
+    probs, _ = calibrated(200, np.array([0.7, 0.2, 0.1]))
+    plain = evaluate.prior_em(probs, jnp.ones(200), jnp.asarray(SOURCE))
+    filler = jnp.full((56, 3), jnp.nan)
+    padded = evaluate.prior_em(
+        jnp.concatenate([probs, filler]),
+        jnp.pad(jnp.ones(200), (0, 56)),
+        jnp.asarray(SOURCE),
+    )
+    np.testing.assert_allclose(plain, padded, atol=1e-5)
+
+
+def test_em_of_nothing_is_the_source():
+    found = evaluate.prior_em(jnp.ones((4, 3)) / 3, jnp.zeros(4), jnp.asarray(SOURCE))
+    np.testing.assert_allclose(found, SOURCE, rtol=1e-6)
+
+
+def test_em_of_certain_outputs_is_their_count():
+    probs = jax.nn.one_hot(jnp.array([0, 0, 2, 0]), 3)
+    found = evaluate.prior_em(probs, jnp.ones(4), jnp.asarray(SOURCE))
+    np.testing.assert_allclose(found, [0.75, 0.0, 0.25], atol=1e-6)
+
+
+def test_summary_by_hand():
+    found = evaluate.summarise(np.array([1.0, 0.5]), np.array([1, 3]))
+    # (1 * 100 + 3 * 50) / 4; the 10th percentile of 50 and 100 is 50 + 0.1 * 50.
+    assert found == pytest.approx({"": 62.5, "_mean": 75, "_std": 25, "_p10": 55})
+
+
+def test_summary_of_one_client_and_of_clients_without_samples():
+    alone = evaluate.summarise(np.array([0.25]), np.array([7]))
+    assert alone == pytest.approx({"": 25, "_mean": 25, "_std": 0, "_p10": 25})
+    assert evaluate.summarise(np.array([1.0, 0.0]), np.array([5, 0]))[""] == (
+        pytest.approx(100)
+    )

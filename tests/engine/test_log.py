@@ -1,0 +1,193 @@
+"""Records that survive kills, and lines for people."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from hyperjax.engine import log
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1 / 3, 0.333333),
+        (np.float32(1e-7), 1e-07),
+        (1234567.0, 1234570.0),
+        (float("nan"), None),
+        (float("inf"), None),
+        (np.int64(12345678), 12345678),
+        (np.array([0.5, np.nan]), [0.5, None]),
+        ({"a": (np.float32(0.25), None)}, {"a": [0.25, None]}),
+        (True, True),
+        ("name", "name"),
+    ],
+)
+def test_plain_values_are_json_with_six_digits(value, expected):
+    found = log.plain(value)
+    assert found == expected and type(found) is type(expected)
+    json.dumps(found, allow_nan=False)
+
+
+def test_records_are_appended_and_times_kept_apart(tmp_path):
+    recorder = log.Recorder(tmp_path, -1, tensorboard=False)
+    recorder.evaluation({"round": 0, "loss": None}, 1.23456)
+    recorder.evaluation({"round": 2, "loss": np.float32(0.1)}, 2.5)
+    recorder.rounds(0, {"loss": np.zeros(2)})  # for TensorBoard alone
+    recorder.close()
+    assert lines(tmp_path / log.METRICS) == [
+        {"round": 0, "loss": None},
+        {"round": 2, "loss": 0.1},
+    ]
+    assert lines(tmp_path / log.TIMING) == [
+        {"round": 0, "seconds": 1.235},
+        {"round": 2, "seconds": 2.5},
+    ]
+    assert not (tmp_path / log.EVENTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("finished", "kept"), [(-1, []), (0, [0]), (2, [0, 2]), (3, [0, 2]), (9, [0, 2, 4])]
+)
+@pytest.mark.parametrize("torn", ["", "{", '{"round": 6, "lo', '{"round": 6}x', "\0\0"])
+def test_records_after_the_checkpoint_are_cut_off(finished, kept, torn, tmp_path):
+    for name in (log.METRICS, log.TIMING):
+        text = "".join(json.dumps({"round": r, "x": 0.1}) + "\n" for r in (0, 2, 4))
+        (tmp_path / name).write_text(text + torn)
+    recorder = log.Recorder(tmp_path, finished, tensorboard=False)
+    for name in (log.METRICS, log.TIMING):
+        assert [record["round"] for record in lines(tmp_path / name)] == kept
+    recorder.evaluation({"round": 10}, 1.0)
+    assert [r["round"] for r in lines(tmp_path / log.METRICS)] == [*kept, 10]
+
+
+def test_rewritten_records_are_the_same_bytes(tmp_path):
+    recorder = log.Recorder(tmp_path, -1, tensorboard=False)
+    record = {"round": 0, "a": 1 / 3, "b": 1e-9, "c": None, "d": np.float32(99.9)}
+    recorder.evaluation(record, 0.1)
+    before = (tmp_path / log.METRICS).read_bytes()
+    log.Recorder(tmp_path, 0, tensorboard=False)
+    assert (tmp_path / log.METRICS).read_bytes() == before
+
+
+def test_reading_leaves_a_torn_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert log.read_lines(path) == []
+    path.write_text('{"round": 0}\n{"rou')
+    assert log.read_lines(path) == [{"round": 0}]
+
+
+def test_events_are_written(tmp_path):
+    recorder = log.Recorder(tmp_path, -1, tensorboard=True)
+    recorder.rounds(0, {"loss": np.array([1.0, 0.5]), "image": np.zeros((2, 3))})
+    recorder.evaluation({"round": 2, "zacc": 50.0, "loss": None}, 0.1)
+    recorder.close()
+    (file,) = (tmp_path / log.EVENTS).iterdir()
+    content = file.read_bytes()
+    assert content.count(b"train/loss") == 2 and content.count(b"eval/zacc") == 1
+    assert b"image" not in content and b"eval/loss" not in content
+    assert b"eval/round" not in content
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_plain_stream_gets_lines_at_most_every_two_seconds():
+    stream, clock = io.StringIO(), Clock()
+    progress = log.Progress("fedavg", 20, stream, clock)
+    # Ten seconds a round: twenty rounds take 200 in all.
+    for round, seconds in ((0, 0), (1, 10), (2, 11), (3, 30), (20, 30.5)):
+        clock.now = 100.0 + seconds
+        progress.update(round, {"loss": f"{round}.5", "zacc": "50.00"})
+    progress.close()
+    assert stream.getvalue() == (
+        "fedavg | round 0/20 | loss 0.5 | zacc 50.00 | left ?\n"
+        "fedavg | round 1/20 | loss 1.5 | zacc 50.00 | left 3m10s\n"
+        "fedavg | round 3/20 | loss 3.5 | zacc 50.00 | left 2m50s\n"
+        "fedavg | round 20/20 | loss 20.5 | zacc 50.00 | left 0s\n"
+    )
+
+
+def test_a_terminal_gets_one_line_that_is_overwritten():
+    stream, clock = Terminal(), Clock()
+    progress = log.Progress("run", 10, stream, clock)
+    progress.update(0, {"loss": "12.3456789"})
+    clock.now += 1.0
+    progress.update(5, {"loss": "1.5"})
+    progress.update(6, {"loss": "1.4"})
+    progress.close()
+    first, second, third = stream.getvalue().rstrip("\n").split("\r")[1:]
+    assert first == "run | round 0/10 | loss 12.3456789 | left ?"
+    # Blanks wipe out the rest of a longer line.
+    assert second == "run | round 5/10 | loss 1.5 | left 1s".ljust(len(first))
+    assert third.startswith("run | round 6/10 | loss 1.4 | left 1s")
+    assert stream.getvalue().endswith("\n") and stream.getvalue().count("\n") == 1
+
+
+def test_a_continued_run_counts_its_own_rounds_only():
+    stream, clock = io.StringIO(), Clock()
+    progress = log.Progress("run", 100, stream, clock)
+    progress.update(50, {})
+    clock.now += 10.0
+    progress.update(60, {})
+    assert stream.getvalue().splitlines()[-1].endswith("left 40s")
+
+
+def test_nothing_shown_nothing_ended():
+    stream = Terminal()
+    log.Progress("run", 1, stream).close()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.7, "1h00m"),
+        (7620, "2h07m"),
+        (360000, "100h00m"),
+    ],
+)
+def test_durations(seconds, text):
+    assert log.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (47104, "47.1 kB"),
+        (5652480, "5.65 MB"),
+        (2.5e9, "2.5 GB"),
+        (1.2345e12, "1.234 TB"),
+        (3e15, "3000 TB"),
+    ],
+)
+def test_sizes(num_bytes, text):
+    assert log.size(num_bytes) == text
+
+
+@pytest.mark.parametrize("num_bytes", [999_600, 999_999, 999_999_999])
+def test_sizes_never_need_an_exponent(num_bytes):
+    assert "e" not in log.size(num_bytes)

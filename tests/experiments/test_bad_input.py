@@ -1,0 +1,228 @@
+"""Every mistake is one readable message, made before any work and any file."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ROOT, launch, small
+
+from configs import hyperfedzero_digits
+from experiments import build, train
+from hyperjax.engine import checkpoint, schedule
+
+
+def config(**fields):
+    """HyperFedZero on digits; `a__b=1` sets `a.b`, of another type too."""
+    found = hyperfedzero_digits.get_config()
+    found.rounds, found.tensorboard = 2, False
+    with found.unlocked(), found.ignore_type():
+        found.update_from_flattened_dict(
+            {k.replace("__", "."): v for k, v in fields.items()}
+        )
+    return found
+
+
+MISTAKES = [
+    # Names: what was given, the nearest, and what there is.
+    (dict(method__name="hyperfedzro"), r"method.name='hyperfedzro'.*'hyperfedzero'\?"),
+    (dict(method__name="nonsense"), r"accepted: .*'fedavg', 'hyperfedzero'"),
+    (dict(model__name="lenets"), r"model.name='lenets'.*mean 'lenet.*'mlp', 'lenet'"),
+    (dict(model__name="no.module:Net"), r"model.name='no.module:Net'.*No module"),
+    (dict(data__name="digit"), "'digit'.*nearest names: digits"),
+    (dict(data__partition="dirichlett"), r"data.partition=.*mean 'dirichlet'.*'iid'"),
+    (dict(local__optimizer="sdg"), r"local.optimizer='sdg' is unknown; did you mean"),
+    (dict(server__optimizer="fedadm"), r"server.optimizer='fedadm'.*'fedadam'\?"),
+    (
+        dict(local__optimizer="sgd(momentun=0.9)"),
+        r"local.optimizer=sgd='momentun'.*mean 'momentum'",
+    ),
+    (dict(local__optimizer="sgd(momentum='x')"), r"local.optimizer=.*momentum='x'"),
+    (dict(server__optimizer="fedadam(0.1)"), r"server.optimizer=.*not of the form"),
+    (dict(local__optimizer="lbfgs"), "local.optimizer='lbfgs'"),
+    (dict(server__weights="sizes"), "server.weights='sizes'.*'size'.*'uniform'"),
+    (dict(server__sampler="all"), "server.sampler='all'.*'full', 'uniform'"),
+    (dict(engine__store="disk"), "engine.store='disk'.*'device', 'host'"),
+    (dict(engine__mapper="pmap"), "engine.mapper='pmap'.*'vmap'"),
+    (dict(engine__conv_rule="x"), "engine.conv_rule='x'.*'xla'"),
+    (dict(method__cv_mode="batch"), "cv_mode='batch'.*'batch_mean'"),
+    (dict(method__enter="raw"), "enter='raw'.*'embedding'"),
+    (dict(method__condition_source="x"), "condition_source='x'.*'eval_inputs'"),
+    (dict(data__split="test"), "split='test'.*'train' alone"),
+    # Numbers: what was given and the bound.
+    (dict(data__alpha=0.0), "data.alpha=0.0 must be positive"),
+    (dict(data__alpha=-1.0), "data.alpha=-1.0 must be positive"),
+    (dict(data__num_clients=0), "data.num_clients=0 must be at least 1"),
+    (dict(data__num_novel=0), "data.num_novel=0 must be at least 1"),
+    (
+        dict(server__sampler="uniform", server__cohort_size=11),
+        "server.cohort_size=11 must be between 1 and data.num_clients=10",
+    ),
+    (
+        dict(server__sampler="uniform", server__cohort_size=0),
+        "server.cohort_size=0 must be between 1 and",
+    ),
+    (dict(rounds=-1), "rounds=-1 must be at least 0"),
+    (dict(local__batch_size=0), "local.batch_size=0 must be at least 1"),
+    (dict(local__epochs=-1), "local.epochs=-1 must be at least 0"),
+    (dict(local__steps=-1), "steps=-1"),
+    (dict(local__learning_rate=-0.1), "local.learning_rate=-0.1 must be at least 0"),
+    (dict(local__clip_norm=0.0), "clip_norm=0.0 must be positive"),
+    (dict(evaluation__every=0), "evaluation.every=0 must be at least 1"),
+    (dict(evaluation__batch_size=0), "evaluation.batch_size=0 must be at least 1"),
+    (dict(evaluation__clients_per_call=0), "evaluation.clients_per_call=0 must be"),
+    (dict(checkpoint__keep=0), "checkpoint.keep=0 must be at least 1"),
+    (dict(engine__devices=-1), "devices=-1 must be at least 0"),
+    (dict(engine__block_size=0), "block_size=0 must be at least 1"),
+    (dict(engine__rounds_per_call=-1), "engine.rounds_per_call=-1 must be at least 0"),
+    (dict(method__chunk_size=0), "chunk_size=0 must be at least 1"),
+    (dict(method__chunk_embedding_size=0), "chunk_embedding_size=0 must be at least 1"),
+    (dict(method__embedding_size=0), "embedding_size=0 must be at least 1"),
+    (dict(data__test_fraction=1.5), "test_fraction=1.5 must lie between 0 and 1"),
+    (dict(data__eval_fraction=0.0), "eval_fraction=0.0 must lie between 0 and 1"),
+    (dict(seed=-1), "seed=-1 must be at least 0"),
+    # What the data set cannot give.
+    (
+        dict(data__num_clients=2000, data__min_size=1),
+        "num_clients=2005 must lie between 1 and the 1438 samples",
+    ),
+    (
+        dict(data__num_clients=200, data__min_size=10),
+        "min_size=10 for each of 205 clients takes 2050 samples; there are 1438",
+    ),
+    (dict(data__alpha=0.01, data__min_size=60), "never gave every client min_size=60"),
+    (dict(data__min_size=0), "min_size=0 must be at least 1"),
+    (
+        dict(data__num_clients=1000, data__partition="iid"),
+        r"client \d+ has 1 sample\(s\); a participant needs one to train",
+    ),
+    (
+        dict(data__partition="pathological", data__classes_per_client=11),
+        "classes_per_client=11 must lie between 1 and the 10 classes",
+    ),
+    (
+        dict(data__partition="pathological", data__classes_per_client=0),
+        "classes_per_client=0 must lie between 1 and the 10 classes",
+    ),
+    (dict(data__partition="by_client_id"), "needs data.client_ids: ids.npy, or"),
+    (
+        dict(model__name="lenet", model__hidden=(), engine__conv_rule="xla"),
+        r"model LeNet does not accept inputs of shape \(8, 8, 1\)",
+    ),
+    (dict(data__name="mnist", data__data_dir="/nowhere"), "data_dir='/nowhere' is not"),
+]
+
+
+@pytest.mark.parametrize(("fields", "match"), MISTAKES)
+def test_a_mistake_is_named_before_anything_is_written(fields, match, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){match}"):
+        train.train(config(**fields), str(folder))
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
+    assert written == []
+
+
+def test_a_corrected_mistake_may_use_the_same_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError):
+        train.train(config(data__min_size=0), str(tmp_path / "run"))
+
+    class Enough(Exception):
+        pass
+
+    def stop(*args):
+        raise Enough
+
+    monkeypatch.setattr(build, "build", stop)  # reached: the folder was accepted
+    with pytest.raises(Enough):
+        train.train(config(), str(tmp_path / "run"))
+
+
+def test_a_diverging_run_stops_and_names_where(tmp_path, monkeypatch):
+    diverging = small(local__learning_rate=1e9, local__epochs=1, local__steps=None)
+    folder = tmp_path / "run"
+    experiment = build.build(diverging)
+    monkeypatch.setattr(build, "build", lambda *args: experiment)
+    for _ in range(2):  # the state is intact: it ends the same way again
+        with pytest.raises(FloatingPointError) as error:
+            train.train(diverging, str(folder))
+        message = str(error.value)
+        assert re.match(
+            r"round [12]: .*(loss|update_norm|state).* is not finite\.", message
+        )
+        assert f"after round 0 in {folder / 'checkpoints'}" in message
+        assert "local.learning_rate" in message
+        checkpoints = [p.name for p in (folder / "checkpoints").iterdir()]
+        assert checkpoints == ["round_00000000"]
+        assert not (folder / "summary.json").exists()
+    template = schedule.abstract_carry(experiment.algorithm, 4)
+    assert checkpoint.restore(folder / "checkpoints", template).round == 0
+
+
+# The command line --------------------------------------------------------------------
+
+DIGITS = "--config=configs/hyperfedzero_digits.py"
+
+COMMANDS = {
+    "nearest field": ([DIGITS, "--config.rouns=3"], "rouns.*rounds"),
+    "unknown field below": (
+        [DIGITS, "--config.local.momentum=1"],
+        "local.momentum.*is unknown",
+    ),
+    "type": ([DIGITS, "--config.rounds=abc"], "config.rounds=abc: invalid literal"),
+    "no workdir": (None, "--workdir is required; see --help"),
+    "no config": ([], "--config is required; see --help"),
+    "no such config": (["--config=configs/nothing.py"], "'configs/nothing.py'"),
+    "argument": ([f"{DIGITS}:colour=3"], "unknown config argument 'colour'.*alpha"),
+    "stray word": ([DIGITS, "more"], "unexpected argument 'more'"),
+    "unknown flag": ([DIGITS, "--rounds=3"], "Unknown command line flag 'rounds'"),
+    "method": ([DIGITS, "--config.method.name=fedavgg"], "mean 'fedavg'"),
+    "data set": ([DIGITS, "--config.data.name=digit"], "nearest names: digits"),
+    "data_dir": (
+        [DIGITS, "--config.data.name=mnist", "--config.data.data_dir=nowhere"],
+        "data_dir='nowhere' is not an existing folder",
+    ),
+}
+
+
+@pytest.mark.xdist_group("launcher")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_line_gives_one_message(name, tmp_path):
+    argv, match = COMMANDS[name]
+    workdir = [f"--workdir={tmp_path / 'run'}"]
+    argv = [DIGITS] if argv is None else [*workdir, *argv]
+    result = launch(tmp_path / "said", *argv).result()
+    assert result.code == 2
+    assert result.out == ""
+    assert re.match(r"error: .+\n\(--debug shows where\)\n\Z", result.err, re.DOTALL)
+    assert re.search(match, result.err, re.DOTALL)
+    assert "Traceback" not in result.err
+    assert [p for p in (tmp_path / "run").rglob("*") if p.name != ".lock"] == []
+
+
+@pytest.mark.xdist_group("launcher")
+@pytest.mark.parametrize("name", ["nearest field", "method"])
+def test_debug_shows_where(name, tmp_path):
+    argv = [f"--workdir={tmp_path / 'run'}", "--debug", *COMMANDS[name][0]]
+    result = launch(tmp_path / "said", *argv).result()
+    assert result.code not in (0, None)
+    assert "Traceback (most recent call last)" in result.err
+    assert re.search(COMMANDS[name][1], result.err, re.DOTALL)
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    """The same as above without the helper: what a user types."""
+    workdir = tmp_path / "file"
+    workdir.write_text("mine")
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.train", DIGITS, f"--workdir={workdir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        f"error: workdir={str(workdir)!r} is a file; give a folder\n"
+        "(--debug shows where)\n"
+    )
+    assert Path(workdir).read_text() == "mine"

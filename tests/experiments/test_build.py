@@ -1,0 +1,349 @@
+"""From configs to objects: names, options, schedules, and every config there is."""
+
+import functools
+import importlib
+import inspect
+from pathlib import Path
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common, fedavg_mnist
+from experiments import build
+from hyperjax import algorithms, server_optimizers
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.data.sources import load
+from hyperjax.engine import comm
+
+CONFIGS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[2] / "configs").glob("*.py")
+    if path.stem not in ("__init__", "common")
+)
+
+
+def config(**fields):
+    """FedAvg with some fields changed; `a__b=1` sets `a.b`."""
+    found = fedavg_mnist.get_config()
+    found.data.name, found.model.hidden = "synthetic", (4,)
+    found.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in fields.items()}
+    )
+    return found
+
+
+# Optimizers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("sgd", "sgd", {}),
+        (" sgd ", "sgd", {}),
+        ("sgd()", "sgd", {}),
+        ("sgd(momentum=0.9, nesterov=True)", "sgd", dict(momentum=0.9, nesterov=True)),
+        ("adam(b1=-0.5)", "adam", dict(b1=-0.5)),
+        ("x(a=None, b=(1, 2), c='d')", "x", dict(a=None, b=(1, 2), c="d")),
+    ],
+)
+def test_calls_are_parsed(text, name, options):
+    assert build.parse_call("field", text) == (name, options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sgd(",
+        "sgd(0.9)",
+        "sgd(**{})",
+        "optax.sgd",
+        "a + b",
+        "sgd(lr=x)",
+        "sgd;adam",
+    ],
+)
+def test_other_forms_are_refused(text):
+    with pytest.raises(ValueError, match=r"field=.* is not of the form name or name"):
+        build.parse_call("field", text)
+
+
+def run_steps(optimizer, num=3):
+    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+    state = optimizer.init(params)
+    for i in range(num):
+        grads = jax.tree.map(lambda w, i=i: w * (0.1 + i), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sgd", optax.sgd(0.05)),
+        ("sgd(momentum=0.9, nesterov=True)", optax.sgd(0.05, 0.9, True)),
+        ("adam(b1=0.8)", optax.adam(0.05, b1=0.8)),
+        ("adamw(weight_decay=0.1)", optax.adamw(0.05, weight_decay=0.1)),
+        ("rmsprop", optax.rmsprop(0.05)),
+        ("lion", optax.lion(0.05)),
+        ("yogi", optax.yogi(0.05)),
+    ],
+)
+def test_optimizers_are_those_of_optax(text, expected):
+    found = build.make_optimizer("field", text, 0.05, {})
+    chex.assert_trees_all_equal(run_steps(found), run_steps(expected))
+
+
+@pytest.mark.parametrize("name", server_optimizers.FEDOPT)
+def test_server_optimizers_are_those_of_the_papers(name):
+    server = config(server__optimizer=name, server__learning_rate=0.3).server
+    expected = server_optimizers.FEDOPT[name](0.3)
+    chex.assert_trees_all_equal(
+        run_steps(build.server_optimizer(server)), run_steps(expected)
+    )
+
+
+def test_weight_decay_joins_the_gradient_before_momentum():
+    fields = dict(
+        local__optimizer="sgd(momentum=0.9)",
+        local__weight_decay=0.1,
+        local__learning_rate=0.05,
+    )
+    found = build.local_optimizer(config(**fields).local)
+    expected = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, 0.9))
+    chex.assert_trees_all_equal(run_steps(found), run_steps(expected))
+
+
+def test_what_optax_has_is_what_is_offered():
+    names = build._optax_optimizers()
+    assert {"sgd", "adam", "adamw", "lamb", "adafactor", "rmsprop"} <= set(names)
+    assert not {"inject_hyperparams", "apply_if_finite", "chain"} & set(names)
+
+
+# Schedules ---------------------------------------------------------------------------
+
+
+def factors(rounds, **fields):
+    schedule = build.make_local(config(**fields).local).keywords["schedule"]
+    return [float(schedule(jnp.int32(round))) for round in rounds]
+
+
+def test_the_rate_decays_every_round():
+    assert factors((0, 1, 10)) == pytest.approx([1.0, 0.99, 0.99**10])
+    constant = factors((0, 7), local__learning_rate_decay=1.0)
+    assert constant == [1.0, 1.0]
+
+
+def test_milestones_multiply_from_their_round_on():
+    fields = dict(
+        local__learning_rate_decay=1.0,
+        local__milestones=(3, 5),
+        local__milestone_factor=0.1,
+    )
+    expected = [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    assert factors((0, 2, 3, 4, 5, 99), **fields) == pytest.approx(expected)
+    fields["local__learning_rate_decay"] = 0.5
+    assert factors((3,), **fields) == pytest.approx([0.1 * 0.5**3])
+
+
+def test_steps_replace_epochs():
+    by_epochs = build.make_local(config(local__epochs=3).local).keywords["phases"]
+    assert [(p.epochs, p.steps) for p in by_epochs] == [(3, None)]
+    by_steps = build.make_local(config(local__steps=7).local).keywords["phases"]
+    assert [(p.epochs, p.steps) for p in by_steps] == [(None, 7)]
+
+
+# Models ------------------------------------------------------------------------------
+
+
+class Mine(nn.Module):
+    """A network of a user's own."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (f"{__name__}:Mine", 4 * 3 + 3),
+        ("hyperjax.models.zoo:MLP", 4 * 4 + 4 + 4 * 3 + 3),
+    ],
+)
+def test_a_linen_module_by_its_address(name, count):
+    fields = {"model__hidden": ()} if "Mine" in name else {}
+    model = build.make_model(config(model__name=name, **fields), (2, 2, 1), 3)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere.module:Class",
+        "hyperjax.models:Nothing",
+        ":MLP",
+    ],
+)
+def test_an_address_that_leads_nowhere_is_named(name):
+    with pytest.raises(ValueError, match=r"model.name=.*package\.module:Class"):
+        build.make_model(config(model__name=name), (2, 2, 1), 3)
+
+
+def test_an_option_that_the_model_does_not_take_is_named():
+    with pytest.raises(ValueError, match="option of model='hidden' is unknown"):
+        build.make_model(config(model__name=f"{__name__}:Mine"), (2, 2, 1), 3)
+
+
+def test_convolutions_follow_the_engine(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        build.models, "from_linen", lambda module, *shape: given.append(module)
+    )
+    fields = dict(model__name="lenet_s", model__hidden=(), engine__conv_rule="patches")
+    build.make_model(config(**fields), (28, 28, 1), 10)
+    assert given[0].conv_rule == "patches" and given[0].hidden == (50,)
+
+
+# Methods -----------------------------------------------------------------------------
+
+
+def test_methods_are_the_modules_of_the_package():
+    assert {"fedavg", "hyperfedzero"} <= set(build.method_names())
+    for name in build.method_names():
+        module = importlib.import_module(f"{algorithms.__name__}.{name}")
+        assert callable(getattr(module, name))
+
+
+def accepted_options(name: str) -> set[str]:
+    """Options of a method's factory, with those it hands on to FedAvg."""
+    factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+    parameters = inspect.signature(factory).parameters.values()
+    found = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        found |= accepted_options("fedavg")
+    return found
+
+
+@functools.cache
+def images():
+    source = load("synthetic", num_samples=900, shape=(28, 28, 1))
+    return source._replace(name="images")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_its_options_are_known(name, monkeypatch):
+    monkeypatch.setattr(build, "load_source", lambda data: images())
+    found = importlib.import_module(f"configs.{name}").get_config("smoke")
+    assert found.rounds == 2
+    options = set(found.method) - {"name"}
+    assert options <= accepted_options(found.method.name)
+    # Small and sure to be dealt out; the widths are the config's own.
+    found.data.alpha, found.data.min_size = 10.0, 2
+    experiment = build.build(found)
+    assert experiment.federation.num_clients == 10
+    assert experiment.federation.num_novel == 5
+    assert experiment.cohort_size == 10
+    cost = comm.cost(comm.describe(experiment.algorithm))
+    assert cost.up_numbers == cost.down_numbers > 0
+
+
+def test_all_configs_have_the_common_fields():
+    fields = common.defaults()
+    for name in CONFIGS:
+        found = importlib.import_module(f"configs.{name}").get_config()
+        assert set(found) == {*fields, "method"}
+        for field, value in fields.items():
+            if hasattr(value, "keys"):
+                assert set(found[field]) == set(value), (name, field)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_arguments_are_checked(name):
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    assert get_config("alpha=1").data.alpha == 1.0
+    with pytest.raises(ValueError, match="unknown config argument 'colour'"):
+        get_config("colour=3")
+    with pytest.raises(ValueError, match="alpha must be float"):
+        get_config("alpha=wide")
+
+
+@pytest.mark.parametrize("option", ["keeep", "momentum"])
+def test_unknown_options_of_a_method_are_named(option):
+    with pytest.raises(ValueError, match=f"option of method='{option}' is unknown"):
+        build.call("method", fedavg, None, local=None, **{option: 1})
+
+
+def test_a_factorys_type_error_names_the_field():
+    found = config()
+    found.method = dict(name="opt1", nonsense=1)
+    model = build.make_model(found, (2, 2, 1), 3)
+    with pytest.raises(TypeError, match=r"method: .*'nonsense'"):
+        build.make_algorithm(found, model)
+
+
+# Data --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["ids.npy", "ids.npz:users"])
+def test_clients_by_given_ids(form, tmp_path):
+    ids = np.arange(1000) % 8
+    np.save(tmp_path / "ids.npy", ids)
+    np.savez(tmp_path / "ids.npz", users=ids, others=ids[:3])
+    found = config(
+        data__partition="by_client_id",
+        data__client_ids=str(tmp_path / form),
+        data__num_clients=5,
+        data__num_novel=3,
+    )
+    dealt = build.federate(build.load_source(found.data), found)
+    for table in (dealt.train, dealt.novel):
+        for rows, size in zip(table.rows, table.size, strict=True):
+            assert len(set(ids[rows[:size]])) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "error", "match"),
+    [
+        (None, ValueError, "needs data.client_ids: ids.npy, or file.npz:key"),
+        ("nowhere.npy", FileNotFoundError, "there is no file .*nowhere.npy"),
+        ("nowhere.npz:users", FileNotFoundError, "there is no file .*nowhere.npz"),
+        ("ids.npz:user", ValueError, "'user' is unknown; did you mean 'users'"),
+        ("ids.npz:short", ValueError, "3 client ids given for the 1000 samples"),
+    ],
+)
+def test_ids_that_cannot_be_read_are_named(form, error, match, tmp_path):
+    np.savez(tmp_path / "ids.npz", users=np.arange(1000) % 8, short=np.arange(3))
+    found = config(data__partition="by_client_id")
+    found.data.client_ids = form and str(tmp_path / form)
+    with pytest.raises(error, match=match):
+        build.federate(build.load_source(found.data), found)
+
+
+def test_the_datas_seed_is_the_runs_unless_given():
+    def tables(**fields):
+        found = config(data__partition="iid", **fields)
+        return build.federate(build.load_source(found.data), found).train.rows
+
+    np.testing.assert_array_equal(tables(seed=3), tables(seed=9, data__seed=3))
+    assert not np.array_equal(tables(seed=3), tables(seed=4))
+
+
+def test_populations_share_no_sample_and_unseen_ones_do_not_train():
+    found = config()
+    dealt = build.federate(build.load_source(found.data), found)
+    populations = build.populations(dealt)
+    ids = np.concatenate([p.ids for p in populations.values()])
+    np.testing.assert_array_equal(np.sort(ids), np.arange(10 + 5 + 1))
+    assert populations["pacc"].train is dealt.train
+    for name in ("zacc", "gacc"):
+        assert np.all(populations[name].train.size == 0)

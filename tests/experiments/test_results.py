@@ -1,0 +1,116 @@
+"""From per-client values to reported numbers, by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments import results
+
+
+def values(**extra):
+    """Two participants and two unseen clients; one test set."""
+    two = dict(size=np.array([1, 3]), accuracy=np.array([1.0, 0.5]))
+    one = dict(size=np.array([10]), accuracy=np.array([0.7]))
+    return {
+        "pacc": {**two, **extra},
+        "zacc": {**two, **extra},
+        "gacc": {**one, **{k: v[:1] for k, v in extra.items()}},
+    }
+
+
+def test_accuracies_are_percentages_weighted_by_samples():
+    found = results.record(values())
+    for metric in ("pacc", "zacc"):
+        assert found[metric] == pytest.approx(62.5)
+        assert found[f"{metric}_mean"] == pytest.approx(75.0)
+        assert found[f"{metric}_std"] == pytest.approx(25.0)
+        assert found[f"{metric}_p10"] == pytest.approx(55.0)
+    assert found["gacc"] == found["gacc_mean"] == pytest.approx(70.0)
+    assert len(found) == 12
+
+
+def test_controls_are_weighted_alike():
+    found = results.record(
+        values(
+            accuracy_em=np.array([0.0, 1.0]),
+            accuracy_oracle=np.array([1.0, 1.0]),
+            accuracy_swapped=np.array([1.0, 0.0]),
+            distance_swapped=np.array([0.1, 0.3]),
+        )
+    )
+    assert found["pacc_em"] == pytest.approx(75.0)
+    assert found["pacc_oracle"] == pytest.approx(100.0)
+    assert found["pacc_swapped"] == pytest.approx(25.0)
+    assert found["pacc_distance"] == pytest.approx(0.2)
+    assert found["gacc_em"] == 0.0
+
+
+def test_one_client_has_nobody_to_swap_with():
+    found = results.record(
+        values(accuracy_swapped=np.ones(2), distance_swapped=np.ones(2))
+    )
+    assert "zacc_swapped" in found and "zacc_distance" in found
+    assert "gacc_swapped" not in found and "gacc_distance" not in found
+
+
+def embedded(embedding, entropy):
+    return dict(
+        size=np.array([1, 3]),
+        embedding=np.array(embedding),
+        embedding_entropy=np.array(entropy),
+    )
+
+
+@pytest.mark.parametrize(
+    ("embedding", "entropy", "expected"),
+    [
+        # Every input of a client says the same, and clients differ: H(1/4, 3/4).
+        (
+            [[1.0, 0.0], [0.0, 1.0]],
+            [0.0, 0.0],
+            -0.25 * math.log(0.25) - 0.75 * math.log(0.75),
+        ),
+        # Uniform everywhere: ln 2 - ln 2.
+        ([[0.5, 0.5], [0.5, 0.5]], [math.log(2), math.log(2)], 0.0),
+        # Sharp inputs, half of each kind at each client: ln 2 - 0, the maximum.
+        ([[0.5, 0.5], [0.5, 0.5]], [0.0, 0.0], math.log(2)),
+    ],
+)
+def test_collapse_by_hand(embedding, entropy, expected):
+    found = results.collapse(embedded(embedding, entropy))
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_collapse_is_reported_for_participants_and_unseen_clients():
+    extra = embedded([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    del extra["size"]
+    found = results.record(values(**extra))
+    assert found["collapse_participating"] == found["collapse_novel"] > 0.5
+    assert not [name for name in found if "embedding" in name]
+
+
+def test_rows_of_clients():
+    federation = SimpleNamespace(
+        num_clients=2, train=SimpleNamespace(size=np.array([5, 6]))
+    )
+    found = results.per_client(
+        values(accuracy_em=np.array([0.5, 0.25]), loss=np.array([1.5, 2.5])), federation
+    )
+    assert [row["client"] for row in found] == [0, 1, 2, 3]
+    assert found[1] == dict(
+        client=1,
+        participating=True,
+        train_samples=6,
+        eval_samples=3,
+        accuracy=50.0,
+        accuracy_em=25.0,
+        loss=2.5,
+    )
+    assert found[3] == {
+        **found[1],
+        "client": 3,
+        "participating": False,
+        "train_samples": 0,
+    }

@@ -1,0 +1,611 @@
+"""The launcher: kills, stops, damage and other folders never cost or falsify a run.
+
+Processes are forked from a server that has imported what a launcher needs, so each
+costs its own work only; they run `experiments/train.py` as `__main__` with flags.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from configs import fedavg_mnist
+from experiments import build, train, workdir
+from hyperjax.engine import checkpoint, log
+
+# One worker runs everything that starts processes, and starts the server once.
+pytestmark = pytest.mark.xdist_group("launcher")
+
+ROOT = Path(__file__).parents[2]
+PRELOADED = (
+    "experiments.build",
+    "experiments.report",
+    "experiments.results",
+    "experiments.workdir",
+    "orbax.checkpoint",
+    "sklearn.datasets",
+    "tensorboardX",
+)
+DIGITS = (
+    "--config=configs/hyperfedzero_digits.py",
+    "--config.rounds=6",
+    "--config.evaluation.every=2",
+)
+
+
+# Processes ---------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What a process left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Process(NamedTuple):
+    """A launcher that is running."""
+
+    process: multiprocessing.Process
+    folder: Path
+
+    def result(self) -> Result:
+        self.process.join(timeout=300)
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        assert self.process.exitcode is not None, f"it hangs: {err}"
+        return Result(self.process.exitcode, out, err)
+
+
+def launch(folder: Path, *argv: str, signal_at: tuple | None = None) -> Process:
+    """Starts `python -m experiments.train`; its output goes to files in `folder`.
+
+    `signal_at` = (signal, round): it sends itself the signal right after the results of
+    that round are written, which is before the checkpoint of that round.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    folder.mkdir(parents=True, exist_ok=True)
+    process = context.Process(target=_main, args=(folder, argv, signal_at))
+    process.start()
+    return Process(process, folder)
+
+
+def _main(folder: Path, argv: tuple[str, ...], signal_at: tuple | None) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    os.chdir(ROOT)
+    # The suite is compile-bound; see conftest.py.
+    jax.config.update("jax_disable_most_optimizations", True)
+    if signal_at is not None:
+        _signal_self(*signal_at)
+    path = str(ROOT / "experiments" / "train.py")
+    sys.argv = [path, *argv]
+    runpy.run_path(path, run_name="__main__")
+
+
+def _signal_self(number: int, round: int) -> None:
+    append = log.Recorder._append
+
+    def and_signal(self, name, record):
+        append(self, name, record)
+        if name == log.METRICS and record["round"] == round:
+            os.kill(os.getpid(), number)
+
+    log.Recorder._append = and_signal
+
+
+# A story in five processes -----------------------------------------------------------
+
+
+class Story(NamedTuple):
+    """One run left alone, and one that was killed twice, stopped and damaged."""
+
+    whole: Path
+    broken: Path
+    results: dict[str, Result]
+    after_stop: list[str]  # checkpoints
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Story:
+    root = tmp_path_factory.mktemp("story")
+    whole, broken = root / "whole", root / "broken"
+
+    def go(name, workdir, signal_at=None):
+        argv = (*DIGITS, f"--workdir={workdir}")
+        return launch(root / name, *argv, signal_at=signal_at)
+
+    alone = go("alone", whole)
+    early = go("early", broken)
+    deadline = time.monotonic() + 120
+    while not broken.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    early.process.kill()
+    results = {"early": early.result()}
+    results["killed"] = go("killed", broken, (signal.SIGKILL, 2)).result()
+    results["stopped"] = go("stopped", broken, (signal.SIGTERM, 4)).result()
+    after_stop = sorted(p.name for p in (broken / "checkpoints").iterdir())
+    newest = broken / "checkpoints" / "round_00000004"
+    if newest.exists():
+        flip(newest)
+    results["last"] = go("last", broken).result()
+    results["alone"] = alone.result()
+    return Story(whole, broken, results, after_stop)
+
+
+def flip(path: Path) -> None:
+    """Flips bytes in the middle of a checkpoint's data."""
+    for file in data_files(path):
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 64] = bytes(255 - b for b in content[middle:][:64])
+        file.write_bytes(content)
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files with numbers; orbax may keep some twice, and read only one of them."""
+    files = [p for p in path.rglob("d/*") if p.is_file()]
+    assert files
+    return files
+
+
+def test_the_story_went_as_told(story):
+    assert story.results["early"].code == -signal.SIGKILL
+    assert story.results["killed"].code == -signal.SIGKILL
+    assert story.results["alone"].code == 0, story.results["alone"].err
+    assert story.results["last"].code == 0, story.results["last"].err
+
+
+def test_sigterm_ends_with_a_message_and_a_checkpoint(story):
+    stopped = story.results["stopped"]
+    assert stopped.code == 0, stopped.err
+    assert stopped.out == "Stopped after round 4; the same command continues.\n"
+    assert "Traceback" not in stopped.err
+    assert story.after_stop == ["round_00000002", "round_00000004"]
+
+
+def test_damage_is_reported_and_the_checkpoint_before_is_used(story):
+    err = story.results["last"].err
+    assert err.count("is damaged") == 1
+    assert re.search(r"round_00000004 is damaged \(.+\); trying the one before", err)
+
+
+def test_broken_and_whole_run_have_the_same_bits(story):
+    whole, broken = (read(path, "summary.json") for path in (story.whole, story.broken))
+    assert whole["state_sha256"] == broken["state_sha256"]
+    for name in ("metrics.jsonl", "clients.json"):
+        assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
+    timed = {"seconds", "samples_per_second", "compile_seconds"}
+    assert without(whole, timed) == without(broken, timed)
+    tables = [np.load(path / "partition.npz") for path in (story.whole, story.broken)]
+    assert tables[0].files == tables[1].files
+    for key in tables[0].files:
+        np.testing.assert_array_equal(tables[0][key], tables[1][key])
+
+
+def read(path: Path, name: str):
+    """Reads a JSON file of a run."""
+    return json.loads((path / name).read_text())
+
+
+def without(record: dict, names) -> dict:
+    """The record without some of its fields."""
+    return {k: v for k, v in record.items() if k not in names}
+
+
+def test_the_result_is_printed_and_progress_goes_to_stderr(story):
+    alone, summary = story.results["alone"], read(story.whole, "summary.json")
+    (line,) = alone.out.splitlines()
+    assert line.startswith(f"hyperfedzero on digits: gacc {summary['gacc']:.2f}, ")
+    assert line.endswith(f"report: {story.whole / 'report.html'}")
+    assert "hyperfedzero | round 6/6 | loss " in alone.err
+
+
+def test_config_json_says_what_made_the_run(story):
+    record = read(story.whole, "config.json")
+    assert record["config"]["rounds"] == 6
+    assert record["config"]["method"]["name"] == "hyperfedzero"
+    assert record["config"]["seed"] == 0
+    assert record["commit"] is None or re.fullmatch(
+        r"[0-9a-f]{40}\+?", record["commit"]
+    )
+    assert set(workdir.PACKAGES) == set(record["versions"])
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["device"] == record["plan"]["device"] == "cpu"
+    assert record["plan"]["mapper"] == "map"
+    assert record["plan"] == read(story.whole, "summary.json")["plan"]
+
+
+def test_partition_npz_holds_tables_and_counts(story):
+    tables = np.load(story.whole / "partition.npz")
+    assert tables["counts"].shape == (15, 10)
+    assert tables["participating"].tolist() == [True] * 10 + [False] * 5
+    names = ("train", "held_out", "novel", "test")
+    rows = [
+        row[:size]
+        for name in names
+        for row, size in zip(
+            tables[f"{name}_rows"], tables[f"{name}_size"], strict=True
+        )
+    ]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(1797))
+
+
+def test_every_evaluation_is_one_line(story):
+    metrics = log.read_lines(story.whole / "metrics.jsonl")
+    assert [record["round"] for record in metrics] == [0, 2, 4, 6]
+    assert metrics[0]["loss"] is None
+    assert all(record["loss"] > 0 for record in metrics[1:])
+    for folder in (story.whole, story.broken):
+        timing = log.read_lines(folder / "timing.jsonl")
+        assert [record["round"] for record in timing] == [0, 2, 4, 6]
+        assert all(record["seconds"] > 0 for record in timing)
+
+
+def test_summary_json_has_what_a_reader_needs(story):
+    summary = read(story.whole, "summary.json")
+    last = log.read_lines(story.whole / "metrics.jsonl")[-1]
+    given = dict(method="hyperfedzero", dataset="digits", rounds=6, seed=0)
+    assert summary.items() >= given.items()
+    for metric in ("gacc", "pacc", "zacc"):
+        for suffix in ("", "_mean", "_std", "_p10", "_em", "_oracle"):
+            value = summary[metric + suffix]
+            assert 0 <= value <= 100 and value == last[metric + suffix]
+    for direction in ("up", "down"):
+        # float32, ten clients, six rounds.
+        num_bytes = summary[f"{direction}_bytes"]
+        assert num_bytes == 4 * summary[f"{direction}_numbers"] > 0
+        assert summary[f"{direction}_bytes_total"] == 60 * num_bytes
+    for name in ("seconds", "samples_per_second", "compile_seconds"):
+        assert summary[name] > 0
+    assert re.fullmatch(r"[0-9a-f]{64}", summary["state_sha256"])
+
+
+def test_clients_json_has_a_row_for_everybody(story):
+    rows = read(story.whole, "clients.json")
+    assert [row["client"] for row in rows] == list(range(15))
+    assert [row["participating"] for row in rows] == [True] * 10 + [False] * 5
+    assert all(row["train_samples"] == 0 for row in rows[10:])
+    share = [row["accuracy"] * row["eval_samples"] for row in rows[10:]]
+    total = sum(row["eval_samples"] for row in rows[10:])
+    expected = read(story.whole, "summary.json")["zacc"]
+    assert sum(share) / total == pytest.approx(expected, rel=1e-4)
+
+
+def test_report_and_events_are_there(story):
+    for folder in (story.whole, story.broken):
+        assert "hyperfedzero" in (folder / "report.html").read_text()
+        events = list((folder / "events").iterdir())
+        assert events and all(file.stat().st_size > 0 for file in events)
+    found = read_events(story.whole / "events")
+    assert found["train/loss"].keys() == {1, 2, 3, 4, 5, 6}
+    assert found["eval/zacc"].keys() == {0, 2, 4, 6}
+    last = log.read_lines(story.whole / "metrics.jsonl")[-1]
+    assert found["eval/zacc"][6] == pytest.approx(last["zacc"], rel=1e-5)
+
+
+def read_events(folder: Path) -> dict[str, dict[int, float]]:
+    """Parses TensorBoard's records: length, its checksum, an event, its checksum."""
+    from tensorboardX.proto import event_pb2
+
+    found: dict[str, dict[int, float]] = {}
+    for file in folder.iterdir():
+        content, place = file.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+            place += size + 16
+    return found
+
+
+# In this process ---------------------------------------------------------------------
+
+
+def small(**fields):
+    """FedAvg on digits for three rounds; `local__steps=1` sets `local.steps`."""
+    config = fedavg_mnist.get_config()
+    config.data.name = "digits"
+    config.data.num_clients, config.data.num_novel = 4, 2
+    config.data.partition = "iid"
+    config.model.hidden = (4,)
+    config.local.steps, config.local.batch_size = 4, 16
+    config.rounds, config.evaluation.every = 3, 2
+    config.tensorboard = False
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in fields.items()}
+    )
+    return config
+
+
+@pytest.fixture(autouse=True)
+def built_once(monkeypatch):
+    """Runs of one config in one process share their compiled programs."""
+    monkeypatch.setattr(build, "build", _build)
+
+
+_really_build = build.build
+_built: dict[str, build.Experiment] = {}
+
+
+def _build(config, store_dir=None):
+    if config.engine.store != "device":
+        return _really_build(config, store_dir)
+    key = config.to_json()
+    if key not in _built:
+        _built[key] = _really_build(config, store_dir)
+    return _built[key]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of `small()` that nothing happened to."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "build", _build)
+        train.train(small(), str(folder))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of that run, to be broken."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder but the lock."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+def same_result(run: Path, reference: Path) -> None:
+    """Asserts that two runs ended in the same bits."""
+    summaries = [
+        read(path, "summary.json")["state_sha256"] for path in (run, reference)
+    ]
+    assert summaries[0] == summaries[1]
+    metrics = [(path / "metrics.jsonl").read_bytes() for path in (run, reference)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
+    monkeypatch.setattr(train.cli, "use_cores", lambda devices: None)
+    before = contents(run)
+    assert train.main(small(), str(run)) == 0
+    assert contents(run) == before
+    assert capsys.readouterr().out.startswith("fedavg on digits: gacc ")
+    assert train.train(small(), str(run)) == read(run, "summary.json")
+
+
+def test_a_run_killed_before_its_summary_gets_one(run, finished):
+    for name in ("summary.json", "clients.json", "report.html"):
+        (run / name).unlink()
+    train.train(small(), str(run))
+    same_result(run, finished)
+    assert read(run, "clients.json") == read(finished, "clients.json")
+    assert (run / "report.html").exists()
+
+
+def truncate(path: Path) -> None:
+    for file in data_files(path):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete(path: Path) -> None:
+    for file in data_files(path):
+        file.unlink()
+
+
+# orbax leaves an event loop behind when it cannot read.
+broken_reads = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@broken_reads
+@pytest.mark.parametrize("damage", [flip, truncate, delete])
+def test_the_newest_checkpoint_may_be_damaged(damage, run, finished, caplog):
+    (run / "summary.json").unlink()
+    damage(run / "checkpoints" / "round_00000003")
+    with caplog.at_level(logging.WARNING):
+        train.train(small(), str(run))
+    (message,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert "round_00000003" in message
+    same_result(run, finished)
+
+
+@broken_reads
+def test_a_run_with_no_intact_checkpoint_is_left_as_it_is(run):
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").iterdir():
+        flip(path)
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged; nothing"):
+        train.train(small(), str(run))
+    assert contents(run) == before
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the rest of the process would not matter."""
+
+
+@contextlib.contextmanager
+def kill_at(monkeypatch, owner, name: str, call: int = 1):
+    """Ends the run at the given call of a function, before it does anything."""
+    function, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (workdir, "describe", 1),
+        (checkpoint, "save", 1),
+        (checkpoint, "save", 2),
+        (train.log.Recorder, "evaluation", 2),
+        (train.results, "per_client", 1),
+    ],
+)
+def test_a_kill_between_any_two_files_costs_nothing(
+    owner, name, call, tmp_path, finished, monkeypatch
+):
+    run = tmp_path / "run"
+    with kill_at(monkeypatch, owner, name, call):
+        train.train(small(), str(run))
+    train.train(small(), str(run))
+    same_result(run, finished)
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
+    tmp_path, finished, monkeypatch
+):
+    run = tmp_path / "run"
+    with kill_at(monkeypatch, checkpoint, "write_atomically", 2):
+        train.train(small(), str(run))
+    unfinished = [
+        p for p in (run / "checkpoints").iterdir() if not (p / "digest.json").exists()
+    ]
+    assert len(unfinished) == 1
+    train.train(small(), str(run))
+    same_result(run, finished)
+
+
+def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
+    config = small(engine__rounds_per_call=1)
+    train.train(config, str(tmp_path / "whole"))
+    for call in (3, 2):  # before the checkpoints of rounds 2 and 3
+        with kill_at(monkeypatch, checkpoint, "save", call):
+            train.train(config, str(tmp_path / "broken"))
+    restored = sorted(p.name for p in (tmp_path / "broken" / "checkpoints").iterdir())
+    assert restored == ["round_00000001", "round_00000002"]
+    train.train(config, str(tmp_path / "broken"))
+    same_result(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_another_config_is_refused_by_its_fields(run):
+    (run / "summary.json").unlink()
+    before = contents(run)
+    config = small(rounds=5, local__learning_rate=0.5)
+    with pytest.raises(ValueError, match="made by another config") as error:
+        train.train(config, str(run))
+    message = str(error.value)
+    assert "rounds: 3 there, 5 given" in message
+    assert "local.learning_rate: 0.01 there, 0.5 given" in message
+    assert message.count(" there, ") == 2
+    assert contents(run) == before
+
+
+def test_a_field_that_only_one_config_has_is_named(run):
+    config = small()
+    with config.unlocked():
+        config.method = dict(name="opt1", embedding_size=3)
+    with pytest.raises(ValueError, match=r"embedding_size: \(absent\) there, 3 given"):
+        train.train(config, str(run))
+
+
+def test_the_workdir_must_be_a_folder(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        train.train(small(), str(file))
+    with pytest.raises(ValueError, match="cannot be written to: Not a directory"):
+        train.train(small(), str(file / "below"))
+    assert file.read_text() == "mine"
+
+
+def test_foreign_files_are_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        train.train(small(), str(tmp_path))
+    assert contents(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_a_folder_in_use_is_refused(run):
+    before = contents(run)
+    with workdir.claim(run, small()), pytest.raises(ValueError, match="in use by"):
+        train.train(small(), str(run))
+    assert contents(run) == before
+    train.train(small(), str(run))  # free again
+
+
+def test_all_stores_give_the_same_metrics(tmp_path):
+    found = {}
+    for name, fields in (
+        ("device", {}),
+        ("host", dict(engine__store="host")),
+        ("files", dict(engine__store="host", engine__memory_map=True)),
+    ):
+        config = small(**fields, method__keep=("params/Dense_1/.*",))
+        train.train(config, str(tmp_path / name))
+        metrics = log.read_lines(tmp_path / name / "metrics.jsonl")
+        assert metrics[0].pop("loss") is None
+        found[name] = {(i, k): v for i, r in enumerate(metrics) for k, v in r.items()}
+    assert found["host"] == found["files"]
+    assert found["device"] == pytest.approx(found["host"], rel=1e-4)
+    rows = [np.load(p, mmap_mode="r") for p in (tmp_path / "files/store").glob("*.npy")]
+    assert sorted(x.shape for x in rows) == [(4, 4, 10), (4, 10)]
+    assert all(np.abs(x).max() > 0 for x in rows)
+
+
+def test_labels_of_unseen_clients_never_reach_training(finished, tmp_path, monkeypatch):
+    # Shares of equal size do not look at labels, so the partition stays.
+    config = small()
+    assert config.data.partition == "iid"
+    source = build.load_source(config.data)
+    tables = np.load(finished / "partition.npz")
+    y = source.y.copy()
+    for name in ("novel", "test", "held_out"):
+        parts = zip(tables[f"{name}_rows"], tables[f"{name}_size"], strict=True)
+        for rows, size in parts:
+            y[rows[:size]] = (y[rows[:size]] + 1 + np.arange(size) % 9) % 10
+    monkeypatch.setattr(build, "load_source", lambda data: source._replace(y=y))
+    monkeypatch.setattr(build, "build", _really_build)
+    other = train.train(config, str(tmp_path / "run"))
+    plain = read(finished, "summary.json")
+    assert other["state_sha256"] == plain["state_sha256"]
+    for metric in ("pacc", "zacc", "gacc"):
+        assert other[metric] != plain[metric]
+
+
+def test_no_rounds_is_an_evaluation(tmp_path):
+    summary = train.train(small(rounds=0), str(tmp_path / "run"))
+    assert summary["up_bytes_total"] == 0 and summary["samples_per_second"] is None
+    assert [r["round"] for r in log.read_lines(tmp_path / "run/metrics.jsonl")] == [0]
+
+
+def test_one_client_on_each_side_is_enough(tmp_path):
+    config = small(data__num_clients=1, data__num_novel=1, rounds=1)
+    summary = train.train(config, str(tmp_path / "run"))
+    assert summary["plan"]["devices"] == 1
+    assert len(read(tmp_path / "run", "clients.json")) == 2
