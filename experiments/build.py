@@ -270,8 +270,9 @@ def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm
 def call(field: str, factory, *args, **options):
     """Calls a factory with a config's options; names those it does not take."""
     parameters = dict(inspect.signature(factory).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        # Methods built on FedAvg hand further options on to it.
+    rest = [name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD]
+    for name in rest:  # methods built on FedAvg hand further options on to it
+        del parameters[name]
         parameters |= inspect.signature(fedavg).parameters
     for option in options:
         check_choice(f"option of {field}", option, parameters)
