@@ -4,12 +4,14 @@ python -m benchmarks.round_time --models=mlp,lenet --mappers=auto,map,vmap,block
     --devices=1,0 --json=rounds.json
 
 The real engine runs rounds of FedAvg (plain SGD, uniform sampling, state and data on
-the device, nothing evaluated) on synthetic 28x28x1 images, one round per call. The
-*simulation tax* of a plan is the federated time per sample over the central one. The
-centre is the same local training, compiled, on one client that holds as many samples
-as the whole cohort, for as many epochs: one stream of steps with the same batch size,
-without sampling, exchange and aggregation. A round and a central run alternate, and the
-tax is the median of their ratios, so that a busy machine slows both.
+the device, nothing evaluated) on synthetic 28x28x1 images. The *simulation tax* of a
+plan is the federated time per sample over the central one. The centre is the same local
+training, compiled, on one client that holds as many samples as the whole cohort, for as
+many epochs: one stream of steps with the same batch size, without sampling, exchange
+and aggregation. Calls of the engine and central runs alternate, and the tax is the
+median of their ratios, so that a busy machine slows both. The *CPU tax* is the same
+ratio of CPU seconds of all threads: the work, which other programs hardly change; it
+says nothing about an accelerator.
 
 One stream of steps keeps one device busy, so the centre runs on one device, with the
 threads that XLA gives it. At one device the tax compares like with like; a plan with
@@ -19,6 +21,10 @@ the same plan at one device.
 Every plan is measured in a process of its own. Peak memory is that of the process, up
 to the end of the first round and so with compilation, on the CPU, and the peak in use
 on an accelerator's memory.
+
+The engine's call is one round unless --rounds_per_call says otherwise. A call has a
+fixed cost, on Linux mostly that of fresh pages for its temporary arrays where they take
+more than 32 MB: malloc returns those after every call.
 """
 
 import concurrent.futures
@@ -28,7 +34,6 @@ import json
 import multiprocessing
 import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +47,7 @@ import optax
 from absl import flags
 
 from experiments import cli
-from experiments.report import text_table
+from experiments.pages import text_table
 from hyperjax import local, models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
@@ -63,6 +68,7 @@ COLUMNS = (
     ("central_samples_per_second", "centre"),
     ("tax", "tax"),
     ("tax_one_device", "tax, 1 device"),
+    ("cpu_tax", "CPU tax"),
     ("peak_mb", "peak MB"),
     ("compile_seconds", "compile s"),
 )
@@ -78,7 +84,8 @@ class Workload(NamedTuple):
     clients: int
     cohort: int
     samples: int
-    rounds: int  # timed, after one that is not
+    rounds: int  # timed calls, after one that is not
+    rounds_per_call: int
 
 
 class Plan(NamedTuple):
@@ -139,7 +146,7 @@ def make_pool(num_samples: int):
 
 
 def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
-    """Returns `one_round(t) -> info`, and `compile_seconds()`."""
+    """Returns `call(t) -> info` of rounds t, t + 1, ..., and `compile_seconds()`."""
     num = work.clients
     rows = np.arange(num * work.samples, dtype=np.int32).reshape(num, -1)
     sim = schedule.simulator(
@@ -155,12 +162,12 @@ def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
     root = jax.random.key(0)
     carry = sim.init(root)
 
-    def one_round(t: int):
+    def call(t: int):
         nonlocal carry
-        carry, info = sim.run(root, carry, t, 1)
+        carry, info = sim.run(root, carry, t, work.rounds_per_call)
         return jax.block_until_ready((carry, info))[1]
 
-    return one_round, lambda: sim.program.seconds
+    return call, lambda: sim.program.seconds
 
 
 def centre_of(work: Workload, pool) -> Callable:
@@ -198,17 +205,19 @@ def measure(work: Workload, plan: Plan) -> dict[str, Any]:
     """Times rounds and central runs in turns; sets the devices of this process."""
     cli.use_cores(plan.devices)
     pool = make_pool(work.clients * work.samples)
-    one_round, compile_seconds = rounds_of(work, plan, pool)
-    samples = int(one_round(0)["samples"][0])
+    call, compile_seconds = rounds_of(work, plan, pool)
+    samples = int(call(0)["samples"][0])
     peak = peak_mb()
     centre = centre_of(work, pool)
     if int(centre()["samples"]) != samples:
         raise ValueError("a round and the centre must train on as many samples")
-    federated, central = [], []
+    rows = []
     for t in range(1, work.rounds + 1):
-        federated.append(seconds(one_round, t))
-        central.append(seconds(centre))
-    ratios = [f / c for f, c in zip(federated, central, strict=True)]
+        of_call = seconds(call, t * work.rounds_per_call)
+        rows.append((of_call / work.rounds_per_call, seconds(centre)))
+    times = np.array(rows)  # [rounds, (federated, central), (wall, CPU)]
+    tax, cpu_tax = np.median(times[:, 0] / times[:, 1], axis=0)
+    federated, central = times[:, 0, 0], times[:, 1, 0]
     size = tree.count(jax.eval_shape(make_model(*work[:2]).init, jax.random.key(0)))
     return {
         "model": work.model,
@@ -217,23 +226,24 @@ def measure(work: Workload, plan: Plan) -> dict[str, Any]:
         "mapper": str(plan.mapper),
         "devices": plan.devices,
         "conv_rule": "auto" if work.model == "lenet" else None,
-        "seconds_median": statistics.median(federated),
-        "seconds_min": min(federated),
-        "samples_per_second": round(samples / statistics.median(federated)),
-        "central_samples_per_second": round(samples / statistics.median(central)),
-        "tax": statistics.median(ratios),
-        "tax_of_minima": min(federated) / min(central),
+        "seconds_median": float(np.median(federated)),
+        "seconds_min": float(federated.min()),
+        "samples_per_second": round(samples / np.median(federated)),
+        "central_samples_per_second": round(samples / np.median(central)),
+        "tax": float(tax),
+        "tax_of_minima": float(federated.min() / central.min()),
+        "cpu_tax": float(cpu_tax),
         "peak_mb": peak,
         "compile_seconds": compile_seconds(),
         **about(),
     }
 
 
-def seconds(fn: Callable, *args: Any) -> float:
-    """Returns the wall time of a call that waits for its result."""
-    began = time.perf_counter()
+def seconds(fn: Callable, *args: Any) -> np.ndarray:
+    """Returns wall and CPU seconds [2] of a call that waits for its result."""
+    began = time.perf_counter(), time.process_time()
     fn(*args)
-    return time.perf_counter() - began
+    return np.subtract((time.perf_counter(), time.process_time()), began)
 
 
 def write(path: str | None, records: list[dict[str, Any]]) -> None:
@@ -252,7 +262,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("clients", 100, "Clients in the population.")
     flags.DEFINE_integer("cohort", 25, "Clients per round.")
     flags.DEFINE_integer("samples", 480, "Samples of a client.")
-    flags.DEFINE_integer("rounds", 5, "Timed rounds, after one that compiles.")
+    flags.DEFINE_integer("rounds", 5, "Timed calls, after one that compiles.")
+    flags.DEFINE_integer("rounds_per_call", 1, "Rounds in one compiled call.")
     flags.DEFINE_list("mappers", list(sharding.MAPPERS), "How clients are mapped.")
     flags.DEFINE_integer("block_size", 5, "Clients per block of the mapper 'block'.")
     flags.DEFINE_list("devices", ["1", "0"], "Devices to use; 0: every core or device.")
@@ -262,8 +273,10 @@ def define_flags() -> None:
 
 def main() -> int:
     f = flags.FLAGS
-    numbers = {name: f[name].value for name in Workload._fields if name != "model"}
-    check_at_least(1, **{name: n for name, n in numbers.items() if n is not True})
+    numbers: dict[str, Any] = {
+        name: f[name].value for name in Workload._fields if name != "model"
+    }
+    check_at_least(1, **{k: n for k, n in numbers.items() if k != "peer_lenet"})
     backend, available = fresh(backend_and_devices)
     resolve = functools.partial(
         sharding.resolve_mapper, block_size=f.block_size, backend=backend
@@ -272,15 +285,18 @@ def main() -> int:
     devices = sorted({min(int(d) or available, available) for d in f.devices})
     records: list[dict[str, Any]] = []
     for name, mapper in itertools.product(f.models, mappers):
+        alone = None  # the tax at one device, which comes first
         for count in devices:
-            work = Workload(name, **numbers)
-            record = fresh(measure, work, Plan(mapper, count))
+            record = fresh(measure, Workload(name, **numbers), Plan(mapper, count))
+            alone = record["tax"] if count == 1 else alone
+            record["tax_one_device"] = alone
             record["auto"] = "*" if mapper == resolve("auto") else ""
-            alone = record if devices[0] == count else records[-1]
-            record["tax_one_device"] = alone.get("tax_one_device", record["tax"])
             records.append(record)
-    print(text_table(records, COLUMNS))
-    write(f.json, records)
+            write(f.json, records)  # what is measured stays if a later plan fails
+            print(f"{name}, {mapper}, devices: {count}", file=sys.stderr, flush=True)
+    first = records[0]
+    where = f"{first['backend']} ({first['device']}), {first['machine']['cores']} cores"
+    print(f"JAX {first['jax']} on {where}\n\n{text_table(records, COLUMNS)}")
     return 0
 
 

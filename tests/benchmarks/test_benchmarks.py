@@ -1,0 +1,70 @@
+"""The benchmarks run in tiny form and write what they measured; no times are judged."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import memory
+
+
+def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
+    """Runs a benchmark in a process of its own and returns its records."""
+    path = tmp_path / "records.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", f"--json={path}", *arguments],
+        cwd=repository,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+def test_round_time_reports_every_plan(repository, tmp_path):
+    sizes = ("--clients=2", "--cohort=2", "--samples=5", "--batch=4", "--epochs=1")
+    plans = ("--models=mlp,lenet", "--mappers=map", "--devices=1", "--rounds=1")
+    records = _run(repository, tmp_path, "round_time", *sizes, *plans)
+    assert [(r["model"], r["parameters"], r["mapper"]) for r in records] == [
+        ("mlp", 199_210, "map"),
+        ("lenet", 44_426, "map"),
+    ]
+    for record in records:
+        assert record["tax_one_device"] == record["tax"] > 0
+        for name in (
+            "seconds_median",
+            "seconds_min",
+            "samples_per_second",
+            "central_samples_per_second",
+            "tax_of_minima",
+            "cpu_tax",
+            "peak_mb",
+            "compile_seconds",
+            "devices",
+        ):
+            assert record[name] > 0, name
+        for name in ("jax", "jaxlib", "backend", "device"):
+            assert record[name], name
+        assert record["machine"]["cores"] > 0
+
+
+def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp_path):
+    sizes = ("--clients=4,400", "--cohort=2", "--samples=5", "--exchanges=1")
+    records = _run(repository, tmp_path, "memory", *sizes)
+    found = {(r["store"], r["clients"], r["how"]): r for r in records}
+    small, large = (found["host", n, "measured"] for n in (4, 400))
+    # One float32 aggregation weight per client, and no state.
+    grown = large["device_mb"] - small["device_mb"]
+    assert grown == pytest.approx(4 * 396 / 2**20)
+    # What is computed of the device store is what is measured, but for a few scalars.
+    computed = memory.device_store(small)["device_mb"]
+    measured = found["device", 4, "measured"]["device_mb"]
+    assert measured == pytest.approx(computed, abs=1e-3)
+    assert found["device", 400, "computed"]["device_mb"] > large["state_mb"] > 3
+    for record in records:
+        assert record["peak_mb"] is None or record["peak_mb"] > 0
+        for name in ("state_mb", "table_mb", "device_mb"):
+            assert record[name] > 0, name
