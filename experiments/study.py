@@ -28,7 +28,7 @@ from experiments import cli, train, workdir
 from experiments.pages import text_table
 from hyperjax.engine.checkpoint import write_atomically
 
-LEARNING_RATES = (0.03, 0.1, 0.3)
+LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 OWN_RATE = "FedAvg, own learning rate"
 METHODS: dict[str, Callable] = {
     "FedAvg": fedavg_mnist.get_config,
