@@ -105,8 +105,11 @@ def main() -> int:
         rates = {}
         for rate in LEARNING_RATES:
             config = configure(fedavg_mnist.get_config, alpha, seeds[0], rate)
-            rates[rate] = result(config, root / f"rate{rate}_a{alpha}")["pacc"]
-        best = max(rates, key=lambda rate: rates[rate])
+            try:
+                rates[rate] = result(config, root / f"rate{rate}_a{alpha}")["pacc"]
+            except FloatingPointError:
+                rates[rate] = None  # diverged
+        best = max(rates, key=lambda rate: rates[rate] or 0.0)
         for label, make in METHODS.items():
             own_rate = best if label == OWN_RATE else None
             short = label.lower().replace(" ", "_").replace(",", "").replace(".", "")
