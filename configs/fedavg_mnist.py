@@ -17,6 +17,6 @@ def get_config(arg: str = ""):
     config.data.alpha = args.alpha
     config.method = dict(name="fedavg", keep=())  # keep: patterns of what stays home
     if args.tuned:
-        config.local.learning_rate = 0.1
+        config.local.learning_rate = 0.3
     config.rounds = 2 if args.smoke else 100
     return config
