@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
+
+from hyperjax.engine import log
 
 Columns = Sequence[tuple[str, str]]
 
@@ -121,12 +122,7 @@ def percent(value: Any) -> str:
 
 def num_bytes(value: Any) -> str:
     """Bytes in decimal units, such as 1.23 MB."""
-    if value is None:
-        return "-"
-    if value < 1000:
-        return f"{value:,.0f} B"
-    power = min(int(math.log10(value) // 3), 4)
-    return f"{value / 1000**power:.3g} {'kMGT'[power - 1]}B"
+    return "-" if value is None else log.size(value)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

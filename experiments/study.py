@@ -69,10 +69,12 @@ def configure(
 
 
 def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any]:
-    """Runs one config; returns its summary with the last noise scale."""
+    """Runs one config; returns its summary, last noise scale and the run's commit."""
     summary = train.train(config, str(folder), str(folder.name))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {**summary, "noise_scale": json.loads(lines[-1]).get("noise_scale")}
+    made_by = json.loads((folder / workdir.CONFIG).read_text())
+    noise_scale = json.loads(lines[-1]).get("noise_scale")
+    return {**summary, "noise_scale": noise_scale, "commit": made_by["commit"]}
 
 
 def over_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -96,7 +98,6 @@ def main() -> int:
         data=_DATA.value,
         rounds=_ROUNDS.value,
         seeds=seeds,
-        commit=workdir.commit(),
         machine=f"{platform.machine()}, {cli.num_cores()} cores",
         versions={name: workdir.version(name) for name in workdir.PACKAGES},
         rows=[],
@@ -128,6 +129,8 @@ def main() -> int:
                 published_zacc=PUBLISHED.get(label) if alpha == 1.0 else None,
                 **over_seeds(summaries),
                 per_seed=[s["zacc"] for s in summaries],
+                seconds_per_seed=[s["seconds"] for s in summaries],
+                commits=[s["commit"] for s in summaries],
             )
             if label == OWN_RATE:
                 row["pacc_by_learning_rate"] = rates
