@@ -37,7 +37,7 @@ from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
 from hyperjax.errors import check_at_least
 
-KEEP = r"params/Dense_2/.*"  # the MLP's last layer
+KEEP = r"params/head/.*"  # the MLP's last layer
 POOL_SIZE = 1000
 COLUMNS = (
     ("store", "store"),

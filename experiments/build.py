@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax import algorithms, corrections, local, models, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
@@ -55,7 +56,7 @@ def build(
     model = make_model(config, source.x.shape[1:], source.num_classes)
     algorithm = make_algorithm(config, model)
     cohort_size = (
-        federation.num_clients
+        federation.num_trainers
         if config.server.sampler == "full"
         else config.server.cohort_size
     )
@@ -63,10 +64,10 @@ def build(
     backend = jax.default_backend()
     mapper = sharding.resolve_mapper(engine.mapper, engine.block_size, backend)
     mesh = sharding.client_mesh(cohort_size, engine.devices)
-    sizes = federation.train.size
+    sizes = federation.trainers.size
     simulator = schedule.simulator(
         algorithm,
-        federation.train,
+        federation.trainers,
         federation.pool,
         weight=sizes if config.server.weights == "size" else np.ones_like(sizes),
         cohort_size=cohort_size,
@@ -98,14 +99,17 @@ def build(
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every number and name that needs no data to be judged."""
     check_at_least(
-        0, rounds=config.rounds, seed=config.seed, devices=config.engine.devices
+        0,
+        rounds=config.rounds,
+        seed=config.seed,
+        devices=config.engine.devices,
+        **{"data.num_novel": config.data.num_novel},
     )
     check_at_least(-1, **{"data.seed": config.data.seed})
     check_at_least(
         1,
         **{
             "data.num_clients": config.data.num_clients,
-            "data.num_novel": config.data.num_novel,
             "local.batch_size": config.local.batch_size,
             "evaluation.every": config.evaluation.every,
             "evaluation.batch_size": config.evaluation.batch_size,
@@ -121,6 +125,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             "local.learning_rate": config.local.learning_rate,
             "server.learning_rate": config.server.learning_rate,
             "engine.rounds_per_call": config.engine.rounds_per_call,
+            "evaluation.finetune_epochs": min(
+                config.evaluation.finetune_epochs, default=0
+            ),
         },
     )
     if config.data.partition == "dirichlet" and config.data.alpha <= 0:
@@ -161,14 +168,15 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
     data = config.data
     options: dict[str, Any] = {
         "iid": {},
-        "dirichlet": dict(alpha=data.alpha, min_size=data.min_size),
+        "dirichlet": dict(alpha=data.alpha, min_size=data.min_size, capped=data.capped),
         "pathological": dict(classes_per_client=data.classes_per_client),
+        "class_shares": dict(classes_per_client=data.classes_per_client),
         "by_client_id": {},
     }[data.partition]
     client_ids = None
     if data.partition == "by_client_id":
         client_ids = _load_ids(data.client_ids)
-    return federations.federate(
+    federation = federations.federate(
         source,
         num_clients=data.num_clients,
         num_novel=data.num_novel,
@@ -176,9 +184,11 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         seed=config.seed if data.seed < 0 else data.seed,
         test_fraction=data.test_fraction,
         eval_fraction=data.eval_fraction,
+        stratified=data.stratified,
         client_ids=client_ids,
         **options,
     )
+    return federation.pooled() if data.pooled else federation
 
 
 def _load_ids(given: str | None) -> np.ndarray:
@@ -209,13 +219,29 @@ def populations(federation: Federation) -> dict[str, evaluate.Population]:
         ids = np.arange(first_id, first_id + num, dtype=np.int32)
         return evaluate.Population(ids, empty, inputs)
 
-    return {
+    found = {
         "pacc": evaluate.Population(
-            np.arange(n, dtype=np.int32), federation.train, federation.held_out
-        ),
-        "zacc": untrained(federation.novel, n),
-        "gacc": untrained(federation.test, n + m),
+            federation.trainer_ids, federation.train, federation.held_out
+        )
     }
+    if federation.novel is not None:
+        found["zacc"] = untrained(federation.novel, n)
+    if federation.test is not None:
+        found["gacc"] = untrained(federation.test, n + m)
+    return found
+
+
+def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
+    """Who is fine-tuned, on what, and scored on what: participants, unseen clients."""
+    found = {"pacc": populations(federation)["pacc"]}
+    if federation.novel_train is not None and federation.novel_held_out is not None:
+        n, m = federation.num_clients, federation.num_novel
+        found["zacc"] = evaluate.Population(
+            np.arange(n, n + m, dtype=np.int32),
+            federation.novel_train,
+            federation.novel_held_out,
+        )
+    return found
 
 
 # Model and method ------------------------------------------------------------------
@@ -257,6 +283,12 @@ def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm
     check_choice("method.name", name, method_names())
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     options = {k: v for k, v in config.method.items() if k != "name"}
+    if options.get("correction"):
+        options["correction"] = make_correction(options["correction"])
+    if "base" in options:  # HyperFedNet + X: "fedprox(mu=0.1)"
+        base, base_options = parse_call("method.base", options["base"])
+        check_choice("method.base", base, method_names())
+        options |= dict(base=base, base_options=base_options)
     return call(
         "method",
         factory,
@@ -265,6 +297,17 @@ def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm
         server_opt=server_optimizer(config.server),
         **options,
     )
+
+
+def make_correction(texts: str | Sequence[str]) -> corrections.Correction:
+    """Builds a correction from "prox(mu=0.1)", or a chain of several."""
+    found = []
+    for text in (texts,) if isinstance(texts, str) else texts:
+        name, options = parse_call("method.correction", text)
+        check_choice("method.correction", name, corrections.CORRECTIONS)
+        made = call("method.correction", corrections.CORRECTIONS[name], **options)
+        found.append(made)
+    return found[0] if len(found) == 1 else corrections.chain(*found)
 
 
 def call(field: str, factory, *args, **options):
@@ -395,6 +438,7 @@ def make_evaluator(
         federation.pool,
         populations(federation),
         source_prior=federation.source_prior,
+        tuned=tuned_populations(federation),
         batch_size=config.evaluation.batch_size,
         clients_per_call=clients_per_call,
         mesh=sharding.client_mesh(clients_per_call, config.engine.devices),

@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def rows_of(label: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row of a run, and those of its label-shift controls."""
+    """The row of a run, and those of its label-shift controls, if it has any."""
     sent = summary["down_bytes"] + summary["up_bytes"]
     row = dict(summary, method=label, bytes=sent)
     variants = [row]
@@ -48,8 +48,9 @@ def rows_of(label: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
         ("em", "+ label-shift EM"),
         ("oracle", "+ true prior (oracle)"),
     ):
-        scores = {m: summary[f"{m}_{suffix}"] for m in ("gacc", "pacc", "zacc")}
-        variants.append({**row, **scores, "method": f"  {name}", "seconds": None})
+        scores = {m: summary.get(f"{m}_{suffix}") for m in ("gacc", "pacc", "zacc")}
+        if any(score is not None for score in scores.values()):
+            variants.append({**row, **scores, "method": f"  {name}", "seconds": None})
     return variants
 
 
@@ -75,7 +76,8 @@ def main() -> int:
         "Accuracy in percent:\ngACC on the global test set, pACC on participants, zACC "
         "on unseen clients, without fine-tuning.\n"
     )
-    print(pages.text_table(rows, COLUMNS))
+    there = [key for key, _ in COLUMNS if any(r.get(key) is not None for r in rows)]
+    print(pages.text_table(rows, [(k, name) for k, name in COLUMNS if k in there]))
     page = report.comparison_report(
         folders,
         str(root / "report.html"),

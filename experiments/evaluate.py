@@ -59,7 +59,9 @@ def load_run(path: str) -> Run:
     shape = tuple(int(n) for n in facts["sample_shape"])
     model = build.make_model(config, shape, len(facts["label_names"]))
     algorithm = build.make_algorithm(config, model)
-    template = schedule.abstract_carry(algorithm, config.data.num_clients)
+    # One client holds all training samples in centralised training.
+    num_trainers = int(facts.get("num_trainers", config.data.num_clients))
+    template = schedule.abstract_carry(algorithm, num_trainers)
     restored = checkpoint.restore(folder / "checkpoints", template)
     if restored is None:
         raise ValueError(f"workdir={path!r} has no checkpoint yet")
@@ -93,7 +95,8 @@ def serve(run: Run, images: np.ndarray) -> Served:
     @jax.jit
     def deploy(server):
         one = jnp.ones(1, jnp.float32)
-        cohort = Cohort(ids, one, one, jnp.int32(run.restored.round))
+        round, population = run.restored.round, run.config.data.num_clients
+        cohort = Cohort(ids, one, one, jnp.int32(round), jnp.float32(population))
         key = rng.stream(root, "serve")
         down = alg.server.downlink(key, server, cohort)._replace(round=cohort.round)
         state = exchange.first_visit(alg, root, down, ids)
@@ -150,6 +153,8 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and labels of an unseen client of the run itself."""
     first = run.config.data.num_clients
     last = len(run.facts["counts"]) - 1
+    if first > last:
+        raise ValueError(f"client={client}: this run has no unseen clients")
     if not first <= client <= last:
         raise ValueError(
             f"client={client}: unseen clients of this run: {first}..{last}"

@@ -10,6 +10,7 @@ import json
 import math
 import numbers
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -32,6 +33,13 @@ _MEANINGS = {
     "gacc": "global test set",
     "pacc": "clients that take part",
     "zacc": "clients never trained on",
+}
+_FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean)?")
+_FINE_TUNED_COLUMNS = {
+    ("pacc", ""): "participants, %",
+    ("pacc", "_mean"): "participants, mean over clients, %",
+    ("zacc", ""): "unseen clients, %",
+    ("zacc", "_mean"): "unseen clients, mean over clients, %",
 }
 # Embeddings that differ by less are one embedding in float32.
 _SAME = 1e-6
@@ -86,7 +94,12 @@ def run_report(workdir: str) -> str:
         f"{latest.get('method', 'run')} on {latest.get('dataset', 'unknown data')}"
     )
     body = [_headline(run, latest, heading), _cards(latest), _curves(run)]
-    body += [_partition(run), _clients(run), _embeddings(run, latest)]
+    body += [
+        _fine_tuning(latest),
+        _partition(run),
+        _clients(run),
+        _embeddings(run, latest),
+    ]
     body += [_communication(latest), _configuration(run, latest)]
     path = os.path.join(workdir, "report.html")
     write_atomically(path, pages.page(heading, body))
@@ -129,7 +142,7 @@ def comparison_report(
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="muted">{len(runs)} runs</p></header>',
         pages.section("Summary", _comparison_table(runs, path, labels, rows)),
-        pages.section("Accuracy against round", _overlaid(runs, labels)),
+        _overlaid(runs, labels),
         _shared_partition(runs),
     ]
     write_atomically(path, pages.page(title, body))
@@ -210,6 +223,8 @@ def _headline(run: _Run, latest: Row, heading: str) -> str:
 def _cards(latest: Row) -> str:
     cards = []
     for key, name in _METRICS.items():
+        if key not in latest:
+            continue
         lines = [_MEANINGS[key]]
         controls = [
             f"{label} {latest[key + suffix]:.2f}"
@@ -225,7 +240,7 @@ def _cards(latest: Row) -> str:
             if f"{key}_p10" in latest:
                 spread += f", tenth percentile {latest[f'{key}_p10']:.2f}"
             lines.append(f"over clients: {spread}")
-        cards.append(_card(name, pages.percent(latest.get(key)), *lines))
+        cards.append(_card(name, pages.percent(latest[key]), *lines))
     if "up_bytes" in latest and "down_bytes" in latest:
         up, down = latest["up_bytes"], latest["down_bytes"]
         line = f"up {pages.num_bytes(up)} · down {pages.num_bytes(down)}"
@@ -242,7 +257,7 @@ def _cards(latest: Row) -> str:
         cards.append(
             _card("Samples per second", f"{latest['samples_per_second']:,.0f}")
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
 def _card(name: str, value: str, *lines: str) -> str:
@@ -259,8 +274,11 @@ def _curves(run: _Run) -> str:
         return pages.section("Curves", "<p>No evaluation yet.</p>")
     lines, entries = [], []
     for key, name in _METRICS.items():
-        lines.append(plots.Line(name, _points(run, key), _COLORS[key]))
-        entries.append((name, _COLORS[key], "solid"))
+        points = _points(run, key)
+        if points:
+            lines.append(plots.Line(name, points, _COLORS[key]))
+            entries.append((name, _COLORS[key], "solid"))
+    num_metrics = len(lines)
     for suffix, (label, style) in _CONTROLS.items():
         extra = [
             plots.Line(
@@ -272,28 +290,32 @@ def _curves(run: _Run) -> str:
         lines += extra
         if extra:
             entries.append((label, plots.MUTED, style))
-    loss = plots.Line("loss", _points(run, "loss"), plots.INK)
     note = (
         "<p>EM control: the same outputs, reweighted by class shares estimated from "
         "them (label-shift EM), without training. Oracle: reweighted by the true "
         "class shares, which no client knows.</p>"
-        if len(entries) > len(_METRICS)
+        if len(lines) > num_metrics
         else ""
     )
-    accuracy = plots.line_chart(
-        "Accuracy in percent against round", lines, y_ceiling=100
-    )
+    figures = []
+    if lines:
+        chart = plots.line_chart(
+            "Accuracy in percent against round", lines, y_ceiling=100
+        )
+        figures.append(pages.figure("Accuracy, %", plots.legend(entries), chart))
+    loss = plots.Line("loss", _points(run, "loss"), plots.INK)
+    if loss.points:
+        figures.append(
+            pages.figure(
+                "Local training loss",
+                plots.legend([("mean over the last round", plots.INK, "solid")]),
+                plots.line_chart("Local training loss against round", [loss]),
+            )
+        )
     return pages.section(
         "Curves",
         note,
-        '<div class="grid">',
-        pages.figure("Accuracy, %", plots.legend(entries), accuracy),
-        pages.figure(
-            "Local training loss",
-            plots.legend([("mean over the last round", plots.INK, "solid")]),
-            plots.line_chart("Local training loss against round", [loss]),
-        ),
-        "</div>",
+        f'<div class="grid">{"".join(figures)}</div>' if figures else "",
         _further_quantities(run),
     )
 
@@ -311,6 +333,31 @@ def _further_quantities(run: _Run) -> str:
         chart = plots.line_chart(f"{key} against round", [line], size=(380, 200))
         figures.append(pages.figure(key.replace("_", " "), chart))
     return f'<div class="grid small">{"".join(figures)}</div>' if figures else ""
+
+
+def _fine_tuning(latest: Row) -> str:
+    """Accuracy before and after local epochs on a client's own labelled samples."""
+    found: dict[int, dict[tuple[str, str], float]] = {}
+    for key, value in latest.items():
+        match = _FINE_TUNED.fullmatch(key)
+        if match:
+            metric, epochs, suffix = match.groups(default="")
+            found.setdefault(int(epochs), {})[metric, suffix] = value
+    if not found:
+        return ""
+    columns = [
+        c for c in _FINE_TUNED_COLUMNS if any(c in row for row in found.values())
+    ]
+    table = pages.table(
+        ("fine-tuning epochs", *(_FINE_TUNED_COLUMNS[column] for column in columns)),
+        [(k, *(row.get(c) for c in columns)) for k, row in sorted(found.items())],
+    )
+    note = (
+        "<p>Accuracy on a client's held-out samples after so many local epochs on its "
+        "other samples, from what the server deploys. Weighted by samples, unless it "
+        "is the mean over clients.</p>"
+    )
+    return pages.section("Fine-tuning", note, f'<div class="scroll">{table}</div>')
 
 
 def _partition(run: _Run) -> str:
@@ -345,11 +392,7 @@ def _clients(run: _Run) -> str:
         marks.append(plots.Mark(name, *where))
     if not marks:
         return ""
-    entries = [
-        ("participating", plots.PARTICIPATING, "dot"),
-        ("not participating", plots.NOVEL, "diamond"),
-        ("mean of a group", plots.MUTED, "dashed"),
-    ]
+    entries = [*_groups(marks), ("mean of a group", plots.MUTED, "dashed")]
     if any(mark.control is not None for mark in marks):
         entries.append(("EM control of the same client", plots.MUTED, "bar"))
     chart = plots.sorted_dots("Accuracy of every client, sorted, in percent", marks)
@@ -359,6 +402,16 @@ def _clients(run: _Run) -> str:
             "Accuracy of every client, sorted, %", plots.legend(entries), chart
         ),
     )
+
+
+def _groups(marks: Sequence[plots.Mark]) -> list[tuple[str, str, str]]:
+    """Legend entries of the groups of clients that are there."""
+    kinds = {mark.participating for mark in marks}
+    entries = {
+        True: ("participating", plots.PARTICIPATING, "dot"),
+        False: ("not participating", plots.NOVEL, "diamond"),
+    }
+    return [entry for kind, entry in entries.items() if kind in kinds]
 
 
 def _embeddings(run: _Run, latest: Row) -> str:
@@ -387,12 +440,9 @@ def _embeddings(run: _Run, latest: Row) -> str:
     ]
     labels = [f"component {i + 1} ({share:.0f} %)" for i, share in enumerate(shares)]
     name = f"Embeddings of {len(clients)} clients on their two main components"
-    entries = [
-        ("participating", plots.PARTICIPATING, "dot"),
-        ("not participating", plots.NOVEL, "diamond"),
-    ]
     chart = plots.point_map(name, marks, (labels[0], labels[1]))
-    figure = pages.figure(f"{name} (share of variance)", plots.legend(entries), chart)
+    legend = plots.legend(_groups(marks))
+    figure = pages.figure(f"{name} (share of variance)", legend, chart)
     reach = float(np.linalg.norm(centred, axis=1).max())
     note = (
         "<p>No client's embedding is further than "
@@ -433,23 +483,24 @@ def _use_table(latest: Row, size: int) -> str:
             "with its own means that nothing is personal.",
         ),
     )
-    kinds = (
-        {"participating": "participating", "pacc": "pacc"},
-        {"participating": "novel", "pacc": "zacc"},
-    )
+    kinds = {
+        "participating": {"participating": "participating", "pacc": "pacc"},
+        "not participating": {"participating": "novel", "pacc": "zacc"},
+    }
+    kinds = {name: kind for name, kind in kinds.items() if kind["pacc"] in latest}
     rows: list[tuple[object, ...]] = []
     for name, pattern, meaning in quantities:
-        values = [latest.get(pattern.format(**kind)) for kind in kinds]
+        values = [latest.get(pattern.format(**k)) for k in kinds.values()]
         shown = [None if value is None else f"{value:.4g}" for value in values]
         if pattern == "{pacc}_swapped":
-            own = [latest.get(kind["pacc"]) for kind in kinds]
+            own = [latest.get(kind["pacc"]) for kind in kinds.values()]
             shown = [
                 f"{text} (own {value:.4g})" if text and value is not None else text
                 for text, value in zip(shown, own, strict=True)
             ]
         if any(shown):
             rows.append((name, *shown, meaning))
-    headings = ("quantity", "participating", "not participating", "meaning")
+    headings = ("quantity", *kinds, "meaning")
     return pages.table(headings, rows) if rows else ""
 
 
@@ -544,11 +595,18 @@ def _overlaid(runs: Sequence[_Run], labels: Sequence[str]) -> str:
             plots.Line(label, _points(run, key), *style)
             for run, label, style in zip(runs, labels, styles, strict=True)
         ]
+        lines = [line for line in lines if line.points]
+        if not lines:
+            continue
         chart = plots.line_chart(
             f"{name} in percent against round", lines, y_ceiling=100
         )
         figures.append(pages.figure(f"{name}, % ({_MEANINGS[key]})", chart))
-    return f'{plots.legend(entries)}<div class="grid">{"".join(figures)}</div>'
+    heading = "Accuracy against round"
+    if not figures:
+        return pages.section(heading, "<p>No evaluation yet.</p>")
+    grid = f'<div class="grid">{"".join(figures)}</div>'
+    return pages.section(heading, plots.legend(entries), grid)
 
 
 def _shared_partition(runs: Sequence[_Run]) -> str:

@@ -19,7 +19,8 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
 
     Args:
       values: per-client values by metric ("pacc": participants, "zacc": unseen
-        clients, "gacc": the global test set), from `Evaluator.evaluate`.
+        clients, "gacc": the global test set), from `Evaluator.evaluate`; what a
+        federation does not have is missing.
 
     Returns:
       Percentages: "<metric>", with "_mean", "_std", "_p10" over clients, and
@@ -41,7 +42,7 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
         if "distance_swapped" in clients and len(size) > 1:
             found[f"{metric}_distance"] = float(clients["distance_swapped"].mean())
     for metric, name in (("pacc", "participating"), ("zacc", "novel")):
-        if "embedding" in values[metric]:
+        if "embedding" in values.get(metric, {}):
             found[f"collapse_{name}"] = collapse(values[metric])
     return found
 
@@ -61,11 +62,11 @@ def collapse(clients: Values) -> float:
 def per_client(
     values: Mapping[str, Values], federation: Federation
 ) -> list[dict[str, Any]]:
-    """Returns one record per participating and per unseen client."""
+    """Returns one record per participating and per unseen client, if evaluated."""
     rows = []
     for metric, participating in (("pacc", True), ("zacc", False)):
-        clients = values[metric]
-        for i, size in enumerate(clients["size"]):
+        clients = values.get(metric, {})
+        for i, size in enumerate(clients.get("size", ())):
             row: dict[str, Any] = dict(
                 client=i if participating else federation.num_clients + i,
                 participating=participating,

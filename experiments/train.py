@@ -19,6 +19,8 @@ from hyperjax import tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, log, schedule
 
+SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
+
 
 class Stopped(Exception):
     """The run was asked to stop, and has written a checkpoint."""
@@ -112,7 +114,7 @@ class _Run:
         """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
         simulator = self.experiment.simulator
         template = schedule.abstract_carry(
-            self.experiment.algorithm, self.experiment.federation.num_clients
+            self.experiment.algorithm, self.experiment.federation.num_trainers
         )
         restored = checkpoint.restore(self.checkpoints, template)
         if restored is None:
@@ -164,7 +166,7 @@ class _Run:
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
         self.metrics = log.plain(metrics)
         recorder.evaluation(record, time.perf_counter() - self.began)
-        shown = {m: f"{metrics[m]:.2f}" for m in ("gacc", "pacc", "zacc")}
+        shown = {m: f"{metrics[m]:.2f}" for m in SHOWN if m in metrics}
         if "loss" in info:
             shown = {"loss": f"{info['loss']:.4f}", **shown}
         if self.seconds:
@@ -208,12 +210,25 @@ class _Run:
         )
         if config.evaluation.sample_level:
             summary |= self.sample_level(round, carry)
+        summary |= self.fine_tuned(round, carry)
         summary = log.plain(summary)
         checkpoint.write_atomically(
             self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
         )
         report.run_report(str(self.folder))
         return summary
+
+    def fine_tuned(self, round: int, carry) -> dict[str, float]:
+        """Accuracies of copies after epochs of local fine-tuning."""
+        found = {}
+        for epochs in self.config.evaluation.finetune_epochs:
+            logging.info("Fine-tuning every client for %d epochs.", epochs)
+            scores = self.experiment.evaluator.tune(self.root, carry, round, epochs)
+            for metric, values in scores.items():
+                share = results.summarise(values["accuracy"], values["size"])
+                found[f"{metric}_ft{epochs}"] = share[""]
+                found[f"{metric}_ft{epochs}_mean"] = share["_mean"]
+        return found
 
     def sample_level(self, round: int, carry) -> dict[str, float]:
         """Accuracies with one classifier per input, for methods that can."""
@@ -249,7 +264,7 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
     except Stopped as stop:
         print(f"Stopped after round {stop}; the same command continues.")
         return 0
-    scores = ", ".join(f"{m} {summary[m]:.2f}" for m in ("gacc", "pacc", "zacc"))
+    scores = ", ".join(f"{m} {summary[m]:.2f}" for m in SHOWN if m in summary)
     print(
         f"{summary['method']} on {summary['dataset']}: {scores}; "
         f"report: {Path(path) / 'report.html'}"

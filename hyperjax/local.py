@@ -25,11 +25,34 @@ class Phase(NamedTuple):
       steps: minibatch steps, cycling through reshuffled passes.
       train: patterns on paths of trained leaves ("params/..."); None trains all. The
         rest is absent from gradient and optimizer: neither momentum nor decay moves it.
+      freeze: patterns on paths of leaves that are not trained, whatever `train` says.
     """
 
     epochs: int | None = None
     steps: int | None = None
     train: Sequence[str] | str | None = None
+    freeze: Sequence[str] | str | None = None
+
+
+class Trainer(NamedTuple):
+    """Local training of one client; calling it is calling `train`.
+
+    Attributes:
+      train: `(key, variables, data, round, adjust, epochs=None) -> (variables, info)`.
+        `adjust(grads, params) -> grads` adds corrections (both are dicts from path to
+        leaf, of the leaves being trained). `epochs` [] int32, traced, takes the place
+        of the length of every phase. Entries of `variables` beyond "params" and
+        "stats" pass through, but "opt", which is an optimizer state to go on with.
+        Info holds sample-weighted means over the visit of what `model.loss` reports,
+        with "steps" and "samples" [] float32.
+      init_optimizer: `(variables) -> state`, what `variables["opt"]` holds.
+    """
+
+    train: Callable
+    init_optimizer: Callable
+
+    def __call__(self, *args, **options):
+        return self.train(*args, **options)
 
 
 def trainer(
@@ -38,30 +61,33 @@ def trainer(
     optimizer: optax.GradientTransformation,
     batch_size: int,
     phases: Sequence[Phase] = (Phase(epochs=1),),
+    freeze: Sequence[str] | str | None = None,
     clip_norm: float | None = None,
     schedule: Callable[[Array], Array] = lambda round: jnp.float32(1.0),
-) -> Callable:
+    probe: bool = False,
+) -> Trainer:
     """Builds the function that trains one client.
 
     Args:
       model: what is trained.
-      optimizer: made anew at every visit; its learning rate is that of round 0.
+      optimizer: made anew at every visit, unless its state is one of the variables;
+        its learning rate is that of round 0.
       batch_size: B; the last batch of a pass is masked, not dropped.
       phases: run in order.
+      freeze: patterns of leaves that no phase trains which does not set its own.
       clip_norm: bound on the global norm of the (corrected) gradient.
       schedule: round [] int32 -> factor [] on every update, which is a factor on the
         learning rate for all optimizers that end in a multiplication by it.
-
-    Returns:
-      `train(key, variables, data, round, adjust) -> (variables, info)`, where
-      `adjust(grads, params) -> grads` adds corrections (both are dicts from path to
-      leaf, of the leaves being trained) and info holds sample-weighted means over the
-      visit of what `model.loss` reports, with "steps" and "samples" [] float32.
+      probe: also report info["displacement"] [] float32, how far the visit's steps
+        move a parameter whose gradient is always -1. For SGD with any momentum and
+        schedule it is the sum of the weights that the change of a parameter gives to
+        the gradients of all steps.
 
     Raises:
       ValueError: a size is not positive, or a phase has not exactly one length.
     """
     check_at_least(1, batch_size=batch_size)
+    unclipped = optimizer
     if clip_norm is not None:
         if clip_norm <= 0:
             raise ValueError(f"clip_norm={clip_norm} must be positive, or None")
@@ -73,14 +99,29 @@ def trainer(
                 f"a phase has either epochs or steps, 0 or more; got {phase}"
             )
 
-    def train(key, variables, data: ClientData, round, adjust):
+    def cut(phase, variables):
+        """Paths -> leaves of what a phase trains, and the splitter."""
+        params = {"params": variables["params"]}
+        frozen = freeze if phase.freeze is None else phase.freeze
+        split = tree.splitter(
+            params, r".*" if phase.train is None else phase.train, without=frozen
+        )
+        return split, *split.split(params)
+
+    def init_optimizer(variables):
+        _, active, _ = cut(phases[0], variables)
+        return optimizer.init(active)
+
+    def train(key, variables, data: ClientData, round, adjust, epochs=None):
         context = model.context(variables, data)
         factor = schedule(round)
         totals = _zero_totals(model, variables, data, batch_size, context)
+        if probe:
+            totals["displacement"] = jnp.float32(0)
         for number, phase in enumerate(phases):
             variables, totals = run_phase(
                 rng.stream(key, f"phase_{number}"),
-                phase,
+                phase if epochs is None else phase._replace(epochs=epochs, steps=None),
                 variables,
                 totals,
                 data,
@@ -89,31 +130,29 @@ def trainer(
                 adjust,
             )
         samples = jnp.maximum(totals["samples"], 1.0)
-        means = {name: x / samples for name, x in totals["sums"].items()}
-        return variables, {
-            **means,
-            "steps": totals["steps"],
-            "samples": totals["samples"],
-        }
+        means = {name: x / samples for name, x in totals.pop("sums").items()}
+        return variables, {**means, **totals}
 
     def run_phase(key, phase, variables, totals, data, context, factor, adjust):
-        params = {"params": variables["params"]}
-        split = tree.splitter(params, (r".*",) if phase.train is None else phase.train)
-        active, frozen = split.split(params)
+        split, active, frozen = cut(phase, variables)
 
         def loss(active, stats, key, batch):
             params = split.merge(active, frozen)
             return model.loss(key, {**params, "stats": stats}, batch, context)
 
         def step(i, carry, order, key):
-            active, stats, opt, totals = carry
+            active, stats, opt, totals, probed = carry
             batch = clients.take(data, order, i, batch_size)
             (_, (stats, info)), grads = jax.value_and_grad(loss, has_aux=True)(
                 active, stats, jax.random.fold_in(key, i), batch
             )
             updates, opt = optimizer.update(adjust(grads, active), opt, active)
             active = optax.apply_updates(active, tree.scale(updates, factor))
-            return active, stats, opt, _count(totals, info, batch)
+            totals = _count(totals, info, batch)
+            if probe:
+                moved, state = unclipped.update(jnp.float32(-1), *probed)
+                probed = (state, probed[1] + factor * moved)
+            return active, stats, opt, totals, probed
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
@@ -131,11 +170,46 @@ def trainer(
             # A client without samples takes no step.
             full = clients.num_batches(phase.steps, jnp.maximum(per_pass, 1))
             passes = jnp.where(per_pass > 0, full, 0)
-        carry = (active, variables["stats"], optimizer.init(active), totals)
-        active, stats, _, totals = jax.lax.fori_loop(0, passes, one_pass, carry)
-        return {**split.merge(active, frozen), "stats": stats}, totals
+        zero = jnp.float32(0)
+        probed = (unclipped.init(zero), zero) if probe else ()
+        opt = variables["opt"] if "opt" in variables else optimizer.init(active)
+        carry = (active, variables["stats"], opt, totals, probed)
+        carry = jax.lax.fori_loop(0, passes, one_pass, carry)
+        active, stats, opt, totals, probed = carry
+        if probe:
+            totals["displacement"] += probed[1]
+        if "opt" in variables:
+            variables = {**variables, "opt": opt}
+        return {**variables, **split.merge(active, frozen), "stats": stats}, totals
 
-    return train
+    return Trainer(train, init_optimizer)
+
+
+def tuner(
+    model: Model,
+    local: Callable,
+    train: Sequence[str] | str | None = None,
+) -> Callable:
+    """Returns a `ClientSide.tune`: plain local training on the client's own samples.
+
+    Args:
+      model: what `deploy`'s variables belong to.
+      local: builder of the training loop, as for a method.
+      train: patterns of the leaves that are tuned; None, or none, tunes all.
+    """
+    phase = Phase(epochs=1, train=train or None, freeze=())
+    run = local(model, phases=(phase,))
+
+    def tune(key, variables, data, round, epochs):
+        start = {name: variables[name] for name in ("params", "stats")}
+        start = model.visit(start)
+        after, _ = run(key, start, data.train, round, no_adjustment, epochs)
+        after = {**variables, **after}
+        if jax.tree.leaves(variables.get("condition", ())):
+            after["condition"] = model.condition(after, data.inputs)
+        return after
+
+    return tune
 
 
 def _zero_totals(model, variables, data, batch_size, context) -> PyTree:
@@ -153,6 +227,7 @@ def _zero_totals(model, variables, data, batch_size, context) -> PyTree:
 def _count(totals: PyTree, info: dict[str, Array], batch) -> PyTree:
     size = jnp.sum(batch.mask)
     return {
+        **totals,
         "sums": {k: totals["sums"][k] + size * info[k] for k in info},
         "steps": totals["steps"] + 1.0,
         "samples": totals["samples"] + size,

@@ -92,6 +92,11 @@ def paths(a: PyTree) -> list[str]:
     return [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(a)]
 
 
+def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Returns one pattern, several or None as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
 class Splitter(NamedTuple):
     """Cuts a tree in two by path, and joins it again.
 
@@ -103,26 +108,38 @@ class Splitter(NamedTuple):
     merge: Callable
 
 
-def splitter(template: PyTree, patterns: Sequence[str] | str | None) -> Splitter:
+def splitter(
+    template: PyTree,
+    patterns: Sequence[str] | str | None,
+    *,
+    without: Sequence[str] | str | None = None,
+) -> Splitter:
     r"""Builds a `Splitter` that chooses leaves by full-match patterns on paths.
 
     Args:
       template: a tree (concrete or abstract) with the structure to be cut.
       patterns: regular expressions such as r"params/head/.*"; None chooses nothing.
+      without: patterns of leaves that are not chosen even if `patterns` match.
 
     Raises:
       ValueError: a pattern matches no path (the message lists the first paths).
     """
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    patterns, without = as_patterns(patterns), as_patterns(without)
     names = paths(template)
     structure: Any = jax.tree.structure(template)
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in names):
+    for pattern in (*patterns, *without):
+        if names and not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(
                 f"pattern {pattern!r} matches no variable; paths are: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
-    chosen_names = {n for n in names if any(re.fullmatch(p, n) for p in patterns)}
+
+    def matches(name, patterns):
+        return any(re.fullmatch(p, name) for p in patterns)
+
+    chosen_names = {
+        n for n in names if matches(n, patterns) and not matches(n, without)
+    }
 
     def split(tree):
         leaves = dict(zip(names, structure.flatten_up_to(tree), strict=True))

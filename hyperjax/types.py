@@ -75,6 +75,7 @@ class Cohort(NamedTuple):
     active: Array  # [C] float32; 0 for padding and for drop-outs
     weight: Array  # [C] float32; registered once (number of samples, or ones)
     round: Array  # [] int32
+    population: Array  # [] float32; N, how many clients there are in all
 
 
 # Sides -----------------------------------------------------------------------------
@@ -82,6 +83,10 @@ class Cohort(NamedTuple):
 
 def _cannot_rebuild(sample_shape):
     raise ValueError("this model cannot be rebuilt for inputs of another shape")
+
+
+def _no_features(variables, batch, train):
+    raise ValueError("this model has no layer named 'head' to take the input of")
 
 
 class Model(NamedTuple):
@@ -100,6 +105,13 @@ class Model(NamedTuple):
     export: Callable = lambda variables: variables  # -> variables of a plain network
     inspect: Callable = lambda variables, inputs: {}  # -> logged quantities
     with_shape: Callable = _cannot_rebuild  # (sample_shape) -> the same, rebuilt
+    # (variables, batch, train: bool) -> [B, L], the input of the layer named "head"
+    features: Callable = _no_features
+    # What a client does to its variables on its first visit (it holds what it received
+    # in the place of shared ones), before and after the training of every visit.
+    arrive: Callable = lambda key, variables: variables
+    visit: Callable = lambda variables: variables
+    leave: Callable = lambda variables: variables
 
 
 class HyperNet(NamedTuple):
@@ -124,12 +136,15 @@ class ClientSide(NamedTuple):
     stored, so it may differ in structure from the state that `update` returns.
     `model` is the one `deploy`'s variables belong to: it predicts, and methods with a
     prediction rule of their own replace its `predict`.
+    `tune` goes on from deployed variables with `epochs` (traced, [] int32) passes over
+    the client's labelled samples; like `adapt` it works on a copy and sends nothing.
     """
 
     init: Callable  # (key, common, down) -> client, on its first visit
     update: Callable  # (key, down, client, data) -> (uplink, client, info)
     adapt: Callable  # (key, down, client, AdaptData) -> adapted client; sends nothing
     deploy: Callable  # (down, adapted client) -> variables
+    tune: Callable  # (key, variables, AdaptData, round, epochs) -> variables
     model: Model
 
 

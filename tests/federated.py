@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +14,7 @@ import optax
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.data import clients
 from hyperjax.data.sources import load
+from hyperjax.models import layers
 from hyperjax.types import Algorithm, Model, Pool
 
 NUM_CLIENTS, NUM_CLASSES, BATCH = 8, 3, 4
@@ -39,13 +41,47 @@ def tiny() -> Tiny:
     return Tiny(pool, clients.table(rows), model)
 
 
+@functools.cache
+def normed() -> Model:
+    """The model with normalisation, on the same images."""
+    return models.from_linen(Norms(), (4, 4, 1), NUM_CLASSES)
+
+
 # Arguments that shrink a method, for those that take them.
-SMALL = dict(embedding_size=4, hidden=(4,), chunk_size=16, chunk_embedding_size=3)
+SMALL = dict(
+    embedding_size=4,
+    hidden=(4,),
+    chunk_size=16,
+    chunk_embedding_size=3,
+    tile=2,
+    head_epochs=2,
+)
+
+
+class Norms(nn.Module):
+    """Two 3x3 convolutions with batch-norm, for methods that ask for either."""
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        x = layers.Conv(2, 3, padding="SAME", use_bias=False, name="stem")(x)
+        x = layers.BatchNorm(name="stem_norm")(x, train, mask)
+        x = layers.Conv(4, 3, padding="SAME", use_bias=False, name="conv")(nn.relu(x))
+        x = layers.BatchNorm(name="norm")(x, train, mask)
+        x = nn.relu(x).mean((1, 2))
+        return layers.Dense(NUM_CLASSES, name="head")(x)
+
+
+# Methods that are tested on a network with convolutions and normalisation.
+ON_NORMS = ("hyperfednet", "fedbn")
 
 # Stacks beyond every method's defaults: client state, server optimizer state.
 EXTRA = {
-    "fedavg+kept_head": ("fedavg", dict(keep=r"params/Dense_1/.*")),
+    "fedavg+kept_head": ("fedavg", dict(keep=r"params/head/.*")),
     "fedavg+fedadam": ("fedavg", dict(server_opt=server_optimizers.fedadam(0.1))),
+    "hyperfednet+feddyn": ("hyperfednet", dict(base="feddyn")),
+    "hyperfednet+ditto": ("hyperfednet", dict(base="ditto", share_aux="convs")),
+    "hyperfednet+per_round": ("hyperfednet", dict(regenerate="per_round")),
+    "fedavg+persist": ("fedavg", dict(persist_optimizer=True)),
     "hyperfedzero+sample": (
         "hyperfedzero",
         dict(embed_granularity="sample", deploy_granularity="sample"),
@@ -72,7 +108,8 @@ def method(stack: str) -> Algorithm:
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     accepted = inspect.signature(factory).parameters
     small = {k: v for k, v in SMALL.items() if k in accepted}
-    return factory(tiny().model, local=make_local(), **small, **options)
+    model = normed() if name in ON_NORMS else tiny().model
+    return factory(model, local=make_local(), **small, **options)
 
 
 def weights() -> jnp.ndarray:

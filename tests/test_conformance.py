@@ -39,7 +39,8 @@ def cohort_of(ids, active=None, width=NUM_CLIENTS) -> Cohort:
     ids = np.pad(ids, (0, width - len(ids)), constant_values=NUM_CLIENTS)
     active = jnp.asarray(np.where(ids < NUM_CLIENTS, active, 0.0), jnp.float32)
     ids = jnp.asarray(ids)
-    return Cohort(ids, active, weights().at[ids].get(mode="clip"), jnp.int32(0))
+    weight = weights().at[ids].get(mode="clip")
+    return Cohort(ids, active, weight, jnp.int32(0), jnp.float32(NUM_CLIENTS))
 
 
 def data_of(ids) -> ClientData:

@@ -18,8 +18,10 @@ import optax
 
 from hyperjax import aggregators, corrections, tree
 from hyperjax.errors import check_choice
+from hyperjax.local import tuner
 from hyperjax.types import Algorithm, ClientSide, Downlink, Model, PyTree, ServerSide
 
+BN_STATS = ("average", "local")
 CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
 
 
@@ -53,9 +55,12 @@ def fedavg(
     *,
     local,
     keep=None,
+    bn_stats: str = "average",
+    persist_optimizer: bool = False,
     server_opt: optax.GradientTransformation | None = None,
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
+    finetune=None,
     condition_source: str = "eval_inputs",
 ) -> Algorithm:
     """Returns federated averaging of `model`.
@@ -65,28 +70,40 @@ def fedavg(
       local: builds the client's training loop from a model, for example
         `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
       keep: patterns on paths of variables that stay on the client; None shares all.
+      bn_stats: "average" running statistics like parameters, or keep them "local".
+      persist_optimizer: clients keep the state of their optimizer between visits.
       server_opt: descends along minus the mean change; default: adds the mean.
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
+      finetune: patterns of the parameters that fine-tuning moves; None: all.
       condition_source: inputs a deployed model's condition is computed from, for
         models that have one: "eval_inputs" (those it predicts on, without labels) or
         "local_train_inputs" (its training inputs; those it predicts on if it has none).
 
     Raises:
-      ValueError: `keep` matches no variable, or condition_source is unknown.
+      ValueError: `keep` matches no variable, or an unknown choice.
     """
     check_choice("condition_source", condition_source, CONDITION_SOURCES)
-    train = local(model)
+    check_choice("bn_stats", bn_stats, BN_STATS)
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
-    home = tree.splitter(jax.eval_shape(model.init, jax.random.key(0)), keep)
+    train = local(model, probe=True) if correction.probe else local(model)
+
+    def start(common):
+        variables = model.init(common)
+        if persist_optimizer:
+            variables["opt"] = train.init_optimizer(variables)
+        return variables
+
+    template = jax.eval_shape(start, jax.random.key(0))
+    home = tree.splitter(template, _kept(template, keep, bn_stats))
 
     def shared_part(variables):
         return home.split(variables)[1]
 
     def init(common):
-        theta = shared_part(model.init(common))
+        theta = shared_part(start(common))
         params, _ = _split_stats(theta)
         return State(
             theta,
@@ -100,28 +117,26 @@ def fedavg(
 
     def server_update(key, server, uplink, cohort):
         weight = cohort.weight * cohort.active
-        (mean, extra), aggregate = aggregator.combine(
+        (mean, _), aggregate = aggregator.combine(
             key, (uplink.delta, uplink.extra), weight, server.aggregator
         )
         params, stats = _split_stats(server.theta)
         delta, stats_delta = _split_stats(mean)
         updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
-        # An exchange in which nobody took part must not move momentum either.
-        alive = jnp.sum(weight) > 0
-        params = _where(alive, optax.apply_updates(params, updates), params)
+        params = optax.apply_updates(params, updates)
         memory, params = correction.absorb(
-            server.correction, params, delta, extra, jnp.sum(cohort.active)
+            server.correction, params, _plain_means(uplink, cohort)
         )
-        theta = {**params, **tree.add(stats, stats_delta)}
-        info = {"update_norm": tree.norm(delta)}
-        opt = _where(alive, opt, server.opt)
-        return State(theta, opt, memory, aggregate), info
+        # An exchange in which nobody took part must not move momentum either.
+        new = State({**params, **tree.add(stats, stats_delta)}, opt, memory, aggregate)
+        new = _where(jnp.sum(weight) > 0, new, server)
+        return new, {"update_norm": tree.norm(delta)}
 
     def client_init(key, common, down):
         theta, _ = down.shared
-        params, _ = _split_stats(theta)
-        kept, _ = home.split(model.init(common))
-        return Client(kept, correction.init_client(params))
+        kept, _ = home.split(start(common))
+        kept, _ = home.split(model.arrive(key, home.merge(kept, theta)))
+        return Client(kept, correction.init_client(_split_stats(theta)[0]))
 
     def client_update(key, down, client, data):
         anchor, sent = down.shared
@@ -134,9 +149,9 @@ def fedavg(
             )
             return {**grads, **adjusted}
 
-        before = home.merge(client.kept, anchor)
+        before = model.visit(home.merge(client.kept, anchor))
         after, info = train(key, before, data, down.round, adjust)
-        kept, theta = home.split(after)
+        kept, theta = home.split(model.leave(after))
         params, _ = _split_stats(theta)
         memory, extra = correction.finish(
             params, anchor_params, sent, client.memory, info
@@ -162,8 +177,31 @@ def fedavg(
 
     return Algorithm(
         ServerSide(init, downlink, server_update),
-        ClientSide(client_init, client_update, adapt, deploy, model),
+        ClientSide(
+            client_init,
+            client_update,
+            adapt,
+            deploy,
+            tuner(model, local, finetune),
+            model,
+        ),
     )
+
+
+def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
+    """Patterns of everything that stays home."""
+    patterns = tree.as_patterns(keep)
+    if bn_stats == "local" and jax.tree.leaves(template["stats"]):
+        patterns += (r"stats/.*",)
+    return patterns + ((r"opt/.*",) if "opt" in template else ())
+
+
+def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
+    """Means over the participants that ignore their weights."""
+    delta, _ = _split_stats(uplink.delta)
+    delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)
+    participation = jnp.sum(cohort.active) / cohort.population
+    return corrections.Means(delta, extra, participation)
 
 
 def _split_stats(theta: PyTree) -> tuple[PyTree, PyTree]:

@@ -4,7 +4,8 @@ Of the source, a random `test_fraction` is the global test set; the rest is part
 once over N + M clients, so the last M, which never train, follow the same law as the
 others but other draws of it. Inside each of the first N, `eval_fraction` is held out;
 the last M keep all their samples for evaluation (arXiv:2508.12673, splits after the
-authors' earlier harness).
+authors' earlier harness). Theirs are split in the same way too, to measure what an
+unseen client gains by fine-tuning. There may be no test set and no unseen clients.
 """
 
 import os
@@ -19,15 +20,24 @@ from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least
 from hyperjax.types import Pool
 
+TABLES = ("train", "held_out", "novel", "novel_train", "novel_held_out", "test")
+
 
 class Federation(NamedTuple):
-    """The samples, and which of them is whose: ids 0..N-1 train, N..N+M-1 never do."""
+    """The samples, and which of them is whose: ids 0..N-1 train, N..N+M-1 never do.
+
+    The N participants are usually the clients that train, T = N. `pooled` puts one
+    client in their place, T = 1, and leaves every other table as it is.
+    """
 
     pool: Pool
     train: Table  # [N, ...]
     held_out: Table  # [N, ...], the participants' own evaluation split
-    novel: Table  # [M, ...]
-    test: Table  # [1, ...]
+    novel: Table | None  # [M, ...], all samples of the unseen clients; None if M = 0
+    novel_train: Table | None  # [M, ...], `novel` split like the participants' samples
+    novel_held_out: Table | None  # [M, ...]
+    test: Table | None  # [1, ...]
+    trainers: Table  # [T, ...], what each client that trains trains on
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
 
@@ -39,7 +49,26 @@ class Federation(NamedTuple):
     @property
     def num_novel(self) -> int:
         """M."""
-        return len(self.novel.size)
+        return 0 if self.novel is None else len(self.novel.size)
+
+    @property
+    def num_trainers(self) -> int:
+        """T."""
+        return len(self.trainers.size)
+
+    @property
+    def trainer_ids(self) -> np.ndarray:
+        """Whose trained state each participant deploys, [N] int32."""
+        return np.arange(self.num_clients, dtype=np.int32) % self.num_trainers
+
+    def pooled(self) -> "Federation":
+        """Returns the federation of centralised training.
+
+        One client, number 0, trains on the training samples of all participants; each
+        participant deploys its state and is still evaluated on its own samples.
+        """
+        everything = clients.table([np.concatenate(_parts(self.train))])
+        return self._replace(trainers=everything)
 
     @property
     def source_prior(self) -> np.ndarray:
@@ -59,6 +88,7 @@ def federate(
     seed: int,
     test_fraction: float = 0.2,
     eval_fraction: float = 0.2,
+    stratified: bool = False,
     client_ids: np.ndarray | None = None,
     **options: Any,
 ) -> Federation:
@@ -67,29 +97,37 @@ def federate(
     Args:
       source: all samples.
       num_clients: N.
-      num_novel: M.
+      num_novel: M; 0 for none.
       partition_name: a key of `partition.PARTITIONERS`.
       seed: of the splits and the partition; independent of the model's seed.
-      test_fraction: share of the global test set, in (0, 1).
-      eval_fraction: share each participant holds out, in (0, 1).
+      test_fraction: share of the global test set, in [0, 1); 0 for none.
+      eval_fraction: share each client holds out, in (0, 1).
+      stratified: whether a client holds out the same share of each of its classes. Of
+        a class with n_k of the client's n samples, h of which are held out, that is
+        h n_k / n rounded down; the samples missing to h are of the classes that lost
+        most, ties by label. Otherwise samples are held out at random.
       client_ids: [n] given ids, for "by_client_id".
       **options: of the partitioner.
 
     Raises:
       ValueError: a size or fraction is out of range, there are more clients than
-        samples, or a participant has fewer than two samples.
+        samples, or a client has fewer than two samples.
     """
-    check_at_least(1, num_clients=num_clients, num_novel=num_novel)
-    for name, share in (
-        ("test_fraction", test_fraction),
-        ("eval_fraction", eval_fraction),
-    ):
-        if not 0 < share < 1:
-            raise ValueError(f"{name}={share} must lie between 0 and 1, exclusive")
+    check_at_least(1, num_clients=num_clients)
+    check_at_least(0, num_novel=num_novel)
+    if not 0 <= test_fraction < 1:
+        raise ValueError(
+            f"test_fraction={test_fraction} must lie between 0 and 1, 1 exclusive; 0 "
+            "means no test set"
+        )
+    if not 0 < eval_fraction < 1:
+        raise ValueError(
+            f"eval_fraction={eval_fraction} must lie between 0 and 1, exclusive"
+        )
     rng = np.random.default_rng(seed)
     total = len(source.y)
     order = rng.permutation(total)
-    num_test = max(1, round(test_fraction * total))
+    num_test = max(1, round(test_fraction * total)) if test_fraction else 0
     test, rest = order[:num_test], order[num_test:]
     if client_ids is not None:
         if len(client_ids) != total:
@@ -102,40 +140,52 @@ def federate(
     y = source.y[rest]
     places = partition.partition(partition_name, rng, y, everyone, **options)
     parts = [rest[place] for place in places]
-    train, held_out = [], []
-    for client, part in enumerate(parts[:num_clients]):
+    for client, part in enumerate(parts):
         if len(part) < 2:
             raise ValueError(
-                f"client {client} has {len(part)} sample(s); a participant needs one "
-                "to train and one to hold out: lower num_clients, or raise min_size"
+                f"client {client} has {len(part)} sample(s); a client needs one to "
+                "train and one to hold out: lower num_clients or num_novel, or raise "
+                "min_size"
             )
-        cut = min(max(1, round(eval_fraction * len(part))), len(part) - 1)
-        held_out.append(part[:cut])
-        train.append(part[cut:])
-    pool = clients.make_pool(source.x, source.y, np.concatenate(train))
+    splits = [
+        _split(part, source.y[part] if stratified else None, eval_fraction)
+        for part in parts
+    ]
+    train, held_out = ([split[i] for split in splits] for i in range(2))
+    own, others = slice(num_clients), slice(num_clients, None)
+    own_train = clients.table(train[own])
     return Federation(
-        pool,
-        clients.table(train),
-        clients.table(held_out),
-        clients.table(parts[num_clients:]),
-        clients.table([test]),
-        partition.class_counts(source.y, parts, source.num_classes),
-        source.label_names,
+        pool=clients.make_pool(source.x, source.y, np.concatenate(train[own])),
+        train=own_train,
+        held_out=clients.table(held_out[own]),
+        novel=clients.table(parts[others]) if num_novel else None,
+        novel_train=clients.table(train[others]) if num_novel else None,
+        novel_held_out=clients.table(held_out[others]) if num_novel else None,
+        test=clients.table([test]) if num_test else None,
+        trainers=own_train,
+        counts=partition.class_counts(source.y, parts, source.num_classes),
+        label_names=source.label_names,
     )
 
 
 def save_tables(federation: Federation, path: str | Path) -> None:
-    """Writes index tables, class counts and pixel moments to a whole .npz file."""
+    """Writes the clients' index tables, class counts and pixel moments to an .npz file.
+
+    Tables that the federation does not have are left out; the file is never half
+    written.
+    """
     tables: dict[str, Any] = {}
-    for name in ("train", "held_out", "novel", "test"):
-        rows, size = getattr(federation, name)
-        tables |= {f"{name}_rows": rows, f"{name}_size": size}
+    for name in TABLES:
+        table = getattr(federation, name)
+        if table is not None:
+            tables |= {f"{name}_rows": table.rows, f"{name}_size": table.size}
     participating = np.arange(len(federation.counts)) < federation.num_clients
     part = Path(path).with_name(f".part-{Path(path).name}")
     np.savez_compressed(
         str(part),
         counts=federation.counts,
         participating=participating,
+        num_trainers=federation.num_trainers,
         label_names=np.array(federation.label_names),
         sample_shape=np.array(federation.pool.x.shape[1:]),
         mean=np.asarray(federation.pool.mean),
@@ -148,3 +198,25 @@ def save_tables(federation: Federation, path: str | Path) -> None:
 
 def _parts(table: Table) -> list[np.ndarray]:
     return [row[:n] for row, n in zip(table.rows, table.size, strict=True)]
+
+
+def _split(
+    part: np.ndarray, y: np.ndarray | None, eval_fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the training and the held-out samples of a client, 1 of each at least.
+
+    `part` is in random order, so its first samples are random ones; with labels `y`,
+    the first of each class are held out.
+    """
+    n = len(part)
+    num_held_out = min(max(1, round(eval_fraction * n)), n - 1)
+    held_out = np.arange(n) < num_held_out
+    if y is not None:
+        position, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
+        quota, lost = np.divmod(num_held_out * sizes, n)
+        missing = num_held_out - quota.sum()
+        quota[np.argsort(-lost, kind="stable")[:missing]] += 1
+        for k, number in enumerate(quota):
+            places = np.flatnonzero(position == k)
+            held_out[places] = np.arange(len(places)) < number
+    return part[~held_out], part[held_out]

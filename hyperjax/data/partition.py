@@ -5,8 +5,9 @@ per client: int64, disjoint, never empty, in an order drawn from `rng`. Equal ge
 give equal partitions.
 
 References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per-class
-form of Yurochkin et al. 2019 (arXiv:1905.12022); a few classes per client, McMahan et
-al. 2017 (arXiv:1602.05629).
+form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
+(arXiv:2102.02079); a few classes per client, McMahan et al. 2017 (arXiv:1602.05629);
+uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628).
 """
 
 import math
@@ -71,12 +72,20 @@ def dirichlet(
     alpha: float,
     min_size: int = 1,
     max_redraws: int = 1000,
+    capped: bool = False,
 ) -> list[np.ndarray]:
     """Cuts every class in shares drawn from a symmetric Dirichlet distribution.
 
     The shares of all classes are drawn anew until every client holds `min_size`
     samples. A draw touches counts only and takes milliseconds for 500 clients and 100
     classes; samples are dealt out once, after the last draw.
+
+    The cap evens sizes out: classes are cut in the order of their labels, and a client
+    that already holds n / N samples or more has no share in the next ones, while the
+    shares of the others are scaled up to sum to one. The others' shares are drawn alone
+    instead, which has the same law and cannot end with nothing but zeros; there always
+    are others, since all clients together hold fewer than n samples before the last
+    class is cut.
 
     Args:
       rng: the only source of randomness.
@@ -85,6 +94,7 @@ def dirichlet(
       alpha: concentration; small values give clients of few classes.
       min_size: fewest samples that a client may hold, 1 or more.
       max_redraws: draws after the first before giving up.
+      capped: whether clients that hold their n / N samples get no further class.
 
     Returns:
       N arrays of indices into `y`, int64; together all of them.
@@ -109,11 +119,7 @@ def dirichlet(
     sizes = np.unique(y, return_counts=True)[1]
     best = 0
     for _ in range(max_redraws + 1):
-        shares = rng.dirichlet(np.full(num_clients, alpha), size=len(sizes))
-        # Cuts rounded down would leave the crumbs of every class to the last client.
-        cuts = np.rint(shares.cumsum(axis=1) * sizes[:, None]).astype(np.int64)
-        cuts[:, -1] = sizes  # whatever the shares sum to in floating point
-        counts = np.diff(cuts, axis=1, prepend=0).T
+        counts = _cut(rng, sizes, num_clients, alpha, capped)
         smallest = int(counts.sum(axis=1).min())
         if smallest >= min_size:
             return _deal(rng, y, counts)
@@ -155,12 +161,11 @@ def pathological(
     """
     y = _check(y, num_clients)
     classes, sizes = np.unique(y, return_counts=True)
-    if not 1 <= classes_per_client <= len(classes):
-        raise ValueError(
-            f"classes_per_client={classes_per_client} must lie between 1 and the "
-            f"{len(classes)} classes of the labels"
-        )
-    held = _hold(rng, num_clients, len(classes), classes_per_client)
+    _check_classes(classes_per_client, len(classes))
+    places, rest = divmod(num_clients * classes_per_client, len(classes))
+    left = np.full(len(classes), places)
+    left[rng.permutation(len(classes))[:rest]] += 1
+    held = _hold(rng, num_clients, left, classes_per_client)
     holders = held.sum(axis=0)
     if (holders > sizes).any():
         k = np.argmax(holders - sizes)
@@ -174,6 +179,64 @@ def pathological(
         whole, rest = divmod(sizes[k], holders[k])
         share = whole + (np.arange(holders[k]) < rest)
         counts[rng.permutation(np.flatnonzero(held[:, k])), k] = share
+    return _deal(rng, y, counts)
+
+
+def class_shares(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    classes_per_client: int,
+    low: float = 0.4,
+    high: float = 0.6,
+) -> list[np.ndarray]:
+    """Gives every client an uneven share of each of a fixed number of classes.
+
+    Each class is cut into `N * classes_per_client // K + 1` shares in proportion to
+    weights uniform in [low, high); one client after the other takes a share of each of
+    the classes with most shares left, ties at random. The shares left at the end, one
+    to K of them, belong to nobody: for 10 classes, 50 clients and 2 classes each, an
+    eleventh of the samples. So do the crumbs of shares, which are rounded down.
+
+    A held-out part with the same shares needs `federate(..., stratified=True)`.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N.
+      classes_per_client: classes of each client, 1 to K.
+      low: smallest weight of a share, before they are scaled to sum to one.
+      high: largest weight.
+
+    Returns:
+      N arrays of indices into `y`, int64.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, there are more
+        clients than samples, or a client's share of a class is less than one sample.
+    """
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    _check_classes(classes_per_client, len(classes))
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"low={low} and high={high} must be 0 < low <= high, finite")
+    num_shares = num_clients * classes_per_client // len(classes) + 1
+    left = np.full(len(classes), num_shares)
+    held = _hold(rng, num_clients, left, classes_per_client)
+    counts = np.zeros((num_clients, len(classes)), np.int64)
+    for k, size in enumerate(sizes):
+        weights = rng.uniform(low, high, num_shares)
+        holders = np.flatnonzero(held[:, k])
+        shares = weights[: len(holders)] / weights.sum()
+        counts[holders, k] = np.floor(size * shares)
+    if (held & (counts == 0)).any():
+        k = np.flatnonzero((held & (counts == 0)).any(axis=0))[0]
+        raise ValueError(
+            f"class {classes[k]} has {sizes[k]} samples for {num_shares} shares, one "
+            f"of them without a sample; lower num_clients={num_clients} or "
+            f"classes_per_client={classes_per_client}"
+        )
     return _deal(rng, y, counts)
 
 
@@ -218,6 +281,7 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "pathological": pathological,
+    "class_shares": class_shares,
     "by_client_id": by_client_id,
 }
 
@@ -259,17 +323,47 @@ def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
     return y
 
 
-def _hold(
-    rng: np.random.Generator, num_clients: int, num_classes: int, classes_each: int
+def _check_classes(classes_per_client: int, num_classes: int) -> None:
+    if not 1 <= classes_per_client <= num_classes:
+        raise ValueError(
+            f"classes_per_client={classes_per_client} must lie between 1 and the "
+            f"{num_classes} classes of the labels"
+        )
+
+
+def _cut(
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    num_clients: int,
+    alpha: float,
+    capped: bool,
 ) -> np.ndarray:
-    """Draws which client holds which class, bool [N, K]."""
-    places, rest = divmod(num_clients * classes_each, num_classes)
-    left = np.full(num_classes, places)
-    left[rng.permutation(num_classes)[:rest]] += 1
-    held = np.zeros((num_clients, num_classes), bool)
+    """Draws how many samples of each class each client gets, [N, K] int64."""
+    counts = np.zeros((num_clients, len(sizes)), np.int64)
+    takers = np.arange(num_clients)
+    for k, size in enumerate(sizes):
+        if capped:
+            takers = np.flatnonzero(counts.sum(axis=1) * num_clients < sizes.sum())
+        shares = rng.dirichlet(np.full(len(takers), alpha))
+        # Cuts rounded down would leave the crumbs of every class to the last client.
+        cuts = np.rint(shares.cumsum() * size).astype(np.int64)
+        cuts[-1] = size  # whatever the shares sum to in floating point
+        counts[takers, k] = np.diff(cuts, prepend=0)
+    return counts
+
+
+def _hold(
+    rng: np.random.Generator, num_clients: int, left: np.ndarray, classes_each: int
+) -> np.ndarray:
+    """Draws which client holds which class, bool [N, K].
+
+    `left` [K], the places of each class, differ by one at most and are enough.
+    """
+    left = left.copy()
+    held = np.zeros((num_clients, len(left)), bool)
     for client in rng.permutation(num_clients):
         # Most places left first, ties at random: never strands a place (Gale-Ryser).
-        ranked = np.lexsort((rng.random(num_classes), -left))
+        ranked = np.lexsort((rng.random(len(left)), -left))
         held[client, ranked[:classes_each]] = True
         left -= held[client]
     return held
@@ -280,18 +374,21 @@ def _deal(
 ) -> list[np.ndarray]:
     """Deals counts[i, k] random samples of the k-th class to client i.
 
-    A column of `counts` sums to the size of its class, or to 0 to leave the class out.
+    A column of `counts` sums to the size of its class at most; the rest is left out.
     """
     num_clients = len(counts)
-    position = np.unique(y, return_inverse=True)[1]
+    position, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
     indices = rng.permutation(len(y))
-    used = np.isin(position, np.flatnonzero(counts.any(axis=0)))
-    indices = indices[used[indices]]
+    used = counts.sum(axis=0) > 0
+    indices = indices[used[position[indices]]]
     by_class = indices[np.argsort(position[indices], kind="stable")]
+    # What is left of a class goes to one more client, who is dropped.
+    rest = np.where(used, sizes - counts.sum(axis=0), 0)
     owner = np.repeat(
-        np.tile(np.arange(num_clients), counts.shape[1]), counts.T.ravel()
+        np.tile(np.arange(num_clients + 1), counts.shape[1]),
+        np.vstack([counts, rest]).T.ravel(),
     )
-    return _gather(rng, by_class, owner, num_clients)
+    return _gather(rng, by_class, owner, num_clients + 1)[:-1]
 
 
 def _gather(

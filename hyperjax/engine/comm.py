@@ -46,7 +46,7 @@ def describe(alg: Algorithm) -> Messages:
         common = rng.stream(root, "common_init")
         server = alg.server.init(common)
         one = jnp.ones(1, jnp.float32)
-        cohort = Cohort(jnp.zeros(1, jnp.int32), one, one, jnp.int32(0))
+        cohort = Cohort(jnp.zeros(1, jnp.int32), one, one, jnp.int32(0), jnp.float32(1))
         down = alg.server.downlink(root, server, cohort)
         shared, own = down.shared, jax.tree.map(lambda x: x[0], down.own)
         down = down._replace(own=own, round=cohort.round)

@@ -21,11 +21,13 @@ from hyperjax.data import clients
 from hyperjax.data.clients import Table
 from hyperjax.engine import exchange, schedule, sharding, stores
 from hyperjax.engine.compiled import Compiled
+from hyperjax.errors import check_at_least
 from hyperjax.types import (
     AdaptData,
     Algorithm,
     Array,
     ClientData,
+    Cohort,
     Downlink,
     Model,
     Pool,
@@ -95,15 +97,20 @@ def predict_all(
 
 
 class Evaluator(NamedTuple):
-    """`evaluate(root, carry, round) -> {population: {name: [n] per-client values}}`.
+    """Scores of the clients of every population: {population: {name: [n] values}}.
 
-    Names: "size", "accuracy" (a share), "accuracy_em", "accuracy_oracle", "loss", for
-    methods whose deployment differs between clients "accuracy_swapped" (with the next
-    client's adapted state) and "distance_swapped" (relative distance between the two
-    deployed networks), and whatever `model.inspect` reports.
+    `evaluate(root, carry, round)` deploys as the method does. Names: "size",
+    "accuracy" (a share), "accuracy_em", "accuracy_oracle", "loss", for methods whose
+    deployment differs between clients "accuracy_swapped" (with the next client's
+    adapted state) and "distance_swapped" (relative distance between the two deployed
+    networks), and whatever `model.inspect` reports.
+
+    `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
+    samples first. Names: "size", "accuracy", "loss".
     """
 
     evaluate: Callable
+    tune: Callable
     program: Compiled
 
 
@@ -113,6 +120,7 @@ def evaluator(
     populations: Mapping[str, Population],
     *,
     source_prior: np.ndarray,
+    tuned: Mapping[str, Population] | None = None,
     batch_size: int = 256,
     clients_per_call: int = 64,
     mesh: Any = None,
@@ -125,20 +133,12 @@ def evaluator(
       populations: who is evaluated; all are padded to one shape, so that one program
         serves them.
       source_prior: [K] class prior of all participating clients' training samples.
+      tuned: whom `tune` scores; their training rows are what they are tuned on.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
     """
     program = Compiled(mesh)
-    largest = max(len(population.ids) for population in populations.values())
-    width = sharding.padded_size(min(largest, max(2, clients_per_call)), mesh)
-    longest = [
-        max(
-            getattr(population, name).rows.shape[1]
-            for population in populations.values()
-        )
-        for name in ("train", "inputs")
-    ]
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     source = source / jnp.sum(source)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
@@ -146,7 +146,7 @@ def evaluator(
 
     def adapt_one(mapped, shared):
         key, own, row, (train, train_size), (inputs, inputs_size) = mapped
-        common, round, (pool, unlabelled) = shared
+        common, round, (pool, unlabelled), _ = shared
         down = Downlink(common, own, round)
         data = AdaptData(
             ClientData(train, train_size, pool),
@@ -154,33 +154,53 @@ def evaluator(
         )
         adapted = alg.client.adapt(key, down, row, data)
         variables = alg.client.deploy(down, adapted)
+        return adapted, variables, data
+
+    def inspect_one(mapped, shared):
+        adapted, variables, data = adapt_one(mapped, shared)
         return adapted, alg.client.model.inspect(variables, data.inputs)
 
-    def score_one(mapped, shared):
-        own, adapted, other_own, other, (rows, size) = mapped
-        common, round, (pool, unlabelled) = shared
-        model = alg.client.model
-        variables = alg.client.deploy(Downlink(common, own, round), adapted)
+    def prediction(inputs, pools):
+        """A function from variables to logits, with labels and mask, all [n]."""
+        rows, size = inputs
         n_max = rows.shape[0]
         length = -(-n_max // batch_size) * batch_size
-        data = ClientData(jnp.pad(rows, (0, length - n_max)), size, unlabelled)
-        labels = pool.y[data.rows]
+        data = ClientData(jnp.pad(rows, (0, length - n_max)), size, pools[1])
         mask = (jnp.arange(length) < size).astype(jnp.float32)
 
         def all_logits(variables):
-            return predict_all(model, variables, data, len(source), batch_size)
+            model, num_classes = alg.client.model, len(source)
+            return predict_all(model, variables, data, num_classes, batch_size)
 
+        return all_logits, pools[0].y[data.rows], mask
+
+    def tune_one(mapped, shared):
+        key, inputs, epochs = mapped[0], mapped[-1], shared[-1]
+        _, variables, data = adapt_one(mapped, shared)
+        variables = alg.client.tune(key, variables, data, shared[1], epochs)
+        all_logits, labels, mask = prediction(inputs, shared[2])
+        logits, count = all_logits(variables), jnp.maximum(inputs[1], 1)
+        return {
+            "accuracy": _correct(logits, labels, mask, source, source) / count,
+            "loss": _loss(jax.nn.log_softmax(logits), labels, mask),
+        }
+
+    def score_one(mapped, shared):
+        own, adapted, other_own, other, inputs = mapped
+        common, round, pools, _ = shared
+        model = alg.client.model
+        variables = alg.client.deploy(Downlink(common, own, round), adapted)
+        all_logits, labels, mask = prediction(inputs, pools)
         logits = all_logits(variables)
-        count = jnp.maximum(size, 1)
+        count = jnp.maximum(inputs[1], 1)
         log_probs = jax.nn.log_softmax(logits)
         truth = jnp.zeros_like(source).at[labels].add(mask) / count
         estimate = prior_em(jnp.exp(log_probs), mask, source)
-        nll = -jnp.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
         result = {
             "accuracy": _correct(logits, labels, mask, source, source) / count,
             "accuracy_em": _correct(logits, labels, mask, estimate, source) / count,
             "accuracy_oracle": _correct(logits, labels, mask, truth, source) / count,
-            "loss": jnp.sum(jnp.where(mask > 0, nll, 0.0)) / count,
+            "loss": _loss(log_probs, labels, mask),
         }
         if jax.tree.leaves((own, adapted)):
             swapped = alg.client.deploy(Downlink(common, other_own, round), other)
@@ -190,31 +210,53 @@ def evaluator(
             result |= {"accuracy_swapped": right / count, "distance_swapped": distance}
         return result
 
-    map_adapt = sharding.map_clients(adapt_one, "map", mesh)
+    map_inspect = sharding.map_clients(inspect_one, "map", mesh)
     map_score = sharding.map_clients(score_one, "map", mesh)
+    map_tune = sharding.map_clients(tune_one, "map", mesh)
 
-    def evaluate_block(
-        root, round, server, rows, seen, ids, train, inputs, pools, real
-    ):
+    def arrivals(root, round, carry_parts, ids, population):
+        """Keys, own downlinks and state of clients, and the shared downlink."""
+        server, rows, seen = carry_parts
         key = jax.random.fold_in(rng.stream(root, "evaluate"), round)
-        cohort = exchange.Cohort(
-            ids, jnp.ones(len(ids)), jnp.ones(len(ids)), jnp.int32(round)
-        )
+        ones = jnp.ones(len(ids))
+        cohort = Cohort(ids, ones, ones, jnp.int32(round), population)
         down = alg.server.downlink(rng.stream(key, "downlink"), server, cohort)
         down = down._replace(round=cohort.round)
         start = tree.where_rows(seen, rows, exchange.first_visit(alg, root, down, ids))
         keys = rng.client_keys(rng.stream(key, "adapt"), ids)
-        shared = (down.shared, down.round, pools)
-        adapted, seen_info = map_adapt((keys, down.own, start, train, inputs), shared)
+        return (keys, down.own, start), (down.shared, down.round)
+
+    def evaluate_block(
+        root, round, parts, ids, population, train, inputs, pools, lanes, epochs
+    ):
+        mapped, down = arrivals(root, round, parts, ids, population)
+        shared = (*down, pools, epochs)
+        adapted, seen_info = map_inspect((*mapped, train, inputs), shared)
         # The neighbour whose state each client borrows: the next of the population.
-        neighbour = (jnp.arange(len(ids)) + 1) % real
-        other_own, other = jax.tree.map(lambda x: x[neighbour], (down.own, adapted))
-        scores = map_score((down.own, adapted, other_own, other, inputs), shared)
+        neighbour = (jnp.arange(len(ids)) + 1) % lanes
+        own = mapped[1]
+        other_own, other = jax.tree.map(lambda x: x[neighbour], (own, adapted))
+        scores = map_score((own, adapted, other_own, other, inputs), shared)
         return {**scores, **seen_info}
 
-    def evaluate_one(root, carry: schedule.Carry, round: int, population: Population):
+    def tune_block(
+        root, round, parts, ids, population, train, inputs, pools, lanes, epochs
+    ):
+        mapped, down = arrivals(root, round, parts, ids, population)
+        return map_tune((*mapped, train, inputs), (*down, pools, epochs))
+
+    def score_all(name, block, whom, root, carry: schedule.Carry, round, epochs):
+        return {
+            metric: score_population(
+                name, block, _Shape.of(whom), root, carry, round, epochs, population
+            )
+            for metric, population in whom.items()
+        }
+
+    def score_population(name, block, shape, root, carry, round, epochs, population):
         blocks = []
         num = len(population.ids)
+        width = sharding.padded_size(min(shape.clients, max(2, clients_per_call)), mesh)
         # In a population of several calls, each call's last lane only lends its state.
         stride = width if num <= width else width - 1
         for start in range(0, num, stride):
@@ -223,32 +265,57 @@ def evaluator(
             alive = np.arange(width) < lanes
             place = (start + np.arange(width)) % num
             ids = population.ids[place]
-            state, seen = _stored(carry, ids)
             args = (
                 root,
                 jnp.int32(round),
-                carry.server,
-                state,
-                seen,
+                (carry.server, *_stored(carry, ids)),
                 jnp.asarray(ids),
-                _pick(population.train, place, alive, longest[0]),
-                _pick(population.inputs, place, alive, longest[1]),
+                jnp.float32(len(carry.seen)),
+                _pick(population.train, place, alive, shape.train),
+                _pick(population.inputs, place, alive, shape.inputs),
                 pools,
                 jnp.int32(lanes),
+                jnp.int32(epochs),
             )
             args = sharding.replicate(args, mesh)
-            out = jax.device_get(program("evaluate", evaluate_block, args))
+            out = jax.device_get(program(name, block, args))
             blocks.append(jax.tree.map(lambda x, n=real: x[:n], out))
         stacked = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
         return {"size": population.inputs.size.copy(), **stacked}
 
     def evaluate(root, carry: schedule.Carry, round: int):
-        return {
-            name: evaluate_one(root, carry, round, population)
-            for name, population in populations.items()
-        }
+        return score_all("evaluate", evaluate_block, populations, root, carry, round, 0)
 
-    return Evaluator(evaluate, program)
+    def tune(root, carry: schedule.Carry, round: int, epochs: int):
+        check_at_least(0, epochs=epochs)
+        whom = tuned or {}
+        return score_all("tune", tune_block, whom, root, carry, round, epochs)
+
+    return Evaluator(evaluate, tune, program)
+
+
+class _Shape(NamedTuple):
+    """One shape that all populations are padded to, so that one program serves them."""
+
+    clients: int
+    train: int
+    inputs: int
+
+    @classmethod
+    def of(cls, populations: Mapping[str, Population]) -> "_Shape":
+        """The largest of each length."""
+        every = populations.values()
+        return cls(
+            max(len(population.ids) for population in every),
+            max(population.train.rows.shape[1] for population in every),
+            max(population.inputs.rows.shape[1] for population in every),
+        )
+
+
+def _loss(log_probs: Array, labels: Array, mask: Array) -> Array:
+    """Mean negative log-likelihood of the real samples, []."""
+    nll = -jnp.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
+    return jnp.sum(jnp.where(mask > 0, nll, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def _stored(carry: schedule.Carry, ids: np.ndarray):

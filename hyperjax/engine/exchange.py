@@ -88,4 +88,5 @@ def make_cohort(
     """Pads sampled ids [C] to [padded]; `weight` is that of every client, [N]."""
     ids = jnp.pad(ids, (0, padded - ids.shape[0]), constant_values=num_clients)
     active = (ids < num_clients).astype(jnp.float32)
-    return Cohort(ids, active, weight.at[ids].get(mode="clip"), round)
+    weight = weight.at[ids].get(mode="clip")
+    return Cohort(ids, active, weight, round, jnp.float32(num_clients))

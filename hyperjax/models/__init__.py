@@ -1,7 +1,28 @@
-"""Networks, and the way from any flax.linen module to a `Model`."""
+"""Networks, and the way from any flax.linen module to a `Model`.
+
+`HEAD` and `NORM` are path patterns: the last linear layer of every network of the zoo,
+and the parameters and statistics of every normalisation, also of Flax's own modules.
+"""
 
 from hyperjax.models.layers import CONV_RULES
 from hyperjax.models.linen import from_linen
-from hyperjax.models.zoo import MLP, ZOO, LeNet, LeNetS
+from hyperjax.models.resnet import ResNet, ResNet20
+from hyperjax.models.zoo import MLP, ZOO, AttackLeNet, LeNet, LeNetS, ZenkeNet
 
-__all__ = ["CONV_RULES", "MLP", "ZOO", "LeNet", "LeNetS", "from_linen"]
+HEAD = r"params/head/.*"
+NORM = r".*[Nn]orm[^/]*/[^/]*"
+
+__all__ = [
+    "CONV_RULES",
+    "HEAD",
+    "MLP",
+    "NORM",
+    "ZOO",
+    "AttackLeNet",
+    "LeNet",
+    "LeNetS",
+    "ResNet",
+    "ResNet20",
+    "ZenkeNet",
+    "from_linen",
+]

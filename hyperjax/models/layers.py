@@ -1,4 +1,4 @@
-"""Layers every network shares: one place for convolution, pooling and initialisation.
+"""Layers every network shares: linear, convolution, batch normalisation, pooling.
 
 XLA's derivative of a convolution is slow on the CPU inside the loops of local training
 (tens of times slower than outside a loop), so `convolve` has a derivative rule of its
@@ -7,7 +7,7 @@ own made of ordinary forward convolutions and products, which loops do not slow 
 
 import functools
 import math
-from typing import Any
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from hyperjax.types import Array
 
 CONV_RULES = ("auto", "xla", "scan", "patches")
+# "SAME", "VALID", or ((low, high), (low, high)) for height and width. SAME is not
+# PyTorch's padding 1 of a 3x3 kernel where the stride is 2: it pads (0, 1).
+Padding: TypeAlias = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -28,41 +31,103 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+# He et al. 2015 (arXiv:1502.01852), fan-in form: N(0, 2 / fan_in).
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
 class Dense(nn.Module):
-    """A linear layer with bias, [..., d] -> [..., features], PyTorch initialisation."""
+    """A linear layer with bias, [..., d] -> [..., features].
+
+    Parameters start as PyTorch's where no initialiser is given.
+    """
 
     features: int
+    kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = torch_uniform(x.shape[-1])
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        return x @ kernel + self.param("bias", init, (self.features,))
+        default = torch_uniform(x.shape[-1])
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init or default, shape)
+        bias = self.param("bias", self.bias_init or default, (self.features,))
+        return x @ kernel + bias
 
 
 class Conv(nn.Module):
-    """A convolution with bias, [B, H, W, c] -> [B, H', W', features].
+    """A convolution, [B, H, W, c] -> [B, H', W', features].
 
     `rule` is one of `CONV_RULES`; "auto" is "scan" or "patches" on the CPU, whichever
-    is faster for the kernel's shape, and "xla" elsewhere.
+    is faster for the kernel's shape, and "xla" elsewhere. Parameters start as PyTorch's
+    where no initialiser is given.
     """
 
     features: int
     size: int
     stride: int = 1
-    padding: str = "VALID"
+    padding: Padding = "VALID"
     rule: str = "auto"
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         k, channels = self.size, x.shape[-1]
-        init = torch_uniform(k * k * channels)
-        kernel = self.param("kernel", init, (k, k, channels, self.features))
-        bias = self.param("bias", init, (self.features,))
-        return convolve(x, kernel, self.stride, self.padding, self.rule) + bias
+        default = torch_uniform(k * k * channels)
+        shape = (k, k, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init or default, shape)
+        x = convolve(x, kernel, self.stride, self.padding, self.rule)
+        if not self.use_bias:
+            return x
+        return x + self.param("bias", self.bias_init or default, (self.features,))
 
 
-def convolve(x: Array, kernel: Array, stride: int, padding: str, rule: str) -> Array:
+class BatchNorm(nn.Module):
+    """Batch normalisation over real samples, [B, H, W, c] or [B, c] -> the same.
+
+    Training normalises by the moments of the samples whose `mask` [B] is 1 (of all
+    without a mask); padding reaches neither the outputs of real samples, nor the
+    statistics, nor gradients. As in PyTorch the running variance in "batch_stats" is
+    moved by the unbiased estimate while normalisation uses the biased one. A batch
+    without real samples leaves the statistics as they are.
+
+    Reference: Ioffe and Szegedy 2015, algorithms 1 and 2 (arXiv:1502.03167).
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if not train:
+            multiplier = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            return (x - running_mean.value) * multiplier + bias
+        mask = jnp.ones(len(x)) if mask is None else mask
+        real = mask.reshape(-1, *[1] * (x.ndim - 1)) > 0
+        axes = tuple(range(x.ndim - 1))
+        count = jnp.sum(real) * (x[0].size // x.shape[-1])
+        divisor = jnp.maximum(count, 1)
+        x = jnp.where(real, x, 0.0)  # first: 0 * nan is nan
+        mean = jnp.sum(x, axes) / divisor
+        centred = x - mean  # two passes, so that the variance cannot cancel
+        var = jnp.sum(jnp.where(real, jnp.square(centred), 0.0), axes) / divisor
+        if not self.is_initializing():
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            step = jnp.where(count > 0, 1 - self.momentum, 0.0)
+            running_mean.value += step * (mean - running_mean.value)
+            running_var.value += step * (unbiased - running_var.value)
+        return centred * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+
+
+def convolve(
+    x: Array, kernel: Array, stride: int, padding: Padding, rule: str
+) -> Array:
     """Convolves [B, H, W, c] with [k, k, c, f]; the rules differ in their derivative.
 
     "xla" leaves it to XLA; "scan" is fast inside loops on the CPU; "patches" is one
@@ -82,13 +147,14 @@ def _cpu_rule(kernel: Array) -> str:
 
     Only small windows are worth copying: HyperFedZero's extractor makes Opt.1 train 1.5
     times faster with patches. Single layers would choose them for 5x5 kernels too
-    (`benchmarks/conv_rules.py`), but a whole LeNet is 1.6 times faster without.
+    (`benchmarks/conv_rules.py`), but a whole LeNet is 1.6 times faster without, ResNets
+    of 8 and 20 layers 1.5 and 2 times.
     """
     size, _, channels, _ = kernel.shape
     return "patches" if size <= 3 and channels < 16 else "scan"
 
 
-def _xla_conv(x: Array, kernel: Array, stride: int, padding: Any) -> Array:
+def _xla_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -99,7 +165,7 @@ def _xla_conv(x: Array, kernel: Array, stride: int, padding: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _scan_conv(x: Array, kernel: Array, stride: int, padding: str) -> Array:
+def _scan_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return _xla_conv(x, kernel, stride, padding)
 
 
@@ -109,9 +175,7 @@ def _scan_conv_fwd(x, kernel, stride, padding):
 
 def _scan_conv_bwd(stride, padding, residuals, cotangent):
     x, kernel = residuals
-    pads = jax.lax.padtype_to_pads(
-        x.shape[1:3], kernel.shape[:2], (stride, stride), padding
-    )
+    pads = _explicit(padding, x, kernel.shape[0], stride)
     return (
         _input_gradient(x, kernel, cotangent, stride, pads),
         _kernel_gradient(x, kernel, cotangent, stride, pads),
@@ -133,7 +197,8 @@ def _input_gradient(x, kernel, cotangent, stride, pads):
     zero = jnp.zeros((), cotangent.dtype)
     spread_out = jax.lax.pad(cotangent, zero, [*edges, (0, 0, 0)])
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return _xla_conv(spread_out, flipped, 1, "VALID")
+    # By the same rule, so that second derivatives (gradient inversion) are fast too.
+    return _scan_conv(spread_out, flipped, 1, "VALID")
 
 
 def _kernel_gradient(x, kernel, cotangent, stride, pads):
@@ -158,16 +223,18 @@ def _kernel_gradient(x, kernel, cotangent, stride, pads):
     return product.transpose(2, 0, 1, 3)  # [column, c, row, f] -> [row, column, c, f]
 
 
-def patches(x: Array, size: int, stride: int, padding: Any) -> Array:
-    """Returns the windows of x: [B, H, W, c] -> [B, H', W', size * size * c].
+def _explicit(padding: Padding, x: Array, size: int, stride: int):
+    """Returns padding as ((low, high), (low, high)) for inputs x [B, H, W, c]."""
+    if not isinstance(padding, str):
+        return padding
+    return jax.lax.padtype_to_pads(
+        x.shape[1:3], (size, size), (stride, stride), padding
+    )
 
-    `padding` is "SAME", "VALID", or ((low, high), (low, high)).
-    """
-    pads = padding
-    if isinstance(padding, str):
-        pads = jax.lax.padtype_to_pads(
-            x.shape[1:3], (size, size), (stride, stride), padding
-        )
+
+def patches(x: Array, size: int, stride: int, padding: Padding) -> Array:
+    """Returns the windows of x: [B, H, W, c] -> [B, H', W', size * size * c]."""
+    pads = _explicit(padding, x, size, stride)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height = (x.shape[1] - size) // stride + 1
     width = (x.shape[2] - size) // stride + 1

@@ -1,7 +1,6 @@
 """From a flax.linen module to a `Model`."""
 
 import inspect
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,20 +28,26 @@ def from_linen(
     """Returns a classification `Model` of a linen module.
 
     The module maps [B, *input_shape] float32 to logits [B, num_classes]. If its
-    `__call__` has an argument `train`, it is set accordingly; collections other than
-    "params" become `variables["stats"]`; a "dropout" stream is supplied in training.
+    `__call__` has an argument `train`, it is set accordingly; an argument `mask` is the
+    batch's [B] in training and None otherwise. Collections other than "params" become
+    `variables["stats"]`; a "dropout" stream is supplied in training. `features` is the
+    input of the module's layer "head" (path params/head), without dropout.
 
     Raises:
       ValueError: the module does not accept the shape, or does not return logits of
         shape [B, num_classes].
     """
-    takes_train = "train" in inspect.signature(type(module).__call__).parameters
+    accepted = inspect.signature(type(module).__call__).parameters
     name = type(module).__name__
 
-    def apply(variables, x, train, key=None):
+    def options(train, mask=None):
+        given = {"train": train, "mask": mask}
+        return {k: v for k, v in given.items() if k in accepted}
+
+    def apply(variables, x, train, mask=None, key=None):
         rngs = {} if key is None else {"dropout": key}
         collections = {"params": variables["params"], **variables["stats"]}
-        flags = {"train": train} if takes_train else {}
+        flags = options(train, mask)
         if train and variables["stats"]:
             return module.apply(
                 collections, x, rngs=rngs, mutable=list(variables["stats"]), **flags
@@ -50,23 +55,39 @@ def from_linen(
         return module.apply(collections, x, rngs=rngs, **flags), variables["stats"]
 
     def init(key):
-        flags: dict[str, Any] = {"train": False} if takes_train else {}
-        collections = dict(module.init(key, jnp.zeros((1, *input_shape)), **flags))
+        x = jnp.zeros((1, *input_shape))
+        collections = dict(module.init(key, x, **options(train=False)))
         return {"params": collections.pop("params"), "stats": collections}
 
     def loss(key, variables, batch, context):
-        logits, stats = apply(variables, batch.x, True, key)
+        logits, stats = apply(variables, batch.x, True, batch.mask, key)
         value = cross_entropy(logits, batch)
         return value, (stats, {"loss": value})
+
+    def features(variables, batch, train):
+        found = []
+
+        def capture(call, args, kwargs, context):
+            if context.method_name == "__call__":
+                if isinstance(context.module, nn.Dropout):
+                    return args[0]
+                if context.module.path == ("head",):
+                    found.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(capture):
+            apply(variables, batch.x, train, batch.mask if train else None)
+        return found[0]
 
     def predict(variables, x):
         return apply(variables, x, False)[0]
 
     def trial(key):
-        return predict(init(key), jnp.zeros((2, *input_shape)))
+        variables = init(key)
+        return variables, predict(variables, jnp.zeros((2, *input_shape)))
 
     try:
-        logits = jax.eval_shape(trial, jax.random.key(0))
+        variables, logits = jax.eval_shape(trial, jax.random.key(0))
     except Exception as error:  # whatever a user's module raises on a wrong shape
         raise ValueError(
             f"model {name} does not accept inputs of shape {tuple(input_shape)}: "
@@ -77,10 +98,12 @@ def from_linen(
             f"model {name} returns {logits.shape} for a batch of 2 inputs of shape "
             f"{tuple(input_shape)}; logits of shape (2, {num_classes}) are expected"
         )
-    return Model(
+    model = Model(
         sample_shape=tuple(input_shape),
         init=init,
         loss=loss,
         predict=predict,
         with_shape=lambda shape: from_linen(module, shape, num_classes),
     )
+    has_head = "head" in variables["params"]
+    return model._replace(features=features) if has_head else model

@@ -18,7 +18,7 @@ from hyperjax.types import AdaptData, ClientData, Cohort, Downlink
 
 SHAPE, K, LR = (2, 2, 1), 3, 0.2
 MODEL = from_linen(MLP(K, hidden=(4,)), SHAPE, K)
-HEAD = r"params/Dense_1/.*"
+HEAD = r"params/head/.*"
 FULL = functools.partial(local.trainer, optimizer=optax.sgd(LR), batch_size=8)
 BATCHES = functools.partial(local.trainer, optimizer=optax.sgd(LR, 0.9), batch_size=3)
 # 20 samples of 4 clients.
@@ -44,6 +44,7 @@ def cohort_of(ids, weight, active=None):
         jnp.asarray(active, jnp.float32),
         jnp.asarray(weight, jnp.float32),
         jnp.int32(0),
+        jnp.float32(len(PARTS)),
     )
 
 
@@ -276,7 +277,7 @@ def keeping():
 def test_kept_parts_stay_home():
     start, server, uplink, states, _ = one_round(keeping(), PARTS)
     body = {"params/Dense_0/kernel", "params/Dense_0/bias"}
-    head = {"params/Dense_1/kernel", "params/Dense_1/bias"}
+    head = {"params/head/kernel", "params/head/bias"}
     assert set(server.theta) == set(uplink.delta) == body
     assert set(states.kept) == head
     # 4 * 4 + 4 numbers travel, 4 * 3 + 3 per client do not.
@@ -287,7 +288,7 @@ def test_kept_parts_stay_home():
     down = keeping().server.downlink(jax.random.key(0), server, cohort)
     assert tree.count(down) == 20 and down.own == ()
     # Heads have trained, each on its own data.
-    kernels = states.kept["params/Dense_1/kernel"]
+    kernels = states.kept["params/head/kernel"]
     assert len(np.unique(np.asarray(kernels)[:, 0, 0])) == 4
     assert float(tree.norm(tree.sub(server.theta, start.theta))) > 1e-3
 
@@ -304,15 +305,15 @@ def test_kept_part_of_one_client_trains_as_if_alone():
 
 
 def test_keep_without_match():
-    with pytest.raises(ValueError, match=r"params/head.*paths are.*Dense_0"):
-        fedavg(MODEL, local=FULL, keep="params/head/.*")
+    with pytest.raises(ValueError, match=r"params/top.*paths are.*Dense_0"):
+        fedavg(MODEL, local=FULL, keep="params/top/.*")
 
 
 # Corrections -----------------------------------------------------------------------
 
 
 def pull(mu):
-    """A proximal term that also counts clients on the server."""
+    """A proximal term that also sums participation on the server."""
 
     def adjust(grads, theta, anchor, sent, c):
         # Gradients hold shared leaves only, though a head may be trained too.
@@ -324,8 +325,8 @@ def pull(mu):
         send=lambda s: s[0],
         adjust=adjust,
         finish=lambda theta, anchor, sent, c, info: (c, info["steps"]),
-        absorb=lambda s, theta, delta, extra, participation: (
-            (s[0] + participation, s[1] + extra),
+        absorb=lambda s, theta, means: (
+            (s[0] + means.participation, s[1] + means.extra),
             theta,
         ),
     )
@@ -341,7 +342,7 @@ def test_correction_is_sent_applied_and_absorbed():
     _, same, _, _, _ = one_round(keeping(), PARTS)
     chex.assert_trees_all_close(server.theta, same.theta, rtol=1e-6, atol=1e-7)
     assert uplink.extra.tolist() == [1, 1, 1, 1]
-    assert float(server.correction[0]) == 4
+    assert float(server.correction[0]) == 1  # all clients took part
     np.testing.assert_allclose(server.correction[1], np.ones(100), rtol=1e-6)
     # What was sent is added to every shared gradient, so theta falls by lr times it.
     pushed = start._replace(correction=(jnp.float32(0.1), start.correction[1]))

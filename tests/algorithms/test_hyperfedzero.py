@@ -67,7 +67,7 @@ def wire(method, **options):
 
     def visit(key):
         server = alg.server.init(key)
-        cohort = Cohort(*jnp.ones((3, 1)), jnp.int32(0))
+        cohort = Cohort(*jnp.ones((3, 1)), jnp.int32(0), jnp.float32(1))
         down = alg.server.downlink(key, server, cohort)
         state = alg.client.init(key, key, down)
         uplink, _, _ = alg.client.update(
@@ -163,7 +163,9 @@ def exchange(alg):
 def round_of(alg, rows):
     rows = np.asarray(rows)
     c, n = rows.shape
-    cohort = Cohort(jnp.arange(c), jnp.ones(c), jnp.ones(c), jnp.int32(0))
+    cohort = Cohort(
+        jnp.arange(c), jnp.ones(c), jnp.ones(c), jnp.int32(0), jnp.float32(c)
+    )
     data = ClientData(jnp.asarray(rows, jnp.int32), jnp.full(c, n, jnp.int32), pool())
     server = filled(alg)
     return server, *exchange(alg)(server, cohort, data)
@@ -217,7 +219,9 @@ def test_identical_clients_train_as_one_centralised(method, options):
 
 def test_logged_quantities():
     alg = build()
-    cohort = Cohort(jnp.arange(2), jnp.ones(2), jnp.ones(2), jnp.int32(0))
+    cohort = Cohort(
+        jnp.arange(2), jnp.ones(2), jnp.ones(2), jnp.int32(0), jnp.float32(2)
+    )
     data = ClientData(jnp.zeros((2, 8), jnp.int32), jnp.full(2, 8, jnp.int32), pool())
     *_, info = jax.eval_shape(exchange(alg), filled(alg), cohort, data)
     names = {"loss", "dispersion", "entropy", "noise_scale", "steps", "samples"}

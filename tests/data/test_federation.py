@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hyperjax.data import federation as federations
 from hyperjax.data.sources import load
 
-TABLES = ("train", "held_out", "novel", "test")
+TABLES = ("train", "held_out", "novel", "test")  # every sample is in one of them
 
 
 def source(num_samples=600):
@@ -28,16 +30,101 @@ def parts(table):
     return [row[:size] for row, size in zip(table.rows, table.size, strict=True)]
 
 
+def everything(table):
+    return np.concatenate(parts(table)) if table is not None else np.array([], int)
+
+
 DIRICHLET = dict(partition_name="dirichlet", alpha=0.5, min_size=8)
+STRATIFIED = dict(DIRICHLET, stratified=True)
 
 
-@pytest.mark.parametrize("options", [{}, DIRICHLET])
+@pytest.mark.parametrize("options", [{}, DIRICHLET, STRATIFIED])
 def test_every_sample_has_one_place(options):
     found = deal(**options)
-    rows = np.concatenate([r for name in TABLES for r in parts(getattr(found, name))])
+    rows = np.concatenate([everything(getattr(found, name)) for name in TABLES])
     np.testing.assert_array_equal(np.sort(rows), np.arange(600))
-    assert (found.num_clients, found.num_novel) == (6, 3)
+    assert (found.num_clients, found.num_novel, found.num_trainers) == (6, 3, 6)
     assert len(found.test.size) == 1
+    assert found.trainers is found.train
+
+
+@pytest.mark.parametrize("num_novel", [0, 3])
+@pytest.mark.parametrize("test_fraction", [0.0, 0.2])
+def test_unseen_clients_and_the_test_set_may_be_missing(num_novel, test_fraction):
+    found = deal(num_novel=num_novel, test_fraction=test_fraction)
+    rows = np.concatenate([everything(getattr(found, name)) for name in TABLES])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(600))
+    assert found.num_novel == num_novel and len(found.counts) == 6 + num_novel
+    unseen = (found.novel, found.novel_train, found.novel_held_out)
+    assert [table is None for table in unseen] == [num_novel == 0] * 3
+    assert (found.test is None) == (test_fraction == 0)
+
+
+@pytest.mark.parametrize("options", [{}, DIRICHLET, STRATIFIED])
+def test_unseen_clients_are_split_like_participants(options):
+    found = deal(**options, eval_fraction=0.25)
+    np.testing.assert_array_equal(
+        found.novel_held_out.size, np.round(0.25 * found.novel.size)
+    )
+    for part, *split in zip(
+        parts(found.novel),
+        parts(found.novel_train),
+        parts(found.novel_held_out),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.sort(np.concatenate(split)), np.sort(part))
+        if "stratified" not in options:
+            np.testing.assert_array_equal(np.concatenate(split[::-1]), part)
+
+
+@given(
+    eval_fraction=st.floats(0.01, 0.99),
+    alpha=st.sampled_from([0.1, 1.0, 1e6]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=20)
+def test_stratified_parts_hold_every_class_in_proportion(eval_fraction, alpha, seed):
+    options = dict(partition_name="dirichlet", alpha=alpha, min_size=3, seed=seed)
+    options["eval_fraction"] = eval_fraction
+    y = source().y
+    found, plain = deal(**options, stratified=True), deal(**options)
+    # Stratification moves samples between the two parts of a client alone.
+    np.testing.assert_array_equal(found.held_out.size, plain.held_out.size)
+    np.testing.assert_array_equal(found.novel.rows, plain.novel.rows)
+    np.testing.assert_array_equal(found.counts, plain.counts)
+    for held_out, counts in zip(parts(found.held_out), found.counts, strict=False):
+        exact = len(held_out) * counts / counts.sum()
+        got = np.bincount(y[held_out], minlength=5)
+        assert (np.abs(got - exact) < 1).all()
+        # Largest remainders: nobody rounded up lost less than somebody rounded down.
+        up = got > exact
+        if up.any() and (got < exact).any():
+            assert (exact % 1)[up].min() >= (exact % 1)[got < exact].max() - 1e-9
+
+
+def test_a_stratified_split_by_hand():
+    # 10 of class 0, 4 of class 1, 1 of class 2; 5 are held out. In proportion that is
+    # 50/15, 20/15 and 5/15: 3, 1 and 0, and the sample missing goes to the class that
+    # lost most, 5/15 each, so to the first of them.
+    y = np.array([0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0])
+    part = np.arange(100, 115)
+    train, held_out = federations._split(part, y, 1 / 3)
+    assert held_out.tolist() == [100, 101, 102, 103, 105]
+    assert sorted([*train, *held_out]) == part.tolist()
+
+
+def test_pooled_training_has_one_client_with_everything():
+    found = deal(**DIRICHLET)
+    pooled = found.pooled()
+    assert (pooled.num_clients, pooled.num_novel, pooled.num_trainers) == (6, 3, 1)
+    np.testing.assert_array_equal(
+        np.sort(everything(pooled.trainers)), np.sort(everything(found.train))
+    )
+    assert pooled.trainers.size.tolist() == [found.train.size.sum()]
+    assert found.trainer_ids.tolist() == list(range(6))
+    assert pooled.trainer_ids.tolist() == [0] * 6
+    assert pooled._replace(trainers=found.trainers) == found
+    np.testing.assert_array_equal(pooled.source_prior, found.source_prior)
 
 
 def test_sizes_follow_the_fractions():
@@ -96,13 +183,24 @@ def test_tables_are_saved_exactly(tmp_path):
     found = deal(**DIRICHLET)
     federations.save_tables(found, tmp_path / "partition.npz")
     saved = np.load(tmp_path / "partition.npz", allow_pickle=False)
-    for name in TABLES:
+    for name in federations.TABLES:
         rows, size = getattr(found, name)
         np.testing.assert_array_equal(saved[f"{name}_rows"], rows)
         np.testing.assert_array_equal(saved[f"{name}_size"], size)
     np.testing.assert_array_equal(saved["counts"], found.counts)
     assert saved["participating"].tolist() == [True] * 6 + [False] * 3
     assert tuple(saved["label_names"]) == found.label_names
+    assert saved["num_trainers"] == 6
+
+
+def test_what_is_not_there_is_not_saved(tmp_path):
+    found = deal(num_novel=0, test_fraction=0.0).pooled()
+    federations.save_tables(found, tmp_path / "partition.npz")
+    saved = np.load(tmp_path / "partition.npz", allow_pickle=False)
+    tables = {name for name in saved.files if name.endswith(("_rows", "_size"))}
+    assert tables == {"train_rows", "train_size", "held_out_rows", "held_out_size"}
+    assert saved["participating"].tolist() == [True] * 6
+    assert saved["num_trainers"] == 1
 
 
 def test_given_ids_make_the_clients():
@@ -121,13 +219,23 @@ def test_given_ids_make_the_clients():
     ("options", "match"),
     [
         (dict(num_clients=0), "num_clients=0 must be at least 1"),
-        (dict(num_novel=0), "num_novel=0 must be at least 1"),
-        (dict(test_fraction=0.0), r"test_fraction=0.0 must lie between 0 and 1"),
+        (dict(num_novel=-1), "num_novel=-1 must be at least 0"),
+        (dict(test_fraction=-0.1), r"test_fraction=-0.1 must lie between 0 and 1"),
         (dict(test_fraction=1.0), r"test_fraction=1.0 must lie between 0 and 1"),
-        (dict(eval_fraction=-0.1), r"eval_fraction=-0.1 must lie between 0 and 1"),
+        (dict(eval_fraction=0.0), r"eval_fraction=0.0 must lie between 0 and 1"),
         (dict(eval_fraction=float("nan")), "eval_fraction=nan must lie between"),
         (dict(num_clients=598), "num_clients=601 must lie between 1 and the 480"),
-        (dict(num_clients=400), r"client \d+ has 1 sample\(s\); a participant needs"),
+        (dict(num_clients=400), r"client \d+ has 1 sample\(s\); a client needs"),
+        (
+            dict(
+                partition_name="by_client_id",
+                client_ids=np.minimum(np.arange(600) // 70, 8) + (np.arange(600) > 598),
+                num_clients=8,
+                num_novel=2,
+                test_fraction=0.0,
+            ),
+            r"client 9 has 1 sample\(s\); a client needs .* num_novel",
+        ),
         (
             dict(partition_name="by_client_id", client_ids=np.arange(7)),
             "7 client ids given for the 600 samples of 'synthetic'",

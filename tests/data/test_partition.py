@@ -12,6 +12,7 @@ OPTIONS = {
     "iid": {},
     "dirichlet": dict(alpha=0.5),
     "pathological": dict(classes_per_client=2),
+    "class_shares": dict(classes_per_client=2),
     "by_client_id": dict(client_ids=np.arange(200) % 10),
 }
 
@@ -40,7 +41,9 @@ def test_all_samples_are_dealt_once_and_seeds_decide(name):
         partition.partition(name, rng(seed), Y, 10, **OPTIONS[name])
         for seed in (0, 0, 1)
     )
-    assert len(check(first, 200, 10)) == 200
+    dealt = len(check(first, 200, 10))
+    # Of 5 shares of each class one is nobody's: at most 0.6 / (0.6 + 4 * 0.4) of it.
+    assert 5 * 29 - 20 <= dealt < 200 if name == "class_shares" else dealt == 200
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
 
@@ -86,19 +89,54 @@ def test_iid_sizes_differ_by_one_at_most(num_samples, num_clients):
     alpha=st.sampled_from([0.1, 1.0, 1e6]),
     num_clients=st.integers(1, 8),
     min_size=st.integers(1, 5),
+    capped=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=25)
 def test_dirichlet_uses_all_samples_and_keeps_the_least(
-    alpha, num_clients, min_size, seed
+    alpha, num_clients, min_size, capped, seed
 ):
     parts = partition.dirichlet(
-        rng(seed), Y, num_clients, alpha=alpha, min_size=min_size
+        rng(seed), Y, num_clients, alpha=alpha, min_size=min_size, capped=capped
     )
     assert len(check(parts, 200, num_clients)) == 200
     assert min(map(len, parts)) >= min_size
     counts = partition.class_counts(Y, parts, 5)
     assert counts.sum(axis=0).tolist() == [40] * 5
+
+
+@given(
+    alpha=st.sampled_from([1e-4, 0.3, 10.0]),
+    num_clients=st.integers(1, 5),
+    num_classes=st.integers(5, 12),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=25)
+def test_a_client_at_the_cap_gets_no_further_class(
+    alpha, num_clients, num_classes, seed
+):
+    y = rng(seed).permutation(np.repeat(np.arange(num_classes), 30))
+    parts = partition.dirichlet(rng(seed), y, num_clients, alpha=alpha, capped=True)
+    assert len(check(parts, len(y), num_clients)) == len(y)
+    counts = partition.class_counts(y, parts, num_classes)
+    before = counts.cumsum(axis=1) - counts
+    assert (before * num_clients < len(y))[counts > 0].all()
+
+
+def test_the_cap_leaves_draws_that_never_reach_it_alone():
+    # Nearly equal shares: nobody holds a fifth of the samples before the last class.
+    plain, capped = (
+        partition.dirichlet(rng(), Y, 5, alpha=1e6, capped=capped)
+        for capped in (False, True)
+    )
+    assert all(map(np.array_equal, plain, capped))
+
+
+def test_the_cap_serves_whole_classes_to_everybody():
+    # Classes stay whole; without the cap two of ten often go to one client.
+    y = np.repeat(np.arange(10), 20)
+    parts = partition.dirichlet(rng(), y, 10, alpha=1e-6, capped=True)
+    assert [len(part) for part in parts] == [20] * 10
 
 
 def test_dirichlet_goes_from_one_client_per_class_to_equal_shares():
@@ -177,16 +215,71 @@ def test_pathological_leaves_out_classes_without_a_place():
     assert sorted(counts.sum(axis=0)) == [0, 0, 40, 40, 40]
 
 
+@pytest.mark.parametrize("name", ["pathological", "class_shares"])
 @pytest.mark.parametrize("each", [0, 6])
-def test_pathological_checks_its_range(each):
+def test_classes_per_client_are_checked(name, each):
     with pytest.raises(ValueError, match=f"classes_per_client={each} .*5 classes"):
-        partition.pathological(rng(), Y, 10, classes_per_client=each)
+        partition.partition(name, rng(), Y, 10, classes_per_client=each)
 
 
 def test_pathological_needs_a_sample_for_every_holder():
     y = np.array([0] * 20 + [7])
     with pytest.raises(ValueError, match="class 7 has 1 samples for 3 clients"):
         partition.pathological(rng(), y, 3, classes_per_client=2)
+
+
+@given(
+    num_clients=st.integers(1, 12),
+    num_classes=st.integers(1, 9),
+    each=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_class_shares_are_as_many_and_as_uneven_as_said(
+    num_clients, num_classes, each, seed
+):
+    each = min(each, num_classes)
+    y = rng(seed).permutation(np.repeat(np.arange(num_classes), 1000))
+    parts = partition.class_shares(rng(seed), y, num_clients, classes_per_client=each)
+    check(parts, len(y), num_clients)
+    counts = partition.class_counts(y, parts, num_classes)
+    assert ((counts > 0).sum(axis=1) == each).all()
+    num_shares = num_clients * each // num_classes + 1
+    holders = (counts > 0).sum(axis=0)
+    assert holders.max() - holders.min() <= 1 and holders.max() <= num_shares
+    smallest = 1000 * 0.4 / (0.4 + (num_shares - 1) * 0.6)
+    largest = 1000 * 0.6 / (0.6 + (num_shares - 1) * 0.4)
+    assert (counts[counts > 0] >= np.floor(smallest)).all() and counts.max() <= largest
+
+
+def test_equal_class_shares_by_hand():
+    # 10 clients with 2 of 5 classes: 5 shares of 40 samples, one of which is nobody's.
+    parts = partition.class_shares(
+        rng(), Y, 10, classes_per_client=2, low=0.5, high=0.5
+    )
+    counts = partition.class_counts(Y, parts, 5)
+    assert sorted(np.unique(counts)) == [0, 8]
+    assert counts.sum(axis=0).tolist() == [32] * 5
+    assert counts.sum(axis=1).tolist() == [16] * 10
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(low=0.0), "low=0.0 and high=0.6"),
+        (dict(low=0.7), "low=0.7 and high=0.6"),
+        (dict(high=float("inf")), "high=inf"),
+    ],
+)
+def test_weights_of_class_shares_are_checked(options, match):
+    with pytest.raises(ValueError, match=match):
+        partition.class_shares(rng(), Y, 10, classes_per_client=2, **options)
+
+
+def test_class_shares_need_a_sample_in_every_share():
+    y = np.array([0] * 30 + [7] * 2)
+    with pytest.raises(ValueError, match="class 7 has 2 samples for 4 shares"):
+        partition.class_shares(rng(), y, 3, classes_per_client=2)
 
 
 def test_client_ids_group_samples():

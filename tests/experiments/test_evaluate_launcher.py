@@ -39,7 +39,7 @@ def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_p
     x = (images.astype(np.float32) / 255 - run.facts["mean"]) / run.facts["std"]
     hidden = x.reshape(len(x), -1) @ arrays["params/Dense_0/kernel"]
     hidden = np.maximum(hidden + arrays["params/Dense_0/bias"], 0)
-    logits = hidden @ arrays["params/Dense_1/kernel"] + arrays["params/Dense_1/bias"]
+    logits = hidden @ arrays["params/head/kernel"] + arrays["params/head/bias"]
     predictions = np.load(tmp_path / "out" / "predictions.npz")
     np.testing.assert_array_equal(predictions["label"], logits.argmax(-1))
     np.testing.assert_allclose(

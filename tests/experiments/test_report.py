@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import pages, plots, report
+from experiments import demo, pages, plots, report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -214,6 +214,87 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         text, _ = _read(page)
         assert "<script" not in text
         assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)" in text
+
+
+def _without(folder: str, *metrics: str) -> str:
+    """Takes metrics out of a run's files, and the unseen clients with "zacc"."""
+    gone = (*metrics, "collapse_novel") if "zacc" in metrics else metrics
+    path = Path(folder)
+
+    def keep(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in row.items() if not key.startswith(gone)}
+
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    _write_lines(path / "metrics.jsonl", [keep(json.loads(line)) for line in lines])
+    _write_json(
+        path / "summary.json", keep(json.loads((path / "summary.json").read_text()))
+    )
+    if "zacc" in metrics:
+        rows = json.loads((path / "clients.json").read_text())
+        rows = [row for row in rows if row["participating"]]
+        _write_json(path / "clients.json", rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "missing", [("zacc",), ("gacc",), ("zacc", "gacc"), ("pacc", "zacc", "gacc")]
+)
+def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: tuple) -> None:
+    novel = 0 if "zacc" in missing else 5
+    folder = _without(make_run(tmp_path / "run", novel=novel), *missing)
+    own, _ = _read(report.run_report(folder))
+    path = report.comparison_report([folder], str(tmp_path / "all.html"), "All")
+    both, _ = _read(path)
+    there = [name for name in ("gacc", "pacc", "zacc") if name not in missing]
+    assert both.count("<polyline") == len(there)
+    assert own.count('<div class="card">') == len(there) + 3
+    for text in (own, both):
+        assert "None" not in text and "no values yet" not in text
+        assert ("not participating" in text) == ("zacc" not in missing)
+        for name in ("gACC", "pACC", "zACC"):
+            assert (name in text) == (name.lower() in there)
+    assert ("No evaluation yet" in both) == (not there)
+
+
+def test_a_run_without_a_metric_beside_one_with_it(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "whole"), make_run(tmp_path / "part", novel=0)]
+    _without(folders[1], "zacc", "gacc")
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
+    text, _ = _read(path)
+    assert text.count("<polyline") == 4 and 'points=""' not in text
+    assert "None" not in text
+
+
+def test_fine_tuning_is_a_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    plain, _ = _read(report.run_report(folder))
+    assert "<h2>Fine-tuning</h2>" not in plain
+    path = tmp_path / "run/summary.json"
+    summary = json.loads(path.read_text())
+    for k in (8, 0, 16):
+        summary |= {f"pacc_ft{k}": 40.0 + k, f"pacc_ft{k}_mean": 41.5 + k}
+    _write_json(path, summary | {"zacc_ft8": 33.0})
+    text, _ = _read(report.run_report(folder))
+    (section,) = re.findall("<h2>Fine-tuning</h2>.*?</section>", text)
+    rows = re.findall("<tr>(.*?)</tr>", section)
+    cells = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    assert [cell.split(",")[0] for cell in cells[0][1:]] == [
+        "participants",
+        "participants",
+        "unseen clients",
+    ]
+    assert cells[1:] == [
+        ["0", "40.00", "41.50", "-"],
+        ["8", "48.00", "49.50", "33.00"],
+        ["16", "56.00", "57.50", "-"],
+    ]
+
+
+def test_rows_of_the_demo_leave_out_controls_that_are_not_there() -> None:
+    summary = dict(down_bytes=1, up_bytes=2, seconds=3.0, pacc=50.0, pacc_em=40.0)
+    plain, em = demo.rows_of("FedAvg", summary)
+    assert plain["bytes"] == 3 and plain["pacc"] == 50.0
+    assert em["pacc"] == 40.0 and em["zacc"] is None and "EM" in em["method"]
 
 
 def test_collapsed_embedding_is_said_not_drawn(tmp_path: Path) -> None:

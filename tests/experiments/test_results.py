@@ -31,6 +31,17 @@ def test_accuracies_are_percentages_weighted_by_samples():
     assert len(found) == 12
 
 
+@pytest.mark.parametrize("missing", [("zacc",), ("gacc",), ("zacc", "gacc")])
+def test_what_a_federation_does_not_have_is_not_reported(missing):
+    extra = embedded([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
+    del extra["size"]
+    whole = results.record(values(**extra))
+    some = {k: v for k, v in values(**extra).items() if k not in missing}
+    gone = (*missing, "collapse_novel") if "zacc" in missing else missing
+    expected = {k: v for k, v in whole.items() if not k.startswith(gone)}
+    assert results.record(some) == expected
+
+
 def test_controls_are_weighted_alike():
     found = results.record(
         values(
@@ -114,3 +125,5 @@ def test_rows_of_clients():
         "participating": False,
         "train_samples": 0,
     }
+    alone = {"pacc": values(loss=np.array([1.5, 2.5]))["pacc"]}
+    assert [row["client"] for row in results.per_client(alone, federation)] == [0, 1]

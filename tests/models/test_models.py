@@ -60,7 +60,7 @@ def test_mlp_is_its_formula():
     variables = jax.jit(model.init)(jax.random.key(0))
     (x,) = numbers((5, 2, 3, 1))
     first, second = (
-        jax.tree.map(np.asarray, variables["params"][f"Dense_{i}"]) for i in range(2)
+        jax.tree.map(np.asarray, variables["params"][k]) for k in ("Dense_0", "head")
     )
     hidden = np.maximum(x.reshape(5, 6) @ first["kernel"] + first["bias"], 0)
     expected = hidden @ second["kernel"] + second["bias"]
@@ -156,6 +156,58 @@ def test_rules_of_a_whole_network_agree():
 
     a, b = both(jax.random.key(0))
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+# Pads as PyTorch's: 1 on every side of 3x3, 2 of 5x5, also with stride 2.
+@pytest.mark.parametrize(
+    ("size", "stride", "pads"),
+    [
+        (1, 2, ((0, 0), (0, 0))),
+        (3, 1, ((1, 1), (1, 1))),
+        (3, 2, ((1, 1), (1, 1))),
+        (5, 2, ((2, 2), (2, 2))),
+        (3, 2, ((0, 2), (1, 0))),
+    ],
+)
+def test_explicit_padding_under_all_rules(size, stride, pads):
+    x, kernel = numbers((2, 7, 8, 3), (size, size, 3, 4))
+    kernel /= size * np.sqrt(3)  # outputs of size 1
+
+    @jax.jit
+    def outputs(x, kernel):
+        def one(rule):
+            y, pullback = jax.vjp(
+                lambda x, kernel: layers.convolve(x, kernel, stride, pads, rule),
+                x,
+                kernel,
+            )
+            return y, pullback(jnp.sin(y))
+
+        return [one(rule) for rule in ("xla", "scan", "patches")]
+
+    expected, *others = outputs(x, kernel)
+    for found in others:
+        chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_explicit_padding_is_pytorchs():
+    # A kernel that copies the corner of its window: row 0 starts one pixel outside.
+    x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)
+    y = layers.convolve(x, kernel, 2, ((1, 1), (1, 1)), "xla")
+    np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 6]])
+
+
+def test_given_initialisers():
+    conv = layers.Conv(
+        500, 3, use_bias=False, kernel_init=layers.he_normal, bias_init=None
+    )
+    params = jax.jit(conv.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 2)))["params"]
+    kernel = np.asarray(params.pop("kernel"))
+    assert params == {}
+    # Variance 2 / (9 c); its standard error is sqrt(2 / n) of itself.
+    np.testing.assert_allclose(kernel.var(), 2 / 18, rtol=4 * np.sqrt(2 / kernel.size))
+    assert np.abs(kernel).max() > 3 * kernel.std()  # no uniform
 
 
 # Losses ----------------------------------------------------------------------------
@@ -294,6 +346,46 @@ def test_users_module_trains():
         for v in (variables, train(variables))
     )
     assert after < 0.7 * before
+
+
+class Headed(Normalised):
+    """The same with a named last layer, and batch statistics that heed the mask."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask):
+        x = nn.Dense(4)(x.reshape(x.shape[0], -1))
+        x = layers.BatchNorm()(x, train, mask)
+        x = nn.Dropout(self.rate, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+def test_features_are_what_the_head_gets():
+    model = from_linen(Headed(3), (2, 2, 1), 3)
+    batch = batch_of()._replace(mask=jnp.array([1.0, 1, 0, 1, 1, 0]))
+
+    @jax.jit
+    def outputs(key):
+        variables = model.init(key)
+        head = variables["params"]["head"]
+
+        def loss(train):
+            features = model.features(variables, batch, train)
+            assert features.shape == (6, 4)
+            return cross_entropy(features @ head["kernel"] + head["bias"], batch)
+
+        trained = model.loss(key, variables, batch, ())[0]
+        predicted = cross_entropy(model.predict(variables, batch.x), batch)
+        return (loss(True), loss(False)), (trained, predicted)
+
+    found, expected = outputs(jax.random.key(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
+def test_features_need_a_head():
+    model = from_linen(Normalised(3), (2, 2, 1), 3)
+    with pytest.raises(ValueError, match="no layer named 'head'"):
+        model.features({}, batch_of(), True)
 
 
 def test_with_shape_rebuilds():

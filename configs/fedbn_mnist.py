@@ -1,0 +1,15 @@
+r"""FedBN in HyperFedNet's experiment.
+
+python -m experiments.train --config=configs/fedbn_mnist.py --workdir=runs/fedbn
+
+Other data sets: `configs/fedbn_mnist.py:data=cifar10`, see `common.personalised`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, iid, novel, smoke."""
+    config = common.personalised(arg)
+    config.method = dict(name="fedbn")
+    return config

@@ -1,0 +1,19 @@
+r"""FedPer in HyperFedNet's experiment.
+
+python -m experiments.train --config=configs/fedper_mnist.py --workdir=runs/fedper
+
+Other data sets: `configs/fedper_mnist.py:data=cifar10`, see `common.personalised`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, iid, novel, smoke."""
+    config = common.personalised(arg)
+    config.method = dict(
+        name="fedper",
+        head=r"params/head/.*",
+        bn_stats="average",  # or local
+    )
+    return config

@@ -1,0 +1,28 @@
+r"""HyperFedNet on MNIST.
+
+python -m experiments.train --config=configs/hyperfednet_mnist.py --workdir=runs/hfn
+
+Fusions need no code: `--config.method.base='fedprox(mu=0.1)'`, feddyn(alpha=0.01),
+scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux=convs`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, iid, novel, smoke."""
+    config = common.personalised(arg)
+    config.method = dict(
+        name="hyperfednet",
+        embedding_size=64,
+        share_aux="none",  # or convs, convs_and_bn
+        regenerate="every_step",  # or per_round
+        init="variance",  # or normal
+        slices="input",  # or output
+        embedding_init="own",  # or common
+        base="fedavg",
+        bn_stats="local",  # or average, with share_aux="convs_and_bn"
+        persist_optimizer=False,
+        finetune=(),  # patterns; (): everything, (r"params/network/head/.*",): the head
+    )
+    return config

@@ -1,0 +1,18 @@
+r"""Local training in HyperFedNet's experiment.
+
+python -m experiments.train --config=configs/local_only_mnist.py --workdir=runs/local
+
+Other data sets: `configs/local_only_mnist.py:data=cifar10`, see `common.personalised`.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, iid, novel, smoke."""
+    config = common.personalised(arg)
+    config.method = dict(
+        name="local_only",
+        bn_stats="average",  # or local
+    )
+    return config

@@ -1,0 +1,86 @@
+"""APFL: predictions of a mixture of a personal and the global model.
+
+Deng, Kamani, Mahdavi 2020, "Adaptive Personalized Federated Learning"
+(arXiv:2003.13461), algorithm 1: FedAvg trains w on F_k(w), and every client trains its
+own v on F_k(a v + (1 - a) w) with w fixed, on the same batches; it predicts with the
+mixture. `adaptive` also trains a, by equation 10, kept in [0, 1]. Deviation: a takes a
+step of the local optimizer at every step of v, where the paper takes one a round.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.models import personal
+from hyperjax.types import Algorithm, Model
+
+
+def apfl(
+    model: Model,
+    *,
+    local,
+    alpha: float = 0.5,
+    adaptive: bool = True,
+    keep=None,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns APFL.
+
+    Args:
+      model: what is trained, twice.
+      local: builds a training loop, see `fedavg`.
+      alpha: a, the personal model's share of the mixture, at first.
+      adaptive: train it.
+      keep: patterns of the global model's variables that stay home too.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: alpha is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie in [0, 1]")
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    double = personal.doubled(model)
+
+    def init(key):
+        variables = double.init(key)
+        params = {**variables["params"], "mix": jnp.float32(alpha)}
+        return {**variables, "params": params}
+
+    def mixed(variables):
+        own = personal.only(variables)
+        shared = jax.lax.stop_gradient(personal.without(variables)["params"])
+        mix = variables["params"]["mix"]
+        if not adaptive:
+            mix = jax.lax.stop_gradient(mix)
+        # Inside [0, 1], yet with a derivative at and beyond its ends.
+        mix = mix + jax.lax.stop_gradient(jnp.clip(mix, 0.0, 1.0) - mix)
+        blend = jax.tree.map(
+            lambda v, w: mix * v + (1 - mix) * w, own["params"], shared
+        )
+        return {**own, "params": blend}
+
+    def loss(key, variables, batch, context):
+        shared = personal.without(variables)
+        value, (stats, info) = model.loss(key, shared, batch, context)
+        own_value, (own_stats, _) = model.loss(key, mixed(variables), batch, context)
+        info = {**info, "personal_loss": own_value}
+        return value + own_value, (personal.join_stats(stats, own_stats), info)
+
+    def with_mix(after, variables):
+        mix = jnp.clip(variables["params"]["mix"], 0.0, 1.0)
+        return {**after, "params": {**after["params"], "mix": mix}}
+
+    both = double._replace(
+        init=init,
+        loss=loss,
+        arrive=lambda key, v: with_mix(double.arrive(key, v), v),
+        visit=lambda v: with_mix(double.visit(v), v),
+        leave=lambda v: with_mix(double.leave(v), v),
+        predict=lambda variables, x: model.predict(mixed(variables), x),
+        export=lambda variables: model.export(mixed(variables)),
+        features=lambda variables, *args: model.features(mixed(variables), *args),
+    )
+    home = (*tree.as_patterns(keep), *personal.kept(template), r"params/mix")
+    return fedavg(both, local=local, keep=home, **fedavg_options)

@@ -1,0 +1,68 @@
+"""Ditto: a global model, and a personal one that is pulled towards it.
+
+Li, Hu, Beirami, Smith 2021, "Ditto: Fair and Robust Federated Learning Through
+Personalization", ICML (arXiv:2012.04221), algorithm 1: FedAvg trains w, and on the same
+batches every client trains its own v on
+
+    F_k(v) + lambda/2 |v - w_received|^2.
+
+So Ditto is FedAvg of a model with two sets of parameters, one of which stays home. The
+two share batches and learning rate, nothing else; but gradient clipping in the local
+training bounds both together.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.models import personal
+from hyperjax.types import Algorithm, Model
+
+
+def ditto(
+    model: Model, *, local, lam: float = 1.0, keep=None, **fedavg_options
+) -> Algorithm:
+    """Returns Ditto.
+
+    Args:
+      model: what is trained, twice.
+      local: builds a training loop, see `fedavg`.
+      lam: lambda; the paper's code tunes it among 0.1, 1 and 2.
+      keep: patterns of the global model's variables that stay home. They are not
+        received, so nothing pulls their personal copies.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: lam is negative.
+    """
+    if not lam >= 0:
+        raise ValueError(f"lam={lam} must not be negative")
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    cut = tree.splitter(template, keep)
+
+    def received(params):
+        return cut.split({"params": params, "stats": template["stats"]})[1]
+
+    def context(variables, data):
+        ours = personal.without(variables)
+        return ours["params"], model.context(ours, data)
+
+    def loss(key, variables, batch, context):
+        anchor, inner = context
+        shared, own = personal.without(variables), personal.only(variables)
+        value, (stats, info) = model.loss(key, shared, batch, inner)
+        own_value, (own_stats, _) = model.loss(key, own, batch, inner)
+        there, here = received(anchor), received(own["params"])
+        distance = sum(
+            jnp.sum(jnp.square(here[path] - there[path]))
+            for path in here
+            if path.startswith("params/")
+        )
+        total = value + own_value + 0.5 * lam * distance
+        info = {**info, "personal_loss": own_value}
+        return total, (personal.join_stats(stats, own_stats), info)
+
+    both = personal.doubled(model)._replace(loss=loss, context=context)
+    home = (*tree.as_patterns(keep), *personal.kept(template))
+    return fedavg(both, local=local, keep=home, **fedavg_options)

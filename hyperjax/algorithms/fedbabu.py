@@ -1,0 +1,30 @@
+"""FedBABU: only the body is trained; the head stays at its common random draw.
+
+Oh, Kim, Yun 2022, "FedBABU: Towards Enhanced Representation for Federated Image
+Classification", ICLR (arXiv:2106.06042). The head is absent from the gradient and from
+the optimizer, so neither momentum nor weight decay moves it; fine-tuning before
+evaluation moves the whole network.
+"""
+
+import functools
+
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.fedper import HEAD
+from hyperjax.types import Algorithm, Model
+
+
+def fedbabu(model: Model, *, local, head=HEAD, **fedavg_options) -> Algorithm:
+    """Returns FedBABU.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      head: patterns of the parameters that are neither trained nor sent.
+      **fedavg_options: of `fedavg`.
+    """
+    return fedavg(
+        model,
+        local=functools.partial(local, freeze=head),
+        keep=head,
+        **fedavg_options,
+    )

@@ -1,0 +1,35 @@
+"""FedBN: everything is federated but normalisation.
+
+Li, Jiang, Zhang, Kamp, Dou 2021, "FedBN: Federated Learning on Non-IID Features via
+Local Batch Normalization", ICLR (arXiv:2102.07623). Scales, biases and running
+statistics stay on the client, found by structure (a layer that owns a "scale"), not by
+name. A client that never trained has initial ones.
+"""
+
+import re
+
+import jax
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.types import Algorithm, Model, PyTree
+
+
+def fedbn(model: Model, *, local, **fedavg_options) -> Algorithm:
+    """Returns FedBN; without normalisation layers it is FedAvg.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      **fedavg_options: of `fedavg`.
+    """
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    options = {"bn_stats": "local", **fedavg_options}
+    return fedavg(model, local=local, keep=normalisation(template), **options)
+
+
+def normalisation(variables: PyTree) -> tuple[str, ...]:
+    """Returns patterns of the parameters of all layers that own a "scale"."""
+    paths = tree.paths({"params": variables["params"]})
+    layers = [path.removesuffix("/scale") for path in paths if path.endswith("/scale")]
+    return tuple(re.escape(layer) + "/.*" for layer in layers)

@@ -1,0 +1,61 @@
+"""FedNova: clients that take more steps do not get more say.
+
+Wang, Liu, Liang, Joshi, Poor 2020, "Tackling the Objective Inconsistency Problem in
+Heterogeneous Federated Optimization", NeurIPS (arXiv:2007.07481), equation 8 with
+tau_eff = sum_k p_k |a_k|:
+
+    theta += (sum_k p_k |a_k|) sum_k p_k delta_k / |a_k|,
+
+where |a_k| is the weight that client k's change gives to its gradients. It is measured,
+not typed in: the local optimizer is run on a constant gradient (`local.trainer`'s
+probe), which is exact for SGD with any momentum, Nesterov's too, and any schedule.
+"""
+
+import jax.numpy as jnp
+
+from hyperjax import aggregators, corrections, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.types import Algorithm, Model
+
+
+def fednova(model: Model, *, local, **fedavg_options) -> Algorithm:
+    """Returns FedNova; the uplink holds one number more than FedAvg's.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`; its optimizer must be linear in the
+        gradients (SGD with or without momentum) and start anew at every visit.
+      **fedavg_options: of `fedavg`.
+    """
+    report = corrections.none()._replace(
+        finish=lambda theta, anchor, sent, c, info: (c, info["displacement"]),
+        probe=True,
+    )
+    return fedavg(
+        model,
+        local=local,
+        correction=report,
+        aggregator=normalised_mean(),
+        **fedavg_options,
+    )
+
+
+def normalised_mean() -> aggregators.Aggregator:
+    """The mean of changes per unit of displacement, times the mean displacement.
+
+    Combines (delta, displacement [C]); delta's statistics are averaged plainly.
+    """
+
+    def combine(key, stacked, weight, state):
+        delta, displacement = stacked
+        moved = displacement > 0
+        per_unit = jnp.where(moved, weight / jnp.where(moved, displacement, 1.0), 0.0)
+        total = jnp.maximum(jnp.sum(weight), 1e-30)
+        effective = jnp.sum(weight * displacement) / total
+        mean = aggregators.mean_over_clients(delta, weight)
+        normalised = aggregators.mean_over_clients(delta, per_unit)
+        normalised = tree.scale(normalised, effective * jnp.sum(per_unit) / total)
+        mean |= {k: x for k, x in normalised.items() if k.startswith("params/")}
+        return (mean, ()), state
+
+    return aggregators.Aggregator(init=lambda spec: (), combine=combine)

@@ -1,0 +1,22 @@
+"""FedPer: the body is federated, the head stays home.
+
+Arivazhagan, Aggarwal, Singh, Choudhary 2019, "Federated Learning with Personalization
+Layers" (arXiv:1912.00818). All heads start from the same draw.
+"""
+
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.types import Algorithm, Model
+
+HEAD = r"params/head/.*"
+
+
+def fedper(model: Model, *, local, head=HEAD, **fedavg_options) -> Algorithm:
+    """Returns FedPer.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      head: patterns of the parameters that stay on the client.
+      **fedavg_options: of `fedavg`.
+    """
+    return fedavg(model, local=local, keep=head, **fedavg_options)

@@ -1,0 +1,49 @@
+"""FedRep: first the head on the received body, then the body under the new head.
+
+Collins, Hassani, Mokhtari, Shakkottai 2021, "Exploiting Shared Representations for
+Personalized Federated Learning", ICML (arXiv:2102.07078), algorithm 1. Bodies are
+averaged, heads stay home. Running statistics of the body's batch-norm go on moving
+while the head trains. The paper ends with tuning of the head alone, and so does
+fine-tuning here.
+"""
+
+import functools
+
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.fedper import HEAD
+from hyperjax.local import Phase
+from hyperjax.types import Algorithm, Model
+
+
+def fedrep(
+    model: Model,
+    *,
+    local,
+    head=HEAD,
+    head_epochs: int = 10,
+    body_epochs: int = 1,
+    finetune=None,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns FedRep.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`; its length is that of the phases.
+      head: patterns of the parameters that stay on the client.
+      head_epochs: local epochs of the head (10 for CIFAR-10).
+      body_epochs: local epochs of the body (1 for CIFAR-10, 5 for CIFAR-100).
+      finetune: patterns of the parameters that fine-tuning moves; None: the head.
+      **fedavg_options: of `fedavg`.
+    """
+    phases = (
+        Phase(epochs=head_epochs, train=head),
+        Phase(epochs=body_epochs, freeze=head),
+    )
+    return fedavg(
+        model,
+        local=functools.partial(local, phases=phases),
+        keep=head,
+        finetune=finetune or head,
+        **fedavg_options,
+    )

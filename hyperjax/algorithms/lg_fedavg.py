@@ -1,0 +1,34 @@
+"""LG-FedAvg: local representations, a global head.
+
+Liang, Liu, Ziyin, Allen, Auerbach, Brent, Salakhutdinov, Morency 2020, "Think Locally,
+Act Globally: Federated Learning with Local and Global Representations"
+(arXiv:2001.01523): the mirror image of FedPer. Deviation: the paper's runs start from a
+model that FedAvg has trained; here all clients start from the same draw.
+"""
+
+import re
+
+import jax
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.fedper import HEAD
+from hyperjax.types import Algorithm, Model
+
+
+def lg_fedavg(model: Model, *, local, share=HEAD, **fedavg_options) -> Algorithm:
+    """Returns LG-FedAvg.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      share: patterns of the parameters that are federated.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: `share` matches no parameter.
+    """
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    _, rest = tree.splitter(template, share).split(template)
+    keep = [re.escape(path) for path in rest]
+    return fedavg(model, local=local, keep=keep, **fedavg_options)

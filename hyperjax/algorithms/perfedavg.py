@@ -1,0 +1,100 @@
+"""Per-FedAvg: a starting point that one gradient step adapts well.
+
+Fallah, Mokhtari, Ozdaglar 2020, "Personalized Federated Learning with Theoretical
+Guarantees: A Model-Agnostic Meta-Learning Approach", NeurIPS (arXiv:2002.07948),
+equation 8: clients minimise F_k(theta - a grad F_k(theta)) with
+
+    (I - a H(theta; D3)) g(theta - a g(theta; D1); D2).
+
+`order="first"` drops the Hessian H. D1, D2 and D3 are disjoint thirds of a batch, so
+choose `local.batch_size` three times that of a draw. What is deployed is the starting
+point; fine-tuning takes plain steps of SGD at the inner rate a.
+"""
+
+import functools
+
+import jax
+import optax
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_choice
+from hyperjax.local import tuner
+from hyperjax.types import Algorithm, Batch, Model
+
+ORDERS = ("first", "exact")
+DRAWS = ("thirds", "same")
+
+
+def perfedavg(
+    model: Model,
+    *,
+    local,
+    inner_learning_rate: float = 0.01,
+    order: str = "first",
+    draws: str = "thirds",
+    finetune=None,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns Per-FedAvg.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`; its learning rate is b of the paper,
+        its batches hold at least 3 samples if `draws` is "thirds".
+      inner_learning_rate: a.
+      order: "first" or "exact" (one Hessian-vector product a step).
+      draws: D1, D2 and D3 are "thirds" of a batch, or all the "same" whole batch, which
+        biases the gradient.
+      finetune: patterns of the parameters that fine-tuning moves; None: all.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: a rate is negative, or an unknown choice.
+    """
+    check_choice("order", order, ORDERS)
+    check_choice("draws", draws, DRAWS)
+    if not inner_learning_rate >= 0:
+        raise ValueError(f"inner_learning_rate={inner_learning_rate} is negative")
+    rate = inner_learning_rate
+
+    def loss(key, variables, batch, context):
+        theta = variables["params"]
+        first, second, third = _draws(batch, draws)
+
+        def objective(params, batch):
+            return model.loss(key, {**variables, "params": params}, batch, context)
+
+        def gradient(params, batch):
+            return jax.grad(objective, has_aux=True)(params, batch)[0]
+
+        fixed = jax.lax.stop_gradient(theta)
+        step = gradient(fixed, first)
+        adapted = jax.tree.map(lambda x, g: x - rate * g, fixed, step)
+        (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(
+            adapted, second
+        )
+        if order == "exact":
+            curved = jax.jvp(lambda x: gradient(x, third), (fixed,), (grads,))[1]
+            grads = jax.tree.map(lambda g, h: g - rate * h, grads, curved)
+        # A function of theta with just this value and this gradient.
+        moved = tree.sub(theta, fixed)
+        products = jax.tree.map(
+            lambda x, g: (x * jax.lax.stop_gradient(g)).sum(), moved, grads
+        )
+        return sum(jax.tree.leaves(products), jax.lax.stop_gradient(value)), aux
+
+    alg = fedavg(model._replace(loss=loss), local=local, **fedavg_options)
+    plain = functools.partial(local, optimizer=optax.sgd(rate))
+    client = alg.client._replace(tune=tuner(model, plain, finetune))
+    return alg._replace(client=client)
+
+
+def _draws(batch: Batch, draws: str) -> list[Batch]:
+    """Three batches, D1 to D3; padding, at the end of a batch, is dealt out evenly."""
+    if draws == "same":
+        return [batch] * 3
+    size = batch.mask.shape[0]
+    if size < 3:
+        raise ValueError(f"batches of {size} cannot be cut in three; use draws='same'")
+    return [jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3)]

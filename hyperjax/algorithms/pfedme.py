@@ -1,0 +1,116 @@
+"""pFedMe: clients step on the Moreau envelope of their loss.
+
+Dinh, Tran, Nguyen 2020, "Personalized Federated Learning with Moreau Envelopes",
+NeurIPS (arXiv:2006.08848), algorithm 1. On every batch a client solves
+
+    u ~ argmin f(u; batch) + lambda/2 |u - w|^2
+
+by gradient steps from w, and then steps on w with the envelope's gradient lambda (w -
+u). The last u is its personal model. The server's beta is `server_opt`'s learning rate.
+Deviations: u starts at w on every batch (the authors' code goes on from the last u, and
+adds a weight decay of 0.001 to it), and only sampled clients train.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_at_least
+from hyperjax.types import Algorithm, Model
+
+
+def pfedme(
+    model: Model,
+    *,
+    local,
+    lam: float = 15.0,
+    inner_steps: int = 5,
+    inner_learning_rate: float = 0.05,
+    keep=None,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns pFedMe.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`; its learning rate is w's (eta).
+      lam: lambda, 15 to 30 in the paper's runs.
+      inner_steps: gradient steps for u (K).
+      inner_learning_rate: their learning rate; times lambda it must stay below 2.
+      keep: patterns of w's variables that stay home.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    check_at_least(1, inner_steps=inner_steps)
+    if not lam >= 0 or not 0 <= inner_learning_rate * lam < 2:
+        raise ValueError(
+            f"lam={lam} must not be negative, and inner_learning_rate="
+            f"{inner_learning_rate} times lam must be below 2, or the inner steps "
+            "diverge"
+        )
+    rate = inner_learning_rate
+
+    def split(variables):
+        stats = dict(variables["stats"])
+        own = stats.pop("personal")
+        return {**variables, "stats": stats}, own
+
+    def init(key):
+        variables = model.init(key)
+        own = jax.tree.map(jnp.copy, variables["params"])
+        return {**variables, "stats": {**variables["stats"], "personal": own}}
+
+    def arrive(key, variables):
+        shared = model.arrive(key, split(variables)[0])
+        stats = {**shared["stats"], "personal": shared["params"]}
+        return {**shared, "stats": stats}
+
+    def loss(key, variables, batch, context):
+        shared, _ = split(variables)
+        w = shared["params"]
+
+        def objective(u):
+            return model.loss(key, {**shared, "params": u}, batch, context)
+
+        def step(_, u):
+            grads = jax.grad(objective, has_aux=True)(u)[0]
+            return jax.tree.map(
+                lambda u, g, w: u - rate * (g + lam * (u - w)), u, grads, w
+            )
+
+        fixed = jax.lax.stop_gradient(w)
+        u = jax.lax.stop_gradient(jax.lax.fori_loop(0, inner_steps, step, fixed))
+        value, (stats, info) = objective(u)
+        envelope = value + 0.5 * lam * tree.norm(tree.sub(w, u)) ** 2
+        return envelope, ({**stats, "personal": u}, info)
+
+    def personal(variables):
+        shared, own = split(variables)
+        return {**shared, "params": own}
+
+    whole = model._replace(
+        init=init,
+        loss=loss,
+        predict=lambda variables, x: model.predict(personal(variables), x),
+        context=lambda variables, data: model.context(split(variables)[0], data),
+        condition=lambda variables, data: model.condition(personal(variables), data),
+        export=lambda variables: model.export(personal(variables)),
+        inspect=lambda variables, data: model.inspect(personal(variables), data),
+        features=lambda variables, *args: model.features(personal(variables), *args),
+        arrive=arrive,
+        visit=lambda variables: _around(model.visit, variables),
+        leave=lambda variables: _around(model.leave, variables),
+    )
+    home = (*tree.as_patterns(keep), r"stats/personal/.*")
+    return fedavg(whole, local=local, keep=home, **fedavg_options)
+
+
+def _around(hook, variables):
+    """Applies a hook of the inner model, with the personal model beside it."""
+    stats = dict(variables["stats"])
+    own = stats.pop("personal")
+    after = hook({**variables, "stats": stats})
+    return {**after, "stats": {**after["stats"], "personal": own}}

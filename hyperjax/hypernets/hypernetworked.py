@@ -1,0 +1,107 @@
+"""A network whose convolutions come out of a tile generator, as a `Model`."""
+
+import re
+
+import jax
+
+from hyperjax import tree
+from hyperjax.errors import check_choice
+from hyperjax.hypernets.tiles import TileNet
+from hyperjax.types import Model, PyTree
+
+REGENERATE = ("every_step", "per_round")
+EMBEDDING_INITS = ("own", "common")
+
+
+def hypernetworked(
+    model: Model,
+    net: TileNet,
+    *,
+    regenerate: str = "every_step",
+    embedding_init: str = "own",
+) -> Model:
+    """Returns `model` with the kernels of `net.targets` generated from embeddings.
+
+    Its parameters are {"hyper": phi, "embed": {path: [rows, columns, n]}, "network":
+    {path: leaf} of all that is not generated}, its statistics the model's.
+
+    Args:
+      model: the network underneath.
+      net: the generator.
+      regenerate: "every_step" generates the kernels in every forward pass, so that
+        generator and embeddings are trained end to end. "per_round" is the listing of
+        arXiv:2402.18445, algorithm 1, line by line: kernels are generated at the start
+        of a visit and then trained as independent arrays ("generated"), while generator
+        and embeddings follow by the chain rule; afterwards the kernels are dropped. The
+        two agree in the first step of a visit.
+      embedding_init: every client draws its "own" on its first visit, or starts from
+        the "common" draw.
+
+    Raises:
+      ValueError: an unknown choice.
+    """
+    check_choice("regenerate", regenerate, REGENERATE)
+    check_choice("embedding_init", embedding_init, EMBEDDING_INITS)
+    per_round = regenerate == "per_round"
+    template = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    cut = tree.splitter(template, [re.escape(path) for path in net.targets])
+
+    def kernels(params):
+        return net.generate(params["hyper"], params["embed"])
+
+    def init(key):
+        key_model, key_hyper, key_embed = jax.random.split(key, 3)
+        plain = model.init(key_model)
+        params = {
+            "hyper": net.init(key_hyper),
+            "embed": net.init_embeddings(key_embed),
+            "network": cut.split(plain["params"])[1],
+        }
+        return visit({"params": params, "stats": plain["stats"]})
+
+    def visit(variables):
+        params = variables["params"]
+        if not per_round:
+            return variables
+        return {**variables, "params": {**params, "generated": kernels(params)}}
+
+    def plain(variables: PyTree, generated=None) -> PyTree:
+        """The variables of the network itself."""
+        params = variables["params"]
+        generated = kernels(params) if generated is None else generated
+        whole = cut.merge(generated, params["network"])
+        return {"params": whole, "stats": variables["stats"]}
+
+    def in_training(variables):
+        if not per_round:
+            return plain(variables)
+        params = variables["params"]
+        fresh = kernels(params)
+        # The value of the independent kernels, the derivative of both.
+        passed_on = tree.sub(fresh, jax.lax.stop_gradient(fresh))
+        return plain(variables, tree.add(params["generated"], passed_on))
+
+    def arrive(key, variables):
+        if embedding_init == "common":
+            return variables
+        params = {**variables["params"], "embed": net.init_embeddings(key)}
+        return visit({**variables, "params": params})
+
+    def loss(key, variables, batch, context):
+        return model.loss(key, in_training(variables), batch, context)
+
+    def features(variables, batch, train):
+        bound = in_training(variables) if train else plain(variables)
+        return model.features(bound, batch, train)
+
+    return Model(
+        sample_shape=model.sample_shape,
+        init=init,
+        loss=loss,
+        predict=lambda variables, x: model.predict(plain(variables), x),
+        context=lambda variables, data: model.context(plain(variables), data),
+        export=plain,
+        features=features,
+        arrive=arrive,
+        visit=visit,
+    )

@@ -1,0 +1,78 @@
+"""A model with a second, personal set of variables that stays on the client.
+
+The second set lies beside the first, under "personal" in parameters and in statistics,
+so that patterns on the model's own paths go on to hold.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax.types import Model, PyTree
+
+NAME = "personal"
+
+
+def without(variables: PyTree) -> PyTree:
+    """Returns the model's own variables: those of which there is a personal copy."""
+    params, stats = variables["params"], variables["stats"]
+    return {
+        **variables,
+        "params": {name: params[name] for name in params[NAME]},
+        "stats": {name: stats[name] for name in stats.get(NAME, {})},
+    }
+
+
+def only(variables: PyTree) -> PyTree:
+    """Returns the personal variables, in the model's structure."""
+    stats = variables["stats"].get(NAME, {})
+    return {**variables, "params": variables["params"][NAME], "stats": stats}
+
+
+def join(shared: PyTree, own: PyTree) -> PyTree:
+    """Puts both sets together."""
+    return {
+        **shared,
+        "params": {**shared["params"], NAME: own["params"]},
+        "stats": join_stats(shared["stats"], own["stats"]),
+    }
+
+
+def join_stats(shared: PyTree, own: PyTree) -> PyTree:
+    """Puts both sets of statistics together; there may be none."""
+    return {**shared, NAME: own} if jax.tree.leaves(own) else shared
+
+
+def kept(template: PyTree) -> tuple[str, ...]:
+    """Returns the patterns of personal variables, for a model of this structure."""
+    patterns = (rf"params/{NAME}/.*",)
+    return patterns + ((rf"stats/{NAME}/.*",) if template["stats"] else ())
+
+
+def doubled(model: Model) -> Model:
+    """Returns a model of both sets, with the personal one's predictions.
+
+    The personal set starts as a copy: of what a client received on its first visit, so
+    that a client that never trained predicts as the global model does.
+    """
+
+    def copied(variables):
+        return join(
+            variables,
+            jax.tree.map(jnp.copy, {k: variables[k] for k in ("params", "stats")}),
+        )
+
+    def around(hook):
+        return lambda variables: join(hook(without(variables)), hook(only(variables)))
+
+    return model._replace(
+        init=lambda key: copied(model.init(key)),
+        arrive=lambda key, variables: copied(model.arrive(key, without(variables))),
+        visit=around(model.visit),
+        leave=around(model.leave),
+        predict=lambda variables, x: model.predict(only(variables), x),
+        context=lambda variables, data: model.context(without(variables), data),
+        condition=lambda variables, data: model.condition(only(variables), data),
+        export=lambda variables: model.export(only(variables)),
+        inspect=lambda variables, data: model.inspect(only(variables), data),
+        features=lambda variables, *args: model.features(only(variables), *args),
+    )
