@@ -48,6 +48,7 @@ def defaults() -> ml_collections.ConfigDict:
         name="mnist5k",  # mnist5k, digits, synthetic, or any TFDS image set
         data_dir=config_dict.placeholder(str),  # prepared TFDS sets; None: TFDS's own
         split="train",
+        shrink=1,  # images averaged over squares of so many pixels
         download=False,  # let TFDS download and prepare a missing set
         seed=-1,  # of splits and partition; -1: config.seed
         num_clients=10,  # N, take part in training

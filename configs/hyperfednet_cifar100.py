@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
         regenerate="every_step",  # or per_round
         init="variance",  # or normal
         slices="input",  # or output
-        embedding_init="own",  # or common
+        embedding_init="common",  # or own
         base="fedavg",
         bn_stats="local",  # or average, with share_aux="convs_and_bn"
         persist_optimizer=False,

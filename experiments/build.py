@@ -158,9 +158,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     """Reads the data set."""
-    return sources.load(
+    source = sources.load(
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
+    return sources.shrink(source, data.shrink)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:

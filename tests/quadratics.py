@@ -17,7 +17,7 @@ from hyperjax import local
 from hyperjax.data import clients
 from hyperjax.engine import comm, exchange, stores
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import ClientData, Cohort, Downlink, Model, Pool
+from hyperjax.types import AdaptData, ClientData, Cohort, Downlink, Model, Pool
 
 N, LR = 4, 0.125
 # Eigenvalues between 0.58 and 3.42.
@@ -27,10 +27,16 @@ A = np.array(
 B = np.array([[1, 2], [-3, 0.5], [4, -1], [0, 3]])
 START = np.array([1.0, -1.0])
 SIZES = (1, 2, 3, 5)
+EVERYONE = tuple(range(N))
+# Five exchanges with absent, returning and dropped (-1 - k) clients, in any order.
+PARTIAL = ((2, 0), (3, 2, 1), (1, 3), (0, -1 - 2, 3), (2, 3, 0, 1))
 BODY, HEAD = r"params/body/.*", r"params/head/.*"
 
 PLAIN = optax.sgd(LR)
+# Momentum and decay move whatever they can; DRIFT is the same for `descend`.
 DECAYING = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(LR, momentum=0.9))
+DRIFT = dict(momentum=0.9, decay=0.1)
+CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
 def training(optimizer=PLAIN, batch_size=1, **options):
@@ -40,9 +46,9 @@ def training(optimizer=PLAIN, batch_size=1, **options):
     )
 
 
-def steps(count: int):
-    """Whole epochs of one step each: exactly `count` steps for every client."""
-    return training(batch_size=8, phases=(local.Phase(epochs=count),))
+def steps(count: int, optimizer=PLAIN):
+    """A training loop of `count` epochs of one step, for every client."""
+    return training(optimizer, batch_size=8, phases=(local.Phase(epochs=count),))
 
 
 def gradient(client: int, theta: np.ndarray) -> np.ndarray:
@@ -62,11 +68,35 @@ def proximal(client: int, theta: np.ndarray, mu: float, shift=0.0) -> np.ndarray
     return np.linalg.solve(curvature, A[client] @ B[client] + mu * theta + shift)
 
 
-def descend(client, theta, count, rate=LR, term=lambda theta: 0.0) -> np.ndarray:
-    """Gradient steps, each with `term(theta)` added to the gradient."""
+def descend(
+    client, theta, count, *, term=None, rate=LR, momentum=0.0, decay=0.0, train=(1, 1)
+) -> np.ndarray:
+    """Steps on a client's loss with `term(theta)` added to its gradient.
+
+    Of the coordinates that are not trained nothing moves, whatever the optimizer does.
+    """
+    trace, train = np.zeros(2), np.array(train)
     for _ in range(count):
-        theta = theta - rate * (gradient(client, theta) + term(theta))
+        slope = gradient(client, theta) + decay * theta
+        trace = momentum * trace + slope + (0.0 if term is None else term(theta))
+        theta = theta - rate * trace * train
     return theta
+
+
+def federate(cohorts, visit, shared=(True, True), weight=(1, 1, 1, 1)):
+    """Federated averaging of some coordinates, in float64.
+
+    `visit(client, theta) -> theta` trains. Returns the server's theta, and what all
+    clients ended their last visits with, [N, 2].
+    """
+    theta, own, weight = START, np.tile(START, (N, 1)), np.array(weight, float)
+    for cohort in cohorts:
+        alive = [k for k in cohort if k >= 0]
+        for k in alive:
+            own[k] = visit(k, np.where(shared, theta, own[k]))
+        mean = np.average(own[alive], axis=0, weights=weight[alive])
+        theta = np.where(shared, mean, theta)
+    return theta, own
 
 
 @functools.cache
@@ -86,8 +116,13 @@ def model() -> Model:
         value = masked_mean(jnp.einsum("bi,bij,bj->b", gap, a, gap) / 2, batch.mask)
         return value, (variables["stats"], {"loss": value})
 
+    def features(variables, batch, train):
+        body = variables["params"]["body"]["w"]
+        return jnp.tile(jnp.stack([body, 1.0]), (batch.x.shape[0], 1))
+
     # The answer to any input is theta itself.
-    return Model((1, 5, 1), init, loss, predict=lambda v, x: theta(v)[None])
+    model = Model((1, 5, 1), init, loss, predict=lambda v, x: theta(v)[None])
+    return model._replace(features=features)
 
 
 @functools.cache
@@ -162,11 +197,6 @@ def play(alg, *cohorts, state=None, sizes=SIZES, weight=(1, 1, 1, 1)) -> State:
     return jax.device_get(state)
 
 
-EVERYONE = tuple(range(N))
-# Five exchanges with absent, returning and dropped clients in changing order.
-PARTIAL = ((2, 0), (3, 2, 1), (1, 3), (0, -1 - 2, 3), (2, 3, 0, 1))
-
-
 def vector(theta, prefix="params") -> np.ndarray:
     """From paths to (body, head) on the last axis."""
     return np.stack([theta[f"{prefix}/{name}/w"] for name in ("body", "head")], -1)
@@ -178,3 +208,21 @@ def deployed(alg, state: State, client: int) -> np.ndarray:
     row = jax.tree.map(lambda x: x[client], state.rows)
     variables = alg.client.deploy(down, row)
     return np.asarray(alg.client.model.predict(variables, jnp.zeros((1, 1, 5, 1))))[0]
+
+
+def tuned(alg, client: int, size: int, epochs: int) -> np.ndarray:
+    """The theta that a client predicts with once it is fine-tuned from the start."""
+    state = start(alg)
+    down = Downlink((state.server.theta, ()), round=jnp.int32(0))
+    key = jax.random.key(0)
+    data = ClientData(jnp.full(8, client), jnp.int32(size), pool())
+
+    @jax.jit
+    def run(key, down, data, epochs):
+        adapt = AdaptData(data, clients.withhold_labels(data))
+        row = alg.client.init(key, key, down)
+        variables = alg.client.deploy(down, alg.client.adapt(key, down, row, adapt))
+        tuned = alg.client.tune(key, variables, adapt, down.round, epochs)
+        return alg.client.model.predict(tuned, jnp.zeros((1, 1, 5, 1)))[0]
+
+    return np.asarray(run(key, down, data, jnp.int32(epochs)))

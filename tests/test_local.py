@@ -14,7 +14,7 @@ from hyperjax.data import clients
 from hyperjax.local import Phase
 from hyperjax.models import MLP, from_linen
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import ClientData, Model, Pool
+from hyperjax.types import AdaptData, ClientData, Model, Pool
 
 LR = 0.1
 PLAIN = optax.sgd(LR)
@@ -247,6 +247,174 @@ def test_phases_start_with_a_fresh_optimizer():
 def test_phase_pattern_without_match():
     with pytest.raises(ValueError, match=r"params/c/.*paths are.*params/a/w"):
         run(data_of([1]), batch_size=1, phases=(Phase(epochs=1, train=r"params/c/.*"),))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "phase", "frozen"),
+    [
+        (r"params/b/.*", Phase(epochs=2), "b"),
+        (r"params/b/.*", Phase(epochs=2, freeze=r"params/a/.*"), "a"),
+        (None, Phase(epochs=2, train=r".*", freeze=r"params/b/.*"), "b"),
+    ],
+)
+def test_freeze_wins_over_train_and_a_phase_over_the_loop(freeze, phase, frozen):
+    options = dict(optimizer=DECAYING, batch_size=2)
+    data = data_of([1, 2, 6])
+    every, _ = run(data, phases=(Phase(epochs=2),), **options)
+    after, _ = run(data, phases=(phase,), freeze=freeze, **options)
+    other = "ab".replace(frozen, "")
+    assert weights(after)[frozen] == {"a": 10, "b": -4}[frozen]
+    assert weights(after)[other] == weights(every)[other]
+
+
+def test_a_phase_that_freezes_nothing_trains_all():
+    options = dict(optimizer=DECAYING, batch_size=2, phases=(Phase(2, freeze=()),))
+    free, _ = run(data_of([1, 2, 6]), freeze=r"params/b/.*", **options)
+    every, _ = run(data_of([1, 2, 6]), **options)
+    chex.assert_trees_all_equal(free, every)
+
+
+def test_freeze_without_match():
+    with pytest.raises(ValueError, match=r"params/c/.*paths are.*params/a/w"):
+        run(data_of([1]), batch_size=1, freeze=r"params/c/.*")
+
+
+def test_number_of_epochs_can_be_given_at_the_visit():
+    phases = (Phase(epochs=1, train=r"params/a/.*"), Phase(steps=2))
+    given = local.trainer(quadratic(), optimizer=DECAYING, batch_size=2, phases=phases)
+    start, data = quadratic().init(None), data_of([1, 2, 6])
+
+    @jax.jit
+    def visit(epochs):
+        key = jax.random.key(0)
+        return given(key, start, data, jnp.int32(0), local.no_adjustment, epochs)
+
+    for epochs in (0, 3):
+        lengths = tuple(p._replace(epochs=epochs, steps=None) for p in phases)
+        expected = run(data, optimizer=DECAYING, batch_size=2, phases=lengths)
+        chex.assert_trees_all_equal(visit(jnp.int32(epochs)), expected)
+    chex.assert_trees_all_equal(visit(jnp.int32(0))[0], start)
+
+
+# Beside the parameters -------------------------------------------------------------
+
+RHO, DECAY = 0.9, 0.5
+
+
+def heavy_ball(tau):
+    return (tau - RHO * (1 - RHO**tau) / (1 - RHO)) / (1 - RHO)
+
+
+def nesterov(tau):
+    # Gradient j of tau acts at once, one step ahead, and in the steps that follow.
+    return (tau - RHO**2 * (1 - RHO**tau) / (1 - RHO)) / (1 - RHO)
+
+
+def decaying(tau):  # what a proximal term does, too
+    return (1 - (1 - LR * DECAY) ** tau) / (LR * DECAY)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (PLAIN, lambda tau: tau),
+        (optax.sgd(LR, RHO), heavy_ball),
+        (optax.sgd(LR, RHO, nesterov=True), nesterov),
+        (optax.chain(optax.add_decayed_weights(DECAY), PLAIN), decaying),
+    ],
+    ids=["sgd", "heavy_ball", "nesterov", "decay"],
+)
+def test_displacement_is_the_weight_of_all_gradients(optimizer, expected):
+    # In units of the rate; clipping is not part of it, the gradient has norm 1.
+    for tau in range(7):
+        _, info = run(
+            data_of(range(tau)),
+            optimizer=optimizer,
+            batch_size=1,
+            clip_norm=0.5,
+            probe=True,
+        )
+        assert float(info["steps"]) == tau
+        assert float(info["displacement"]) == pytest.approx(
+            LR * expected(tau), rel=2e-6
+        )
+
+
+def test_displacement_follows_schedule_and_phases():
+    # Phases start anew: 2 a(4) at a quarter of the rate.
+    options = dict(optimizer=optax.sgd(LR, RHO), batch_size=1)
+    phases = (Phase(epochs=1), Phase(epochs=1))
+    _, info = run(
+        data_of(range(4)),
+        phases=phases,
+        schedule=halving,
+        round=2,
+        probe=True,
+        **options,
+    )
+    assert float(info["displacement"]) == pytest.approx(
+        LR * 2 * heavy_ball(4) / 4, rel=2e-6
+    )
+    assert "displacement" not in run(data_of(range(4)), **options)[1]
+
+
+def test_optimizer_state_among_the_variables_goes_on():
+    train = local.trainer(
+        quadratic(),
+        optimizer=optax.sgd(LR, RHO),
+        batch_size=3,
+        freeze=r"params/b/.*",
+    )
+    start = quadratic().init(None)
+    opt = train.init_optimizer(start)
+    assert [x.shape for x in jax.tree.leaves(opt)] == [()]  # of a alone
+
+    @jax.jit
+    def visit(variables):
+        key, data = jax.random.key(0), data_of([1, 2, 6])
+        return train(key, variables, data, jnp.int32(0), local.no_adjustment)[0]
+
+    first = visit({**start, "opt": opt})
+    # 10 - 0.1 * 7, then the trace is 0.9 * 7 + 6.3.
+    assert weights(first) == pytest.approx({"a": 9.3, "b": -4.0}, rel=1e-6)
+    assert weights(visit(first))["a"] == pytest.approx(9.3 - 1.26, rel=1e-6)
+    forgetful = {name: first[name] for name in ("params", "stats")}
+    assert weights(visit(forgetful))["a"] == pytest.approx(9.3 - 0.63, rel=1e-6)
+    assert "opt" not in visit(forgetful)
+
+
+@pytest.mark.parametrize("train", [None, (), r"params/a/.*"])
+def test_tuner_trains_on_the_clients_samples(train):
+    # Neither the phases nor the frozen parts of a method matter, but its optimizer.
+    model = quadratic()._replace(
+        condition=lambda variables, inputs: variables["params"]["a"]["w"] + inputs.size
+    )
+    build = functools.partial(
+        local.trainer,
+        optimizer=optax.sgd(LR, RHO),
+        batch_size=3,
+        phases=(Phase(steps=7),),
+        freeze=r"params/.*",
+    )
+    tune = local.tuner(model, build, train)
+    start = {**model.init(None), "condition": jnp.float32(0)}
+    data = AdaptData(data_of([1, 2, 6]), data_of([5, 5]))
+
+    @jax.jit
+    def tuned(epochs, start):
+        return tune(jax.random.key(0), start, data, jnp.int32(0), epochs)
+
+    chex.assert_trees_all_equal(
+        tuned(jnp.int32(0), start), {**start, "condition": jnp.float32(12)}
+    )
+    after = tuned(jnp.int32(2), start)
+    # a as above; b: -4 + 0.1 * 10, then the trace is 0.9 * 10 + 9.
+    b = -4.0 if train else -3 + 1.8
+    assert weights(after) == pytest.approx({"a": 8.04, "b": b}, rel=1e-6)
+    # The condition is computed anew, on the inputs.
+    assert float(after["condition"]) == pytest.approx(8.04 + 2, rel=1e-6)
+    plain = tuned(jnp.int32(2), {**start, "condition": ()})
+    assert plain["condition"] == () and weights(plain) == weights(after)
 
 
 # Gradient and rate -----------------------------------------------------------------

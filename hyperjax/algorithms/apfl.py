@@ -51,9 +51,8 @@ def apfl(
     def mixed(variables):
         own = personal.only(variables)
         shared = jax.lax.stop_gradient(personal.without(variables)["params"])
-        mix = variables["params"]["mix"]
-        if not adaptive:
-            mix = jax.lax.stop_gradient(mix)
+        # A fixed share is no parameter: the optimizer's decay must not move it.
+        mix = variables["params"]["mix"] if adaptive else jnp.float32(alpha)
         # Inside [0, 1], yet with a derivative at and beyond its ends.
         mix = mix + jax.lax.stop_gradient(jnp.clip(mix, 0.0, 1.0) - mix)
         blend = jax.tree.map(
@@ -69,7 +68,8 @@ def apfl(
         return value + own_value, (personal.join_stats(stats, own_stats), info)
 
     def with_mix(after, variables):
-        mix = jnp.clip(variables["params"]["mix"], 0.0, 1.0)
+        mix = variables["params"]["mix"] if adaptive else jnp.float32(alpha)
+        mix = jnp.clip(mix, 0.0, 1.0)
         return {**after, "params": {**after["params"], "mix": mix}}
 
     both = double._replace(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import Algorithm, Array, Model
+from hyperjax.types import Algorithm, Array, Batch, Model
 
 
 def moon(
@@ -48,6 +48,8 @@ def moon(
         raise ValueError(
             f"mu={mu} must not be negative, temperature={temperature} be positive"
         )
+
+    _check_features(model)
 
     def split(variables):
         stats = dict(variables["stats"])
@@ -107,6 +109,17 @@ def moon(
     )
     home = (*tree.as_patterns(keep), r"stats/previous/.*")
     return fedavg(whole, local=local, keep=home, **fedavg_options)
+
+
+def _check_features(model: Model) -> None:
+    """Raises what the model raises if it has no features."""
+
+    def trial(key):
+        x = jnp.zeros((1, *model.sample_shape))
+        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
+        return model.features(model.init(key), batch, False)
+
+    jax.eval_shape(trial, jax.random.key(0))
 
 
 def _cosine(a: Array, b: Array) -> Array:

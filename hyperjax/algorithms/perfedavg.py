@@ -14,6 +14,7 @@ point; fine-tuning takes plain steps of SGD at the inner rate a.
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hyperjax import tree
@@ -85,7 +86,12 @@ def perfedavg(
         return sum(jax.tree.leaves(products), jax.lax.stop_gradient(value)), aux
 
     alg = fedavg(model._replace(loss=loss), local=local, **fedavg_options)
-    plain = functools.partial(local, optimizer=optax.sgd(rate))
+    plain = functools.partial(
+        local,
+        optimizer=optax.sgd(rate),
+        schedule=lambda round: jnp.float32(1.0),
+        clip_norm=None,
+    )
     client = alg.client._replace(tune=tuner(model, plain, finetune))
     return alg._replace(client=client)
 

@@ -20,10 +20,11 @@ class Table(NamedTuple):
     size: Any  # [N] int32
 
 
-def table(parts: Sequence[np.ndarray]) -> Table:
-    """Packs per-client index arrays into a padded `Table`."""
+def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
+    """Packs per-client index arrays into a `Table`, n_max rounded up to a multiple."""
     size = np.array([len(part) for part in parts], np.int32)
-    rows = np.zeros((len(parts), max(1, int(size.max(initial=0)))), np.int32)
+    width = -(-max(1, int(size.max(initial=0))) // multiple) * multiple
+    rows = np.zeros((len(parts), width), np.int32)
     for i, part in enumerate(parts):
         rows[i, : len(part)] = part
     return Table(rows, size)

@@ -22,6 +22,10 @@ from hyperjax.types import Pool
 
 TABLES = ("train", "held_out", "novel", "novel_train", "novel_held_out", "test")
 
+# Tables are as wide as a multiple of this, so that federations of nearly equal sizes
+# (other seeds of one experiment) find their programs in the compilation cache.
+_WIDTH = 32
+
 
 class Federation(NamedTuple):
     """The samples, and which of them is whose: ids 0..N-1 train, N..N+M-1 never do.
@@ -67,7 +71,7 @@ class Federation(NamedTuple):
         One client, number 0, trains on the training samples of all participants; each
         participant deploys its state and is still evaluated on its own samples.
         """
-        everything = clients.table([np.concatenate(_parts(self.train))])
+        everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
         return self._replace(trainers=everything)
 
     @property
@@ -153,15 +157,15 @@ def federate(
     ]
     train, held_out = ([split[i] for split in splits] for i in range(2))
     own, others = slice(num_clients), slice(num_clients, None)
-    own_train = clients.table(train[own])
+    own_train = clients.table(train[own], _WIDTH)
     return Federation(
         pool=clients.make_pool(source.x, source.y, np.concatenate(train[own])),
         train=own_train,
-        held_out=clients.table(held_out[own]),
-        novel=clients.table(parts[others]) if num_novel else None,
-        novel_train=clients.table(train[others]) if num_novel else None,
-        novel_held_out=clients.table(held_out[others]) if num_novel else None,
-        test=clients.table([test]) if num_test else None,
+        held_out=clients.table(held_out[own], _WIDTH),
+        novel=clients.table(parts[others], _WIDTH) if num_novel else None,
+        novel_train=clients.table(train[others], _WIDTH) if num_novel else None,
+        novel_held_out=clients.table(held_out[others], _WIDTH) if num_novel else None,
+        test=clients.table([test], _WIDTH) if num_test else None,
         trainers=own_train,
         counts=partition.class_counts(source.y, parts, source.num_classes),
         label_names=source.label_names,

@@ -86,6 +86,25 @@ def load(
     return _EMBEDDED[name](**kwargs)
 
 
+def shrink(source: Source, factor: int) -> Source:
+    """Returns the images averaged over squares of factor x factor pixels.
+
+    Raises:
+      ValueError: the factor is below 1 or does not divide height and width.
+    """
+    n, height, width, channels = source.x.shape
+    if factor < 1 or height % factor or width % factor:
+        raise ValueError(
+            f"images of {height}x{width} cannot be averaged over squares of "
+            f"{factor}x{factor}: the factor must divide both"
+        )
+    if factor == 1:
+        return source
+    shape = (n, height // factor, factor, width // factor, factor, channels)
+    blocks = source.x.reshape(shape).mean((2, 4), dtype=np.float32)
+    return source._replace(x=np.rint(blocks).astype(np.uint8))
+
+
 def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:
     """Adds a channel axis to images [n, H, W] and settles dtypes."""
     x = x[..., None] if x.ndim == 3 else x

@@ -142,11 +142,13 @@ def evaluator(
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     source = source / jnp.sum(source)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
-    pools = sharding.replicate((pool, unlabelled), mesh)
+    # Arguments of the programs, not constants in them: other federations of equal
+    # shapes find the programs in the compilation cache.
+    pools = sharding.replicate((pool, unlabelled, source), mesh)
 
     def adapt_one(mapped, shared):
         key, own, row, (train, train_size), (inputs, inputs_size) = mapped
-        common, round, (pool, unlabelled), _ = shared
+        common, round, (pool, unlabelled, _), _ = shared
         down = Downlink(common, own, round)
         data = AdaptData(
             ClientData(train, train_size, pool),
@@ -161,7 +163,7 @@ def evaluator(
         return adapted, alg.client.model.inspect(variables, data.inputs)
 
     def prediction(inputs, pools):
-        """A function from variables to logits, with labels and mask, all [n]."""
+        """A function from variables to logits, labels, mask, all [n], and prior [K]."""
         rows, size = inputs
         n_max = rows.shape[0]
         length = -(-n_max // batch_size) * batch_size
@@ -169,16 +171,16 @@ def evaluator(
         mask = (jnp.arange(length) < size).astype(jnp.float32)
 
         def all_logits(variables):
-            model, num_classes = alg.client.model, len(source)
+            model, num_classes = alg.client.model, len(source_prior)
             return predict_all(model, variables, data, num_classes, batch_size)
 
-        return all_logits, pools[0].y[data.rows], mask
+        return all_logits, pools[0].y[data.rows], mask, pools[2]
 
     def tune_one(mapped, shared):
         key, inputs, epochs = mapped[0], mapped[-1], shared[-1]
         _, variables, data = adapt_one(mapped, shared)
         variables = alg.client.tune(key, variables, data, shared[1], epochs)
-        all_logits, labels, mask = prediction(inputs, shared[2])
+        all_logits, labels, mask, source = prediction(inputs, shared[2])
         logits, count = all_logits(variables), jnp.maximum(inputs[1], 1)
         return {
             "accuracy": _correct(logits, labels, mask, source, source) / count,
@@ -190,7 +192,7 @@ def evaluator(
         common, round, pools, _ = shared
         model = alg.client.model
         variables = alg.client.deploy(Downlink(common, own, round), adapted)
-        all_logits, labels, mask = prediction(inputs, pools)
+        all_logits, labels, mask, source = prediction(inputs, pools)
         logits = all_logits(variables)
         count = jnp.maximum(inputs[1], 1)
         log_probs = jax.nn.log_softmax(logits)

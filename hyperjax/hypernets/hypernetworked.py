@@ -18,7 +18,7 @@ def hypernetworked(
     net: TileNet,
     *,
     regenerate: str = "every_step",
-    embedding_init: str = "own",
+    embedding_init: str = "common",
 ) -> Model:
     """Returns `model` with the kernels of `net.targets` generated from embeddings.
 
@@ -34,8 +34,8 @@ def hypernetworked(
         of a visit and then trained as independent arrays ("generated"), while generator
         and embeddings follow by the chain rule; afterwards the kernels are dropped. The
         two agree in the first step of a visit.
-      embedding_init: every client draws its "own" on its first visit, or starts from
-        the "common" draw.
+      embedding_init: every client starts from the "common" draw, or draws its "own" on
+        its first visit.
 
     Raises:
       ValueError: an unknown choice.

@@ -13,7 +13,7 @@ from hyperjax import tree
 from hyperjax.data import clients
 from hyperjax.engine import evaluate, schedule, sharding
 from hyperjax.engine.evaluate import Population
-from hyperjax.types import ClientData, Downlink
+from hyperjax.types import AdaptData, ClientData, Downlink
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -193,6 +193,75 @@ def test_all_predictions_in_stored_order_and_once():
     expected = model.predict(variables, x)
     np.testing.assert_allclose(found[:9], expected[:9], rtol=1e-5, atol=1e-6)
     assert found.shape == (12, NUM_CLASSES)
+
+
+# Fine-tuning -------------------------------------------------------------------------
+
+
+@functools.cache
+def tuner():
+    return evaluate.evaluator(
+        method(KEPT),
+        tiny().pool,
+        populations(),
+        tuned=populations(),
+        source_prior=SOURCE,
+        batch_size=4,
+    )
+
+
+@functools.cache
+def tuned(epochs: int):
+    return tuner().tune(ROOT, trained(KEPT), 2, epochs)
+
+
+def test_fine_tuning_for_no_epochs_scores_what_is_deployed():
+    for name, found in tuned(0).items():
+        assert set(found) == {"size", "accuracy", "loss"}
+        for metric, values in found.items():
+            np.testing.assert_allclose(values, scores(KEPT)[name][metric], rtol=1e-5)
+
+
+def test_fine_tuned_scores_equal_those_by_hand():
+    alg, carry, pool = method(KEPT), trained(KEPT), tiny().pool
+
+    @jax.jit
+    def by_hand(variables, rows, size):
+        data = ClientData(rows, size, pool)
+        key = jax.random.key(5)  # of one batch per epoch, only the order depends on it
+        adapt = AdaptData(data, clients.withhold_labels(data))
+        after = alg.client.tune(key, variables, adapt, jnp.int32(2), jnp.int32(3))
+        logits = tiny().model.predict(
+            after, (pool.x[rows] / 255 - pool.mean) / pool.std
+        )
+        return jax.nn.log_softmax(logits)
+
+    for client in (0, 1, 5):
+        rows, size = tiny().table.rows[client], tiny().table.size[client]
+        labels = np.asarray(pool.y)[rows[:size]]
+        log_probs = np.asarray(by_hand(deployed(carry, client), rows, size))[:size]
+        found = {name: x[client] for name, x in tuned(3)["pacc"].items()}
+        nll = -log_probs[np.arange(size), labels].mean()
+        assert found["loss"] == pytest.approx(nll, rel=1e-4)
+        assert found["accuracy"] == np.float32(np.mean(log_probs.argmax(1) == labels))
+        assert found["loss"] < tuned(0)["pacc"]["loss"][client]
+
+
+def test_fine_tuning_leaves_no_trace():
+    before = tree.sha256(trained(KEPT))
+    first = tuned(3)
+    again = tuner().tune(ROOT, trained(KEPT), 2, 3)
+    chex.assert_trees_all_equal(first, again)
+    assert tree.sha256(trained(KEPT)) == before
+
+
+def test_fine_tuning_without_samples_changes_nothing():
+    chex.assert_trees_all_equal(tuned(3)["zacc"], tuned(0)["zacc"])
+
+
+def test_number_of_epochs_is_not_negative():
+    with pytest.raises(ValueError, match="epochs=-1 must be at least 0"):
+        tuner().tune(ROOT, trained(KEPT), 2, -1)
 
 
 # Label-shift EM ----------------------------------------------------------------------

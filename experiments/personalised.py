@@ -1,0 +1,318 @@
+"""HyperFedNet and the client-side methods over seeds: accuracy against communication.
+
+python -m experiments.personalised --workdir=runs/personalised --data_dir=... \
+    [--data=mnist,fashion_mnist] [--methods=FedAvg,HFN] [--seeds=0,1,2] [--json=FILE]
+
+HyperFedNet's experiment (`configs.common.personalised`) at a size for two cores: see
+`scaled`. Every method gets the same budget and the same search for its learning rate,
+among `RATES`, by participants' accuracy after fine-tuning on another seed's federation
+of the first data set; the seeds reported choose nothing. A study that was stopped
+continues.
+"""
+
+import importlib
+import itertools
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from experiments import cli, reach, train, workdir
+from experiments.pages import text_table
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.errors import check_choice
+
+RATES = (0.1, 0.03)
+SEARCH_SEED = 100
+THRESHOLDS = (30, 40, 50, 60, 70, 80, 90)
+TUNED = 4  # epochs of fine-tuning, as published
+HFN = "hyperfednet_mnist"
+# Label -> config file, and fields that differ from it.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Centre": ("centre_mnist", {}),
+    "Local": ("local_only_mnist", {}),
+    "FedAvg": ("fedavg_ft_mnist", {}),
+    "FedProx": ("fedprox_mnist", {}),
+    "FedDyn": ("feddyn_mnist", {}),
+    "SCAFFOLD": ("scaffold_mnist", {}),
+    "FedNova": ("fednova_mnist", {}),
+    "FedAvgM": ("fedavg_ft_mnist", {"server.optimizer": "fedavgm"}),
+    "FedPer": ("fedper_mnist", {}),
+    "FedRep": ("fedrep_mnist", {}),
+    "FedBABU": ("fedbabu_mnist", {}),
+    "FedBN": ("fedbn_mnist", {}),
+    "LG-FedAvg": ("lg_fedavg_mnist", {}),
+    "Ditto": ("ditto_mnist", {}),
+    "APFL": ("apfl_mnist", {}),
+    "pFedMe": ("pfedme_mnist", {}),
+    "Per-FedAvg": ("perfedavg_mnist", {}),
+    "MOON": ("moon_mnist", {}),
+    "HFN": (HFN, {}),
+    "HFN, aux shared": (
+        HFN,
+        {"method.share_aux": "convs_and_bn", "method.bn_stats": "average"},
+    ),
+    "HFN+FedBN": (HFN, {"method.share_aux": "convs"}),
+    "HFN+FedProx": (HFN, {"method.base": "fedprox(mu=0.1)"}),
+    "HFN+FedDyn": (HFN, {"method.base": "feddyn(alpha=0.01)"}),
+    "HFN+SCAFFOLD": (HFN, {"method.base": "scaffold"}),
+    "HFN+Ditto": (HFN, {"method.base": "ditto(lam=1.0)"}),
+}
+# arXiv:2402.18445, table II: after fine-tuning, (non-iid, iid); table IV for fusions.
+PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
+    "mnist": {
+        "Centre": (99.49, 99.49),
+        "FedAvg": (98.67, 98.96),
+        "Local": (94.82, 93.35),
+        "FedBABU": (98.94, 98.81),
+        "FedProx": (98.85, 99.04),
+        "FedDyn": (98.73, 99.01),
+        "FedPer": (99.05, 98.84),
+        "FedBN": (99.14, 98.94),
+        "FedRep": (98.10, 98.01),
+        "HFN": (97.91, 98.59),
+        "HFN+FedProx": (97.95, 98.49),
+        "HFN+FedDyn": (97.91, 98.46),
+        "HFN+FedBN": (98.28, 97.65),
+    },
+    "fashion_mnist": {
+        "Centre": (93.6, 93.6),
+        "FedAvg": (92.40, 90.12),
+        "Local": (86.94, 76.74),
+        "FedBABU": (94.12, 91.04),
+        "FedProx": (93.10, 90.39),
+        "FedDyn": (93.20, 90.64),
+        "FedPer": (92.36, 89.59),
+        "FedBN": (91.64, 89.74),
+        "FedRep": (92.36, 87.18),
+        "HFN": (93.33, 91.64),
+        "HFN+FedProx": (93.35, 91.41),
+        "HFN+FedDyn": (92.86, 91.86),
+        "HFN+FedBN": (90.75, 90.97),
+    },
+    "cifar10": {
+        "Centre": (84.78, 84.78),
+        "FedAvg": (69.95, 62.12),
+        "Local": (57.05, 30.45),
+        "FedBABU": (73.34, 64.39),
+        "FedProx": (69.89, 60.88),
+        "FedDyn": (67.76, 61.60),
+        "FedPer": (72.67, 62.63),
+        "FedBN": (69.16, 33.77),
+        "FedRep": (75.44, 65.59),
+        "HFN": (76.78, 77.95),
+        "HFN+FedProx": (78.03, 77.86),
+        "HFN+FedDyn": (77.06, 77.98),
+        "HFN+FedBN": (69.32, 70.44),
+    },
+}
+
+
+def scaled(
+    label: str, data: str, iid: bool, seed: int, learning_rate: float
+) -> ml_collections.ConfigDict:
+    """Returns the config of one run.
+
+    20 users and 5 unseen ones on 2,500 images shrunk by two (14x14, or 16x16), about 80
+    images each to train on and 20 to be scored on, the 8-layer network, 5 users a
+    round, batches of 32, milestones after a third and two thirds of the rounds.
+    """
+    file, fields = METHODS[label]
+    get_config = importlib.import_module(f"configs.{file}").get_config
+    config = get_config(f"data={data},novel=5" + (",iid" if iid else ""))
+    rounds = _ROUNDS.value
+    config.seed, config.rounds, config.model.name = seed, rounds, "resnet8"
+    config.data.update(
+        data_dir=_DATA_DIR.value,
+        split=f"train[:{_IMAGES.value}]",
+        num_clients=20,
+        shrink=_SHRINK.value,
+    )
+    if data == "mnist5k":
+        config.data.split = "train"
+    config.local.update(
+        batch_size=32,
+        learning_rate=learning_rate,
+        milestones=(rounds // 3, 2 * rounds // 3),
+    )
+    config.server.cohort_size = 5
+    config.evaluation.update(every=2, finetune_epochs=(0, TUNED))
+    config.tensorboard = False
+    for field, value in fields.items():
+        group, _, name = field.partition(".")
+        config[group][name] = value
+    if config.method.name == "hyperfednet":
+        config.method.embedding_size = _EMBEDDING.value
+    return config
+
+
+def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
+    """Runs one config; None if it diverged. Adds commit and accuracies by round."""
+    try:
+        summary = train.train(config, str(folder), folder.name)
+    except FloatingPointError:
+        return None
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    made_by = json.loads((folder / workdir.CONFIG).read_text())
+    curve = {r["round"]: r["pacc"] for r in records if r["round"] > 0}
+    return {**summary, "curve": curve, "commit": made_by["commit"]}
+
+
+def search(label: str, root: Path) -> dict[float, float | None]:
+    """Returns accuracy after fine-tuning by learning rate, on a federation apart."""
+    found: dict[float, float | None] = {}
+    for rate in RATES:
+        config = scaled(label, _DATA.value[0], False, SEARCH_SEED, rate)
+        summary = result(config, root / f"{short(label)}_rate{rate}")
+        found[rate] = summary[f"pacc_ft{TUNED}"] if summary else None
+    return found
+
+
+def short(label: str) -> str:
+    """Returns a label as part of a folder's name."""
+    return "".join(c if c.isalnum() else "_" for c in label.lower())
+
+
+def row_of(
+    label: str, data: str, iid: bool, rates: Mapping, summaries: Sequence[Any]
+) -> dict[str, Any]:
+    """Returns the record of one method on one federation over seeds."""
+    done = [s for s in summaries if s is not None]
+    row: dict[str, Any] = dict(
+        data=data,
+        partition="iid" if iid else "Dirichlet(0.5)",
+        method=label,
+        learning_rate=best(rates),
+        search={str(rate): value for rate, value in rates.items()},
+        paper=PUBLISHED.get(data, {}).get(label, (None, None))[int(iid)],
+        diverged=len(summaries) - len(done),
+    )
+    if not done:
+        return row
+    first = done[0]
+    names = ("pacc", "zacc")
+    keys = [f"{m}_ft{k}" for m in names for k in (0, TUNED)]
+    for key in [*keys, f"pacc_ft{TUNED}_mean"]:
+        values = [s[key] for s in done]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        row[key] = [float(np.mean(values)), spread]
+    row["cpr"] = first["up_numbers"] + first["down_numbers"]
+    curve = np.mean([list(s["curve"].values()) for s in done], axis=0)
+    indices = [int(t) - 1 for t in first["curve"]]
+    row["reach"] = [
+        r._asdict()
+        for r in reach.cost_to_reach(indices, curve.tolist(), row["cpr"], THRESHOLDS)
+    ]
+    row["curve"] = dict(zip(indices, np.round(curve, 2).tolist(), strict=True))
+    row["per_seed"] = [s[f"pacc_ft{TUNED}"] for s in done]
+    row["seconds"] = [s["seconds"] for s in done]
+    row["commits"] = [s["commit"] for s in done]
+    return row
+
+
+def best(rates: Mapping[float, float | None]) -> float:
+    """Returns the rate with the highest accuracy; what diverged has none."""
+    return max(rates, key=lambda rate: rates[rate] or 0.0)
+
+
+def main() -> int:
+    """Runs the grid; prints and writes the table."""
+    cli.use_cores(0)
+    root = Path(_WORKDIR.value)
+    # Seeds share programs: the same shapes compile once.
+    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    labels = _METHODS.value or list(METHODS)
+    for label in labels:
+        check_choice("methods", label, METHODS)
+    record: dict[str, Any] = dict(
+        settings=dict(
+            rounds=_ROUNDS.value,
+            images=_IMAGES.value,
+            shrink=_SHRINK.value,
+            seeds=[int(s) for s in _SEEDS.value],
+            embedding_size=_EMBEDDING.value,
+            rates=RATES,
+            search_seed=SEARCH_SEED,
+        ),
+        machine=f"{platform.machine()}, {cli.num_cores()} cores",
+        versions={name: workdir.version(name) for name in workdir.PACKAGES},
+        rows=[],
+    )
+    searched = {label: search(label, root) for label in labels}
+    for data, iid in itertools.product(_DATA.value, (False, True)):
+        for label, rates in searched.items():
+            name = f"{short(label)}_{data}_{'iid' if iid else 'dir'}"
+            summaries = [
+                result(
+                    scaled(label, data, iid, int(seed), best(rates)),
+                    root / f"{name}_{seed}",
+                )
+                for seed in _SEEDS.value
+            ]
+            record["rows"].append(row_of(label, data, iid, rates, summaries))
+            if _JSON.value:
+                write_atomically(_JSON.value, json.dumps(record, indent=1) + "\n")
+    print(as_text(record))
+    return 0
+
+
+def guarded() -> int:
+    """As `main`, but a stopped study is no mistake."""
+    try:
+        return main()
+    except train.Stopped as stop:
+        print(f"Stopped after round {stop}; the same command continues.")
+        return 0
+
+
+COLUMNS = (
+    ("data", "data"),
+    ("partition", "partition"),
+    ("method", "method"),
+    ("learning_rate", "rate"),
+    ("paper", "paper"),
+    (f"pacc_ft{TUNED}", "tuned"),
+    ("pacc_ft0", "before"),
+    (f"zacc_ft{TUNED}", "unseen, tuned"),
+    ("zacc_ft0", "unseen, before"),
+    ("cpr", "numbers/round"),
+    ("reached", "millions to 50 %"),
+)
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """Returns the table: mean and deviation over seeds."""
+    rows = []
+    for row in record["rows"]:
+        shown = {k: row.get(k) for k, _ in COLUMNS}
+        for key, value in shown.items():
+            if isinstance(value, list):
+                shown[key] = f"{value[0]:.2f} ± {value[1]:.2f}"
+        costs = [r["cost"] for r in row.get("reach", ()) if r["threshold"] == 50]
+        if costs and costs[0] is not None:
+            shown["reached"] = f"{costs[0] / 1e6:.2f}"
+        rows.append(shown)
+    rows.sort(key=lambda row: (row["data"], row["partition"]))
+    return text_table(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/personalised", "Folder of runs.")
+    _DATA = flags.DEFINE_list("data", ["mnist", "fashion_mnist"], "Data sets.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
+    _IMAGES = flags.DEFINE_integer("images", 2500, "Images of the training split.")
+    _SHRINK = flags.DEFINE_integer("shrink", 2, "Factor by which images shrink.")
+    _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
+    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    cli.run(guarded)

@@ -1,0 +1,171 @@
+"""What is sent, against the counts that HyperFedNet's paper charged."""
+
+import functools
+import json
+
+import pytest
+from absl import flags
+
+from benchmarks import comm_table
+from benchmarks.comm_table import Row
+from hyperjax.engine import comm
+
+SHARED = {
+    "none": {},
+    "convs": dict(share_aux="convs"),
+    "convs_and_bn": dict(share_aux="convs_and_bn"),
+    "averaged": dict(share_aux="convs_and_bn", bn_stats="average"),
+}
+REPRODUCED = (
+    "fedavg",
+    "fedbabu",
+    "feddyn",
+    "fedper",
+    "fedprox",
+    "fedrep",
+    "hyperfednet",
+)
+HYPER = [Row(label, "hyperfednet", options) for label, options in SHARED.items()]
+
+
+def round_trips(network, lines):
+    records, refused = comm_table.measure(network, lines)
+    assert not refused
+    return {r["method"]: r["cpr"] for r in records}
+
+
+@functools.cache
+def on_cifar10():
+    """Counts of the paper's methods that the package has."""
+    lines = [row for row in comm_table.rows() if row.label in comm_table.TABLE_III]
+    records, refused = comm_table.measure("cifar10", lines)
+    assert not refused
+    return records
+
+
+@pytest.mark.parametrize(
+    "network, counts",
+    [
+        # 2 phi; + 2 (stem + shortcuts); + 2 scales and biases; + 2 means and variances.
+        ("mnist", (151_840, 157_248, 158_208, 159_168)),
+        ("fashion_mnist", (565_536, 570_944, 576_384, 581_824)),
+        ("cifar10", (565_536, 571_520, 576_960, 582_400)),
+        ("cifar100", (565_536, 587_744, 598_624, 609_504)),
+    ],
+)
+def test_hyperfednet_with_everything_it_may_share(network, counts):
+    assert tuple(round_trips(network, HYPER).values()) == counts
+
+
+@pytest.mark.parametrize("network, full", [("mnist", 155_124), ("cifar100", 4_519_432)])
+def test_two_models_a_round_trip(network, full):
+    lines = [Row("fedavg", "fedavg", {}), Row("scaffold", "scaffold", {})]
+    counts = round_trips(network, lines)
+    assert counts == {"fedavg": full, "scaffold": 2 * full}
+
+
+def test_fusions_send_the_generator_and_scaffold_twice_as_much():
+    labels = {
+        f"hyperfednet + {x}": x for x in ("fedprox", "feddyn", "scaffold", "ditto")
+    }
+    lines = [row for row in comm_table.EXTRA if row.label in labels]
+    counts = round_trips("mnist", lines)
+    expected = [151_840 * (1 + (base == "scaffold")) for base in labels.values()]
+    assert [counts[label] for label in labels] == expected
+
+
+def test_smallest_generator_and_averaged_statistics():
+    names = (comm_table.SMALLEST, comm_table.AVERAGED)
+    counts = round_trips("mnist", [r for r in comm_table.EXTRA if r.label in names])
+    # 16 + 16 + 144 + 144 numbers each way; 240 means and 240 variances each way more.
+    assert [counts[name] for name in names] == [640, 155_124 + 2 * 480]
+
+
+def test_counts_of_cifar10_are_the_papers_but_for_fedbn():
+    records = {r["method"]: r for r in on_cifar10()}
+    assert {*REPRODUCED, "fedbn"} <= set(records)
+    for method in REPRODUCED:
+        assert records[method]["cpr"] == records[method]["published"], method
+    assert records["fedbn"]["cpr"] == 1_127_860 - 2 * 2_720
+    assert comm_table.note(records["fedbn"]).startswith("-5,440: scales and biases")
+    assert comm_table.note(records["fedavg"]) == ""
+    for record in records.values():
+        for way in ("down", "up"):
+            assert record[f"{way}_bytes"] == 4 * record[way]
+
+
+def test_table_iii_digit_for_digit():
+    lines = {line["method"]: line for line in comm_table.table_iii(on_cifar10())}
+    present = {m: line for m, line in lines.items() if line["cpr"] is not None}
+    assert (
+        " ".join(present.pop("fedbn")["cells"]) == "1.12 4.49 15.71 46.02 46.02 90.92"
+    )
+    for method in (*REPRODUCED, "fedbn, charged as fedavg"):
+        assert present[method]["same"] == present[method]["of"], method
+    assert sum(present[method]["of"] for method in REPRODUCED) == 42
+
+
+def test_the_five_prices_reproduce_all_70_cells():
+    # With the numbers per round trip that the paper charged, of whatever method.
+    count = 0
+    for method in comm_table.TABLE_III:
+        printed = comm_table.printed_costs(method)
+        cpr = comm_table.PUBLISHED["cifar10", method]
+        assert comm_table.costs(method, cpr) == [cost for _, cost in printed], method
+        count += len(printed)
+    assert count == 70
+
+
+def test_methods_that_are_missing_or_refuse_are_said_to():
+    lines = comm_table.cost_rows(comm_table.table_iii([]))
+    assert {line["cells"] for line in lines} == {"not in the package"}
+    wrong = [Row("wrong", "hyperfednet", dict(tile=7))]
+    records, refused = comm_table.measure("mnist", wrong)
+    assert records == [] and "no kernel of the model" in refused["wrong"]
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        comm_table.measure("cifar11")
+
+
+@pytest.mark.parametrize("method", ["fedavg", "hyperfednet", "moon", "opt1"])
+def test_a_hollow_model_is_counted_as_the_model(method):
+    network = comm_table.NETWORKS["mnist"]
+    real = comm_table.make_model(network)
+    row = Row(method, method, {})
+    counts = [
+        comm.cost(comm.describe(comm_table.make_method(row, network, model)))
+        for model in (real, comm_table.hollow(real))
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "comm.json"
+    values = flags.FlagValues()
+    flags.DEFINE_list("networks", ["mnist"], "", flag_values=values)
+    flags.DEFINE_string("json", str(path), "", flag_values=values)
+    values(["comm_table"])
+    monkeypatch.setattr(flags, "FLAGS", values)
+    few = [row for row in comm_table.rows() if row.label in ("fedavg", "fedbn")]
+    monkeypatch.setattr(comm_table, "rows", lambda: few)
+    assert comm_table.main() == 0
+    shown = capsys.readouterr().out
+    assert "mnist: resnet8" in shown and "155,124" in shown
+    fedavg, fedbn = json.loads(path.read_text())
+    assert fedavg == {
+        "method": "fedavg",
+        "network": "mnist",
+        "down": 77_562,
+        "up": 77_562,
+        "cpr": 155_124,
+        "down_bytes": 310_248,
+        "up_bytes": 310_248,
+        "published": 155_000,
+    }
+    assert (fedbn["cpr"], fedbn["published"]) == (154_164, None)
+
+
+def test_every_method_is_a_line_of_its_own():
+    labels = [row.label for row in comm_table.rows()]
+    assert len(labels) == len(set(labels))
+    for name in ("local_only", "hyperfedzero", "pfedme", "fednova"):
+        assert name in labels

@@ -1,0 +1,41 @@
+"""Costs of reaching an accuracy, by hand."""
+
+import pytest
+
+from experiments.reach import Reach, cost_to_reach
+
+
+def test_first_round_that_meets_each_threshold():
+    # Evaluated every other round; 30 is passed on the way to 40, and lost again.
+    found = cost_to_reach([0, 2, 4, 6], [12.0, 20.0, 41.0, 35.0], 100, [10, 20, 30, 40])
+    assert found == [
+        Reach(10, 0, 0, 100),
+        Reach(20, 2, 200, 300),
+        Reach(30, 4, 400, 500),
+        Reach(40, 4, 400, 500),
+    ]
+
+
+def test_what_is_never_reached_has_no_cost():
+    assert cost_to_reach([0, 1], [1.0, float("nan")], 7, [2]) == [
+        Reach(2, None, None, None)
+    ]
+    assert cost_to_reach([], [], 7, [2]) == [Reach(2, None, None, None)]
+
+
+def test_hyperfednet_needed_35_63_million_numbers_for_70_percent():
+    # arXiv:2402.18445, Table III, last cell of the first row: round 63.
+    accuracies = [0.0] * 63 + [70.0]
+    (reach,) = cost_to_reach(range(64), accuracies, 565_536, [70])
+    assert (reach.round, reach.cost, reach.full_cost) == (63, 35_628_768, 36_194_304)
+
+
+@pytest.mark.parametrize("rounds", [[-1, 0], [1, 1], [2, 1]])
+def test_rounds_that_do_not_increase(rounds):
+    with pytest.raises(ValueError, match="must increase from 0"):
+        cost_to_reach(rounds, [1.0, 2.0], 1, [1])
+
+
+def test_lengths_that_differ():
+    with pytest.raises(ValueError, match="2 rounds with 1 accuracies"):
+        cost_to_reach([0, 1], [1.0], 1, [1])
