@@ -87,6 +87,7 @@ def defaults() -> ml_collections.ConfigDict:
         weights="size",  # size or uniform
         sampler="full",  # full or uniform
         cohort_size=10,  # for the sampler "uniform"
+        sequential=False,  # the server steps after every client of a round
     )
     config.engine = dict(
         mapper="auto",  # map, vmap, block
@@ -102,6 +103,7 @@ def defaults() -> ml_collections.ConfigDict:
         batch_size=256,
         clients_per_call=64,
         finetune_epochs=(),  # at the end, also after each of these numbers of epochs
+        thresholds=(50, 60, 70, 80, 90, 95),  # % pACC whose cost is in the summary
         sample_level=False,  # at the end, also one classifier per input
     )
     config.checkpoint = dict(keep=2)

@@ -5,7 +5,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,8 @@ def build(
     backend = jax.default_backend()
     mapper = sharding.resolve_mapper(engine.mapper, engine.block_size, backend)
     mesh = sharding.client_mesh(cohort_size, engine.devices)
+    if config.server.sequential:
+        mesh = None  # one client at a time
     sizes = federation.trainers.size
     simulator = schedule.simulator(
         algorithm,
@@ -72,6 +74,7 @@ def build(
         weight=sizes if config.server.weights == "size" else np.ones_like(sizes),
         cohort_size=cohort_size,
         sampler=config.server.sampler,
+        sequential=config.server.sequential,
         mapper=mapper,
         mesh=mesh,
         store=engine.store,
@@ -278,17 +281,31 @@ def method_names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
 
 
+def find_method(name: str) -> Callable[..., Algorithm]:
+    """Returns a method's factory."""
+    return getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+
+
+def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
+    """The number of clients, for methods whose server keeps something of each."""
+    takes = "num_clients" in inspect.signature(find_method(name)).parameters
+    trainers = 1 if config.data.pooled else config.data.num_clients
+    return dict(num_clients=trainers) if takes else {}
+
+
 def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm:
     """Builds `config.method` around a model."""
     name = config.method.name
     check_choice("method.name", name, method_names())
-    factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
-    options = {k: v for k, v in config.method.items() if k != "name"}
+    factory = find_method(name)
+    options: dict[str, Any] = _population(name, config)
+    options |= {k: v for k, v in config.method.items() if k != "name"}
     if options.get("correction"):
         options["correction"] = make_correction(options["correction"])
     if "base" in options:  # HyperFedNet + X: "fedprox(mu=0.1)"
         base, base_options = parse_call("method.base", options["base"])
         check_choice("method.base", base, method_names())
+        base_options |= _population(base, config)
         options |= dict(base=base, base_options=base_options)
     return call(
         "method",

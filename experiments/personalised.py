@@ -204,13 +204,13 @@ def row_of(
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         row[key] = [float(np.mean(values)), spread]
     row["cpr"] = first["up_numbers"] + first["down_numbers"]
-    curve = np.mean([list(s["curve"].values()) for s in done], axis=0)
+    curve = np.mean(np.array([list(s["curve"].values()) for s in done]), axis=0)
     indices = [int(t) - 1 for t in first["curve"]]
     row["reach"] = [
         r._asdict()
         for r in reach.cost_to_reach(indices, curve.tolist(), row["cpr"], THRESHOLDS)
     ]
-    row["curve"] = dict(zip(indices, np.round(curve, 2).tolist(), strict=True))
+    row["curve"] = {i: round(x, 2) for i, x in zip(indices, curve, strict=True)}
     row["per_seed"] = [s[f"pacc_ft{TUNED}"] for s in done]
     row["seconds"] = [s["seconds"] for s in done]
     row["commits"] = [s["commit"] for s in done]

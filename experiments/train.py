@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from experiments import build, cli, report, results, workdir
+from experiments import build, cli, reach, report, results, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, log, schedule
@@ -211,6 +211,7 @@ class _Run:
         if config.evaluation.sample_level:
             summary |= self.sample_level(round, carry)
         summary |= self.fine_tuned(round, carry)
+        summary["reach"] = self.reached()
         summary = log.plain(summary)
         checkpoint.write_atomically(
             self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
@@ -229,6 +230,16 @@ class _Run:
                 found[f"{metric}_ft{epochs}"] = share[""]
                 found[f"{metric}_ft{epochs}_mean"] = share["_mean"]
         return found
+
+    def reached(self) -> list[dict[str, Any]]:
+        """What a client had sent and received when pACC first met each threshold."""
+        records = log.read_lines(self.folder / log.METRICS)
+        curve = [(r["round"] - 1, r["pacc"]) for r in records if r["round"] > 0]
+        cpr = self.cost.down_numbers + self.cost.up_numbers
+        rounds, accuracies = zip(*curve, strict=True) if curve else ((), ())
+        thresholds = self.config.evaluation.thresholds
+        found = reach.cost_to_reach(rounds, accuracies, cpr, thresholds)
+        return [r._asdict() for r in found if r.round is not None]
 
     def sample_level(self, round: int, carry) -> dict[str, float]:
         """Accuracies with one classifier per input, for methods that can."""

@@ -55,6 +55,9 @@ SMALL = dict(
     chunk_embedding_size=3,
     tile=2,
     head_epochs=2,
+    num_clients=NUM_CLIENTS,
+    hidden_size=4,
+    num_models=2,
 )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from hyperjax import local
+from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import comm, exchange, stores
 from hyperjax.models.linen import masked_mean
@@ -39,6 +40,7 @@ DRIFT = dict(momentum=0.9, decay=0.1)
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
 def training(optimizer=PLAIN, batch_size=1, **options):
     """A training loop; batches of one, so that sizes are steps."""
     return functools.partial(
@@ -134,6 +136,12 @@ def pool() -> Pool:
     return Pool(x, jnp.zeros(N, jnp.int32), one * 50 / 255, one * 10 / 255)
 
 
+@functools.cache
+def averaged(train):
+    """FedAvg, which most tests compare with; compiled once for each way to train."""
+    return fedavg(model(), local=train)
+
+
 class State(NamedTuple):
     """What a federation keeps, and what the last exchange sent."""
 
@@ -153,7 +161,7 @@ def _program(alg):
         return server, {**info, "uplink": uplink}
 
     shown = alg._replace(server=alg.server._replace(update=update))
-    run = exchange.make_exchange(shown, "vmap")
+    run = exchange.make_exchange(shown)
 
     def one(server, rows, seen, data, cohort):
         got, were = stores.gather(rows, seen, cohort.ids)

@@ -88,6 +88,11 @@ def fedavg(
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
+    if correction.probe and persist_optimizer:
+        raise ValueError(
+            "persist_optimizer=True does not go with SCAFFOLD or FedNova: what they "
+            "learn from a visit assumes an optimizer that starts anew"
+        )
     train = local(model, probe=True) if correction.probe else local(model)
 
     def start(common):

@@ -29,6 +29,22 @@ KEEP = {
     "convs_and_bn": r"params/(embed/.*|generated/.*|network/head/.*)",
 }
 
+# Methods that leave open what stays home, so that they can share the generator.
+BASES = (
+    "fedavg",
+    "fedprox",
+    "feddyn",
+    "scaffold",
+    "fednova",
+    "ditto",
+    "apfl",
+    "pfedme",
+    "perfedavg",
+    "moon",
+    "fedfomo",
+    "pfedla",
+)
+
 
 def hyperfednet(
     model: Model,
@@ -66,7 +82,7 @@ def hyperfednet(
       embedding_init: all clients start from a "common" draw, as they do where initial
         models are copies of one (5 to 12 points better after 20 rounds of MNIST), or
         every client draws its "own".
-      base: the method that shares the generator.
+      base: the method that shares the generator, one of `BASES`.
       base_options: its arguments.
       bn_stats: as in `fedavg`.
       **options: of `fedavg`: `server_opt`, `correction`, `persist_optimizer`, ...
@@ -75,6 +91,7 @@ def hyperfednet(
       ValueError: an unknown choice, or no kernel can be generated.
     """
     check_choice("share_aux", share_aux, KEEP)
+    check_choice("base", base, BASES)
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     net = tiles.tile_net(
         template,

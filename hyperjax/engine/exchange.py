@@ -30,9 +30,19 @@ def first_visit(alg: Algorithm, root, down: Downlink, ids: Array) -> PyTree:
 
 
 def make_exchange(
-    alg: Algorithm, mapper: str | int = "map", mesh: Any = None
+    alg: Algorithm,
+    mapper: str | int = "map",
+    mesh: Any = None,
+    alone: bool = False,
 ) -> Callable:
     """Builds the exchange of a method.
+
+    Args:
+      alg: the method.
+      mapper: see `sharding.map_clients`.
+      mesh: see `sharding.client_mesh`.
+      alone: cohorts are single clients, of which a round may have several: keys are
+        derived from the client's id too.
 
     Returns:
       `exchange(root, server, rows, seen, data, cohort) -> (server, rows, info)` with
@@ -50,6 +60,8 @@ def make_exchange(
 
     def exchange(root, server, rows, seen, data: ClientData, cohort: Cohort):
         key = jax.random.fold_in(root, cohort.round)
+        if alone:
+            key = jax.random.fold_in(key, cohort.ids[0])
         down = alg.server.downlink(rng.stream(key, "downlink"), server, cohort)
         down = down._replace(round=cohort.round)
         start = tree.where_rows(seen, rows, first_visit(alg, root, down, cohort.ids))
@@ -79,6 +91,16 @@ def cohort_info(info: dict[str, Array], active: Array) -> dict[str, Array]:
     return {
         name: jnp.sum(x) if name in SUMMED else jnp.tensordot(share, x, axes=1)
         for name, x in info.items()
+    }
+
+
+def round_info(infos: dict[str, Array]) -> dict[str, Array]:
+    """Reduces the infos of a round's exchanges [C] to those of the round."""
+    weight = infos.get("samples", jnp.ones_like(next(iter(infos.values()))))
+    share = weight / jnp.maximum(jnp.sum(weight), 1.0)
+    return {
+        name: jnp.sum(x) if name in SUMMED else jnp.tensordot(share, x, axes=1)
+        for name, x in infos.items()
     }
 
 

@@ -11,7 +11,7 @@ from hyperjax import rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, compiled, exchange, sharding, stores
 from hyperjax.errors import check_choice
-from hyperjax.types import Algorithm, Array, ClientData, Key, Pool, PyTree
+from hyperjax.types import Algorithm, Array, ClientData, Cohort, Key, Pool, PyTree
 
 SAMPLERS = ("full", "uniform")
 STORES = ("device", "host")
@@ -68,6 +68,7 @@ def simulator(
     weight: np.ndarray,
     cohort_size: int,
     sampler: str = "full",
+    sequential: bool = False,
     mapper: str | int = "map",
     mesh: Any = None,
     store: str = "device",
@@ -82,6 +83,9 @@ def simulator(
       weight: [N] aggregation weights, registered once.
       cohort_size: C; ignored by the sampler "full".
       sampler: "full" or "uniform".
+      sequential: the clients of a round come one after another, in random order, each
+        in an exchange of its own, so that the server steps after every client; then
+        several devices are no use.
       mapper: see `sharding.map_clients`.
       mesh: see `sharding.client_mesh`.
       store: "device" keeps the state and the row numbers of all clients on the
@@ -101,17 +105,21 @@ def simulator(
             f"{num_clients} participating clients"
         )
     cohort_size = num_clients if sampler == "full" else cohort_size
+    mesh = None if sequential else mesh
     padded = sharding.padded_size(cohort_size, mesh)
 
     def draw(root, round, weight):
         key = rng.stream(jax.random.fold_in(root, round), "cohort")
         ids = sample(sampler, key, num_clients, cohort_size)
+        if sequential:
+            ids = jax.random.permutation(rng.stream(key, "order"), ids)
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
     parts = _Parts(
         init_server=lambda root: alg.server.init(rng.stream(root, "common_init")),
         draw=draw,
-        exchange=exchange.make_exchange(alg, mapper, mesh),
+        exchange=exchange.make_exchange(alg, mapper, mesh, alone=sequential),
+        sequential=sequential,
         row=comm.describe(alg).client,
         table=table,
         pool=sharding.replicate(pool, mesh),
@@ -127,11 +135,21 @@ class _Parts(NamedTuple):
     init_server: Callable  # (root) -> server
     draw: Callable  # (root, round, weight [N]) -> Cohort
     exchange: Callable
+    sequential: bool
     row: PyTree  # abstract state of one client
     table: Table
     pool: Pool
     weight: Array
     mesh: Any
+
+
+def _one_by_one(cohort: Cohort) -> Cohort:
+    """Cohorts of one client each, leaves [C, 1] or, for what all share, [C]."""
+    num = cohort.ids.shape[0]
+    return Cohort(
+        *(x[:, None] for x in (cohort.ids, cohort.active, cohort.weight)),
+        *(jnp.broadcast_to(x, (num,)) for x in (cohort.round, cohort.population)),
+    )
 
 
 def _on_device(parts: _Parts) -> Simulator:
@@ -148,8 +166,7 @@ def _on_device(parts: _Parts) -> Simulator:
         return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
     def many_rounds(root, carry, rounds, table, pool, weight):
-        def body(carry, round):
-            cohort = parts.draw(root, round, weight)
+        def one_exchange(carry, cohort):
             data = ClientData(
                 table.rows.at[cohort.ids].get(mode="clip"),
                 table.size.at[cohort.ids].get(mode="clip"),
@@ -163,6 +180,13 @@ def _on_device(parts: _Parts) -> Simulator:
                 carry.rows, carry.seen, cohort.ids, state, cohort.active > 0
             )
             return Carry(server, rows, seen), info
+
+        def body(carry, round):
+            cohort = parts.draw(root, round, weight)
+            if not parts.sequential:
+                return one_exchange(carry, cohort)
+            carry, infos = jax.lax.scan(one_exchange, carry, _one_by_one(cohort))
+            return carry, exchange.round_info(infos)
 
         return jax.lax.scan(body, carry, rounds)
 
@@ -194,6 +218,17 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
 
     def one_round(root, carry, round):
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
+        if not parts.sequential:
+            return one_exchange(root, carry, cohort)
+        infos, turns = [], _one_by_one(cohort)
+        for turn in range(len(cohort.ids)):
+            one = jax.tree.map(lambda x, turn=turn: x[turn], turns)
+            carry, info = one_exchange(root, carry, one)
+            infos.append(info)
+        infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
+        return carry, jax.device_get(exchange.round_info(infos))
+
+    def one_exchange(root, carry, cohort):
         ids = np.asarray(cohort.ids)
         state, seen = stores.host_gather(carry.rows, carry.seen, ids)
         place = np.minimum(ids, num_clients - 1)

@@ -32,8 +32,9 @@ def hypernetworked(
         generator and embeddings are trained end to end. "per_round" is the listing of
         arXiv:2402.18445, algorithm 1, line by line: kernels are generated at the start
         of a visit and then trained as independent arrays ("generated"), while generator
-        and embeddings follow by the chain rule; afterwards the kernels are dropped. The
-        two agree in the first step of a visit.
+        and embeddings follow by the chain rule; what became of the kernels is used for
+        nothing (but stays in the client's state until the next visit). The two agree in
+        the first step of a visit.
       embedding_init: every client starts from the "common" draw, or draws its "own" on
         its first visit.
 

@@ -8,7 +8,6 @@ import pytest
 import quadratics as q
 
 from hyperjax.algorithms.apfl import apfl
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.local_only import local_only
 from hyperjax.engine import comm
 
@@ -78,7 +77,7 @@ def test_share_zero_predicts_with_the_global_model():
         np.testing.assert_array_equal(
             q.deployed(fixed(0.0), state, k), q.vector(state.server.theta)
         )
-    plain = q.play(fedavg(q.model(), local=q.training(q.DECAYING)), *q.PARTIAL)
+    plain = q.play(q.averaged(q.training(q.DECAYING)), *q.PARTIAL)
     np.testing.assert_allclose(
         q.vector(state.server.theta), q.vector(plain.server.theta), rtol=1e-6
     )

@@ -5,7 +5,6 @@ import pytest
 import quadratics as q
 
 from hyperjax.algorithms.ditto import ditto
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.local_only import local_only
 from hyperjax.engine import comm
 
@@ -34,7 +33,7 @@ def test_exchanges_equal_the_algorithm():
         np.testing.assert_allclose(q.vector(state.server.theta), theta, **q.CLOSE)
     np.testing.assert_allclose(q.deployed(alg, state, 1), own[1], **q.CLOSE)
     # The global model cannot tell that there is another one.
-    plain = q.play(fedavg(q.model(), local=q.training(q.DECAYING)), *q.PARTIAL)
+    plain = q.play(q.averaged(q.training(q.DECAYING)), *q.PARTIAL)
     np.testing.assert_allclose(
         q.vector(state.server.theta), q.vector(plain.server.theta), rtol=1e-6
     )

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import quadratics as q
 
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.feddyn import feddyn
 from hyperjax.engine import comm
 
@@ -70,7 +69,7 @@ def test_first_exchange_goes_further_than_fedavg_for_any_alpha():
         expected = q.START + change + 3 / 4 * change
         np.testing.assert_allclose(q.vector(state.server.theta), expected, **q.CLOSE)
     # Only the clients' solutions tend to those of FedAvg.
-    plain = q.play(fedavg(q.model(), local=EXACT), (3, 1, 0))
+    plain = q.play(q.averaged(EXACT), (3, 1, 0))
     np.testing.assert_allclose(
         q.vector(state.uplink.delta), q.vector(plain.uplink.delta), **q.CLOSE
     )
@@ -92,7 +91,7 @@ def test_converges_to_the_optimum_where_fedavg_does_not():
     np.testing.assert_allclose(
         q.vector(state.server.theta), q.optimum(), rtol=1e-4, atol=1e-4
     )
-    plain = q.play(fedavg(q.model(), local=EXACT), *[q.EVERYONE] * 20)
+    plain = q.play(q.averaged(EXACT), *[q.EVERYONE] * 20)
     # Its fixed point is the mean of the clients' optima.
     found = q.vector(plain.server.theta)
     np.testing.assert_allclose(found, q.B.mean(0), **q.CLOSE)
@@ -100,9 +99,7 @@ def test_converges_to_the_optimum_where_fedavg_does_not():
 
 
 def test_duals_are_never_sent():
-    ours, plain = (
-        comm.cost(comm.describe(a)) for a in (exact(), fedavg(q.model(), local=EXACT))
-    )
+    ours, plain = (comm.cost(comm.describe(a)) for a in (exact(), q.averaged(EXACT)))
     assert ours == plain and ours.up_numbers == ours.down_numbers == 2
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import quadratics as q
 
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedprox import fedprox
 
 
@@ -21,7 +20,7 @@ def test_exchanges_of_exact_solutions(mu):
 
 
 def test_one_step_is_fedavg_for_any_mu():
-    plain = q.play(fedavg(q.model(), local=q.steps(1)), *q.PARTIAL)
+    plain = q.play(q.averaged(q.steps(1)), *q.PARTIAL)
     ours = q.play(fedprox(q.model(), local=q.steps(1), mu=7.0), *q.PARTIAL)
     np.testing.assert_allclose(
         q.vector(ours.server.theta), q.vector(plain.server.theta), rtol=1e-6

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import quadratics as q
 
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.moon import moon
 from hyperjax.engine import comm
 from hyperjax.types import Batch, Model
@@ -65,14 +64,14 @@ def test_contrast_is_log_two_on_first_visits():
     second = q.play(ours(), q.EVERYONE, state=first)
     assert second.info["contrast"] >= 0
     assert abs(second.info["contrast"] - np.log(2)) > 1e-3
-    plain = q.play(fedavg(q.model(), local=TRAIN), q.EVERYONE)
+    plain = q.play(q.averaged(TRAIN), q.EVERYONE)
     np.testing.assert_allclose(
         q.vector(first.uplink.delta), q.vector(plain.uplink.delta), rtol=1e-6
     )
 
 
 def test_mu_zero_is_fedavg():
-    plain = q.play(fedavg(q.model(), local=TRAIN), *q.PARTIAL)
+    plain = q.play(q.averaged(TRAIN), *q.PARTIAL)
     without = q.play(ours(0.0), *q.PARTIAL)
     np.testing.assert_allclose(
         q.vector(without.server.theta), q.vector(plain.server.theta), rtol=1e-6

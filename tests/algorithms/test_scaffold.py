@@ -7,7 +7,6 @@ import optax
 import pytest
 import quadratics as q
 
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.scaffold import scaffold
 from hyperjax.engine import comm
 
@@ -97,12 +96,12 @@ def test_converges_to_the_optimum_where_fedavg_does_not():
     for alg in (five, ragged()):
         theta = q.vector(q.play(alg, *cohorts).server.theta)
         np.testing.assert_allclose(theta, q.optimum(), rtol=1e-4, atol=1e-5)
-    plain = q.play(fedavg(q.model(), local=q.steps(5)), *[q.EVERYONE] * 200)
+    plain = q.play(q.averaged(q.steps(5)), *[q.EVERYONE] * 200)
     assert np.linalg.norm(q.vector(plain.server.theta) - q.optimum()) > 0.2
 
 
 def test_sends_the_control_with_the_model_both_ways():
     ours = comm.cost(comm.describe(ragged()))
-    plain = comm.cost(comm.describe(fedavg(q.model(), local=q.training())))
+    plain = comm.cost(comm.describe(q.averaged(q.training())))
     assert ours.down_numbers == 2 * plain.down_numbers == 4
     assert ours.up_numbers == 2 * plain.up_numbers == 4

@@ -1,0 +1,199 @@
+"""FedFomo: every client is sent others' models and takes from each what helps it.
+
+Zhang, Sapra, Fidler, Yeung, Alvarez 2021, "Personalized Federated Learning with First
+Order Model Optimization", ICLR (arXiv:2012.08565), equations 6 and 7. Client i keeps a
+fifth of its samples for validation, scores each of M received models by
+
+    w_n = (L_i(theta_i) - L_i(theta_n)) / |theta_n - theta_i|,
+
+moves to theta_i + sum_n w+_n (theta_n - theta_i) with w+ the positive scores divided by
+their sum, then trains and sends its model and the scores. The server adds the scores to
+row i of its preferences, and picks the M best of row i, or with probability epsilon M
+at random, among clients whose model has been trained.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import mixing, rng, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.data import clients
+from hyperjax.errors import check_at_least
+from hyperjax.models.linen import cross_entropy
+from hyperjax.types import (
+    Algorithm,
+    Array,
+    ClientData,
+    Downlink,
+    Model,
+    PyTree,
+    ServerSide,
+)
+
+VALIDATION_BATCH = 64
+
+
+class State(NamedTuple):
+    """What the server knows.
+
+    `seed` is constant: `downlink` and `update` draw the same choice from it.
+    """
+
+    models: PyTree  # leaves [N, ...] by path
+    preference: Array  # [N, N] float32
+    trained: Array  # [N] bool
+    seed: Array  # [] uint32
+
+
+class Own(NamedTuple):
+    """What a client is sent: its model, and M others, leaves [M, ...]."""
+
+    model: PyTree
+    others: PyTree
+
+
+class Uplink(NamedTuple):
+    """What a client sends: its model and the scores [M] of those it received."""
+
+    model: PyTree
+    scores: Array
+
+
+def fedfomo(
+    model: Model,
+    *,
+    local,
+    num_clients: int,
+    num_models: int = 5,
+    epsilon: float = 0.3,
+    epsilon_decay: float = 0.05,
+    validation_fraction: float = 0.2,
+    max_table_gb: float = mixing.MAX_TABLE_GB,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns FedFomo.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      num_clients: N.
+      num_models: M, models of others that a client receives; 0 never mixes.
+      epsilon: probability of a random choice in the first round.
+      epsilon_decay: what it falls by each round.
+      validation_fraction: share of a client's samples kept from training.
+      max_table_gb: largest size of the server's models.
+      **fedavg_options: of `fedavg`, for the clients.
+
+    Raises:
+      ValueError: the models would not fit, or a number is out of range.
+    """
+    check_at_least(1, num_clients=num_clients)
+    if not 0 <= num_models < max(num_clients, 2):
+        raise ValueError(
+            f"num_models={num_models} must be 0 or more and less than the "
+            f"{num_clients} clients"
+        )
+    if not 0 < validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must lie between 0 and 1"
+        )
+    inner = fedavg(model, local=local, **fedavg_options)
+    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    mixing.check_table(theta, num_clients, max_table_gb)
+    count = min(num_models, num_clients - 1) if num_clients > 1 else num_models
+
+    def init(common):
+        models = mixing.table(inner.server.init(common).theta, num_clients)
+        nobody = jnp.zeros(num_clients, bool)
+        seed = jax.random.bits(rng.stream(common, "choice"), (), jnp.uint32)
+        return State(models, jnp.eye(num_clients), nobody, seed)
+
+    def choose(server, cohort):
+        """Whose models each client is sent, [C, M]; its own where nobody is left."""
+        key = jax.random.fold_in(jax.random.key(server.seed), cohort.round)
+        chance = jnp.clip(epsilon - epsilon_decay * cohort.round, 0.0, 1.0)
+
+        def one(key, client):
+            key_greedy, key_draw = jax.random.split(key)
+            random = jax.random.uniform(key_draw, (num_clients,))
+            wander = jax.random.uniform(key_greedy) < chance
+            known = jnp.minimum(client, num_clients - 1)
+            score = jnp.where(wander, random, server.preference[known])
+            open_ = server.trained & (jnp.arange(num_clients) != client)
+            score = jnp.where(open_, score, -jnp.inf)
+            best, who = jax.lax.top_k(score, min(count, num_clients))
+            return jnp.where(jnp.isfinite(best), who, known)
+
+        chosen = jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
+        missing = num_models - chosen.shape[1]  # with fewer clients than models
+        return jnp.pad(chosen, ((0, 0), (0, missing)), mode="edge")
+
+    def downlink(key, server, cohort):
+        own = mixing.rows(server.models, cohort.ids)
+        chosen = choose(server, cohort)
+        return Downlink(own=Own(own, mixing.take(server.models, chosen)))
+
+    def update(key, server, uplink, cohort):
+        models = mixing.put(server.models, cohort.ids, uplink.model, cohort.active)
+        alive = jnp.where(cohort.active > 0, cohort.ids, num_clients)
+        chosen = choose(server, cohort)
+        preference = server.preference.at[alive[:, None], chosen].add(
+            uplink.scores, mode="drop"
+        )
+        trained = server.trained.at[alive].set(True, mode="drop")
+        return State(models, preference, trained, server.seed), {}
+
+    def plain(down):
+        return Downlink(shared=(down.own.model, ()), round=down.round)
+
+    def client_update(key, down, client, data):
+        train, validation = split(data, validation_fraction)
+        mine, others = down.own
+
+        def loss(theta):
+            state = Downlink(shared=(theta, ()), round=down.round)
+            variables = inner.client.deploy(state, client)
+            return _mean_loss(model, variables, validation)
+
+        distance = jax.vmap(lambda other: tree.norm(tree.sub(other, mine)))(others)
+        gain = loss(mine) - jax.lax.map(loss, others)
+        # A model equal to one's own helps nothing; so does any without validation.
+        useful = (distance > 0) & (validation.size > 0)
+        scores = jnp.where(useful, gain / jnp.where(useful, distance, 1.0), 0.0)
+        share = jnp.maximum(scores, 0.0)
+        share = share / jnp.where(jnp.sum(share) > 0, jnp.sum(share), 1.0)
+        mixed = jax.tree.map(
+            lambda x, y: x + jnp.tensordot(share, y - x, axes=1), mine, others
+        )
+        start = Downlink(shared=(mixed, ()), round=down.round)
+        sent, client, info = inner.client.update(key, start, client, train)
+        return Uplink(tree.add(mixed, sent.delta), scores), client, info
+
+    side = inner.client._replace(
+        init=lambda key, common, down: inner.client.init(key, common, plain(down)),
+        update=client_update,
+        adapt=lambda key, down, *rest: inner.client.adapt(key, plain(down), *rest),
+        deploy=lambda down, adapted: inner.client.deploy(plain(down), adapted),
+    )
+    return Algorithm(ServerSide(init, downlink, update), side)
+
+
+def split(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
+    """Cuts a client's samples in those to train on and the first few, to validate."""
+    held = jnp.where(data.size > 1, jnp.maximum(1, data.size * fraction), 0)
+    held = held.astype(jnp.int32)
+    train = data._replace(rows=jnp.roll(data.rows, -held), size=data.size - held)
+    return train, data._replace(size=held)
+
+
+def _mean_loss(model: Model, variables: PyTree, data: ClientData) -> Array:
+    """Mean cross-entropy over a client's samples, []."""
+
+    def step(total, batch):
+        logits = model.predict(variables, batch.x)
+        return total + cross_entropy(logits, batch) * jnp.sum(batch.mask)
+
+    total = clients.fold(step, jnp.float32(0), data, VALIDATION_BATCH)
+    return total / jnp.maximum(data.size, 1)

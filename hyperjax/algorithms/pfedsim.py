@@ -1,0 +1,126 @@
+"""pFedSim: bodies are mixed by how similar the heads are.
+
+Tan, Zhou, Liu, Wang, Yu 2023, "pFedSim: Similarity-Aware Model Aggregation Towards
+Personalized Federated Learning" (arXiv:2305.15706). After `warmup_rounds` of FedAvg
+every client has a model of its own on the server. Client i receives its own head and
+
+    body_i = sum_j w_ij body_j,   w_ij proportional to -ln(1 - Phi_ij),
+
+where Phi_ij is the mean over classes of the cosine between the two heads' weights for
+that class, no less than 0, renewed whenever i and j take part together. Deviations:
+every Phi is cut off at 0.9999, not Phi_ii alone, and a client is deployed with the
+mixture that it would receive next. Clients could keep the head that the server sends
+back to them after the warm-up, which would save its numbers on the way down.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import aggregators, mixing, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.fedper import HEAD
+from hyperjax.errors import check_at_least
+from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
+
+LARGEST = 0.9999
+
+
+class State(NamedTuple):
+    """Models [N, ...] by path, and the heads' similarities [N, N]."""
+
+    models: PyTree
+    phi: Array
+
+
+def pfedsim(
+    model: Model,
+    *,
+    local,
+    num_clients: int,
+    warmup_rounds: int = 0,
+    head=HEAD,
+    max_table_gb: float = mixing.MAX_TABLE_GB,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns pFedSim.
+
+    Args:
+      model: what is trained.
+      local: builds a training loop, see `fedavg`.
+      num_clients: N.
+      warmup_rounds: rounds of FedAvg at first; half of all as published.
+      head: patterns of the head; its "kernel" is [L, K].
+      max_table_gb: largest size of the server's models.
+      **fedavg_options: of `fedavg`, for the clients.
+
+    Raises:
+      ValueError: the models would not fit, or a size is out of range.
+    """
+    check_at_least(1, num_clients=num_clients)
+    check_at_least(0, warmup_rounds=warmup_rounds)
+    inner = fedavg(model, local=local, **fedavg_options)
+    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    tops, _ = tree.splitter(theta, head).split(theta)
+    kernel = next((path for path in tops if path.endswith("/kernel")), None)
+    if kernel is None:
+        raise ValueError(f"pfedsim needs a head with a kernel; {head!r} has {[*tops]}")
+    mixing.check_table(theta, num_clients, max_table_gb)
+
+    def init(common):
+        models = mixing.table(inner.server.init(common).theta, num_clients)
+        return State(models, jnp.zeros((num_clients, num_clients)))
+
+    def weights(phi, ids):
+        """Mixing weights of clients, [C, N]; they sum to one."""
+        known = jnp.minimum(ids, num_clients - 1)
+        own = jax.nn.one_hot(known, num_clients)
+        similar = jnp.minimum(jnp.maximum(phi[known], own), LARGEST)
+        raw = -jnp.log1p(-similar)
+        return raw / jnp.sum(raw, 1, keepdims=True)
+
+    def downlink(key, server, cohort):
+        stored = mixing.rows(server.models, cohort.ids)
+        share = weights(server.phi, cohort.ids)
+        mix = (cohort.round >= warmup_rounds) & (cohort.ids < num_clients)
+
+        def body(path, own):
+            mixed = jnp.tensordot(share, server.models[path], axes=1)
+            return tree.where_rows(mix, mixed, own)
+
+        own = {k: x if k in tops else body(k, x) for k, x in stored.items()}
+        return Downlink(own=own)
+
+    def update(key, server, uplink, cohort):
+        sent = downlink(key, server, cohort).own
+        trained = tree.add(sent, uplink.delta)
+        weight = cohort.weight * cohort.active
+        mean = aggregators.mean_over_clients(trained, weight)
+        same = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), mean
+        )
+        apart = mixing.put(server.models, cohort.ids, trained, cohort.active)
+        warm = (cohort.round < warmup_rounds) & (jnp.sum(weight) > 0)
+        models = jax.tree.map(lambda x, y: jnp.where(warm, x, y), same, apart)
+        phi = jnp.where(
+            cohort.round < warmup_rounds,
+            server.phi,
+            _renewed(server.phi, trained[kernel], cohort),
+        )
+        return State(models, phi), {}
+
+    return Algorithm(
+        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+    )
+
+
+def _renewed(phi: Array, kernels: Array, cohort) -> Array:
+    """Similarities after a cohort with heads [C, L, K] took part together."""
+    norms = jnp.linalg.norm(kernels, axis=1, keepdims=True)
+    unit = kernels / jnp.maximum(norms, 1e-12)
+    cosines = jnp.einsum("alk,blk->abk", unit, unit)
+    new = jnp.maximum(jnp.mean(cosines, -1), 0.0)
+    num_clients = phi.shape[0]
+    ids = jnp.where(cohort.active > 0, cohort.ids, num_clients)
+    return phi.at[ids[:, None], ids[None, :]].set(new, mode="drop")

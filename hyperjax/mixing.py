@@ -1,0 +1,80 @@
+"""What methods share that keep a model of every client on the server.
+
+Memory is N x P by their nature: `check_table` refuses what would not fit. They act on
+the shared part of a model, as paths -> leaves: on HyperFedNet they mix generators.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import aggregators, tree
+from hyperjax.types import Array, ClientSide, Downlink, PyTree
+
+MAX_TABLE_GB = 8.0
+
+
+def check_table(theta: PyTree, num_clients: int, max_gb: float) -> None:
+    """Refuses a table of N models that would not fit.
+
+    Raises:
+      ValueError: it would take more than `max_gb` (the message names the sizes).
+    """
+    each = tree.num_bytes(theta)
+    if num_clients * each > max_gb * 1e9:
+        raise ValueError(
+            f"this method keeps a model per client on the server: {num_clients} "
+            f"clients x {tree.count(theta):,} numbers ({each / 1e6:.1f} MB) = "
+            f"{num_clients * each / 1e9:.1f} GB, more than max_table_gb={max_gb:g}"
+        )
+
+
+def table(theta: PyTree, num_clients: int) -> PyTree:
+    """Returns N copies of shared variables, leaves [N, ...]."""
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)).copy(), theta
+    )
+
+
+def rows(stored: PyTree, ids: Array) -> PyTree:
+    """Returns the models of clients [C, ...]; those without one get the mean of all."""
+    num_clients = jax.tree.leaves(stored)[0].shape[0]
+    known = ids < num_clients
+    mean = aggregators.mean_over_clients(stored, jnp.ones(num_clients))
+    everyone = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (ids.shape[0], *x.shape)), mean
+    )
+    return tree.where_rows(known, take(stored, ids), everyone)
+
+
+def take(stored: PyTree, ids: Array) -> PyTree:
+    """Returns rows of a table; ids beyond its end show the last one."""
+    return jax.tree.map(lambda x: x.at[ids].get(mode="clip"), stored)
+
+
+def put(stored: PyTree, ids: Array, new: PyTree, active: Array) -> PyTree:
+    """Writes rows [C, ...] of the active clients; ids beyond the end are dropped."""
+    num_clients = jax.tree.leaves(stored)[0].shape[0]
+    ids = jnp.where(active > 0, ids, num_clients)
+    return jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), stored, new)
+
+
+def own_as_shared(client: ClientSide) -> ClientSide:
+    """Returns FedAvg's client for a server that sends each client its own model."""
+
+    def shared(down: Downlink) -> Downlink:
+        return Downlink(shared=(down.own, ()), round=down.round)
+
+    return client._replace(
+        init=lambda key, common, down: client.init(key, common, shared(down)),
+        update=lambda key, down, *rest: client.update(key, shared(down), *rest),
+        adapt=lambda key, down, *rest: client.adapt(key, shared(down), *rest),
+        deploy=lambda down, adapted: client.deploy(shared(down), adapted),
+    )
+
+
+def layers(theta: PyTree) -> list[list[str]]:
+    """Returns the paths of each layer: those that differ in their last part only."""
+    found: dict[str, list[str]] = {}
+    for path in theta:
+        found.setdefault(path.rpartition("/")[0], []).append(path)
+    return list(found.values())
