@@ -79,7 +79,6 @@ ON_NORMS = ("hyperfednet", "fedbn")
 
 # Stacks beyond every method's defaults: client state, server optimizer state.
 EXTRA = {
-    "fedavg+kept_head": ("fedavg", dict(keep=r"params/head/.*")),
     "fedavg+fedadam": ("fedavg", dict(server_opt=server_optimizers.fedadam(0.1))),
     "hyperfednet+feddyn": ("hyperfednet", dict(base="feddyn")),
     "hyperfednet+ditto": ("hyperfednet", dict(base="ditto", share_aux="convs")),
@@ -91,6 +90,10 @@ EXTRA = {
     ),
     "hyperfedzero+client": ("hyperfedzero", dict(embed_granularity="client")),
 }
+# Stacks that every law is tested on by default: one of each kind. The others leave the
+# laws that compile most to the slow tests, as these leave all of them.
+THOROUGH = ("fedavg", "scaffold", "ditto", "hyperfedzero", "hyperfednet", "fedfomo")
+SLOW = ("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round")
 METHODS = sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
 STACKS = [*METHODS, *EXTRA]
 

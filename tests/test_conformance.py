@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federated import NUM_CLIENTS, STACKS, method, tiny, weights
+from federated import NUM_CLIENTS, SLOW, STACKS, THOROUGH, method, tiny, weights
 
 from hyperjax import rng, tree
 from hyperjax.engine import checkpoint, comm, exchange, schedule, sharding, stores
@@ -16,10 +16,21 @@ from hyperjax.types import ClientData, Cohort
 ROOT = jax.random.key(0)
 CLOSE = dict(rtol=2e-4, atol=2e-5)  # different order of sums, several steps
 
-# One process tests all laws of a method, and compiles its programs once.
-every_method = pytest.mark.parametrize(
-    "stack", [pytest.param(s, marks=pytest.mark.xdist_group(s)) for s in STACKS]
-)
+
+def stacks(quick):
+    """Parametrises a law; one process tests all laws of a stack, compiling once."""
+
+    def param(stack):
+        marks = [pytest.mark.xdist_group(stack)]
+        if stack in SLOW or stack not in quick:
+            marks.append(pytest.mark.slow)
+        return pytest.param(stack, marks=marks)
+
+    return pytest.mark.parametrize("stack", [param(stack) for stack in STACKS])
+
+
+every_method = stacks(STACKS)
+every_method_at_length = stacks(THOROUGH)  # laws that take programs of their own
 
 
 @functools.cache
@@ -80,7 +91,8 @@ def test_equal_inputs_give_equal_bits_and_arguments_stay(stack):
 @every_method
 def test_training_changes_the_server_and_stays_finite(stack):
     server, rows, _, info = one_exchange(stack, IDS)
-    assert tree.sha256(server) != tree.sha256(start(stack)[0])
+    # A method without a server's knowledge changes its clients.
+    assert tree.sha256((server, rows)) != tree.sha256(start(stack)[:2])
     assert tree.finite((server, rows, info))
 
 
@@ -99,7 +111,7 @@ def test_padding_changes_nothing(stack):
     chex.assert_trees_all_close(without, one_exchange(stack, in_front), **CLOSE)
 
 
-@every_method
+@every_method_at_length
 def test_a_wider_index_table_changes_nothing(stack):
     alg, pool, table = method(stack), tiny().pool, tiny().table
     server = start(stack)[0]
@@ -116,15 +128,22 @@ def test_a_wider_index_table_changes_nothing(stack):
 
 
 @every_method
-@pytest.mark.parametrize("mapper", ["vmap", 3])
-def test_all_mappers_agree(stack, mapper):
-    run = jitted(stack, mapper)
+def test_one_after_another_and_all_at_once_agree(stack):
+    run = jitted(stack, "vmap")
     chex.assert_trees_all_close(
         one_exchange(stack, IDS), one_exchange(stack, IDS, run=run), **CLOSE
     )
 
 
-@every_method
+@every_method_at_length
+def test_blocks_of_three_agree(stack):
+    run = jitted(stack, 3)
+    chex.assert_trees_all_close(
+        one_exchange(stack, IDS), one_exchange(stack, IDS, run=run), **CLOSE
+    )
+
+
+@every_method_at_length
 def test_one_device_and_four_agree(stack):
     mesh = sharding.client_mesh(NUM_CLIENTS)
     assert mesh.size == 4
@@ -141,7 +160,7 @@ def test_a_drop_out_counts_as_absent(stack):
     chex.assert_trees_all_close(dropped, absent, **CLOSE)
 
 
-@every_method
+@every_method_at_length
 def test_nan_of_an_inactive_client_reaches_nobody(stack):
     alg = method(stack)
 
@@ -203,24 +222,30 @@ def simulator(stack, **options) -> schedule.Simulator:
     )
 
 
-@every_method
+def two_rounds(stack, **options):
+    sim = simulator(stack, **options)
+    return jax.device_get(sim.run(ROOT, sim.init(ROOT), 0, 2))
+
+
+@every_method_at_length
 def test_device_store_host_store_and_files_agree(stack, tmp_path):
-    finals = []
-    for options in (
-        dict(store="device"),
-        dict(store="host"),
-        dict(store="host", store_dir=str(tmp_path)),
-    ):
-        sim = simulator(stack, **options)
-        carry, info = sim.run(ROOT, sim.init(ROOT), 0, 2)
-        finals.append(jax.device_get((carry, info)))
-    chex.assert_trees_all_close(finals[0], finals[1], **CLOSE)
-    chex.assert_trees_all_equal(finals[1], finals[2])
+    on_host = two_rounds(stack, store="host")
+    chex.assert_trees_all_close(two_rounds(stack, store="device"), on_host, **CLOSE)
+    in_files = two_rounds(stack, store="host", store_dir=str(tmp_path))
+    chex.assert_trees_all_equal(in_files, on_host)
 
 
 @every_method
-@pytest.mark.parametrize("store", ["device", "host"])
-def test_a_resumed_run_has_the_same_bits(stack, store, tmp_path):
+def test_a_resumed_run_has_the_same_bits(stack, tmp_path):
+    check_resuming(stack, "device", tmp_path)
+
+
+@every_method_at_length
+def test_a_resumed_run_from_the_host_has_the_same_bits(stack, tmp_path):
+    check_resuming(stack, "host", tmp_path)
+
+
+def check_resuming(stack, store, tmp_path):
     sim = simulator(stack, store=store)
     whole = sim.init(ROOT)
     for first in (0, 2, 4):
@@ -237,7 +262,7 @@ def test_a_resumed_run_has_the_same_bits(stack, store, tmp_path):
     assert tree.sha256(jax.device_get(carry)) == tree.sha256(jax.device_get(whole))
 
 
-@every_method
+@every_method_at_length
 def test_seeds_are_one_more_axis(stack):
     alg = method(stack)
     data = data_of(range(NUM_CLIENTS))

@@ -234,6 +234,9 @@ def fedgen(
         def step(i, state):
             generator, opt = state
             grads = jax.grad(objective)(generator, jax.random.fold_in(key, i))
+            # Batch-norm takes this bias out, so its derivative is zero; Adam would make
+            # steps of the rounding errors.
+            grads["Dense_0"]["bias"] = jnp.zeros_like(grads["Dense_0"]["bias"])
             updates, opt = adam.update(grads, opt)
             return optax.apply_updates(generator, updates), opt
 
