@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
         embedding_init="common",  # or own
         base="fedavg",
         bn_stats="local",  # or average, with share_aux="convs_and_bn"
-        persist_optimizer=False,
+        persist_optimizer="none",  # or kept, all
         finetune=(),  # patterns; (): everything, (r"params/network/head/.*",): the head
     )
     return config

@@ -16,13 +16,18 @@ MAX_TABLE_GB = 8.0
 def check_table(theta: PyTree, num_clients: int, max_gb: float) -> None:
     """Refuses a table of N models that would not fit.
 
+    Args:
+      theta: what is kept of each client; abstract, nothing is allocated.
+      num_clients: N.
+      max_gb: largest size of the table, in 10^9 bytes.
+
     Raises:
       ValueError: it would take more than `max_gb` (the message names the sizes).
     """
     each = tree.num_bytes(theta)
     if num_clients * each > max_gb * 1e9:
         raise ValueError(
-            f"this method keeps a model per client on the server: {num_clients} "
+            f"this method keeps models of clients on the server: {num_clients} "
             f"clients x {tree.count(theta):,} numbers ({each / 1e6:.1f} MB) = "
             f"{num_clients * each / 1e9:.1f} GB, more than max_table_gb={max_gb:g}"
         )
@@ -56,6 +61,12 @@ def put(stored: PyTree, ids: Array, new: PyTree, active: Array) -> PyTree:
     num_clients = jax.tree.leaves(stored)[0].shape[0]
     ids = jnp.where(active > 0, ids, num_clients)
     return jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), stored, new)
+
+
+def combine(share: Array, stored: Array) -> Array:
+    """Returns weighted sums of models: [..., N] and [N, ...] to [..., ...]."""
+    # Full precision: accelerators would otherwise round parameters to TF32.
+    return jnp.tensordot(share, stored, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
 def own_as_shared(client: ClientSide) -> ClientSide:

@@ -58,6 +58,7 @@ SMALL = dict(
     num_clients=NUM_CLIENTS,
     hidden_size=4,
     num_models=2,
+    num_hidden=1,
 )
 
 
@@ -80,10 +81,14 @@ ON_NORMS = ("hyperfednet", "fedbn")
 # Stacks beyond every method's defaults: client state, server optimizer state.
 EXTRA = {
     "fedavg+fedadam": ("fedavg", dict(server_opt=server_optimizers.fedadam(0.1))),
+    "pfedhn+pc": (
+        "pfedhn",
+        dict(keep=r"params/head/.*", persist_optimizer="kept"),
+    ),
     "hyperfednet+feddyn": ("hyperfednet", dict(base="feddyn")),
     "hyperfednet+ditto": ("hyperfednet", dict(base="ditto", share_aux="convs")),
     "hyperfednet+per_round": ("hyperfednet", dict(regenerate="per_round")),
-    "fedavg+persist": ("fedavg", dict(persist_optimizer=True)),
+    "fedavg+persist": ("fedavg", dict(persist_optimizer="all")),
     "hyperfedzero+sample": (
         "hyperfedzero",
         dict(embed_granularity="sample", deploy_granularity="sample"),

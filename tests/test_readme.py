@@ -9,6 +9,11 @@ import pytest
 
 # Command in the README -> what is run instead; None: it has run by other means.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
+SMALL = [
+    *("--config.rounds=1", "--config.local.epochs=1", "--config.data.shrink=4"),
+    *("--config.server.cohort_size=2", "--config.evaluation.finetune_epochs=(0, 1)"),
+    *("--config.engine.devices=1", "--config.tensorboard=False"),
+]
 TRAIN = "python -m experiments.train --config=configs/"
 SHORTENED = {
     "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
@@ -18,6 +23,10 @@ SHORTENED = {
     TRAIN + "hyperfedzero_mnist.py:alpha=0.1": SHORT,
     TRAIN + "fedavg_mnist.py": SHORT,
     "python -m experiments.evaluate": [],
+    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn": SMALL,
+    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn_prox": SMALL,
+    TRAIN + "ditto_mnist.py:iid": SMALL,
+    "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m experiments.study": [
         *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),
         *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),

@@ -21,6 +21,7 @@ from hyperjax.errors import check_choice
 from hyperjax.local import tuner
 from hyperjax.types import Algorithm, ClientSide, Downlink, Model, PyTree, ServerSide
 
+PERSIST = ("none", "kept", "all")
 BN_STATS = ("average", "local")
 CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
 
@@ -56,7 +57,7 @@ def fedavg(
     local,
     keep=None,
     bn_stats: str = "average",
-    persist_optimizer: bool = False,
+    persist_optimizer: str = "none",
     server_opt: optax.GradientTransformation | None = None,
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
@@ -71,7 +72,8 @@ def fedavg(
         `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
       keep: patterns on paths of variables that stay on the client; None shares all.
       bn_stats: "average" running statistics like parameters, or keep them "local".
-      persist_optimizer: clients keep the state of their optimizer between visits.
+      persist_optimizer: what of its optimizer's state a client keeps between visits:
+        "none", that of the "kept" parameters, or "all".
       server_opt: descends along minus the mean change; default: adds the mean.
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
@@ -88,16 +90,17 @@ def fedavg(
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
-    if correction.probe and persist_optimizer:
+    check_choice("persist_optimizer", persist_optimizer, PERSIST)
+    if correction.probe and persist_optimizer != "none":
         raise ValueError(
-            "persist_optimizer=True does not go with SCAFFOLD or FedNova: what they "
-            "learn from a visit assumes an optimizer that starts anew"
+            f"persist_optimizer={persist_optimizer!r} does not go with SCAFFOLD or "
+            "FedNova: they assume a local optimizer that starts anew at every visit"
         )
     train = local(model, probe=True) if correction.probe else local(model)
 
     def start(common):
         variables = model.init(common)
-        if persist_optimizer:
+        if persist_optimizer != "none":
             variables["opt"] = train.init_optimizer(variables)
         return variables
 
@@ -155,6 +158,9 @@ def fedavg(
             return {**grads, **adjusted}
 
         before = model.visit(home.merge(client.kept, anchor))
+        if persist_optimizer == "kept":
+            fresh = train.init_optimizer(before)
+            before["opt"] = _of_kept(before["opt"], fresh, client.kept)
         after, info = train(key, before, data, down.round, adjust)
         kept, theta = home.split(model.leave(after))
         params, _ = _split_stats(theta)
@@ -199,6 +205,20 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     if bn_stats == "local" and jax.tree.leaves(template["stats"]):
         patterns += (r"stats/.*",)
     return patterns + ((r"opt/.*",) if "opt" in template else ())
+
+
+def _of_kept(stored: PyTree, fresh: PyTree, kept: PyTree) -> PyTree:
+    """Returns a new optimizer state, but for what belongs to kept parameters."""
+    names = tree.paths(stored)
+    leaves, structure = jax.tree.flatten(fresh)
+    pairs = zip(names, jax.tree.leaves(stored), leaves, strict=True)
+
+    def is_kept(name):
+        return any(name.endswith("/" + path) for path in kept)
+
+    return jax.tree.unflatten(
+        structure, [old if is_kept(name) else new for name, old, new in pairs]
+    )
 
 
 def _plain_means(uplink: Uplink, cohort) -> corrections.Means:

@@ -102,7 +102,6 @@ def fedfomo(
     inner = fedavg(model, local=local, **fedavg_options)
     theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
     mixing.check_table(theta, num_clients, max_table_gb)
-    count = min(num_models, num_clients - 1) if num_clients > 1 else num_models
 
     def init(common):
         models = mixing.table(inner.server.init(common).theta, num_clients)
@@ -123,12 +122,10 @@ def fedfomo(
             score = jnp.where(wander, random, server.preference[known])
             open_ = server.trained & (jnp.arange(num_clients) != client)
             score = jnp.where(open_, score, -jnp.inf)
-            best, who = jax.lax.top_k(score, min(count, num_clients))
+            best, who = jax.lax.top_k(score, num_models)
             return jnp.where(jnp.isfinite(best), who, known)
 
-        chosen = jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
-        missing = num_models - chosen.shape[1]  # with fewer clients than models
-        return jnp.pad(chosen, ((0, 0), (0, missing)), mode="edge")
+        return jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
 
     def downlink(key, server, cohort):
         own = mixing.rows(server.models, cohort.ids)
@@ -165,7 +162,7 @@ def fedfomo(
         share = jnp.maximum(scores, 0.0)
         share = share / jnp.where(jnp.sum(share) > 0, jnp.sum(share), 1.0)
         mixed = jax.tree.map(
-            lambda x, y: x + jnp.tensordot(share, y - x, axes=1), mine, others
+            lambda x, y: x + mixing.combine(share, y - x), mine, others
         )
         start = Downlink(shared=(mixed, ()), round=down.round)
         sent, client, info = inner.client.update(key, start, client, train)

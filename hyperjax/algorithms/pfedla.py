@@ -59,7 +59,7 @@ def pfedla(
       hidden_size: of its three layers.
       generator_learning_rate: of the generators' plain gradient steps.
       sign: 1 descends the clients' losses; -1 is the public reproductions' sign.
-      max_table_gb: largest size of the server's models.
+      max_table_gb: largest size of the server's models and generators.
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
@@ -75,7 +75,6 @@ def pfedla(
         raise ValueError(f"sign={sign} must be 1 or -1")
     inner = fedavg(model, local=local, **fedavg_options)
     theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
-    mixing.check_table(theta, num_clients, max_table_gb)
     layers = mixing.layers(theta)
 
     def init_generator(key):
@@ -100,6 +99,10 @@ def pfedla(
             "bias": jnp.zeros((len(layers), num_clients)),
         }
 
+    # A generator has as many heads as there are clients.
+    psi = jax.eval_shape(init_generator, jax.random.key(0))
+    mixing.check_table((theta, psi), num_clients, max_table_gb)
+
     def init(common):
         models = mixing.table(inner.server.init(common).theta, num_clients)
         keys = jax.random.split(rng.stream(common, "generators"), num_clients)
@@ -109,7 +112,7 @@ def pfedla(
         """A client's model, by path."""
         share = layer_weights(psi, client)
         return {
-            path: jnp.tensordot(share[i], models[path], axes=1)
+            path: mixing.combine(share[i], models[path])
             for i, paths in enumerate(layers)
             for path in paths
         }

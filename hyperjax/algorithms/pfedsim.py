@@ -86,7 +86,7 @@ def pfedsim(
         mix = (cohort.round >= warmup_rounds) & (cohort.ids < num_clients)
 
         def body(path, own):
-            mixed = jnp.tensordot(share, server.models[path], axes=1)
+            mixed = mixing.combine(share, server.models[path])
             return tree.where_rows(mix, mixed, own)
 
         own = {k: x if k in tops else body(k, x) for k, x in stored.items()}
@@ -101,14 +101,13 @@ def pfedsim(
             lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), mean
         )
         apart = mixing.put(server.models, cohort.ids, trained, cohort.active)
-        warm = (cohort.round < warmup_rounds) & (jnp.sum(weight) > 0)
-        models = jax.tree.map(lambda x, y: jnp.where(warm, x, y), same, apart)
-        phi = jnp.where(
-            cohort.round < warmup_rounds,
-            server.phi,
-            _renewed(server.phi, trained[kernel], cohort),
+        warm, anybody = cohort.round < warmup_rounds, jnp.sum(weight) > 0
+        models = jax.tree.map(
+            lambda x, y, z: jnp.where(warm, jnp.where(anybody, x, z), y),
+            *(same, apart, server.models),
         )
-        return State(models, phi), {}
+        renewed = _renewed(server.phi, trained[kernel], cohort)
+        return State(models, jnp.where(warm, server.phi, renewed)), {}
 
     return Algorithm(
         ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
@@ -119,7 +118,10 @@ def _renewed(phi: Array, kernels: Array, cohort) -> Array:
     """Similarities after a cohort with heads [C, L, K] took part together."""
     norms = jnp.linalg.norm(kernels, axis=1, keepdims=True)
     unit = kernels / jnp.maximum(norms, 1e-12)
-    cosines = jnp.einsum("alk,blk->abk", unit, unit)
+    # Full precision: weights of heads that are nearly alike differ in 1 - cosine.
+    cosines = jnp.einsum(
+        "alk,blk->abk", unit, unit, precision=jax.lax.Precision.HIGHEST
+    )
     new = jnp.maximum(jnp.mean(cosines, -1), 0.0)
     num_clients = phi.shape[0]
     ids = jnp.where(cohort.active > 0, cohort.ids, num_clients)

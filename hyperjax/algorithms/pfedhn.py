@@ -1,0 +1,141 @@
+"""pFedHN: a hypernetwork on the server emits every client's network.
+
+Shamsian, Navon, Fetaya, Chechik 2021, "Personalized Federated Learning using
+Hypernetworks", ICML (arXiv:2103.04628), algorithm 1. The server holds the hypernetwork
+h and an embedding per client. Client i receives theta_i = h(v_i; phi), trains it, and
+sends back its change; the server pulls it through the generator,
+
+    g = (d theta_i / d(phi, v_i))^T (theta_i - theta_i'),
+
+clips g and takes an optimizer step on phi and v_i. As published a round is one client
+(`cohort_size=1`); with more, g is the mean over them: the synchronous variant, another
+algorithm, which wants a larger learning rate.
+
+pFedHN-PC, whose clients keep their classifier and the state of its optimizer, is
+`keep=r"params/head/.*"` with `persist_optimizer="kept"` (section 3.3). There the local
+gradient clip bounds the whole network; the authors' code clips the body alone.
+
+Deviation: momentum and decay do not move embeddings of clients that are absent
+(`faithful=True` has one dense table, as the authors' code). A client without an
+embedding is sent the network of the mean embedding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperjax import mixing, rng, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_at_least
+from hyperjax.hypernets import heads
+from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
+
+
+class State(NamedTuple):
+    """Hypernetwork, embeddings [N, d], and the states of their optimizers.
+
+    The second optimizer state has a leading axis [N], or is that of the whole table if
+    the method is `faithful`.
+    """
+
+    phi: PyTree
+    table: jax.Array
+    opt_phi: PyTree
+    opt_table: PyTree
+
+
+def pfedhn(
+    model: Model,
+    *,
+    local,
+    num_clients: int,
+    embedding_size: int = 0,
+    hidden_size: int = 100,
+    num_hidden: int = 3,
+    server_opt: optax.GradientTransformation | None = None,
+    weight_decay: float = 1e-3,
+    clip_norm: float = 50.0,
+    faithful: bool = False,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns pFedHN.
+
+    Args:
+      model: the target network.
+      local: builds a training loop, see `fedavg`.
+      num_clients: N.
+      embedding_size: d; 0 for 1 + N // 4, as published.
+      hidden_size: of the hypernetwork.
+      num_hidden: its hidden layers.
+      server_opt: default SGD at 0.01 with momentum 0.9.
+      weight_decay: added to the server's gradient.
+      clip_norm: bound on its norm, over all that received gradient.
+      faithful: momentum and decay move all embeddings at every step.
+      **fedavg_options: of `fedavg`, for the clients: `keep`, `persist_optimizer`, ...
+
+    Raises:
+      ValueError: a size is out of range.
+    """
+    check_at_least(1, num_clients=num_clients)
+    check_at_least(0, embedding_size=embedding_size)
+    size = embedding_size or 1 + num_clients // 4
+    options = {"bn_stats": "local", **fedavg_options}
+    inner = fedavg(model, local=local, **options)
+    template = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    net = heads.per_tensor(
+        template,
+        condition_size=size,
+        hidden_size=hidden_size,
+        num_hidden=num_hidden,
+    )
+    server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), server_opt)
+
+    def init(common):
+        key_phi, key_table = jax.random.split(rng.stream(common, "hypernetwork"))
+        phi = net.init(key_phi)
+        table = jax.random.normal(key_table, (num_clients, size))
+        rows = optimizer.init if faithful else jax.vmap(optimizer.init)
+        return State(phi, table, optimizer.init(phi), rows(table))
+
+    def emit(phi, v):
+        return jax.vmap(net.generate, (None, 0))(phi, v)
+
+    def downlink(key, server, cohort):
+        v = mixing.rows(server.table, cohort.ids)
+        return Downlink(own=emit(server.phi, v))
+
+    def update(key, server, uplink, cohort):
+        v = mixing.take(server.table, cohort.ids)
+        _, pull = jax.vjp(emit, server.phi, v)
+        some = jnp.maximum(jnp.sum(cohort.active), 1.0)
+        # Old minus new is what a minimiser wants.
+        grads = pull(tree.scale(uplink.delta, -1.0 / some))
+        norm = tree.norm(grads)
+        grads = tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6)))
+        phi, opt_phi = _step(optimizer, grads[0], server.opt_phi, server.phi)
+        if faithful:
+            dense = jnp.zeros_like(server.table)
+            dense = dense.at[cohort.ids].add(grads[1], mode="drop")
+            table, opt_table = _step(optimizer, dense, server.opt_table, server.table)
+        else:
+            stored = (server.table, server.opt_table)
+            rows, opt_rows = mixing.take(stored, cohort.ids)
+            step = jax.vmap(lambda g, o, p: _step(optimizer, g, o, p))
+            new = step(grads[1], opt_rows, rows)
+            table, opt_table = mixing.put(stored, cohort.ids, new, cohort.active)
+        after = State(phi, table, opt_phi, opt_table)
+        alive = jnp.sum(cohort.active) > 0
+        after = jax.tree.map(lambda x, y: jnp.where(alive, x, y), after, server)
+        return after, {"gradient_norm": norm}
+
+    return Algorithm(
+        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+    )
+
+
+def _step(optimizer, grads, state, params):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
