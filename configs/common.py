@@ -69,6 +69,8 @@ def defaults() -> ml_collections.ConfigDict:
         name="mlp",  # mlp, lenet_s, lenet, zenkenet, resnet8, resnet38, resnet20, ...
         hidden=(),  # hidden layers; (): the model's own
     )
+    # Networks of clients in equal blocks, for methods that take several; (): one.
+    config.families = ()
     config.local = dict(
         epochs=1,
         steps=config_dict.placeholder(int),  # instead of epochs

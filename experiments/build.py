@@ -5,7 +5,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
-from hyperjax.engine import evaluate, schedule, sharding
+from hyperjax.engine import evaluate, families, joint, schedule, sharding
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.types import Algorithm, Model
 
@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
     evaluator: evaluate.Evaluator
     cohort_size: int
     plan: dict[str, Any]
+    members: families.Families | None  # who has which network, if they differ
 
 
 def build(
@@ -55,6 +56,9 @@ def build(
     federation = federate(source, config)
     model = make_model(config, source.x.shape[1:], source.num_classes)
     algorithm = make_algorithm(config, model)
+    members = None
+    if isinstance(model, dict):
+        members = families.families(assigned(model, federation.num_clients))
     cohort_size = (
         federation.num_trainers
         if config.server.sampler == "full"
@@ -73,6 +77,7 @@ def build(
         federation.pool,
         weight=sizes if config.server.weights == "size" else np.ones_like(sizes),
         cohort_size=cohort_size,
+        members=members,
         sampler=config.server.sampler,
         sequential=config.server.sequential,
         mapper=mapper,
@@ -93,9 +98,10 @@ def build(
         federation,
         algorithm,
         simulator,
-        make_evaluator(config, federation, algorithm),
+        make_evaluator(config, federation, algorithm, members),
         cohort_size,
         plan,
+        members,
     )
 
 
@@ -142,8 +148,16 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
     check_choice("method.name", config.method.name, method_names())
-    if ":" not in config.model.name:
-        check_choice("model.name", config.model.name, models.ZOO)
+    for name in config.families or (config.model.name,):
+        if ":" not in name:
+            field = "families" if config.families else "model.name"
+            check_choice(field, name, models.ZOO)
+    if config.families and not takes_families(config.method.name):
+        able = [name for name in method_names() if takes_families(name)]
+        raise ValueError(
+            f"method.name={config.method.name!r} needs one network for all clients; "
+            f"families={tuple(config.families)} goes with: {', '.join(able)}"
+        )
     if (
         config.server.sampler == "uniform"
         and not 1 <= config.server.cohort_size <= config.data.num_clients
@@ -253,9 +267,44 @@ def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
 
 def make_model(
     config: ml_collections.ConfigDict, input_shape: tuple[int, ...], num_classes: int
+) -> Model | dict[str, Model]:
+    """Builds `config.model`, or one network per family, for inputs [H, W, c].
+
+    Methods that take families are given a mapping in any case.
+    """
+
+    def one(name):
+        return _make_model(config, name, input_shape, num_classes)
+
+    if not takes_families(config.method.name):
+        return one(config.model.name)
+    names = config.families or (config.model.name,)
+    return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
+
+
+def takes_families(method: str) -> bool:
+    """Whether a method is for clients with different networks."""
+    return "family_sizes" in inspect.signature(find_method(method)).parameters
+
+
+def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
+    """Returns the clients of each family: equal blocks, leftovers to the first."""
+    names = list(names)
+    if num_clients < len(names):
+        raise ValueError(
+            f"data.num_clients={num_clients} is less than the {len(names)} families"
+        )
+    blocks = np.array_split(np.arange(num_clients, dtype=np.int32), len(names))
+    return dict(zip(names, blocks, strict=True))
+
+
+def _make_model(
+    config: ml_collections.ConfigDict,
+    name: str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
 ) -> Model:
-    """Builds `config.model` for inputs [H, W, c]; "package.module:Class" is yours."""
-    name = config.model.name
+    """Builds one network; "package.module:Class" is yours."""
     cls = _import_module_class(name) if ":" in name else models.ZOO[name]
     fields = inspect.signature(cls).parameters
     options = {k: v for k, v in config.model.items() if k != "name" and v != ()}
@@ -293,12 +342,17 @@ def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
     return dict(num_clients=trainers) if takes else {}
 
 
-def make_algorithm(config: ml_collections.ConfigDict, model: Model) -> Algorithm:
-    """Builds `config.method` around a model."""
+def make_algorithm(
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+) -> Algorithm:
+    """Builds `config.method` around a model, or one per family."""
     name = config.method.name
     check_choice("method.name", name, method_names())
     factory = find_method(name)
     options: dict[str, Any] = _population(name, config)
+    if isinstance(model, dict):
+        blocks = assigned(model, config.data.num_clients)
+        options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     options |= {k: v for k, v in config.method.items() if k != "name"}
     if options.get("correction"):
         options["correction"] = make_correction(options["correction"])
@@ -446,15 +500,34 @@ def _optax_optimizers() -> dict[str, Any]:
 
 
 def make_evaluator(
-    config: ml_collections.ConfigDict, federation: Federation, algorithm: Algorithm
+    config: ml_collections.ConfigDict,
+    federation: Federation,
+    algorithm: Algorithm,
+    members: families.Families | None = None,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run."""
     most = max(federation.num_clients, federation.num_novel)
     clients_per_call = min(config.evaluation.clients_per_call, most)
-    return evaluate.evaluator(
+    whom = populations(federation)
+    build_it: Callable[..., evaluate.Evaluator] = evaluate.evaluator
+    if members is not None:
+        # The global test set belongs to no family.
+        whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
+        strangers = [
+            np.full(len(ids), i)
+            for i, ids in enumerate(
+                np.array_split(np.arange(federation.num_novel), len(members.names))
+            )
+        ]
+        build_it = functools.partial(
+            joint.evaluator,
+            members=members,
+            family=np.concatenate([members.family, *strangers]),
+        )
+    return build_it(
         algorithm,
         federation.pool,
-        populations(federation),
+        whom,
         source_prior=federation.source_prior,
         tuned=tuned_populations(federation),
         batch_size=config.evaluation.batch_size,

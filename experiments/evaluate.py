@@ -58,6 +58,11 @@ def load_run(path: str) -> Run:
         facts = dict(file)
     shape = tuple(int(n) for n in facts["sample_shape"])
     model = build.make_model(config, shape, len(facts["label_names"]))
+    if isinstance(model, dict):
+        raise ValueError(
+            f"workdir={path!r}: method {config.method.name!r} knows its clients by an "
+            "embedding each, so a client it never met cannot be served without training"
+        )
     algorithm = build.make_algorithm(config, model)
     # One client holds all training samples in centralised training.
     num_trainers = int(facts.get("num_trainers", config.data.num_clients))

@@ -17,7 +17,7 @@ from absl import flags, logging
 from experiments import build, cli, reach, report, results, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
-from hyperjax.engine import checkpoint, comm, log, schedule
+from hyperjax.engine import checkpoint, comm, families, log, schedule
 
 SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
 
@@ -62,7 +62,13 @@ class _Run:
         self.config, self.folder, self.name = config, folder, name
         self.experiment = build.build(config, str(folder / "store"))
         self.root = jax.random.key(config.seed)
-        self.cost = comm.cost(comm.describe(self.experiment.algorithm))
+        self.costs = {
+            name: comm.cost(
+                comm.describe(families.view(self.experiment.algorithm, name))
+            )
+            for name in families.clients(self.experiment.algorithm)
+        }
+        self.cost = self.mean_cost()
         self.seconds = 0.0  # of training calls
         self.samples = 0.0
         self.began = time.perf_counter()
@@ -114,7 +120,8 @@ class _Run:
         """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
         simulator = self.experiment.simulator
         template = schedule.abstract_carry(
-            self.experiment.algorithm, self.experiment.federation.num_trainers
+            self.experiment.algorithm,
+            self.experiment.members or self.experiment.federation.num_trainers,
         )
         restored = checkpoint.restore(self.checkpoints, template)
         if restored is None:
@@ -176,11 +183,22 @@ class _Run:
 
     def totals(self, round: int) -> dict[str, int]:
         """Bytes of all clients in all rounds so far, in Python integers."""
-        visits = round * self.experiment.cohort_size
+        visits = self.experiment.simulator.visits(self.root, round)
         return dict(
-            up_bytes_total=self.cost.up_bytes * visits,
-            down_bytes_total=self.cost.down_bytes * visits,
+            up_bytes_total=sum(c.up_bytes * visits[n] for n, c in self.costs.items()),
+            down_bytes_total=sum(
+                c.down_bytes * visits[n] for n, c in self.costs.items()
+            ),
         )
+
+    def mean_cost(self) -> comm.Cost:
+        """Of one exchange, over all clients; whole numbers for one family."""
+        members = self.experiment.members
+        if members is None:
+            return next(iter(self.costs.values()))
+        weight = [members.size(name) for name in self.costs]
+        columns = np.average(list(self.costs.values()), axis=0, weights=weight)
+        return comm.Cost(*columns.tolist())
 
     def finish(self, round: int, carry) -> dict[str, Any]:
         if not hasattr(self, "values"):  # continued after the last evaluation
@@ -208,6 +226,11 @@ class _Run:
             state_sha256=tree.sha256(jax.device_get(carry)),
             finished=True,
         )
+        if experiment.members is not None:
+            summary["families"] = {
+                name: dict(clients=experiment.members.size(name), **cost._asdict())
+                for name, cost in self.costs.items()
+            }
         if config.evaluation.sample_level:
             summary |= self.sample_level(round, carry)
         summary |= self.fine_tuned(round, carry)

@@ -4,11 +4,15 @@ Memory is N x P by their nature: `check_table` refuses what would not fit. They 
 the shared part of a model, as paths -> leaves: on HyperFedNet they mix generators.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree
-from hyperjax.types import Array, ClientSide, Downlink, PyTree
+from hyperjax.types import Algorithm, Array, ClientSide, Downlink, PyTree
 
 MAX_TABLE_GB = 8.0
 
@@ -69,15 +73,51 @@ def combine(share: Array, stored: Array) -> Array:
     return jnp.tensordot(share, stored, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
-def own_as_shared(client: ClientSide) -> ClientSide:
-    """Returns FedAvg's client for a server that sends each client its own model."""
+class Flat(NamedTuple):
+    """Shared variables of one method as a vector: `size`, `join`, and its inverse."""
+
+    size: int
+    join: Callable  # (theta) -> [size]
+    cut: Callable  # ([size]) -> theta
+
+
+def flat(alg: Algorithm) -> Flat:
+    """Returns the vector form of what a `fedavg` shares."""
+    theta = jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+    sizes = {path: math.prod(leaf.shape) for path, leaf in theta.items()}
+
+    def join(theta):
+        return jnp.concatenate([theta[path].reshape(-1) for path in sizes])
+
+    def cut(vector):
+        found, first = {}, 0
+        for path, size in sizes.items():
+            part = jax.lax.slice_in_dim(vector, first, first + size)
+            found[path] = part.reshape(theta[path].shape)
+            first += size
+        return found
+
+    return Flat(sum(sizes.values()), join, cut)
+
+
+def own_as_shared(client: ClientSide, vector: Flat | None = None) -> ClientSide:
+    """Returns FedAvg's client for a server that sends each client its own model.
+
+    With `vector` messages are flat: the model [K] down, its change [K] up.
+    """
 
     def shared(down: Downlink) -> Downlink:
-        return Downlink(shared=(down.own, ()), round=down.round)
+        theta = down.own if vector is None else vector.cut(down.own)
+        return Downlink(shared=(theta, ()), round=down.round)
+
+    def update(key, down, *rest):
+        uplink, state, info = client.update(key, shared(down), *rest)
+        sent = uplink if vector is None else vector.join(uplink.delta)
+        return sent, state, info
 
     return client._replace(
         init=lambda key, common, down: client.init(key, common, shared(down)),
-        update=lambda key, down, *rest: client.update(key, shared(down), *rest),
+        update=update,
         adapt=lambda key, down, *rest: client.adapt(key, shared(down), *rest),
         deploy=lambda down, adapted: client.deploy(shared(down), adapted),
     )

@@ -149,7 +149,12 @@ class ClientSide(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """A federated method."""
+    """A federated method.
+
+    Where models differ between clients, `client` is a mapping from the name of a family
+    of clients to what they do, and the server takes and gives mappings with the same
+    keys (of cohorts, downlinks and uplinks), for any subset of the families.
+    """
 
     server: ServerSide
-    client: ClientSide
+    client: Any  # ClientSide, or Mapping[str, ClientSide]

@@ -14,6 +14,7 @@ import optax
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.data import clients
 from hyperjax.data.sources import load
+from hyperjax.engine import families
 from hyperjax.models import layers
 from hyperjax.types import Algorithm, Model, Pool
 
@@ -59,6 +60,8 @@ SMALL = dict(
     hidden_size=4,
     num_models=2,
     num_hidden=1,
+    num_layers=1,
+    output_size=32,
 )
 
 
@@ -119,6 +122,11 @@ def method(stack: str) -> Algorithm:
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     accepted = inspect.signature(factory).parameters
     small = {k: v for k, v in SMALL.items() if k in accepted}
+    if "family_sizes" in accepted:  # as one of two families sees it
+        sizes = {"a": NUM_CLIENTS, "b": 3}
+        both = {"a": tiny().model, "b": normed()}
+        alg = factory(both, local=make_local(), family_sizes=sizes, **small, **options)
+        return families.view(alg, "a")
     model = normed() if name in ON_NORMS else tiny().model
     return factory(model, local=make_local(), **small, **options)
 

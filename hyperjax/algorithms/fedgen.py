@@ -11,10 +11,11 @@ averages the models. Clients train, from the second round on, with
 
     CE(f(x), y) + b_t KL(head(G(y)) || f(x)) + a_t (B_gen / B) CE(head(G(y')), y'),
 
-y' drawn from the labels that they hold, a_t and b_t falling by `decay` each round. The
-generator has batch statistics in every use and so no running ones to send. Corrected
-against the public code: teachers are the clients' own heads, and clients do not change
-the generator.
+y' drawn from the labels that they hold, a_t = alpha decay^t and b_t = beta decay^t in
+round t = 1, 2, ..., but no less than 1e-4 where alpha and beta are not. The generator
+has batch statistics in every use and so no running ones to send. Corrected against the
+public code: teachers are the clients' own heads, and clients do not change the
+generator.
 """
 
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from hyperjax.models.linen import masked_mean
 from hyperjax.types import Algorithm, Array, Batch, Downlink, Model, PyTree, ServerSide
 
 COUNT_BATCH = 256
+FLOOR = 1e-4  # of the coefficients, in the authors' code
 
 
 class Generator(nn.Module):
@@ -43,10 +45,10 @@ class Generator(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, noise: Array, labels: Array) -> Array:
+    def __call__(self, noise: Array, labels: Array, mask: Array | None = None) -> Array:
         x = Dense(self.hidden)(jnp.concatenate([noise, labels], -1))
         # Statistics of the batch itself, in training and on clients alike.
-        x = nn.relu(BatchNorm()(x, train=True))
+        x = nn.relu(BatchNorm()(x, True, mask))
         return Dense(self.features)(x)
 
 
@@ -90,9 +92,9 @@ def fedgen(
       head: patterns of the last layer's kernel [L, K] and bias [K].
       noise_size: numbers in eps.
       hidden_size: of the generator (256 in the authors' runs).
-      alpha: weight a_t in the first regularised round.
-      beta: weight b_t, likewise.
-      decay: factor on both, each round; they stop falling at 1e-4.
+      alpha: weight a_0.
+      beta: weight b_0.
+      decay: factor on both, each round.
       generator_steps: Adam steps a round (50 in the authors' runs).
       generator_batch_size: B_gen.
       generator_learning_rate: of Adam.
@@ -121,11 +123,11 @@ def fedgen(
     network = Generator(hidden_size, num_features)
     adam = optax.adam(generator_learning_rate)
 
-    def emit(generator, key, labels):
+    def emit(generator, key, labels, mask=None):
         noise = jax.random.normal(key, (labels.shape[0], noise_size))
         variables = {"params": generator, **_no_statistics(network)}
         one_hot = jax.nn.one_hot(labels, num_classes)
-        z, _ = network.apply(variables, noise, one_hot, mutable=["batch_stats"])
+        z, _ = network.apply(variables, noise, one_hot, mask, mutable=["batch_stats"])
         return z, noise
 
     def classify(params, z):
@@ -149,7 +151,7 @@ def fedgen(
         extra = {
             "params": start(key),
             "available": jnp.zeros(num_classes),
-            "decay": jnp.float32(0),  # factor on a_t and b_t; 0 in the first round
+            "decay": jnp.float32(0),  # decay^t; 0 in the first round
         }
         return {**variables, "stats": {**variables["stats"], "generator": extra}}
 
@@ -168,7 +170,7 @@ def fedgen(
         )
         params = dict(zip(paths, leaves, strict=True))
         logits = classify(params, model.features(ours, batch, True))
-        z, _ = emit(extra["params"], key_same, jnp.maximum(batch.y, 0))
+        z, _ = emit(extra["params"], key_same, batch.y, batch.mask)
         target = jax.nn.softmax(jax.lax.stop_gradient(classify(params, z)))
         gap = jnp.log(target + 1e-12) - jax.nn.log_softmax(logits)
         kl = masked_mean(jnp.sum(target * gap, -1), batch.mask)
@@ -179,8 +181,8 @@ def fedgen(
         )
         real = jnp.maximum(jnp.sum(batch.mask), 1.0)
         share = generator_batch_size / real
-        factor = extra["decay"]
-        total = value + factor * (beta * kl + alpha * share * jnp.mean(generated))
+        a, b = (_falling(start, extra["decay"]) for start in (alpha, beta))
+        total = value + b * kl + a * share * jnp.mean(generated)
         return total, ({**stats, "generator": extra}, info)
 
     def beside(hook):
@@ -257,7 +259,7 @@ def fedgen(
 
     def client_update(key, down, client, data):
         counts = count_labels(data, num_classes)
-        falling = jnp.maximum(decay ** down.round.astype(jnp.float32), 1e-4)
+        falling = jnp.maximum(decay ** down.round.astype(jnp.float32), 1e-30)
         extra = {
             "params": down.shared[1],
             "available": counts,
@@ -285,6 +287,12 @@ def count_labels(data, num_classes: int) -> Array:
         return total + batch.mask @ jax.nn.one_hot(batch.y, num_classes)
 
     return clients.fold(step, jnp.zeros(num_classes), data, COUNT_BATCH)
+
+
+def _falling(start: float, decay: Array) -> Array:
+    """A coefficient that has fallen by `decay`, which is 0 where there is none yet."""
+    fallen = jnp.minimum(start, jnp.maximum(start * decay, FLOOR))
+    return jnp.where(decay > 0, fallen, 0.0)
 
 
 def diversity(noise: Array, z: Array) -> Array:

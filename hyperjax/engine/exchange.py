@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import rng, tree
-from hyperjax.engine import sharding
+from hyperjax.engine import families, sharding
 from hyperjax.types import Algorithm, Array, ClientData, Cohort, Downlink, PyTree
 
 # Entries of a client's info that are summed over the cohort; the others are averaged,
@@ -15,16 +15,19 @@ from hyperjax.types import Algorithm, Array, ClientData, Cohort, Downlink, PyTre
 SUMMED = ("steps", "samples")
 
 
-def first_visit(alg: Algorithm, root, down: Downlink, ids: Array) -> PyTree:
-    """Returns the initial state of clients, leaves [C, ...].
+def first_visit(
+    alg: Algorithm, root, down: Downlink, ids: Array, family: str = ""
+) -> PyTree:
+    """Returns the initial state of clients of one family, leaves [C, ...].
 
     `ids` may name clients that never trained: they start by the very same path.
     """
+    client = families.clients(alg)[family]
     common = rng.stream(root, "common_init")
-    keys = rng.client_keys(rng.stream(root, "client_init"), ids)
+    keys = rng.client_keys(rng.stream(root, "client_init" + family), ids)
 
     def one(key, own):
-        return alg.client.init(key, common, Downlink(down.shared, own, down.round))
+        return client.init(key, common, Downlink(down.shared, own, down.round))
 
     return jax.vmap(one)(keys, down.own)
 
@@ -35,7 +38,7 @@ def make_exchange(
     mesh: Any = None,
     alone: bool = False,
 ) -> Callable:
-    """Builds the exchange of a method.
+    """Builds the exchange of a method without families.
 
     Args:
       alg: the method.
@@ -49,35 +52,73 @@ def make_exchange(
       rows [C, ...] the stored state of the cohort, seen [C] bool, data a `ClientData`
       with leading axis C on rows and size, and info a dict of means over the cohort.
     """
+    joint = make_joint_exchange(alg, mapper, mesh, alone)
 
-    def one_client(mapped, shared):
-        key, own, row, rows, size = mapped
-        common_down, round, pool = shared
-        down = Downlink(common_down, own, round)
-        return alg.client.update(key, down, row, ClientData(rows, size, pool))
+    def exchange(root, server, *of_cohort):
+        server, rows, info = joint(root, server, *({"": x} for x in of_cohort))
+        return server, rows[""], info
 
-    mapped_update = sharding.map_clients(one_client, mapper, mesh)
+    return exchange
 
-    def exchange(root, server, rows, seen, data: ClientData, cohort: Cohort):
-        key = jax.random.fold_in(root, cohort.round)
-        if alone:
-            key = jax.random.fold_in(key, cohort.ids[0])
-        down = alg.server.downlink(rng.stream(key, "downlink"), server, cohort)
+
+def make_joint_exchange(
+    alg: Algorithm,
+    mapper: str | int = "map",
+    mesh: Any = None,
+    alone: bool = False,
+) -> Callable:
+    """Builds the exchange of a method with families; see `make_exchange`.
+
+    Rows, seen, data and cohort are mappings by family, for all or some of them; with
+    `alone` for the single family of the single client.
+    """
+
+    def mapped_update(client):
+        def one_client(mapped, shared):
+            key, own, row, rows, size = mapped
+            common_down, round, pool = shared
+            down = Downlink(common_down, own, round)
+            return client.update(key, down, row, ClientData(rows, size, pool))
+
+        return sharding.map_clients(one_client, mapper, mesh)
+
+    updates = {name: mapped_update(c) for name, c in families.clients(alg).items()}
+    server_side = families.server(alg)
+
+    def visit(name, root, key, down, rows, seen, data: ClientData, cohort: Cohort):
+        """One family's part: (uplinks, new rows, infos), leaves [C, ...]."""
         down = down._replace(round=cohort.round)
-        start = tree.where_rows(seen, rows, first_visit(alg, root, down, cohort.ids))
+        first = first_visit(alg, root, down, cohort.ids, name)
+        start = tree.where_rows(seen, rows, first)
         alive = cohort.active > 0
-        keys = rng.client_keys(rng.stream(key, "client_update"), cohort.ids)
+        keys = rng.client_keys(rng.stream(key, "client_update" + name), cohort.ids)
         size = jnp.where(alive, data.size, 0)  # the dead take no step
-        up, new, info = mapped_update(
+        up, new, info = updates[name](
             (keys, down.own, start, data.rows, size),
             (down.shared, down.round, data.pool),
         )
         up = tree.where_rows(alive, up, tree.zeros_like(up))
-        new = tree.where_rows(alive, new, rows)
-        server, server_info = alg.server.update(
-            rng.stream(key, "server_update"), server, up, cohort
+        return up, tree.where_rows(alive, new, rows), info
+
+    def exchange(root, server, rows, seen, data, cohorts: dict[str, Cohort]):
+        one, cohort = next(iter(cohorts.items()))
+        key = jax.random.fold_in(root, cohort.round)
+        if alone:
+            key = jax.random.fold_in(rng.stream(key, one), cohort.ids[0])
+        downs = server_side.downlink(rng.stream(key, "downlink"), server, cohorts)
+        ups, new, infos, active = {}, {}, [], []
+        for name, cohort in cohorts.items():
+            ups[name], new[name], info = visit(
+                name, root, key, downs[name], rows[name], seen[name], data[name], cohort
+            )
+            infos.append(info)
+            active.append(cohort.active)
+        server, server_info = server_side.update(
+            rng.stream(key, "server_update"), server, ups, cohorts
         )
-        return server, new, {**cohort_info(info, cohort.active), **server_info}
+        info = jax.tree.map(lambda *x: jnp.concatenate(x), *infos)
+        info = cohort_info(info, jnp.concatenate(active))
+        return server, new, {**info, **server_info}
 
     return exchange
 

@@ -1,5 +1,6 @@
 """Who takes part when, and many rounds in one compiled call."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from hyperjax import rng
 from hyperjax.data.clients import Table
-from hyperjax.engine import comm, compiled, exchange, sharding, stores
+from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
+from hyperjax.engine.families import Families
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm, Array, ClientData, Cohort, Key, Pool, PyTree
 
@@ -18,18 +20,27 @@ STORES = ("device", "host")
 
 
 class Carry(NamedTuple):
-    """Everything that changes during training."""
+    """Everything that changes during training; by family for methods that have some."""
 
     server: PyTree
     rows: PyTree  # client state, leaves [N, ...]
     seen: Any  # [N] bool: has the client ever taken part?
 
 
-def abstract_carry(alg: Algorithm, num_clients: int) -> Carry:
-    """Returns the structure, shapes and dtypes of a run's carry; computes nothing."""
-    messages = comm.describe(alg)
-    rows, seen = jax.eval_shape(lambda: stores.zeros(messages.client, num_clients))
-    return Carry(messages.server, rows, seen)
+def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
+    """Returns the structure, shapes and dtypes of a run's carry; computes nothing.
+
+    `members` are the clients of each family, or how many there are without families.
+    """
+    groups = members if isinstance(members, Families) else families.families(members)
+    rows, seen = {}, {}
+    for name in groups.names:
+        messages = comm.describe(families.view(alg, name))
+        spec, num = messages.client, groups.size(name)
+        rows[name], seen[name] = jax.eval_shape(
+            lambda s=spec, n=num: stores.zeros(s, n)
+        )
+    return Carry(messages.server, families.pack(alg, rows), families.pack(alg, seen))
 
 
 def sample(name: str, key: Key, num_clients: int, cohort_size: int) -> Array:
@@ -51,12 +62,14 @@ class Simulator(NamedTuple):
       load: `(carry of host arrays) -> Carry`, to go on from a checkpoint.
       run: `(root, carry, start, num_rounds) -> (carry, info)`: rounds start,
         start + 1, ... with info leaves [num_rounds]. The given carry is consumed.
+      visits: `(root, num_rounds) -> {family: int}`, exchanges of all clients so far.
       program: the compiler; its `seconds` says how long compilation took so far.
     """
 
     init: Callable
     load: Callable
     run: Callable
+    visits: Callable
     program: compiled.Compiled
 
 
@@ -67,6 +80,7 @@ def simulator(
     *,
     weight: np.ndarray,
     cohort_size: int,
+    members: Families | None = None,
     sampler: str = "full",
     sequential: bool = False,
     mapper: str | int = "map",
@@ -82,6 +96,7 @@ def simulator(
       pool: the samples.
       weight: [N] aggregation weights, registered once.
       cohort_size: C; ignored by the sampler "full".
+      members: who belongs to which family, for methods with families.
       sampler: "full" or "uniform".
       sequential: the clients of a round come one after another, in random order, each
         in an exchange of its own, so that the server steps after every client; then
@@ -115,12 +130,36 @@ def simulator(
             ids = jax.random.permutation(rng.stream(key, "order"), ids)
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
+    groups = members or families.families(num_clients)
+    if set(groups.names) != set(families.clients(alg)):
+        raise ValueError(
+            f"the method has the families {sorted(families.clients(alg))}, the clients "
+            f"belong to {list(groups.names)}"
+        )
+
+    def visits(root, num_rounds):
+        if len(groups.names) == 1:
+            return {groups.names[0]: num_rounds * cohort_size}
+        if sampler == "full":
+            return {name: num_rounds * groups.size(name) for name in groups.names}
+        whole = jnp.zeros(num_clients)
+
+        def count(round):
+            family = jnp.asarray(groups.family)[
+                draw(root, round, whole).ids[:cohort_size]
+            ]
+            return jnp.bincount(family, length=len(groups.names))
+
+        counts = jax.jit(lambda r: jax.lax.map(count, r))(jnp.arange(num_rounds))
+        return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
+
     parts = _Parts(
-        init_server=lambda root: alg.server.init(rng.stream(root, "common_init")),
+        alg=alg,
+        visits=visits,
         draw=draw,
-        exchange=exchange.make_exchange(alg, mapper, mesh, alone=sequential),
+        exchange=exchange.make_joint_exchange(alg, mapper, mesh, alone=sequential),
         sequential=sequential,
-        row=comm.describe(alg).client,
+        groups=groups,
         table=table,
         pool=sharding.replicate(pool, mesh),
         weight=sharding.replicate(jnp.asarray(weight, jnp.float32), mesh),
@@ -132,15 +171,37 @@ def simulator(
 class _Parts(NamedTuple):
     """What both stores build a simulator from."""
 
-    init_server: Callable  # (root) -> server
+    alg: Algorithm
+    visits: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
     exchange: Callable
     sequential: bool
-    row: PyTree  # abstract state of one client
+    groups: Families
     table: Table
     pool: Pool
     weight: Array
     mesh: Any
+
+    def init_server(self, root):
+        """The server's first state."""
+        return self.alg.server.init(rng.stream(root, "common_init"))
+
+    def split(self, cohort: Cohort) -> dict[str, Cohort]:
+        """A cohort by family."""
+        return self.groups.split(cohort, 1 if self.mesh is None else self.mesh.size)
+
+    def rows(self) -> dict[str, PyTree]:
+        """The abstract state of one client of each family."""
+        views = {name: families.view(self.alg, name) for name in self.groups.names}
+        return {name: comm.describe(alg).client for name, alg in views.items()}
+
+    def members(self, cohorts: dict[str, Cohort]) -> dict[str, Array]:
+        """Rows of the index table for cohorts by family, clipped to real ones."""
+        last = len(self.table.size) - 1
+        return {
+            name: jnp.minimum(self.groups.everywhere(name, cohort.ids), last)
+            for name, cohort in cohorts.items()
+        }
 
 
 def _one_by_one(cohort: Cohort) -> Cohort:
@@ -154,41 +215,65 @@ def _one_by_one(cohort: Cohort) -> Cohort:
 
 def _on_device(parts: _Parts) -> Simulator:
     """All rounds of a call are one program; client state is part of its carry."""
-    program = compiled.Compiled(parts.mesh)
+    program, groups = compiled.Compiled(parts.mesh), parts.groups
     table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
+
+    def pack(server, rows, seen):
+        every = (families.pack(parts.alg, x) for x in (rows, seen))
+        return sharding.replicate(Carry(server, *every), parts.mesh)
 
     def init(root):
         server = jax.jit(parts.init_server)(root)
-        rows, seen = stores.zeros(parts.row, len(parts.table.size))
-        return sharding.replicate(Carry(server, rows, seen), parts.mesh)
+        every = {k: stores.zeros(s, groups.size(k)) for k, s in parts.rows().items()}
+        return pack(server, *({k: v[i] for k, v in every.items()} for i in (0, 1)))
 
     def load(arrays):
         return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
     def many_rounds(root, carry, rounds, table, pool, weight):
-        def one_exchange(carry, cohort):
-            data = ClientData(
-                table.rows.at[cohort.ids].get(mode="clip"),
-                table.size.at[cohort.ids].get(mode="clip"),
-                pool,
-            )
-            state, seen = stores.gather(carry.rows, carry.seen, cohort.ids)
+        def one_exchange(carry, cohorts):
+            server, rows, seen = carry
+            data, state, was_seen = {}, {}, {}
+            for name, places in parts.members(cohorts).items():
+                data[name] = ClientData(table.rows[places], table.size[places], pool)
+                state[name], was_seen[name] = stores.gather(
+                    rows[name], seen[name], cohorts[name].ids
+                )
             server, state, info = parts.exchange(
-                root, carry.server, state, seen, data, cohort
+                root, server, state, was_seen, data, cohorts
             )
-            rows, seen = stores.scatter(
-                carry.rows, carry.seen, cohort.ids, state, cohort.active > 0
-            )
-            return Carry(server, rows, seen), info
+            rows, seen = dict(rows), dict(seen)
+            for name, cohort in cohorts.items():
+                rows[name], seen[name] = stores.scatter(
+                    rows[name], seen[name], cohort.ids, state[name], cohort.active > 0
+                )
+            return (server, rows, seen), info
+
+        def one_client(carry, cohort):
+            """An exchange with the only family there is someone of."""
+            known = jnp.minimum(cohort.ids[0], len(groups.family) - 1)
+            place = jnp.asarray(groups.place)[known]
+
+            def branch(name):
+                def run(carry):
+                    ids = jnp.where(cohort.active > 0, place, groups.size(name))
+                    return one_exchange(carry, {name: cohort._replace(ids=ids)})
+
+                return run
+
+            family = jnp.asarray(groups.family)[known]
+            return jax.lax.switch(family, [branch(n) for n in groups.names], carry)
 
         def body(carry, round):
             cohort = parts.draw(root, round, weight)
             if not parts.sequential:
-                return one_exchange(carry, cohort)
-            carry, infos = jax.lax.scan(one_exchange, carry, _one_by_one(cohort))
+                return one_exchange(carry, parts.split(cohort))
+            carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
             return carry, exchange.round_info(infos)
 
-        return jax.lax.scan(body, carry, rounds)
+        start = (carry.server, *(families.unpack(parts.alg, x) for x in carry[1:]))
+        (server, *rest), infos = jax.lax.scan(body, start, rounds)
+        return Carry(server, *(families.pack(parts.alg, x) for x in rest)), infos
 
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
@@ -196,21 +281,28 @@ def _on_device(parts: _Parts) -> Simulator:
         args = (root, carry, rounds, table, parts.pool, parts.weight)
         return program("rounds", many_rounds, args, donate=(1,))
 
-    return Simulator(init, load, run, program)
+    return Simulator(init, load, run, parts.visits, program)
 
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     """One program per exchange; only a cohort's state and row numbers travel."""
-    program = compiled.Compiled(parts.mesh)
-    table, num_clients = parts.table, len(parts.table.size)
+    program, groups = compiled.Compiled(parts.mesh), parts.groups
+    table = parts.table
+
+    def empty():
+        rows, seen = {}, {}
+        for name, spec in parts.rows().items():
+            place = folder if folder is None else os.path.join(folder, name)
+            rows[name], seen[name] = stores.host_zeros(spec, groups.size(name), place)
+        return (families.pack(parts.alg, x) for x in (rows, seen))
 
     def init(root):
         server = sharding.replicate(jax.jit(parts.init_server)(root), parts.mesh)
-        return Carry(server, *stores.host_zeros(parts.row, num_clients, folder))
+        return Carry(server, *empty())
 
     def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)
-        rows, seen = stores.host_zeros(parts.row, num_clients, folder)
+        rows, seen = empty()
         found = jax.tree.leaves((arrays.rows, arrays.seen))
         for x, y in zip(jax.tree.leaves((rows, seen)), found, strict=True):
             x[...] = y
@@ -219,25 +311,33 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     def one_round(root, carry, round):
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         if not parts.sequential:
-            return one_exchange(root, carry, cohort)
+            cohorts = program("split", parts.split, (cohort,))
+            return one_exchange(root, carry, cohorts)
         infos, turns = [], _one_by_one(cohort)
-        for turn in range(len(cohort.ids)):
+        for turn, client in enumerate(np.asarray(cohort.ids)):
             one = jax.tree.map(lambda x, turn=turn: x[turn], turns)
-            carry, info = one_exchange(root, carry, one)
+            name = groups.names[groups.family[client]]
+            one = one._replace(ids=jnp.asarray(groups.place[[client]]))
+            carry, info = one_exchange(root, carry, {name: one})
             infos.append(info)
         infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
         return carry, jax.device_get(exchange.round_info(infos))
 
-    def one_exchange(root, carry, cohort):
-        ids = np.asarray(cohort.ids)
-        state, seen = stores.host_gather(carry.rows, carry.seen, ids)
-        place = np.minimum(ids, num_clients - 1)
-        data = ClientData(table.rows[place], table.size[place], parts.pool)
-        inputs = (root, carry.server, state, seen, data, cohort)
+    def one_exchange(root, carry, cohorts):
+        rows, seen = (families.unpack(parts.alg, x) for x in carry[1:])
+        data, state, was_seen = {}, {}, {}
+        for name, members in parts.members(cohorts).items():
+            ids, place = np.asarray(cohorts[name].ids), np.asarray(members)
+            state[name], was_seen[name] = stores.host_gather(
+                rows[name], seen[name], ids
+            )
+            data[name] = ClientData(table.rows[place], table.size[place], parts.pool)
+        inputs = (root, carry.server, state, was_seen, data, cohorts)
         inputs = sharding.replicate(inputs, parts.mesh)
         server, state, info = program("exchange", parts.exchange, inputs, donate=(1,))
-        alive = np.asarray(cohort.active) > 0
-        stores.host_scatter(carry.rows, carry.seen, ids, state, alive)
+        for name, cohort in cohorts.items():
+            ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0
+            stores.host_scatter(rows[name], seen[name], ids, state[name], alive)
         return carry._replace(server=server), jax.device_get(info)
 
     def run(root, carry, start, num_rounds):
@@ -248,4 +348,4 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             infos.append(info)
         return carry, jax.tree.map(lambda *x: np.stack(x), *infos)
 
-    return Simulator(init, load, run, program)
+    return Simulator(init, load, run, parts.visits, program)

@@ -7,7 +7,8 @@ and the parameters and statistics of every normalisation, also of Flax's own mod
 from hyperjax.models.layers import CONV_RULES
 from hyperjax.models.linen import from_linen
 from hyperjax.models.resnet import ResNet, ResNet20
-from hyperjax.models.zoo import MLP, ZOO, AttackLeNet, LeNet, LeNetS, ZenkeNet
+from hyperjax.models.squeezenet import SqueezeNet
+from hyperjax.models.zoo import MLP, VGG8, ZOO, AttackLeNet, LeNet, LeNetS, ZenkeNet
 
 HEAD = r"params/head/.*"
 NORM = r".*[Nn]orm[^/]*/[^/]*"
@@ -17,12 +18,14 @@ __all__ = [
     "HEAD",
     "MLP",
     "NORM",
+    "VGG8",
     "ZOO",
     "AttackLeNet",
     "LeNet",
     "LeNetS",
     "ResNet",
     "ResNet20",
+    "SqueezeNet",
     "ZenkeNet",
     "from_linen",
 ]

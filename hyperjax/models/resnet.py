@@ -1,10 +1,13 @@
 """Residual networks for small images, after He et al. 2016 (arXiv:1512.03385).
 
-Two published variants share the code. HyperFedNet's (arXiv:2402.18445) has no biases in
-its convolutions and a 1x1 convolution on the shortcut where the shape changes: 77,562
-parameters with one block a group, 563,642 with six (28x28x1, 10 classes), 563,930 for
-32x32x3. HyperFedZero's ResNet-20 (arXiv:2508.12673) has biases, and shortcuts without
-parameters: 282,760 for 200 classes.
+Three published variants share the code. HyperFedNet's (arXiv:2402.18445) has no biases
+in its convolutions and a 1x1 convolution on the shortcut where the shape changes:
+77,562 parameters with one block a group, 563,642 with six (28x28x1, 10 classes),
+563,930 for 32x32x3. HyperFedZero's ResNet-20 (arXiv:2508.12673) has biases, and
+shortcuts without parameters: 282,760 for 200 classes. MH-pFedHN's (arXiv:2507.22330)
+have biases in all convolutions and groups of unequal length, and are called by their
+number of blocks, not of layers: 347,178, 523,242 and 565,386 parameters with 10, 12 and
+18 blocks (32x32x3, 10 classes).
 
 Paths: stem_conv, stem_norm, group<1-3>_block<i>/{conv1,norm1,conv2,norm2,shortcut},
 head.
@@ -50,7 +53,7 @@ class Block(nn.Module):
             1,
             self.stride,
             rule=self.conv_rule,
-            use_bias=False,
+            use_bias=self.conv_bias,
             kernel_init=layers.he_normal,
             name="shortcut",
         )
@@ -64,15 +67,16 @@ class ResNet(nn.Module):
     start with stride 2. Kernels are drawn from N(0, 2 / fan_in).
 
     Attributes:
-      blocks: basic blocks in a group; 6 blocks + 2 layers count as the depth.
-      shortcut: where a block changes the shape: "conv", a 1x1 convolution without bias
-        or normalisation; "pad", subsampling, with zeros as the new channels.
-      conv_bias: whether the 3x3 convolutions have biases.
+      blocks: basic blocks in every group, or in each of the three; 2 layers for each
+        block and 2 more count as the depth.
+      shortcut: where a block changes the shape: "conv", a 1x1 convolution without
+        normalisation; "pad", subsampling, with zeros as the new channels.
+      conv_bias: whether the convolutions have biases.
     """
 
     num_classes: int
     width: int = 16
-    blocks: int = 6
+    blocks: int | tuple[int, int, int] = 6
     shortcut: str = "conv"
     conv_bias: bool = False
     conv_rule: str = "auto"
@@ -82,8 +86,9 @@ class ResNet(nn.Module):
         check_choice("shortcut", self.shortcut, SHORTCUTS)
         x = conv3x3(self, self.width, 1, "stem_conv")(x)
         x = nn.relu(layers.BatchNorm(name="stem_norm")(x, train, mask))
-        for group in (1, 2, 3):
-            for i in range(self.blocks):
+        blocks = (self.blocks,) * 3 if isinstance(self.blocks, int) else self.blocks
+        for group, length in enumerate(blocks, start=1):
+            for i in range(length):
                 block = Block(
                     features=2 ** (group - 1) * self.width,
                     stride=2 if group > 1 and i == 0 else 1,
@@ -99,7 +104,7 @@ class ResNet(nn.Module):
 class ResNet8(ResNet):
     """HyperFedNet's network for MNIST."""
 
-    blocks: int = 1
+    blocks: int | tuple[int, int, int] = 1
 
 
 class ResNet38x2(ResNet):
@@ -111,9 +116,27 @@ class ResNet38x2(ResNet):
 class ResNet20(ResNet):
     """HyperFedZero's network for CIFAR-100 and Tiny-ImageNet."""
 
-    blocks: int = 3
+    blocks: int | tuple[int, int, int] = 3
     shortcut: str = "pad"
     conv_bias: bool = True
+
+
+class MHResNet18(ResNet):
+    """MH-pFedHN's network of 18 blocks."""
+
+    conv_bias: bool = True
+
+
+class MHResNet12(MHResNet18):
+    """MH-pFedHN's network of 12 blocks: the last two groups hold nearly all."""
+
+    blocks: int | tuple[int, int, int] = (1, 5, 6)
+
+
+class MHResNet10(MHResNet18):
+    """MH-pFedHN's network of 10 blocks."""
+
+    blocks: int | tuple[int, int, int] = (3, 3, 4)
 
 
 def conv3x3(net: ResNet | Block, features: int, stride: int, name: str) -> layers.Conv:

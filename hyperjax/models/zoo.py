@@ -5,13 +5,16 @@ are those of the hypernetwork library that HyperFedZero's budget points to
 (arXiv:2508.12673; sizes 21,840, 431,080, 1,250,858 and 270,410 at C = 10). The ResNets
 of HyperFedNet (arXiv:2402.18445) are in `resnet`. AttackLeNet is the network of the
 reference attacks by gradient inversion (arXiv:1906.08935, arXiv:2001.02610).
+PFedHNCNN is pFedHN's target (arXiv:2103.04628); MHCNN, VGG8, MHMLP, the MHResNets in
+`resnet` and the networks in `squeezenet` are those of MH-pFedHN (arXiv:2507.22330), for
+32x32 images.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.models import layers, resnet
+from hyperjax.models import layers, resnet, squeezenet
 from hyperjax.types import Array
 
 
@@ -29,22 +32,37 @@ class MLP(nn.Module):
         return layers.Dense(self.num_classes, name="head")(x)
 
 
-class LeNet(nn.Module):
-    """conv5x5, pool, conv5x5, pool, two linear layers: [B, 28, 28, 1] -> [B, K].
+class MHMLP(MLP):
+    """MH-pFedHN's network for clients that come later: 408,100 parameters, C = 100."""
 
-    The defaults are the large network: 20 and 50 channels, 500 hidden units.
+    hidden: tuple[int, ...] = (128, 64)
+
+
+class LeNet(nn.Module):
+    """Convolutions, each with a pool, and linear layers: [B, H, W, c] -> [B, K].
+
+    The defaults are the large network, for 28x28x1: 20 and 50 channels, 500 hidden
+    units.
+
+    Attributes:
+      size: of the kernels.
+      padding: of the convolutions.
     """
 
     num_classes: int
     channels: tuple[int, ...] = (20, 50)
     hidden: tuple[int, ...] = (500,)
+    size: int = 5
+    padding: layers.Padding = "VALID"
     conv_rule: str = "auto"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for features in self.channels:
-            x = layers.Conv(features, 5, rule=self.conv_rule)(x)
-            x = nn.relu(layers.max_pool(x))
+            conv = layers.Conv(
+                features, self.size, padding=self.padding, rule=self.conv_rule
+            )
+            x = nn.relu(layers.max_pool(conv(x)))
         x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
             x = nn.relu(layers.Dense(size)(x))
@@ -56,6 +74,49 @@ class LeNetS(LeNet):
 
     channels: tuple[int, ...] = (10, 20)
     hidden: tuple[int, ...] = (50,)
+
+
+class PFedHNCNN(LeNet):
+    """pFedHN's target: 121,182 parameters for 32x32x3 and C = 10, 850 in the head."""
+
+    channels: tuple[int, ...] = (16, 32)
+    hidden: tuple[int, ...] = (120, 84)
+
+
+class MHCNN(LeNet):
+    """MH-pFedHN's small network: 234,006 parameters for 32x32x3 and C = 10."""
+
+    channels: tuple[int, ...] = (16, 32)
+    hidden: tuple[int, ...] = (108, 64)
+    size: int = 3
+    padding: layers.Padding = "SAME"
+
+
+class VGG8(nn.Module):
+    """Three pairs of 3x3 convolutions, three linear layers: [B, 32, 32, c] -> [B, K].
+
+    ReLU after every layer but the last, a pool after each pair, `dropout` before the
+    last two layers. 268,814 parameters for 32x32x3 and C = 10.
+    """
+
+    num_classes: int
+    channels: tuple[int, ...] = (16, 32, 64)
+    hidden: tuple[int, ...] = (180, 64)
+    dropout: float = 0.5
+    conv_rule: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        for features in self.channels:
+            for _ in range(2):
+                conv = layers.Conv(features, 3, padding="SAME", rule=self.conv_rule)
+                x = nn.relu(conv(x))
+            x = layers.max_pool(x)
+        x = x.reshape(x.shape[0], -1)
+        for size in self.hidden:
+            x = nn.relu(layers.Dense(size)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return layers.Dense(self.num_classes, name="head")(x)
 
 
 class ZenkeNet(nn.Module):
@@ -128,4 +189,13 @@ ZOO: dict[str, type[nn.Module]] = {
     "resnet38": resnet.ResNet,
     "resnet38x2": resnet.ResNet38x2,
     "resnet20": resnet.ResNet20,
+    "pfedhn_cnn": PFedHNCNN,
+    "mh_cnn": MHCNN,
+    "vgg8": VGG8,
+    "mh_resnet10": resnet.MHResNet10,
+    "mh_resnet12": resnet.MHResNet12,
+    "mh_resnet18": resnet.MHResNet18,
+    "mh_mlp": MHMLP,
+    "squeezenet1_0": squeezenet.SqueezeNet,
+    "squeezenet1_1": squeezenet.SqueezeNet11,
 }

@@ -20,10 +20,13 @@ REPRODUCED = (
     "fedavg",
     "fedbabu",
     "feddyn",
+    "fedgen",
     "fedper",
     "fedprox",
     "fedrep",
     "hyperfednet",
+    "pfedla",
+    "pfedsim",
 )
 HYPER = [Row(label, "hyperfednet", options) for label, options in SHARED.items()]
 
@@ -64,14 +67,21 @@ def test_two_models_a_round_trip(network, full):
     assert counts == {"fedavg": full, "scaffold": 2 * full}
 
 
-def test_fusions_send_the_generator_and_scaffold_twice_as_much():
-    labels = {
-        f"hyperfednet + {x}": x for x in ("fedprox", "feddyn", "scaffold", "ditto")
+def test_fusions_send_generators_and_nothing_else():
+    one = 75_920  # each way; SCAFFOLD sends as many controls, FedFomo five more down
+    expected = {
+        "fedprox": 2 * one,
+        "feddyn": 2 * one,
+        "scaffold": 4 * one,
+        "ditto": 2 * one,
+        "pfedla": 2 * one,
+        "fedfomo": 7 * one + 5,  # and the scores of the five
     }
+    labels = [f"hyperfednet + {base}" for base in expected]
     lines = [row for row in comm_table.EXTRA if row.label in labels]
-    counts = round_trips("mnist", lines)
-    expected = [151_840 * (1 + (base == "scaffold")) for base in labels.values()]
-    assert [counts[label] for label in labels] == expected
+    assert round_trips("mnist", lines) == dict(
+        zip(labels, expected.values(), strict=True)
+    )
 
 
 def test_smallest_generator_and_averaged_statistics():
@@ -81,13 +91,20 @@ def test_smallest_generator_and_averaged_statistics():
     assert [counts[name] for name in names] == [640, 155_124 + 2 * 480]
 
 
-def test_counts_of_cifar10_are_the_papers_but_for_fedbn():
+def test_counts_of_cifar10_are_the_papers_but_for_two_that_are_explained():
     records = {r["method"]: r for r in on_cifar10()}
-    assert {*REPRODUCED, "fedbn"} <= set(records)
+    assert {*REPRODUCED, "fedbn", "fedfomo"} == set(records) == {*comm_table.TABLE_III}
     for method in REPRODUCED:
         assert records[method]["cpr"] == records[method]["published"], method
     assert records["fedbn"]["cpr"] == 1_127_860 - 2 * 2_720
     assert comm_table.note(records["fedbn"]).startswith("-5,440: scales and biases")
+    # Own and five models down, own and five scores up.
+    down_up = records["fedfomo"]["down"], records["fedfomo"]["up"]
+    assert down_up == (6 * 563_930, 563_930 + 5)
+    assert comm_table.note(records["fedfomo"]).startswith("+5: the scores of five")
+    # Generator and, up, how many samples of each label.
+    assert records["fedgen"]["down"] - 563_930 == 3_552
+    assert records["fedgen"]["up"] - 563_930 == 10
     assert comm_table.note(records["fedavg"]) == ""
     for record in records.values():
         for way in ("down", "up"):
@@ -95,14 +112,18 @@ def test_counts_of_cifar10_are_the_papers_but_for_fedbn():
 
 
 def test_table_iii_digit_for_digit():
-    lines = {line["method"]: line for line in comm_table.table_iii(on_cifar10())}
-    present = {m: line for m, line in lines.items() if line["cpr"] is not None}
-    assert (
-        " ".join(present.pop("fedbn")["cells"]) == "1.12 4.49 15.71 46.02 46.02 90.92"
+    table = comm_table.table_iii(on_cifar10())
+    lines = {line["method"]: line for line in table}
+    fedbn = lines["fedbn"]
+    assert " ".join(fedbn["cells"]) == "1.12 4.49 15.71 46.02 46.02 90.92"
+    assert (fedbn["same"], fedbn["of"]) == (0, 6)
+    # Five more numbers a round trip do not show in FedFomo's cells.
+    for method in (*REPRODUCED, "fedfomo", "fedbn, charged as fedavg"):
+        assert lines[method]["same"] == lines[method]["of"], method
+    assert comm_table.tally(table) == (
+        "64 of 70 cells as printed from our own counts; 6 of 6 of fedbn, charged as "
+        "fedavg"
     )
-    for method in (*REPRODUCED, "fedbn, charged as fedavg"):
-        assert present[method]["same"] == present[method]["of"], method
-    assert sum(present[method]["of"] for method in REPRODUCED) == 42
 
 
 def test_the_five_prices_reproduce_all_70_cells():

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("evaluate")
 ROOT = jax.random.key(0)
 NUM_NOVEL = 3
 SOURCE = np.array([0.2, 0.5, 0.3])
-KEPT, ZERO_SHOT = "fedavg+kept_head", "hyperfedzero"
+KEPT, ZERO_SHOT = "fedper", "hyperfedzero"
 
 
 @functools.cache

@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 
 from hyperjax import tree
-from hyperjax.models import HEAD, NORM, ZOO, AttackLeNet, ResNet, ZenkeNet, from_linen
+from hyperjax.models import (
+    HEAD,
+    NORM,
+    VGG8,
+    ZOO,
+    AttackLeNet,
+    ResNet,
+    ZenkeNet,
+    from_linen,
+    squeezenet,
+)
 from hyperjax.models.resnet import Block
 from hyperjax.types import Batch
 
 MNIST, CIFAR, TINY_IMAGENET = (28, 28, 1), (32, 32, 3), (64, 64, 3)
+# MH-pFedHN's images are all of 32x32: CIFAR-10, CIFAR-100, Tiny-ImageNet, EMNIST.
+MH_IMAGES = ((CIFAR, 10), (CIFAR, 100), (CIFAR, 200), ((32, 32, 1), 62))
 
 
 def shapes(name, input_shape, num_classes):
@@ -78,6 +90,87 @@ def test_hyperfednets_table_of_counts(name, input_shape, num_classes, expected):
     assert tuple(count(found, part) for part in parts) == expected
     # A mean and a variance for every scale and bias, and nothing else.
     assert count(found, f"(?=stats/){NORM}") == count(found, "stats/.*") == expected[4]
+
+
+def size_of(name, input_shape, num_classes):
+    """Counts the parameters of a network's own `init`, which is traced once."""
+    module = ZOO[name](num_classes)
+    options = {"train": False} if hasattr(module, "dropout") or "resnet" in name else {}
+    variables = jax.eval_shape(
+        lambda key: module.init(key, jnp.zeros((1, *input_shape)), **options),
+        jax.random.key(0),
+    )
+    return tree.count(variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mh_cnn", (234_006, 239_856, 246_356, 237_098)),
+        ("vgg8", (268_814, 274_664, 281_164, 271_906)),
+        ("mh_resnet10", (347_178, 353_028, 359_528, 350_270)),
+        ("mh_resnet12", (523_242, 529_092, 535_592, 526_334)),
+        ("mh_resnet18", (565_386, 571_236, 577_736, 568_478)),
+    ],
+)
+def test_mh_pfedhns_table_of_counts(name, expected):
+    assert tuple(size_of(name, *images) for images in MH_IMAGES) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "expected"),
+    [
+        ("pfedhn_cnn", 10, 121_182),
+        ("pfedhn_cnn", 100, 128_832),
+        ("mh_mlp", 100, 408_100),
+        ("squeezenet1_0", 100, 786_724),
+        ("squeezenet1_1", 100, 773_796),
+    ],
+)
+def test_counts_of_pfedhns_network_and_of_those_that_come_later(
+    name, num_classes, expected
+):
+    assert size_of(name, CIFAR, num_classes) == expected
+
+
+def test_the_rest_of_pfedhns_network_is_its_body():
+    found = shapes("pfedhn_cnn", CIFAR, 10)
+    assert len(found) == 10 and count(found, f"(?!{HEAD})params/.*") == 120_332
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("mh_resnet10", (3, 3, 4)),
+        ("mh_resnet12", (1, 5, 6)),
+        ("mh_resnet18", (6, 6, 6)),
+    ],
+)
+def test_mh_pfedhns_resnets_are_called_by_their_blocks(name, blocks):
+    found = shapes(name, CIFAR, 10)
+    kernels = {p: s for p, s in found.items() if p.endswith("conv1/kernel")}
+    assert len(kernels) == sum(blocks) == int(name[-2:])
+    for group, length in enumerate(blocks, start=1):
+        for i in range(length):
+            shape = kernels[f"params/group{group}_block{i}/conv1/kernel"]
+            assert shape[-1] == 8 * 2**group
+    # Each convolution has a bias, shortcuts too; those are where the shape changes.
+    for kernel in (p for p in found if re.fullmatch(".*(conv.?|shortcut)/kernel", p)):
+        assert found[kernel.replace("kernel", "bias")] == found[kernel][-1:]
+    shortcuts = {p.split("/")[1] for p in found if "shortcut" in p}
+    assert shortcuts == {"group2_block0", "group3_block0"}
+
+
+@pytest.mark.parametrize("name", ["vgg8", "mh_resnet10", "squeezenet1_1"])
+def test_features_are_rows_of_the_heads_inputs(name):
+    model = from_linen(ZOO[name](10), CIFAR, 10)
+
+    def inputs(key):
+        batch = Batch(jnp.zeros((2, *CIFAR)), jnp.zeros(2, jnp.int32), jnp.ones(2))
+        return model.features(model.init(key), batch, True)
+
+    features = jax.eval_shape(inputs, jax.random.key(0))
+    assert features.shape == (2, 512 if name == "squeezenet1_1" else 64)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -165,10 +258,14 @@ def test_unknown_shortcut():
         from_linen(ResNet(3, shortcut="cnov"), (8, 8, 1), 3)
 
 
-def test_zenkenet_drops_in_training_only():
-    # 14 rows are the least that leave one.
-    model = from_linen(ZenkeNet(3), (14, 14, 1), 3)
-    without = from_linen(ZenkeNet(3, dropout=0.0), (14, 14, 1), 3)
+@pytest.mark.parametrize(
+    ("network", "options"),
+    # 14 rows are the least that leave ZenkeNet one.
+    [(ZenkeNet, {}), (VGG8, dict(channels=(2, 3), hidden=(16, 4)))],
+)
+def test_dropout_in_training_only(network, options):
+    model = from_linen(network(3, **options), (14, 14, 1), 3)
+    without = from_linen(network(3, dropout=0.0, **options), (14, 14, 1), 3)
     batch = batch_of((14, 14, 1))
 
     @jax.jit
@@ -186,6 +283,39 @@ def test_zenkenet_drops_in_training_only():
     assert float(full) == float(again) != float(dropped)
     # Features are taken without dropout, also in training.
     np.testing.assert_allclose(logits, predicted, rtol=1e-5, atol=1e-6)
+
+
+def test_squeezenets_pool_cuts_windows_off_at_the_far_edges():
+    # As PyTorch's ceil_mode: 13, 6, 3, 2 rows become 6, 3, 1, 1.
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(2, 13, 6, 3)))
+    for height, width in ((13, 6), (6, 3), (3, 2)):
+        x = values[:, :height, :width]
+        pads = ((0, 0), (0, 1 - height % 2), (0, 1 - width % 2), (0, 0))
+        expected = jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads
+        )
+        found = squeezenet.max_pool(x)
+        assert found.shape[1:3] == (height // 2, max(width // 2, 1))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_squeezenets_classifier_is_a_mean_over_positions():
+    # 63 rows leave 3 positions: the classifier's relu comes before their mean.
+    model = from_linen(squeezenet.SqueezeNet11(3, channels=2), (63, 31, 1), 3)
+    x = batch_of((63, 31, 1), 1).x
+
+    @jax.jit
+    def outputs(key):
+        variables = model.init(key)
+        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
+        features = model.features(variables, batch, False)
+        return variables["params"]["head"], features, model.predict(variables, x)
+
+    head, features, logits = outputs(jax.random.key(0))
+    assert features.shape == (1, 3, 1, 512)
+    expected = np.maximum(features @ head["kernel"] + head["bias"], 0).mean((1, 2))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-7)
+    assert np.any(logits > 0)
 
 
 def test_attack_lenet_starts_uniform_and_has_second_derivatives():

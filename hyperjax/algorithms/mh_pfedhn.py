@@ -1,0 +1,181 @@
+"""MH-pFedHN: pFedHN for clients with different networks, of which it knows the sizes.
+
+Zhang, Li, Liu, Jiang, Wang 2025, "Hypernetworks for Model-Heterogeneous Personalized
+Federated Learning" (arXiv:2507.22330), after the authors' code. Every client is sent a
+flat vector of as many numbers as its network has, in an order that is its own business,
+trains, and sends its change back. The server pulls the change through the generator
+(`hypernets.multi_head`), clips, and takes an optimizer step on the extractor, the head
+of the client's size and the client's embeddings. What received no gradient keeps its
+value, its moments and its step count.
+
+As published clients come one after another (the engine's sequential rounds). With
+several at once g is the sum over them divided by their number: the averaged variant,
+which wants a larger learning rate. Running statistics stay home.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperjax import mixing, rng, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.hypernets.multi_head import multi_head
+from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
+
+
+class State(NamedTuple):
+    """Hypernetwork, embeddings {family: [N_f, m, d]}, an optimizer state for each part.
+
+    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}.
+    """
+
+    phi: PyTree
+    tables: dict[str, jax.Array]
+    opt: PyTree
+
+
+def mh_pfedhn(
+    models: Mapping[str, Model],
+    *,
+    local,
+    family_sizes: Mapping[str, int],
+    output_size: int = 3072,
+    embedding_size: int = 64,
+    hidden_size: int = 128,
+    num_layers: int = 3,
+    embedding_deviation: float = 0.002,
+    server_opt: optax.GradientTransformation | None = None,
+    clip_norm: float = 50.0,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns MH-pFedHN.
+
+    Args:
+      models: the network of each family of clients.
+      local: builds a training loop, see `fedavg`.
+      family_sizes: clients of each family.
+      output_size: O.
+      embedding_size: d.
+      hidden_size: of the extractor.
+      num_layers: of the extractor.
+      embedding_deviation: of embeddings at first.
+      server_opt: default Adam at 2e-4.
+      clip_norm: bound on the norm of the gradient, over all that received some.
+      **fedavg_options: of `fedavg`, for the clients.
+
+    Raises:
+      ValueError: a size is out of range.
+    """
+    server_opt = server_opt or optax.adam(2e-4)
+    options = {"bn_stats": "local", **fedavg_options}
+    inner = {
+        name: fedavg(model, local=local, **options) for name, model in models.items()
+    }
+    flats = {name: mixing.flat(alg) for name, alg in inner.items()}
+    net = multi_head(
+        [flat.size for flat in flats.values()],
+        output_size=output_size,
+        embedding_size=embedding_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        embedding_deviation=embedding_deviation,
+    )
+
+    def head_of(name):
+        return str(net.positions[flats[name].size])
+
+    def init(common):
+        key_phi, key_tables = jax.random.split(rng.stream(common, "hypernetwork"))
+        phi = net.init(key_phi)
+        tables = {
+            name: net.init_embeddings(
+                rng.stream(key_tables, name), num, flats[name].size
+            )
+            for name, num in family_sizes.items()
+        }
+        opt = {
+            "extractor": server_opt.init(phi["extractor"]),
+            "heads": {m: server_opt.init(head) for m, head in phi["heads"].items()},
+            "tables": {k: jax.vmap(server_opt.init)(v) for k, v in tables.items()},
+        }
+        return State(phi, tables, opt)
+
+    def emit(parts, rows, name):
+        """Flat networks [C, K] of one family."""
+        head = parts["heads"][head_of(name)]
+        one = lambda v: net.generate(parts["extractor"], head, v, flats[name].size)  # noqa: E731
+        return jax.vmap(one)(rows)
+
+    def downlink(key, server, cohorts):
+        return {
+            name: Downlink(
+                own=emit(server.phi, mixing.rows(server.tables[name], cohort.ids), name)
+            )
+            for name, cohort in cohorts.items()
+        }
+
+    def update(key, server, uplinks, cohorts):
+        rows = {
+            name: mixing.take(server.tables[name], cohort.ids)
+            for name, cohort in cohorts.items()
+        }
+        active = {name: cohort.active > 0 for name, cohort in cohorts.items()}
+        some = jnp.maximum(sum(jnp.sum(x) for x in active.values()), 1)
+        heads = sorted({head_of(name) for name in cohorts})
+        parts = {
+            "extractor": server.phi["extractor"],
+            "heads": {m: server.phi["heads"][m] for m in heads},
+        }
+        emitted = {name: lambda p, r, n=name: emit(p, r[n], n) for name in cohorts}
+        _, pull = jax.vjp(
+            lambda p, r: {name: f(p, r) for name, f in emitted.items()}, parts, rows
+        )
+        grads = pull(jax.tree.map(lambda d: -d / some, uplinks))
+        norm = tree.norm(grads)
+        of_parts, of_rows = tree.scale(
+            grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+        )
+
+        def step(g, opt, x, alive):
+            updates, new = server_opt.update(g, opt, x)
+            after = (optax.apply_updates(x, updates), new)
+            return jax.tree.map(lambda a, b: jnp.where(alive, a, b), after, (x, opt))
+
+        phi: PyTree = {"heads": dict(server.phi["heads"])}
+        opt: PyTree = {
+            "heads": dict(server.opt["heads"]),
+            "tables": dict(server.opt["tables"]),
+        }
+        anybody = jnp.any(jnp.concatenate(list(active.values())))
+        phi["extractor"], opt["extractor"] = step(
+            of_parts["extractor"],
+            server.opt["extractor"],
+            server.phi["extractor"],
+            anybody,
+        )
+        for m in heads:
+            present = [jnp.any(active[name]) for name in cohorts if head_of(name) == m]
+            phi["heads"][m], opt["heads"][m] = step(
+                of_parts["heads"][m],
+                server.opt["heads"][m],
+                server.phi["heads"][m],
+                jnp.any(jnp.stack(present)),
+            )
+        tables = dict(server.tables)
+        for name, cohort in cohorts.items():
+            stored = (server.tables[name], server.opt["tables"][name])
+            old, old_opt = mixing.take(stored, cohort.ids)
+            new = jax.vmap(step)(of_rows[name], old_opt, old, active[name])
+            tables[name], opt["tables"][name] = mixing.put(
+                stored, cohort.ids, new, cohort.active
+            )
+        return State(phi, tables, opt), {"gradient_norm": norm}
+
+    clients = {
+        name: mixing.own_as_shared(alg.client, flats[name])
+        for name, alg in inner.items()
+    }
+    return Algorithm(ServerSide(init, downlink, update), clients)

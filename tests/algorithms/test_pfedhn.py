@@ -1,0 +1,309 @@
+"""pFedHN on quadratics, and the published numbers."""
+
+import functools
+
+import chex
+import federated
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quadratics as q
+
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import Uplink
+from hyperjax.algorithms.pfedhn import pfedhn
+from hyperjax.engine import comm
+from hyperjax.hypernets import heads
+from hyperjax.models import HEAD, ZOO, from_linen
+from hyperjax.types import Cohort
+
+PC = dict(keep=q.HEAD, persist_optimizer="kept")
+# A server whose step is the clipped gradient itself.
+BARE = dict(server_opt=optax.sgd(1.0), weight_decay=0.0)
+MOVING = dict(server_opt=optax.sgd(0.02, momentum=0.9), weight_decay=0.05)
+# Published rounds are of one client; then some of several, with absences.
+COHORTS = ((2,), (0,), (2,), (3,), (2,), *q.PARTIAL)
+PATHS = ("params/body/w", "params/head/w")
+
+
+@functools.cache
+def ours(train=q.training(q.DECAYING), num_hidden=1, hidden_size=3, **options):
+    return pfedhn(
+        q.model(),
+        local=train,
+        num_clients=q.N,
+        embedding_size=2,
+        hidden_size=hidden_size,
+        num_hidden=num_hidden,
+        **options,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="pc")
+def emitted(phi, v, pc=False):
+    """A client's theta [2]; a head that is its own is as it started."""
+    spec = {path: jax.ShapeDtypeStruct((), jnp.float32) for path in PATHS[: 2 - pc]}
+    net = heads.per_tensor(spec, condition_size=2, hidden_size=3, num_hidden=1)
+    found = net.generate(phi, v)
+    return jnp.stack([found.get(path, q.START[i]) for i, path in enumerate(PATHS)])
+
+
+@functools.partial(jax.jit, static_argnames="pc")
+def pulled(phi, v, delta, pc=False):
+    """(d theta / d(phi, v))' delta."""
+    return jax.grad(lambda phi, v: delta @ emitted(phi, v, pc), (0, 1))(phi, v)
+
+
+@functools.partial(jax.jit, static_argnames="pc")
+def end_to_end(phi, table, ids, pc=False):
+    """The mean loss of some clients, and its gradient in (phi, table)."""
+
+    def mean(phi, table):
+        theta = jax.vmap(lambda v: emitted(phi, v, pc))(table[ids])
+        gap = theta - jnp.float32(q.B)[ids]
+        curvature = jnp.float32(q.A)[ids]
+        return jnp.einsum("ki,kij,kj->", gap, curvature, gap) / 2 / len(ids)
+
+    return jax.value_and_grad(mean, (0, 1))(phi, table)
+
+
+def parts(state):
+    return state.server.phi, state.server.table
+
+
+def absorbed(alg, server, deltas, ids, active=None):
+    """The server, and what it reports, once clients sent their changes [C, 2]."""
+    active = np.ones(len(ids)) if active is None else active
+    cohort = Cohort(
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(active, jnp.float32),
+        jnp.ones(len(ids)),
+        jnp.int32(0),
+        jnp.float32(q.N),
+    )
+    deltas = jnp.asarray(deltas, jnp.float32).T
+    uplink = Uplink(dict(zip(PATHS, deltas, strict=True)), ())
+    return jax.jit(alg.server.update)(jax.random.key(0), server, uplink, cohort)
+
+
+# Whole exchanges ---------------------------------------------------------------------
+
+
+def visit(client, theta, trace):
+    """Local training with momentum and decay that goes on from a trace."""
+    for _ in range(q.SIZES[client]):
+        trace = 0.9 * trace + q.gradient(client, theta) + 0.1 * theta
+        theta = theta - q.LR * trace
+    return theta, trace
+
+
+def descent(params, grads, trace):
+    """One step of MOVING's optimizer."""
+    add = functools.partial(jax.tree.map, lambda m, g, p: 0.9 * m + g + 0.05 * p)
+    trace = add(trace, grads, params)
+    return jax.tree.map(lambda p, m: p - 0.02 * m, params, trace), trace
+
+
+def by_hand(server, cohorts, pc, faithful):
+    """Algorithm 1; returns (phi, table, what clients keep [N, 2])."""
+    phi, table = jax.device_get(server.phi), np.array(server.table)
+    slow, rows = tree.zeros_like(phi), np.zeros_like(table)
+    shared = np.array([True, not pc])
+    home, memory = np.tile(q.START, (q.N, 1)), np.zeros((q.N, 2))
+    for cohort in cohorts:
+        alive = [k for k in cohort if k >= 0]
+        sums, dense = tree.zeros_like(phi), np.zeros_like(table)
+        for k in alive:
+            received = np.float64(emitted(phi, table[k], pc))
+            theta = np.where(shared, received, home[k])
+            # A shared layer's optimizer starts anew, a kept one's goes on.
+            home[k], memory[k] = visit(k, theta, np.where(shared, 0, memory[k]))
+            delta = (theta - home[k]) * shared / len(alive)
+            grads, dense[k] = pulled(phi, table[k], np.float32(delta), pc)
+            sums = tree.add(sums, grads)
+        phi, slow = descent(phi, sums, slow)
+        moved = range(q.N) if faithful else alive
+        for k in moved:
+            table[k], rows[k] = descent(table[k], dense[k], rows[k])
+    return phi, table, home
+
+
+@pytest.mark.parametrize("pc", [False, True])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_exchanges_equal_the_algorithm(pc, faithful):
+    alg = ours(faithful=faithful, **MOVING, **(PC if pc else {}))
+    state = q.play(alg, *COHORTS)
+    *expected, home = by_hand(q.start(alg).server, COHORTS, pc, faithful)
+    chex.assert_trees_all_close(parts(state), tuple(expected), **q.CLOSE)
+    if pc:
+        found = state.rows.kept[PATHS[1]]
+        np.testing.assert_allclose(found, home[:, 1], **q.CLOSE)
+
+
+def test_embeddings_of_absent_clients_stay():
+    alg = ours(**MOVING)
+    before = q.play(alg, q.EVERYONE)
+    # Client 3 was drawn and dropped out.
+    after = q.play(alg, (2,), (0, -1 - 3), (2,), state=before)
+    rows = (after.server.table, jax.tree.leaves(after.server.opt_table))
+    were = (before.server.table, jax.tree.leaves(before.server.opt_table))
+    for new, old in zip(jax.tree.leaves(rows), jax.tree.leaves(were), strict=True):
+        np.testing.assert_array_equal(new[[1, 3]], old[[1, 3]])
+        assert np.all(new[[0, 2]] != old[[0, 2]])
+    # The authors' dense table moves at every step.
+    dense = ours(faithful=True, **MOVING)
+    assert np.all(q.play(dense, (2,)).server.table != q.start(dense).server.table)
+
+
+def test_without_a_kept_layer_it_is_pfedhn():
+    full = q.play(ours(**MOVING), *COHORTS)
+    none = q.play(ours(keep=(), persist_optimizer="kept", **MOVING), *COHORTS)
+    chex.assert_trees_all_equal(none.server, full.server)
+
+
+def test_own_tables_of_networks_are_local_training():
+    # h(v) = v and phi frozen: half of a client's way is half a step for its row.
+    def rows_only(grads, state, params=None):
+        step = 0.0 if isinstance(grads, dict) else -0.5
+        return jax.tree.map(lambda g: step * g, grads), state
+
+    rows_opt = optax.GradientTransformation(lambda params: (), rows_only)
+    alg = ours(num_hidden=0, hidden_size=2, server_opt=rows_opt, weight_decay=0.0)
+    state = q.start(alg)
+    phi = tree.zeros_like(state.server.phi)
+    phi["trunk"]["Dense_0"]["kernel"] = jnp.eye(2)
+    for i, path in enumerate(PATHS):
+        phi["heads"][path]["kernel"] = jnp.eye(2)[:, i : i + 1]
+    table = jnp.asarray(np.tile(q.START, (q.N, 1)), jnp.float32)
+    state = state._replace(server=state.server._replace(phi=phi, table=table))
+    # Alone: a round of several would divide by their number.
+    cohorts = ((2,), (0,), (2,), (3,), (0,), (2,))
+    found = q.play(alg, *cohorts, state=state).server
+    expected = np.tile(q.START, (q.N, 1))
+    for (k,) in cohorts:
+        trained, _ = visit(k, expected[k], np.zeros(2))
+        expected[k] += 0.5 * (trained - expected[k])
+    np.testing.assert_allclose(found.table, expected, **q.CLOSE)
+    chex.assert_trees_all_equal(found.phi, jax.device_get(phi))
+
+
+# The gradient ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cohort", [(2,), q.EVERYONE])
+@pytest.mark.parametrize("pc", [False, True])
+def test_one_plain_step_is_the_end_to_end_gradient(pc, cohort):
+    alg = ours(q.steps(1), keep=q.HEAD if pc else None, **BARE)
+    before = q.start(alg)
+    found = tree.sub(parts(before), parts(q.play(alg, cohort)))
+    ids = np.array(cohort)
+    value, grads = end_to_end(*parts(before), ids, pc)
+    assert tree.norm(grads) * q.LR < 50  # not clipped
+    chex.assert_trees_all_close(found, tree.scale(grads, q.LR), **q.CLOSE)
+    # A small step that way lowers the loss, one the other way raises it.
+    for factor, sign in ((-0.01, -1), (0.01, 1)):
+        moved = tree.add(parts(before), tree.scale(found, factor))
+        assert sign * (end_to_end(*moved, ids, pc)[0] - value) > 0
+
+
+def test_several_clients_are_the_mean_of_their_pulls():
+    alg, deltas = ours(**BARE), np.array([[1.0, -2.0], [0.5, 3.0], [0.0, 0.0]])
+    server = q.start(alg).server
+    # The third was drawn and dropped out: it does not count.
+    both, _ = absorbed(alg, server, deltas, (2, 0, 1), (1, 1, 0))
+    moved = []
+    for delta, k in zip(deltas, (2, 0), strict=False):
+        grads, row = pulled(server.phi, server.table[k], jnp.float32(-delta))
+        table = jnp.zeros_like(server.table).at[k].set(row)
+        moved.append((grads, table))
+    mean = tree.scale(tree.add(*moved), 0.5)
+    expected = tree.sub((server.phi, server.table), mean)
+    chex.assert_trees_all_close((both.phi, both.table), expected, **q.CLOSE)
+
+
+def test_the_gradient_is_clipped_over_all_it_reaches():
+    # BARE's step is the gradient; with a bound of 50 the largest step is 50 long.
+    server = q.start(ours(**BARE)).server
+    before = (server.phi, server.table)
+    steps = []
+    for size in (1.0, 1e3):
+        deltas = size * np.array([[1.0, -2.0], [3.0, 1.0]])
+        after, info = absorbed(ours(**BARE), server, deltas, (3, 1))
+        steps.append(tree.sub(before, (after.phi, after.table)))
+        norms = float(tree.norm(steps[-1])), float(info["gradient_norm"])
+        assert norms[0] == pytest.approx(min(norms[1], 50.0), rel=1e-4)
+    assert norms[1] > 50
+    short = tree.scale(steps[0], 1 / float(tree.norm(steps[0])))
+    long = tree.scale(steps[1], 1 / 50)
+    chex.assert_trees_all_close(long, short, rtol=1e-4, atol=1e-5)
+
+
+def test_no_change_moves_nothing_without_decay():
+    alg = ours(server_opt=optax.sgd(0.01, momentum=0.9), weight_decay=0.0)
+    server = q.start(alg).server
+    after, info = absorbed(alg, server, np.zeros((2, 2)), (3, 1))
+    chex.assert_trees_all_equal(after, server)
+    assert info["gradient_norm"] == 0
+    # Nor does a round that nobody came to, whatever decays.
+    alg = ours(**MOVING)
+    server = q.play(alg, (2,)).server
+    after, _ = absorbed(alg, server, np.zeros((2, 2)), (3, 1), (0, 0))
+    chex.assert_trees_all_equal(after, server)
+
+
+# Messages ----------------------------------------------------------------------------
+
+
+def test_strangers_get_the_network_of_the_mean_embedding():
+    alg = ours(**MOVING)
+    server = q.play(alg, (2,), (0,)).server
+    ones = jnp.ones(3)
+    ids = jnp.array([0, 4, 17])
+    cohort = Cohort(ids, ones, ones, jnp.int32(0), jnp.float32(q.N))
+    own = jax.jit(alg.server.downlink)(jax.random.key(0), server, cohort).own
+    mean = server.table.mean(0)
+    expected = [emitted(server.phi, v) for v in (server.table[0], mean, mean)]
+    np.testing.assert_allclose(q.vector(own), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "options", "numbers", "kept", "stored"),
+    [
+        (10, {}, 121_182, 0, 12_271_732),
+        (100, {}, 128_832, 0, 13_044_382),
+        (10, dict(keep=HEAD), 120_332, 850, 12_185_882),
+    ],
+)
+def test_published_numbers(num_classes, options, numbers, kept, stored):
+    model = from_linen(ZOO["pfedhn_cnn"](num_classes), (32, 32, 3), num_classes)
+    local = federated.make_local()
+    messages = comm.describe(pfedhn(model, local=local, num_clients=50, **options))
+    cost = comm.cost(messages)
+    assert cost.down_numbers == cost.up_numbers == numbers
+    assert tree.count(messages.client) == kept
+    assert tree.count((messages.server.phi, messages.server.table)) == stored
+    assert messages.server.table.shape == (50, 13)
+
+
+def test_statistics_stay_at_home():
+    model = federated.normed()
+    alg = pfedhn(model, local=federated.make_local(), num_clients=2)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    cost = comm.cost(comm.describe(alg))
+    assert cost.down_numbers == cost.up_numbers == tree.count(variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (dict(num_clients=0), "num_clients=0 must be at least 1"),
+        (dict(embedding_size=-1), "embedding_size=-1 must be at least 0"),
+        (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
+        (dict(keep="params/top/.*"), "'params/top/.*' matches no variable"),
+    ],
+)
+def test_bad_input(option, message):
+    with pytest.raises(ValueError, match=message):
+        pfedhn(q.model(), local=q.training(), **{"num_clients": q.N, **option})
