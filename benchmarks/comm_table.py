@@ -33,7 +33,7 @@ from benchmarks import round_time
 from experiments import cli
 from experiments.pages import text_table
 from hyperjax import algorithms, local, models
-from hyperjax.engine import comm
+from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
 from hyperjax.types import Algorithm, Batch, Model
 
@@ -191,6 +191,9 @@ def hollow(model: Model) -> Model:
         init=lambda key: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables),
         loss=loss,
         predict=lambda variables, x: jnp.zeros((x.shape[0], logits.shape[1])),
+        logits=lambda key, variables, batch: jnp.zeros(
+            (batch.x.shape[0], logits.shape[1])
+        ),
         features=lambda variables, batch, train: jnp.zeros(
             (batch.x.shape[0], features.shape[1])
         ),
@@ -212,7 +215,12 @@ def make_method(row: Row, network: Network, model: Model) -> Algorithm:
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         options = {name: x for name, x in options.items() if name in known}
     train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
-    return factory(model, local=train, **options)
+    families_only = known.get("family_sizes")
+    if families_only is None or families_only.default is None:
+        return factory(model, local=train, **options)
+    sizes = {"all": NUM_CLIENTS}  # one family: every client has the paper's network
+    alg = factory({"all": model}, local=train, family_sizes=sizes, **options)
+    return families.view(alg, "all")
 
 
 def measure(

@@ -13,11 +13,12 @@ from configs import common
 FAMILIES = ("mh_cnn", "vgg8", "mh_resnet10", "mh_resnet12", "mh_resnet18")
 
 
-def get_config(arg: str = ""):
-    """Arguments: data, clients, averaged, smoke."""
-    args = common.parse_arg(
-        arg, data="cifar10", clients=50, averaged=False, smoke=False
-    )
+def federation(arg: str = "", **extra):
+    """Returns everything but the method. Arguments: data, clients, smoke, and `extra`.
+
+    Clients have the networks in equal blocks; `--config.families` names others.
+    """
+    args = common.parse_arg(arg, data="cifar10", clients=50, smoke=False, **extra)
     config = common.defaults()
     config.families = FAMILIES
     config.rounds = 2 if args.smoke else 500
@@ -39,9 +40,16 @@ def get_config(arg: str = ""):
         weight_decay=5e-4,
         clip_norm=50.0,
     )
-    config.server.update(
-        optimizer="adam", learning_rate=2e-4, sequential=not args.averaged
-    )
+    config.evaluation.finetune_epochs = (0, 1)
+    if args.get("averaged") is not None:
+        config.server.sequential = not args.averaged
+    return config
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, clients, averaged, smoke."""
+    config = federation(arg, averaged=False)
+    config.server.update(optimizer="adam", learning_rate=2e-4)
     config.method = dict(
         name="mh_pfedhn",
         output_size=3072,
@@ -51,5 +59,4 @@ def get_config(arg: str = ""):
         embedding_deviation=0.002,
         clip_norm=50.0,
     )
-    config.evaluation.finetune_epochs = (0, 1)
     return config

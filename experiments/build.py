@@ -270,13 +270,13 @@ def make_model(
 ) -> Model | dict[str, Model]:
     """Builds `config.model`, or one network per family, for inputs [H, W, c].
 
-    Methods that take families are given a mapping in any case.
+    Methods that are made for families are given a mapping in any case.
     """
 
     def one(name):
         return _make_model(config, name, input_shape, num_classes)
 
-    if not takes_families(config.method.name):
+    if not config.families and not needs_families(config.method.name):
         return one(config.model.name)
     names = config.families or (config.model.name,)
     return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
@@ -285,6 +285,12 @@ def make_model(
 def takes_families(method: str) -> bool:
     """Whether a method is for clients with different networks."""
     return "family_sizes" in inspect.signature(find_method(method)).parameters
+
+
+def needs_families(method: str) -> bool:
+    """Whether a method takes a mapping of networks only."""
+    found = inspect.signature(find_method(method)).parameters.get("family_sizes")
+    return found is not None and found.default is inspect.Parameter.empty
 
 
 def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:

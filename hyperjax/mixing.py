@@ -5,14 +5,14 @@ the shared part of a model, as paths -> leaves: on HyperFedNet they mix generato
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree
-from hyperjax.types import Algorithm, Array, ClientSide, Downlink, PyTree
+from hyperjax.types import Algorithm, Array, ClientSide, Downlink, PyTree, ServerSide
 
 MAX_TABLE_GB = 8.0
 
@@ -129,3 +129,48 @@ def layers(theta: PyTree) -> list[list[str]]:
     for path in theta:
         found.setdefault(path.rpartition("/")[0], []).append(path)
     return list(found.values())
+
+
+def over_families(algorithms: Mapping[str, Algorithm]) -> Algorithm:
+    """Returns one method of FedAvgs whose models differ in what stays home only.
+
+    Their shared variables have equal paths and shapes, and are averaged over the
+    clients of all families together.
+
+    Raises:
+      ValueError: shared variables differ (the message names the families).
+    """
+    sides = dict(algorithms)
+    first, *others = sides
+    shared = {
+        name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+        for name, alg in sides.items()
+    }
+    shapes = {k: {p: x.shape for p, x in v.items()} for k, v in shared.items()}
+    for name in others:
+        if shapes[name] != shapes[first]:
+            raise ValueError(
+                f"families {first!r} and {name!r} do not share the same variables: "
+                f"{shapes[first]} and {shapes[name]}"
+            )
+    server = sides[first].server
+
+    def downlink(key, state, cohorts):
+        return {name: server.downlink(key, state, c) for name, c in cohorts.items()}
+
+    def update(key, state, uplinks, cohorts):
+        uplink = jax.tree.map(lambda *x: jnp.concatenate(x), *uplinks.values())
+        parts = list(cohorts.values())
+        # FedAvg's server asks for nobody's number, so these may repeat.
+        everybody = parts[0]._replace(
+            **{
+                field: jnp.concatenate([getattr(part, field) for part in parts])
+                for field in ("ids", "active", "weight")
+            }
+        )
+        return server.update(key, state, uplink, everybody)
+
+    return Algorithm(
+        ServerSide(server.init, downlink, update),
+        {name: alg.client for name, alg in sides.items()},
+    )

@@ -89,6 +89,10 @@ def _no_features(variables, batch, train):
     raise ValueError("this model has no layer named 'head' to take the input of")
 
 
+def _no_logits(key, variables, batch):
+    raise ValueError("this model does not give its logits in training")
+
+
 class Model(NamedTuple):
     """A network (or a generator of networks) as pure functions.
 
@@ -107,6 +111,7 @@ class Model(NamedTuple):
     with_shape: Callable = _cannot_rebuild  # (sample_shape) -> the same, rebuilt
     # (variables, batch, train: bool) -> [B, L], the input of the layer named "head"
     features: Callable = _no_features
+    logits: Callable = _no_logits  # (key, variables, batch) -> [B, K], as in `loss`
     # What a client does to its variables on its first visit (it holds what it received
     # in the place of shared ones), before and after the training of every visit.
     arrive: Callable = lambda key, variables: variables

@@ -122,7 +122,10 @@ def method(stack: str) -> Algorithm:
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     accepted = inspect.signature(factory).parameters
     small = {k: v for k, v in SMALL.items() if k in accepted}
-    if "family_sizes" in accepted:  # as one of two families sees it
+    required = accepted.get("family_sizes")
+    if (
+        required is not None and required.default is required.empty
+    ):  # as one of two families sees it
         sizes = {"a": NUM_CLIENTS, "b": 3}
         both = {"a": tiny().model, "b": normed()}
         alg = factory(both, local=make_local(), family_sizes=sizes, **small, **options)

@@ -7,27 +7,41 @@ model that FedAvg has trained; here all clients start from the same draw.
 """
 
 import re
+from collections.abc import Mapping
 
 import jax
 
-from hyperjax import tree
+from hyperjax import mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.types import Algorithm, Model
 
 
-def lg_fedavg(model: Model, *, local, share=HEAD, **fedavg_options) -> Algorithm:
+def lg_fedavg(
+    model: Model | Mapping[str, Model],
+    *,
+    local,
+    share=HEAD,
+    family_sizes: Mapping[str, int] | None = None,
+    **fedavg_options,
+) -> Algorithm:
     """Returns LG-FedAvg.
 
     Args:
-      model: what is trained.
+      model: what is trained; or the network of each family, with equal heads.
       local: builds a training loop, see `fedavg`.
       share: patterns of the parameters that are federated.
+      family_sizes: given with several networks.
       **fedavg_options: of `fedavg`.
 
     Raises:
-      ValueError: `share` matches no parameter.
+      ValueError: `share` matches no parameter, or families do not share the same.
     """
+    if isinstance(model, Mapping):
+        options = dict(local=local, share=share, **fedavg_options)
+        return mixing.over_families(
+            {k: lg_fedavg(m, **options) for k, m in model.items()}
+        )
     template = jax.eval_shape(model.init, jax.random.key(0))
     _, rest = tree.splitter(template, share).split(template)
     keep = [re.escape(path) for path in rest]

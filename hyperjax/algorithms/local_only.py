@@ -5,16 +5,31 @@ federated methods do, and train only when they are sampled, which gives every me
 same number of gradient steps.
 """
 
+from collections.abc import Mapping
+
+from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.types import Algorithm, Model
 
 
-def local_only(model: Model, *, local, **fedavg_options) -> Algorithm:
+def local_only(
+    model: Model | Mapping[str, Model],
+    *,
+    local,
+    family_sizes: Mapping[str, int] | None = None,
+    **fedavg_options,
+) -> Algorithm:
     """Returns FedAvg that keeps everything at home.
 
     Args:
-      model: what is trained.
+      model: what is trained; or the network of each family.
       local: builds a training loop, see `fedavg`.
+      family_sizes: given with several networks.
       **fedavg_options: of `fedavg`.
     """
+    if isinstance(model, Mapping):
+        options = dict(local=local, **fedavg_options)
+        return mixing.over_families(
+            {k: local_only(m, **options) for k, m in model.items()}
+        )
     return fedavg(model, local=local, keep=r".*", **fedavg_options)

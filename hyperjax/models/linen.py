@@ -22,6 +22,19 @@ def cross_entropy(logits: Array, batch: Batch) -> Array:
     return masked_mean(losses, batch.mask)
 
 
+def distillation(
+    logits: Array, teacher: Array, batch: Batch, temperature: float = 1.0
+) -> Array:
+    """Returns T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over a batch.
+
+    Hinton, Vinyals, Dean 2015 (arXiv:1503.02531); logits and teacher [B, K].
+    """
+    target = jax.nn.log_softmax(teacher / temperature)
+    gap = target - jax.nn.log_softmax(logits / temperature)
+    divergence = jnp.sum(jnp.exp(target) * gap, -1)
+    return temperature**2 * masked_mean(divergence, batch.mask)
+
+
 def from_linen(
     module: nn.Module, input_shape: tuple[int, ...], num_classes: int
 ) -> Model:
@@ -64,6 +77,10 @@ def from_linen(
         value = cross_entropy(logits, batch)
         return value, (stats, {"loss": value})
 
+    def training_logits(key, variables, batch):
+        # The very computation of `loss`, which a compiler does once for both.
+        return apply(variables, batch.x, True, batch.mask, key)[0]
+
     def features(variables, batch, train):
         found = []
 
@@ -103,6 +120,7 @@ def from_linen(
         init=init,
         loss=loss,
         predict=predict,
+        logits=training_logits,
         with_shape=lambda shape: from_linen(module, shape, num_classes),
     )
     has_head = "head" in variables["params"]

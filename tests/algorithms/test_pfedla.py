@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import quadratics as q
 from federated import normed
-from test_fedavg import MODEL
 
 from hyperjax import local, tree
 from hyperjax.algorithms.hyperfednet import hyperfednet
@@ -109,22 +108,6 @@ def test_layers_are_mixed_with_their_own_weights():
     cohort = everyone(2)._replace(ids=jnp.array([4, 9]))
     found = q.vector(received(ours(), server, cohort))
     np.testing.assert_allclose(found, [THETA.mean(0)] * 2, rtol=1e-6)
-
-
-def test_weights_and_biases_of_a_layer_go_together():
-    alg = pfedla(MODEL, local=q.steps(1), **SMALL)
-    server = jax.jit(alg.server.init)(jax.random.key(0))
-    number = jnp.arange(1.0, q.N + 1)
-    models = jax.tree.map(
-        lambda x: jnp.broadcast_to(number.reshape(-1, *[1] * (x.ndim - 1)), x.shape),
-        server.models,
-    )
-    found = received(alg, server._replace(models=models))
-    for i, name in enumerate(("params/Dense_0", "params/head")):
-        expected = shares(server)[:, i] @ number
-        for path in (f"{name}/kernel", f"{name}/bias"):
-            x = found[path].reshape(q.N, -1)
-            np.testing.assert_allclose(x, np.outer(expected, x[0] * 0 + 1), rtol=1e-6)
 
 
 # Learning ---------------------------------------------------------------------------
@@ -237,7 +220,8 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
         lambda x: jnp.broadcast_to(number.reshape(-1, *[1] * (x.ndim - 1)), x.shape),
         server.models,
     )
-    expected = shares(server)[:, 0] @ number  # the generator is one layer
+    # Its matrices and biases are one layer, with the same weights.
+    expected = shares(server)[:, 0] @ number
     for x in received(alg, server._replace(models=models)).values():
         x = x.reshape(q.N, -1)
         np.testing.assert_allclose(x, np.outer(expected, x[0] * 0 + 1), rtol=1e-6)

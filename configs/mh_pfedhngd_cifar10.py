@@ -1,0 +1,15 @@
+r"""MH-pFedHNGD: MH-pFedHN with a global model that teaches.
+
+python -m experiments.train --config=configs/mh_pfedhngd_cifar10.py --workdir=runs/gd
+
+See `configs/mh_pfedhn_cifar10.py`.
+"""
+
+from configs import mh_pfedhn_cifar10
+
+
+def get_config(arg: str = ""):
+    """Arguments: data, clients, averaged, smoke."""
+    config = mh_pfedhn_cifar10.get_config(arg)
+    config.method.update(name="mh_pfedhngd", lam=0.2, temperature=15.0)
+    return config

@@ -1,0 +1,98 @@
+"""FML: a small model that all share and each client's own teach each other.
+
+Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu 2020, "Federated Mutual Learning"
+(arXiv:2006.16765), equations 4 and 5. A client trains both on the same batches,
+
+    own:    alpha CE(own, y) + (1 - alpha) KL(shared || own)
+    shared: beta CE(shared, y) + (1 - beta) KL(own || shared),
+
+each with the other's predictions fixed. Only the shared one is averaged: clients
+may have different networks of their own, and the shared one is the smallest of theirs.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import mixing, tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.models.linen import distillation
+from hyperjax.types import Algorithm, Model
+
+
+def fml(
+    models: Mapping[str, Model],
+    *,
+    local,
+    family_sizes: Mapping[str, int],
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    **fedavg_options,
+) -> Algorithm:
+    """Returns FML.
+
+    Args:
+      models: the network of each family of clients.
+      local: builds a training loop, see `fedavg`.
+      family_sizes: clients of each family.
+      alpha: weight of the labels in the own model's loss.
+      beta: weight of the labels in the shared model's loss.
+      **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: a weight is outside [0, 1].
+    """
+    for name, value in dict(alpha=alpha, beta=beta).items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1]")
+
+    def count(model):
+        return tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
+
+    small = min(models.values(), key=count)
+
+    def one(own):
+        both = mutual(own, small, alpha, beta)
+        template = jax.eval_shape(both.init, jax.random.key(0))
+        keep = [r"params/own/.*"]
+        if jax.tree.leaves(template["stats"]["own"]):
+            keep.append(r"stats/own/.*")
+        return fedavg(both, local=local, keep=keep, **fedavg_options)
+
+    return mixing.over_families({name: one(own) for name, own in models.items()})
+
+
+def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
+    """Returns both networks in one, which predicts with its own."""
+
+    def part(variables, name):
+        return {k: variables[k][name] for k in ("params", "stats")}
+
+    def init(key):
+        key_own, key_shared = jax.random.split(key)
+        parts = {"own": own.init(key_own), "shared": shared.init(key_shared)}
+        return {
+            k: {name: v[k] for name, v in parts.items()} for k in ("params", "stats")
+        }
+
+    def loss(key, variables, batch, context):
+        mine, theirs = part(variables, "own"), part(variables, "shared")
+        value, (stats, info) = own.loss(key, mine, batch, ())
+        other, (other_stats, _) = shared.loss(key, theirs, batch, ())
+        logits = own.logits(key, mine, batch), shared.logits(key, theirs, batch)
+        to_own = distillation(logits[0], jax.lax.stop_gradient(logits[1]), batch)
+        to_shared = distillation(logits[1], jax.lax.stop_gradient(logits[0]), batch)
+        total = alpha * value + (1 - alpha) * to_own
+        total += beta * other + (1 - beta) * to_shared
+        stats = {"own": stats, "shared": other_stats}
+        return total, (stats, {**info, "shared_loss": jnp.asarray(other)})
+
+    return Model(
+        sample_shape=own.sample_shape,
+        init=init,
+        loss=loss,
+        predict=lambda variables, x: own.predict(part(variables, "own"), x),
+        export=lambda variables: part(variables, "own"),
+        features=lambda variables, *args: own.features(part(variables, "own"), *args),
+    )
