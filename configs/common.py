@@ -91,6 +91,7 @@ def defaults() -> ml_collections.ConfigDict:
         cohort_size=10,  # for the sampler "uniform"
         sequential=False,  # the server steps after every client of a round
     )
+    config.uplink = ""  # what clients send goes through: "topk(fraction=0.3)"
     config.engine = dict(
         mapper="auto",  # map, vmap, block
         block_size=5,

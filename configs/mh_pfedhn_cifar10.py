@@ -5,7 +5,8 @@ python -m experiments.train --config=configs/mh_pfedhn_cifar10.py --workdir=runs
 The experiment of arXiv:2507.22330 as its code runs it: the training split alone, two
 classes a client, a quarter of each client's images held out, all clients every round
 one after another. Deviation: classes are dealt out evenly (`class_shares`), where the
-code draws them independently. `:averaged` steps once a round for all clients.
+code draws them independently. `:averaged` steps once a round for all clients;
+`--config.uplink='topk(fraction=0.3)'` sends 30 % of each client's change.
 """
 
 from configs import common
@@ -20,7 +21,7 @@ def federation(arg: str = "", **extra):
     """
     args = common.parse_arg(arg, data="cifar10", clients=50, smoke=False, **extra)
     config = common.defaults()
-    config.families = FAMILIES
+    config.families = ("mh_mlp", "mh_cnn") if args.smoke else FAMILIES
     config.rounds = 2 if args.smoke else 500
     config.data.update(
         name=args.data,

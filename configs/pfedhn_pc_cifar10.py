@@ -1,6 +1,6 @@
 r"""pFedHN-PC, whose clients keep their classifiers, in pFedHN's experiment on CIFAR-10.
 
-python -m experiments.train --config=configs/pfedhn_pc_cifar10.py --workdir=runs/pfedhn_pc
+python -m experiments.train --config=configs/pfedhn_pc_cifar10.py --workdir=runs/pc
 
 Arguments and data are those of `configs/pfedhn_cifar10.py`. Classifiers stay with the
 states of their optimizers; the server's learning rate is five times as large.

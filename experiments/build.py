@@ -15,13 +15,20 @@ import ml_collections
 import numpy as np
 import optax
 
-from hyperjax import algorithms, corrections, local, models, server_optimizers
+from hyperjax import (
+    algorithms,
+    channels,
+    corrections,
+    local,
+    models,
+    server_optimizers,
+)
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
-from hyperjax.engine import evaluate, families, joint, schedule, sharding
+from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.types import Algorithm, Model
 
@@ -367,7 +374,7 @@ def make_algorithm(
         check_choice("method.base", base, method_names())
         base_options |= _population(base, config)
         options |= dict(base=base, base_options=base_options)
-    return call(
+    alg = call(
         "method",
         factory,
         model,
@@ -375,6 +382,19 @@ def make_algorithm(
         server_opt=server_optimizer(config.server),
         **options,
     )
+    return through_channel(alg, config.uplink) if config.uplink else alg
+
+
+def through_channel(alg: Algorithm, text: str) -> Algorithm:
+    """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
+    name, options = parse_call("uplink", text)
+    check_choice("uplink", name, channels.CHANNELS)
+    channel = call("uplink", channels.CHANNELS[name], **options)
+
+    def uplink(family: str):
+        return comm.describe(families.view(alg, family)).uplink
+
+    return channels.with_uplink(alg, channel, uplink)
 
 
 def make_correction(texts: str | Sequence[str]) -> corrections.Correction:

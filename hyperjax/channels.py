@@ -56,6 +56,10 @@ def topk(fraction: float) -> Channel:
     return Channel(lambda message: jax.tree.map(encode_leaf, message), decode)
 
 
+# Name in a config -> channel.
+CHANNELS: dict[str, Callable[..., Channel]] = {"topk": topk}
+
+
 def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorithm:
     """Returns `alg` with its uplink sent through a channel.
 

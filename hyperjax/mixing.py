@@ -44,6 +44,19 @@ def table(theta: PyTree, num_clients: int) -> PyTree:
     )
 
 
+def check_emitted(theta: PyTree) -> None:
+    """Refuses running statistics among what a hypernetwork is to emit.
+
+    Raises:
+      ValueError: there are some.
+    """
+    if any(path.startswith("stats/") for path in theta):
+        raise ValueError(
+            "bn_stats='average' would have the hypernetwork emit running variances, "
+            "negative ones too; use 'local'"
+        )
+
+
 def rows(stored: PyTree, ids: Array) -> PyTree:
     """Returns the models of clients [C, ...]; those without one get the mean of all."""
     num_clients = jax.tree.leaves(stored)[0].shape[0]
@@ -159,7 +172,8 @@ def over_families(algorithms: Mapping[str, Algorithm]) -> Algorithm:
         return {name: server.downlink(key, state, c) for name, c in cohorts.items()}
 
     def update(key, state, uplinks, cohorts):
-        uplink = jax.tree.map(lambda *x: jnp.concatenate(x), *uplinks.values())
+        sent = [uplinks[name] for name in cohorts]
+        uplink = jax.tree.map(lambda *x: jnp.concatenate(x), *sent)
         parts = list(cohorts.values())
         # FedAvg's server asks for nobody's number, so these may repeat.
         everybody = parts[0]._replace(

@@ -22,6 +22,7 @@ LAYERS = (
         "hyperjax.aggregators",
         "hyperjax.server_optimizers",
     ),
+    ("hyperjax.mixing", "hyperjax.channels"),
     ("hyperjax.algorithms",),
     ("hyperjax.engine",),
 )

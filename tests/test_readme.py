@@ -26,6 +26,10 @@ SHORTENED = {
     TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn": SMALL,
     TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn_prox": SMALL,
     TRAIN + "ditto_mnist.py:iid": SMALL,
+    TRAIN + "mh_pfedhn_cifar10.py:data=digits": [
+        *("--config.rounds=1", "--config.tensorboard=False"),
+        "--config.evaluation.finetune_epochs=()",
+    ],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m experiments.study": [
         *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),

@@ -86,7 +86,7 @@ def fedamp(
     def downlink(key, server, cohort):
         known = jnp.minimum(cohort.ids, num_clients - 1)
         share = weights(server, known)
-        mixed = jax.tree.map(lambda x: jnp.tensordot(share, x, axes=1), server)
+        mixed = jax.tree.map(lambda x: mixing.combine(share, x), server)
         own = mixing.rows(server, cohort.ids)
         return Downlink(own=tree.where_rows(cohort.ids < num_clients, mixed, own))
 

@@ -204,7 +204,8 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     patterns = tree.as_patterns(keep)
     if bn_stats == "local" and jax.tree.leaves(template["stats"]):
         patterns += (r"stats/.*",)
-    return patterns + ((r"opt/.*",) if "opt" in template else ())
+    has_state = jax.tree.leaves(template.get("opt", ()))
+    return patterns + ((r"opt/.*",) if has_state else ())
 
 
 def _of_kept(stored: PyTree, fresh: PyTree, kept: PyTree) -> PyTree:

@@ -31,6 +31,8 @@ from hyperjax.types import (
 )
 
 FEATURE_BATCH = 64
+# Accelerators would otherwise round features to TF32.
+FULL_PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Prototypes(NamedTuple):
@@ -88,7 +90,8 @@ def fedproto(
         means = jnp.concatenate([up.mean for up in uplinks.values()])
         counts = jnp.concatenate([up.samples for up in uplinks.values()])
         total = jnp.sum(counts, 0)
-        mean = jnp.einsum("ck,ckl->kl", counts / jnp.maximum(total, 1.0), means)
+        share = counts / jnp.maximum(total, 1.0)
+        mean = jnp.einsum("ck,ckl->kl", share, means, precision=FULL_PRECISION)
         shown = total > 0  # a class nobody shows today keeps its prototype
         after = Prototypes(
             jnp.where(shown[:, None], mean, server.mean),
@@ -110,21 +113,25 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
     def plain(down):
         return Downlink(shared=({}, ()), round=down.round)
 
-    def update(key, down, client, data):
-        kept = {
-            **client.kept,
+    def told(down, client):
+        prototypes = {
             "stats/prototypes/mean": down.shared.mean,
             "stats/prototypes/known": down.shared.known,
         }
-        state = client._replace(kept=kept)
-        _, after, info = inner.update(key, plain(down), state, data)
+        return client._replace(kept={**client.kept, **prototypes})
+
+    def update(key, down, client, data):
+        _, after, info = inner.update(key, plain(down), told(down, client), data)
         variables = inner.deploy(plain(down), after)
         return features_by_class(pulled, variables, data, empty()), after, info
 
     return inner._replace(
         init=lambda key, common, down: inner.init(key, common, plain(down)),
         update=update,
-        adapt=lambda key, down, *rest: inner.adapt(key, plain(down), *rest),
+        # Fine-tuning goes on with the prototypes of today.
+        adapt=lambda key, down, client, data: inner.adapt(
+            key, plain(down), told(down, client), data
+        ),
         deploy=lambda down, adapted: inner.deploy(plain(down), adapted),
     )
 
@@ -173,7 +180,8 @@ def features_by_class(
         z = model.features(variables, batch, False)
         member = jax.nn.one_hot(batch.y, like.mean.shape[0]) * batch.mask[:, None]
         z = jnp.where(batch.mask[:, None] > 0, z, 0.0)
-        return sums[0] + member.T @ z, sums[1] + jnp.sum(member, 0)
+        of_class = jnp.matmul(member.T, z, precision=FULL_PRECISION)
+        return sums[0] + of_class, sums[1] + jnp.sum(member, 0)
 
     start = (jnp.zeros_like(like.mean), jnp.zeros_like(like.known))
     total, count = clients.fold(step, start, data, FEATURE_BATCH)

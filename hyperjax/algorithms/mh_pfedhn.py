@@ -22,6 +22,7 @@ import optax
 
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_at_least
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -67,13 +68,20 @@ def mh_pfedhn(
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
-      ValueError: a size is out of range.
+      ValueError: a size is out of range, or `family_sizes` is of other families.
     """
+    if set(family_sizes) != set(models):
+        raise ValueError(
+            f"family_sizes is of {sorted(family_sizes)}, models of {sorted(models)}"
+        )
+    check_at_least(1, **family_sizes)
     server_opt = server_opt or optax.adam(2e-4)
     options = {"bn_stats": "local", **fedavg_options}
     inner = {
         name: fedavg(model, local=local, **options) for name, model in models.items()
     }
+    for alg in inner.values():
+        mixing.check_emitted(jax.eval_shape(alg.server.init, jax.random.key(0)).theta)
     flats = {name: mixing.flat(alg) for name, alg in inner.items()}
     net = multi_head(
         [flat.size for flat in flats.values()],

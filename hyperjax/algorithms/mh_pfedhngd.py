@@ -88,7 +88,8 @@ def mh_pfedhngd(
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: a number is out of range, the smallest network has statistics, or
+        networks would not be generated whole.
     """
     if not 0 <= lam <= 1 or not temperature > 0:
         raise ValueError(
@@ -101,6 +102,12 @@ def mh_pfedhngd(
             "statistics: nobody would have them for a teacher that is generated anew"
         )
     options: dict[str, Any] = {"bn_stats": "local", **fedavg_options}
+    if options["bn_stats"] != "local" or options.get("keep"):
+        raise ValueError(
+            f"bn_stats={options['bn_stats']!r} must be 'local' and "
+            f"keep={options.get('keep')!r} empty: networks are generated whole, and "
+            "the teacher is among the statistics"
+        )
     copies = fedavg(small, local=functools.partial(local, clip_norm=None), **options)
     flat = mixing.flat(copies)
     taught = {name: _taught(m, small, lam, temperature) for name, m in models.items()}
@@ -165,7 +172,7 @@ def mh_pfedhngd(
         change, weight = server.change, server.weight
         for name, cohort in cohorts.items():
             share = cohort.weight * cohort.active
-            change = change + jnp.tensordot(share, uplinks[name].copy, axes=1)
+            change = change + mixing.combine(share, uplinks[name].copy)
             weight = weight + jnp.sum(share)
         return State(state, server.teacher, change, weight, server.round), info
 
@@ -189,14 +196,14 @@ def _with_copy(client: ClientSide, copies: ClientSide, flat: mixing.Flat) -> Cli
     def own(down):
         return Downlink(own=down.own, round=down.round)
 
-    def update(key, down, state, data):
+    def told(down, state):
         theta = flat.cut(down.shared)
         teacher = {f"stats/teacher/{path}": x for path, x in theta.items()}
-        kept = {**state.kept, **teacher}
-        sent, state, info = client.update(
-            key, own(down), state._replace(kept=kept), data
-        )
-        received = Downlink(shared=(theta, ()), round=down.round)
+        return state._replace(kept={**state.kept, **teacher})
+
+    def update(key, down, state, data):
+        sent, state, info = client.update(key, own(down), told(down, state), data)
+        received = Downlink(shared=(flat.cut(down.shared), ()), round=down.round)
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1))
         start = copies.init(key_init, key_init, received)
         copied, _, _ = copies.update(key_train, received, start, data)
@@ -205,7 +212,10 @@ def _with_copy(client: ClientSide, copies: ClientSide, flat: mixing.Flat) -> Cli
     return client._replace(
         init=lambda key, common, down: client.init(key, common, own(down)),
         update=update,
-        adapt=lambda key, down, *rest: client.adapt(key, own(down), *rest),
+        # Fine-tuning learns from the teacher of today, on a first visit too.
+        adapt=lambda key, down, state, data: client.adapt(
+            key, own(down), told(down, state), data
+        ),
         deploy=lambda down, adapted: client.deploy(own(down), adapted),
     )
 

@@ -76,14 +76,20 @@ def pfedhn(
       **fedavg_options: of `fedavg`, for the clients: `keep`, `persist_optimizer`, ...
 
     Raises:
-      ValueError: a size is out of range.
+      ValueError: a size is out of range, or statistics are not kept at home.
     """
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, embedding_size=embedding_size)
+    if not (clip_norm > 0 and weight_decay >= 0):
+        raise ValueError(
+            f"clip_norm={clip_norm} must be positive, weight_decay={weight_decay} not "
+            "negative"
+        )
     size = embedding_size or 1 + num_clients // 4
     options = {"bn_stats": "local", **fedavg_options}
     inner = fedavg(model, local=local, **options)
     template = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    mixing.check_emitted(template)
     net = heads.per_tensor(
         template,
         condition_size=size,

@@ -24,7 +24,7 @@ def first_visit(
     """
     client = families.clients(alg)[family]
     common = rng.stream(root, "common_init")
-    keys = rng.client_keys(rng.stream(root, "client_init" + family), ids)
+    keys = rng.client_keys(rng.stream(root, "client_init"), ids)
 
     def one(key, own):
         return client.init(key, common, Downlink(down.shared, own, down.round))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from hyperjax import rng
 from hyperjax.types import Algorithm, Array, ClientSide, Cohort, ServerSide
 
 ALONE = ""
@@ -90,7 +91,16 @@ def clients(alg: Algorithm) -> dict[str, ClientSide]:
     """Returns the client side of every family."""
     if isinstance(alg.client, ClientSide):
         return {ALONE: alg.client}
-    return dict(alg.client)
+    return {name: _member(client, name) for name, client in alg.client.items()}
+
+
+def _member(client: ClientSide, name: str) -> ClientSide:
+    """A family's clients start from keys of their own: numbers repeat in others."""
+
+    def init(key, common, down):
+        return client.init(rng.stream(key, name), common, down)
+
+    return client._replace(init=init)
 
 
 def server(alg: Algorithm) -> ServerSide:
@@ -119,7 +129,7 @@ def view(alg: Algorithm, name: str) -> Algorithm:
         return alg.server.update(key, state, {name: uplink}, {name: cohort})
 
     one = alg.server._replace(downlink=downlink, update=update)
-    return Algorithm(one, alg.client[name])
+    return Algorithm(one, _member(alg.client[name], name))
 
 
 def pack(alg: Algorithm, by_name: dict):

@@ -109,7 +109,8 @@ def simulator(
       store_dir: folder of the host store's memory-mapped files; None for memory.
 
     Raises:
-      ValueError: unknown sampler or store, or a cohort size outside 1..N.
+      ValueError: unknown sampler or store, a cohort size outside 1..N, or members
+        that are not the method's families of these N.
     """
     num_clients = len(table.size)
     check_choice("sampler", sampler, SAMPLERS)
@@ -135,6 +136,10 @@ def simulator(
         raise ValueError(
             f"the method has the families {sorted(families.clients(alg))}, the clients "
             f"belong to {list(groups.names)}"
+        )
+    if len(groups.family) != num_clients:
+        raise ValueError(
+            f"the table holds {num_clients} clients, the families {len(groups.family)}"
         )
 
     def visits(root, num_rounds):

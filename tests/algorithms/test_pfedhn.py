@@ -293,6 +293,10 @@ def test_statistics_stay_at_home():
     variables = jax.eval_shape(model.init, jax.random.key(0))
     cost = comm.cost(comm.describe(alg))
     assert cost.down_numbers == cost.up_numbers == tree.count(variables["params"])
+    # Emitted variances would start at either sign.
+    with pytest.raises(ValueError, match="bn_stats='average' would have the hyper"):
+        local = federated.make_local()
+        pfedhn(model, local=local, num_clients=2, bn_stats="average")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from experiments import build
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data.sources import load
-from hyperjax.engine import comm
+from hyperjax.engine import comm, families
 
 CONFIGS = sorted(
     path.stem
@@ -252,7 +252,8 @@ def test_every_config_builds_and_its_options_are_known(name, monkeypatch):
     experiment = build.build(found)
     data = found.data
     assert experiment.federation.num_clients == data.num_clients
-    published = found.method.name == "pfedhn"  # nobody unseen, rounds of one client
+    # pFedHN's experiments: nobody unseen, rounds of one client or of all.
+    published = data.partition == "class_shares"
     assert (
         experiment.federation.num_novel == data.num_novel > 0
         or data.num_clients == 100
@@ -262,8 +263,10 @@ def test_every_config_builds_and_its_options_are_known(name, monkeypatch):
     full = found.server.sampler == "full"
     some = 1 if published else clients // 4
     assert experiment.cohort_size == (clients if full else some)
-    cost = comm.cost(comm.describe(experiment.algorithm))
-    assert cost.down_numbers > 0 or found.method.name == "local_only"
+    for family in families.clients(experiment.algorithm):
+        view = families.view(experiment.algorithm, family)
+        cost = comm.cost(comm.describe(view))
+        assert cost.down_numbers > 0 or found.method.name == "local_only"
 
 
 def test_all_configs_have_the_common_fields():
