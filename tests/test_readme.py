@@ -10,9 +10,11 @@ import pytest
 # Command in the README -> what is run instead; None: it has run by other means.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
 SMALL = [
-    *("--config.rounds=1", "--config.local.epochs=1", "--config.data.shrink=4"),
-    *("--config.server.cohort_size=2", "--config.evaluation.finetune_epochs=(0, 1)"),
-    *("--config.engine.devices=1", "--config.tensorboard=False"),
+    *("--config.rounds=1", "--config.local.epochs=1", "--config.data.name=synthetic"),
+    *("--config.data.num_clients=12", "--config.data.num_novel=1"),
+    *("--config.data.min_size=2", "--config.evaluation.clients_per_call=4"),
+    *("--config.server.cohort_size=2", "--config.local.batch_size=8"),
+    *("--config.evaluation.batch_size=16", "--config.tensorboard=False"),
 ]
 TRAIN = "python -m experiments.train --config=configs/"
 SHORTENED = {
@@ -24,8 +26,8 @@ SHORTENED = {
     TRAIN + "fedavg_mnist.py": SHORT,
     "python -m experiments.evaluate": [],
     TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn": SMALL,
-    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn_prox": SMALL,
-    TRAIN + "ditto_mnist.py:iid": SMALL,
+    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn_prox": None,  # as the one above
+    TRAIN + "ditto_mnist.py:iid": None,  # test_build has built it
     TRAIN + "mh_pfedhn_cifar10.py:data=digits": [
         *("--config.rounds=1", "--config.tensorboard=False"),
         "--config.evaluation.finetune_epochs=()",

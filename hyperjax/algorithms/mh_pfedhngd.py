@@ -89,7 +89,7 @@ def mh_pfedhngd(
 
     Raises:
       ValueError: a number is out of range, the smallest network has statistics, or
-        networks would not be generated whole.
+        `keep` is given.
     """
     if not 0 <= lam <= 1 or not temperature > 0:
         raise ValueError(
@@ -102,11 +102,10 @@ def mh_pfedhngd(
             "statistics: nobody would have them for a teacher that is generated anew"
         )
     options: dict[str, Any] = {"bn_stats": "local", **fedavg_options}
-    if options["bn_stats"] != "local" or options.get("keep"):
+    if options.get("keep"):
         raise ValueError(
-            f"bn_stats={options['bn_stats']!r} must be 'local' and "
-            f"keep={options.get('keep')!r} empty: networks are generated whole, and "
-            "the teacher is among the statistics"
+            f"keep={options['keep']!r} must be None: nobody would have those parts of "
+            "the global model, which is generated whole"
         )
     copies = fedavg(small, local=functools.partial(local, clip_norm=None), **options)
     flat = mixing.flat(copies)

@@ -153,11 +153,13 @@ def test_prototypes_are_means_over_the_samples_of_all_clients():
     means = np.float32(DRAW.normal(size=(4, K, FEATURES)))
     # Nobody shows the class 1; the last client dropped out: its rows are zero.
     counts = np.float32([[3, 0, 0], [1, 0, 4], [0, 0, 12], [0, 0, 0]])
-    expected = np.stack([
-        (3 * means[0, 0] + means[1, 0]) / 4,
-        SENT.mean[1],
-        (4 * means[1, 2] + 12 * means[2, 2]) / 16,
-    ])
+    expected = np.stack(
+        [
+            (3 * means[0, 0] + means[1, 0]) / 4,
+            SENT.mean[1],
+            (4 * means[1, 2] + 12 * means[2, 2]) / 16,
+        ]
+    )
     means[3] = 0
     ups = {
         name: Uplink(jnp.asarray(means[i]), jnp.asarray(counts[i]))
@@ -189,7 +191,10 @@ def test_two_rounds_of_two_networks():
         kept = first.rows[name].kept
         found = {k: x for k, x in kept.items() if k.startswith("params/")}
         chex.assert_trees_all_close(found, apart.rows[name].kept, **CLOSE)
-    by_hand = [means_of_features(first, "plain", 0), means_of_features(first, "wide", 3)]
+    by_hand = [
+        means_of_features(first, "plain", 0),
+        means_of_features(first, "wide", 3),
+    ]
     counts = np.stack([n for _, n in by_hand])
     total = sum(n[:, None] * mean for mean, n in by_hand)
     seen = counts.sum(0) > 0

@@ -145,7 +145,7 @@ def test_heads_are_averaged_over_the_clients_of_all_families():
     kept = {name: rows.kept for name, rows in state.rows.items()}
     chex.assert_trees_all_close(whole(kept), expected.rows.kept, **q.CLOSE)
     more = kept["wide"]["params/body/more"]
-    assert more.shape == (2, 3) and np.all((0 < more) & (more < 1))
+    assert more.shape == (2, 3) and np.all((more > 0) & (more < 1))
     for name in MEMBERS:
         costs = comm.cost(comm.describe(families.view(alg, name)))
         assert costs.up_numbers == costs.down_numbers == 1

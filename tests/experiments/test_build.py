@@ -304,6 +304,25 @@ def test_unknown_options_of_a_method_are_named(option):
         build.call("method", fedavg, None, local=None, **{option: 1})
 
 
+def test_bases_and_corrections_are_parsed():
+    found = hyperfednet_cifar10.get_config()
+    model = build.make_model(found, (8, 8, 3), 10)
+    numbers = {}
+    for base in ("fedprox(mu=0.1)", "scaffold", "fedfomo(num_models=2)"):
+        found.method.base = base
+        messages = comm.describe(build.make_algorithm(found, model))
+        numbers[base] = comm.cost(messages).down_numbers
+    phi = numbers["fedprox(mu=0.1)"]
+    assert list(numbers.values()) == [phi, 2 * phi, 3 * phi]
+    found.method.base = "fedbn"
+    with pytest.raises(ValueError, match="base='fedbn' is unknown"):
+        build.make_algorithm(found, model)
+    corrected = build.make_correction(("prox(mu=0.5)", "scaffold"))
+    assert corrected.probe and len(corrected.init_server({})) == 2
+    with pytest.raises(ValueError, match=r"correction='scafold' .*'scaffold'\?"):
+        build.make_correction("scafold")
+
+
 def test_an_option_no_factory_takes_is_named():
     found = config()
     found.method = dict(name="opt1", nonsense=1)
