@@ -1,5 +1,6 @@
 """Shared settings: four CPU devices, a compilation cache, one small federation."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,3 +24,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 def repository() -> Path:
     """The root of the source tree."""
     return Path(__file__).parents[1]
+
+
+# A process may have 65,530 memory maps, and every compiled program takes a few: the
+# suite's thousands end in a segmentation fault of the compiler.
+MANY_MAPS, MAPS = 30_000, Path("/proc/self/maps")
+_finished = [0]
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Drops compiled programs now and then; they come back from the cache."""
+    yield
+    _finished[0] += 1
+    if _finished[0] % 25 == 0 and MAPS.exists():
+        with MAPS.open("rb") as file:
+            if sum(1 for _ in file) > MANY_MAPS:
+                jax.clear_caches()
+                gc.collect()

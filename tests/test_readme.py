@@ -16,6 +16,10 @@ SMALL = [
     *("--config.server.cohort_size=2", "--config.local.batch_size=8"),
     *("--config.evaluation.batch_size=16", "--config.tensorboard=False"),
 ]
+RESIDUAL = (  # train residual networks: built by test_build, run by a slow test
+    "python -m experiments.train --config=configs/hyperfednet_mnist.py",
+    "python -m experiments.train --config=configs/ditto_mnist.py",
+)
 TRAIN = "python -m experiments.train --config=configs/"
 SHORTENED = {
     "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
@@ -25,9 +29,7 @@ SHORTENED = {
     TRAIN + "hyperfedzero_mnist.py:alpha=0.1": SHORT,
     TRAIN + "fedavg_mnist.py": SHORT,
     "python -m experiments.evaluate": [],
-    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn": SMALL,
-    TRAIN + "hyperfednet_mnist.py --workdir=runs/hfn_prox": None,  # as the one above
-    TRAIN + "ditto_mnist.py:iid": None,  # test_build has built it
+    **dict.fromkeys(RESIDUAL),
     TRAIN + "mh_pfedhn_cifar10.py:data=digits": [
         *("--config.rounds=1", "--config.tensorboard=False"),
         "--config.evaluation.finetune_epochs=()",
@@ -80,6 +82,18 @@ def test_every_command_runs(repository, tmp_path, monkeypatch):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "runs/try/report.html").exists()
     assert (tmp_path / "runs/demo/report.html").exists()
+
+
+@pytest.mark.slow
+def test_commands_with_residual_networks_run(repository, tmp_path):
+    for name in ("configs", "experiments", "hyperjax"):
+        (tmp_path / name).symlink_to(repository / name)
+    found = [c for c in commands(repository) if c.startswith(RESIDUAL)]
+    assert len(found) == 3
+    for command in found:
+        arguments = [sys.executable, *shlex.split(command)[1:], *SMALL]
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_the_example_of_an_own_network_runs(repository, capsys):

@@ -50,7 +50,7 @@ def published():
     return model._replace(init=jax.jit(model.init))
 
 
-def untrained(model):
+def untrained(model, **options):
     """A training loop that leaves everything as it is: sizes do not depend on it."""
     return lambda key, variables, data, round, adjust: (variables, {})
 
