@@ -28,7 +28,7 @@ def repository() -> Path:
 
 # A process may have 65,530 memory maps, and every compiled program takes a few: the
 # suite's thousands end in a segmentation fault of the compiler.
-MANY_MAPS, MAPS = 30_000, Path("/proc/self/maps")
+MANY_MAPS, MAPS = 45_000, Path("/proc/self/maps")
 _finished = [0]
 
 

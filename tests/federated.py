@@ -100,7 +100,7 @@ EXTRA = {
 }
 # Stacks that every law is tested on by default, one of each kind. For the others laws
 # that need programs of their own are slow tests, as all laws are for the last three.
-THOROUGH = ("fedavg", "scaffold", "hyperfednet", "fedfomo")
+THOROUGH = ("fedavg", "fedfomo")
 SLOW = ("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round")
 METHODS = sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
 STACKS = [*METHODS, *EXTRA]
