@@ -61,8 +61,8 @@ def chunked_mlp(
       out_scale: "fan_in" multiplies each tensor by the constant that gives it the
         standard deviation it has in `template`; "none" leaves all alike (about 0.08).
       norm_scale_offset: added to generated leaves named "scale" (normalisation).
-      chunk_batch_size: chunks generated at a time, in sequence, for large targets;
-        0 generates all in one product.
+      chunk_batch_size: chunks generated at a time, in sequence, for large targets, and
+        one more for those that cross a border; 0 generates all in one product.
 
     Raises:
       ValueError: a size below 1 or an unknown `out_scale`.
@@ -85,22 +85,17 @@ def chunked_mlp(
         mlp = module.init(key_mlp, jnp.zeros((1, input_size)))["params"]
         return {"chunks": jax.random.normal(key_chunks, shape), "mlp": mlp}
 
-    def raw(phi, condition):
-        def emit(embeddings):
-            shape = (embeddings.shape[0], condition_size)
-            repeated = jnp.broadcast_to(condition, shape)
-            u = jnp.concatenate([repeated, embeddings], axis=1)
-            return module.apply({"params": phi["mlp"]}, u)
+    def emit(shared, embeddings):
+        weights, condition = shared
+        repeated = jnp.broadcast_to(condition, (embeddings.shape[0], condition_size))
+        u = jnp.concatenate([repeated, embeddings], axis=1)
+        return module.apply({"params": weights}, u)
 
-        embeddings = phi["chunks"]
+    def raw(phi, condition):
+        shared, embeddings = (phi["mlp"], condition), phi["chunks"]
         if chunk_batch_size == 0:
-            return chunks.assemble(emit(embeddings))
-        # Surplus chunks are cut off with the surplus of the last one.
-        groups = -(-chunks.num_chunks // chunk_batch_size)
-        missing = groups * chunk_batch_size - chunks.num_chunks
-        embeddings = jnp.pad(embeddings, ((0, missing), (0, 0)))
-        grouped = embeddings.reshape(groups, chunk_batch_size, -1)
-        return chunks.assemble(jax.lax.map(emit, grouped))
+            return chunks.assemble(emit(shared, embeddings))
+        return chunks.stream(emit, shared, embeddings, chunk_batch_size)
 
     offsets = jax.tree.unflatten(
         jax.tree.structure(template),

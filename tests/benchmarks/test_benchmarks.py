@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import generation, memory
 
 
 def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
@@ -68,3 +70,48 @@ def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp
         assert record["peak_mb"] is None or record["peak_mb"] > 0
         for name in ("state_mb", "table_mb", "device_mb"):
             assert record[name] > 0, name
+
+
+def test_generation_reports_every_plan(repository, tmp_path):
+    sizes = ("--parameters=3000", "--chunk_batches=0,2", "--calls=1")
+    records = _run(repository, tmp_path, "generation", *sizes)
+    assert [(r["program"], r["chunk_batch"]) for r in records] == [
+        ("forward", 0),
+        ("forward", 2),
+        ("gradient", 0),
+        ("gradient", 2),
+    ]
+    for record in records:
+        assert record["parameters"] == 6 * 22 * 23  # 6 x 21 x 22 would be 2,772
+        assert record["floor_mb"] == pytest.approx(4 * 3036 / 2**20)
+        assert 0 < record["embeddings_mb"] < record["phi_mb"]
+        assert record["difference"] < 1e-4
+        # A cotangent is not an array of the program's own, but is counted.
+        own = record["temporary_mb"] + record["results_mb"]
+        cotangent = record["floor_mb"] * (record["program"] == "gradient")
+        assert record["compiled_mb"] == pytest.approx(own + cotangent)
+        assert record["compiled_mb"] > record["floor_mb"]
+        assert record["measured_mb"] >= 0
+        assert record["seconds"] > 0 and record["gb_per_second"] > 0
+        assert record["jax"] and record["machine"]["cores"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--parameters=0", "parameters=0 must be at least 1"),
+        ("--calls=0", "calls=0 must be at least 1"),
+        ("--chunk_batches=all", "chunk_batches='all' must be integers such as 0,64"),
+        ("--chunk_batches=", "chunk_batches='' must be integers"),
+        ("--programs=backward", "programs='backward' is unknown"),
+        ("--chunk_batches=8,-1", "chunk_batches=-1 must be at least 0"),
+    ],
+)
+def test_generation_refuses(argument, message, monkeypatch):
+    name, _, value = argument[2:].partition("=")
+    given = {"parameters": 1, "calls": 1, "chunk_batches": ["0"], "json": None}
+    given |= {"programs": ["forward"]}
+    given[name] = int(value) if name in ("parameters", "calls") else value.split(",")
+    monkeypatch.setattr(generation.flags, "FLAGS", types.SimpleNamespace(**given))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generation.main()
