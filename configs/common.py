@@ -53,6 +53,7 @@ def defaults() -> ml_collections.ConfigDict:
         seed=-1,  # of splits and partition; -1: config.seed
         num_clients=10,  # N, take part in training
         num_novel=5,  # M, never seen in training; 0: none
+        newcomers=False,  # these M take part instead of the others
         pooled=False,  # centralised training: one client has all participants' samples
         # iid, dirichlet, pathological, class_shares, by_client_id
         partition="dirichlet",
@@ -63,6 +64,7 @@ def defaults() -> ml_collections.ConfigDict:
         client_ids=config_dict.placeholder(str),  # by_client_id: ids.npy or f.npz:key
         test_fraction=0.2,  # global test set; 0: none
         eval_fraction=0.2,  # held out by each client
+        validation_fraction=0.0,  # of the rest, set aside to choose a round by; 0: none
         stratified=False,  # held-out parts have each class of a client in proportion
     )
     config.model = dict(
@@ -91,6 +93,9 @@ def defaults() -> ml_collections.ConfigDict:
         cohort_size=10,  # for the sampler "uniform"
         sequential=False,  # the server steps after every client of a round
     )
+    # Another run whose server state this one starts from: what both have under paths
+    # that match `take`.
+    config.start = dict(run="", take=(".*",))
     config.uplink = ""  # what clients send goes through: "topk(fraction=0.3)"
     config.engine = dict(
         mapper="auto",  # map, vmap, block

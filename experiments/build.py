@@ -23,7 +23,6 @@ from hyperjax import (
     models,
     server_optimizers,
 )
-from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
@@ -165,14 +164,17 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"method.name={config.method.name!r} needs one network for all clients; "
             f"families={tuple(config.families)} goes with: {', '.join(able)}"
         )
+    most, field = population_size(config)
     if (
         config.server.sampler == "uniform"
-        and not 1 <= config.server.cohort_size <= config.data.num_clients
+        and not 1 <= config.server.cohort_size <= most
     ):
         raise ValueError(
             f"server.cohort_size={config.server.cohort_size} must be between 1 and "
-            f"data.num_clients={config.data.num_clients}"
+            f"{field}={most}"
         )
+    if config.data.newcomers and config.data.pooled:
+        raise ValueError("data.newcomers and data.pooled exclude each other")
     local_optimizer(config.local)
     server_optimizer(config.server)
 
@@ -209,11 +211,20 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         seed=config.seed if data.seed < 0 else data.seed,
         test_fraction=data.test_fraction,
         eval_fraction=data.eval_fraction,
+        validation_fraction=data.validation_fraction,
         stratified=data.stratified,
         client_ids=client_ids,
         **options,
     )
+    if data.newcomers:
+        return federation.newcomers()
     return federation.pooled() if data.pooled else federation
+
+
+def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
+    """Returns how many clients take part, and the field that says so."""
+    field = "num_novel" if config.data.newcomers else "num_clients"
+    return config.data[field], f"data.{field}"
 
 
 def _load_ids(given: str | None) -> np.ndarray:
@@ -249,6 +260,8 @@ def populations(federation: Federation) -> dict[str, evaluate.Population]:
             federation.trainer_ids, federation.train, federation.held_out
         )
     }
+    if federation.validation is not None:
+        found["vacc"] = found["pacc"]._replace(inputs=federation.validation)
     if federation.novel is not None:
         found["zacc"] = untrained(federation.novel, n)
     if federation.test is not None:
@@ -305,7 +318,7 @@ def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
     names = list(names)
     if num_clients < len(names):
         raise ValueError(
-            f"data.num_clients={num_clients} is less than the {len(names)} families"
+            f"{num_clients} clients take part: less than the {len(names)} families"
         )
     blocks = np.array_split(np.arange(num_clients, dtype=np.int32), len(names))
     return dict(zip(names, blocks, strict=True))
@@ -351,7 +364,7 @@ def find_method(name: str) -> Callable[..., Algorithm]:
 def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
     """The number of clients, for methods whose server keeps something of each."""
     takes = "num_clients" in inspect.signature(find_method(name)).parameters
-    trainers = 1 if config.data.pooled else config.data.num_clients
+    trainers = 1 if config.data.pooled else population_size(config)[0]
     return dict(num_clients=trainers) if takes else {}
 
 
@@ -364,7 +377,7 @@ def make_algorithm(
     factory = find_method(name)
     options: dict[str, Any] = _population(name, config)
     if isinstance(model, dict):
-        blocks = assigned(model, config.data.num_clients)
+        blocks = assigned(model, population_size(config)[0])
         options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     options |= {k: v for k, v in config.method.items() if k != "name"}
     if options.get("correction"):
@@ -408,13 +421,18 @@ def make_correction(texts: str | Sequence[str]) -> corrections.Correction:
     return found[0] if len(found) == 1 else corrections.chain(*found)
 
 
+def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
+    """Returns what a factory takes or hands on: `**x_options` are those of x."""
+    found = dict(inspect.signature(factory).parameters)
+    for name in [k for k, p in found.items() if p.kind is p.VAR_KEYWORD]:
+        del found[name]
+        found |= options_of(find_method(name.removesuffix("_options")))
+    return found
+
+
 def call(field: str, factory, *args, **options):
     """Calls a factory with a config's options; names those it does not take."""
-    parameters = dict(inspect.signature(factory).parameters)
-    rest = [name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD]
-    for name in rest:  # methods built on FedAvg hand further options on to it
-        del parameters[name]
-        parameters |= inspect.signature(fedavg).parameters
+    parameters = options_of(factory)
     for option in options:
         check_choice(f"option of {field}", option, parameters)
     try:

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, workdir
+from experiments import build, cli, saved
+from experiments.saved import Run
 from hyperjax import rng, tree
-from hyperjax.engine import checkpoint, evaluate, exchange, log, schedule
+from hyperjax.engine import checkpoint, evaluate, exchange, log
 from hyperjax.errors import check_choice
-from hyperjax.types import AdaptData, Algorithm, ClientData, Cohort, Pool, PyTree
+from hyperjax.types import AdaptData, ClientData, ClientSide, Cohort, Pool, PyTree
 
 
 class Served(NamedTuple):
@@ -34,43 +34,21 @@ class Served(NamedTuple):
     label: np.ndarray  # [n] int32
 
 
-class Run(NamedTuple):
-    """A run's method and newest intact state."""
-
-    config: ml_collections.ConfigDict
-    algorithm: Algorithm
-    facts: Any  # arrays of partition.npz
-    restored: checkpoint.Restored
-
-
 def load_run(path: str) -> Run:
     """Reads a run's folder; needs neither its data set nor its clients.
 
     Raises:
-      ValueError: there is no run, or no intact checkpoint in it.
+      ValueError: there is no run, no intact checkpoint in it, or its method serves
+        nobody without training.
     """
-    folder = Path(path)
-    if not (folder / workdir.CONFIG).is_file():
-        raise ValueError(f"workdir={path!r} holds no run (no {workdir.CONFIG})")
-    made_by = json.loads((folder / workdir.CONFIG).read_text())["config"]
-    config = ml_collections.ConfigDict(workdir.as_tuples(made_by))
-    with np.load(folder / "partition.npz") as file:
-        facts = dict(file)
-    shape = tuple(int(n) for n in facts["sample_shape"])
-    model = build.make_model(config, shape, len(facts["label_names"]))
-    if isinstance(model, dict):
+    run = saved.load(path)
+    if not isinstance(run.algorithm.client, ClientSide):
         raise ValueError(
-            f"workdir={path!r}: method {config.method.name!r} knows its clients by an "
-            "embedding each, so a client it never met cannot be served without training"
+            f"workdir={path!r}: method {run.config.method.name!r} knows its clients by "
+            "an embedding each, so a client it never met cannot be served without "
+            "training; `python -m experiments.join` trains one for each of them"
         )
-    algorithm = build.make_algorithm(config, model)
-    # One client holds all training samples in centralised training.
-    num_trainers = int(facts.get("num_trainers", config.data.num_clients))
-    template = schedule.abstract_carry(algorithm, num_trainers)
-    restored = checkpoint.restore(folder / "checkpoints", template)
-    if restored is None:
-        raise ValueError(f"workdir={path!r} has no checkpoint yet")
-    return Run(config, algorithm, facts, restored)
+    return run
 
 
 def serve(run: Run, images: np.ndarray) -> Served:

@@ -14,12 +14,13 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from experiments import build, cli, reach, report, results, workdir
+from experiments import build, cli, reach, report, results, saved, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, families, log, schedule
 
 SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
+ACCURACIES = (*SHOWN, "vacc")
 
 
 class Stopped(Exception):
@@ -76,11 +77,11 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         config, folder, experiment = self.config, self.folder, self.experiment
+        round, carry = self.start()
         if not (folder / workdir.CONFIG).exists():
             workdir.describe(folder, config, experiment.plan)
         if not (folder / "partition.npz").exists():
             federations.save_tables(experiment.federation, folder / "partition.npz")
-        round, carry = self.start()
         recorder = log.Recorder(folder, round, config.tensorboard)
         progress = log.Progress(self.name, config.rounds)
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in _signals()}
@@ -125,7 +126,12 @@ class _Run:
         )
         restored = checkpoint.restore(self.checkpoints, template)
         if restored is None:
-            return -1, simulator.init(self.root)
+            carry = simulator.init(self.root)
+            start = self.config.start
+            if start.run:
+                server = saved.start_from(start.run, start.take, carry.server)
+                carry = carry._replace(server=server)
+            return -1, carry
         logging.info("Continuing %s after round %d.", self.folder, restored.round)
         return restored.round, simulator.load(restored.carry)
 
@@ -235,6 +241,8 @@ class _Run:
             summary |= self.sample_level(round, carry)
         summary |= self.fine_tuned(round, carry)
         summary["reach"] = self.reached()
+        if experiment.federation.validation is not None:
+            summary["best_by_validation"] = self.best()
         summary = log.plain(summary)
         checkpoint.write_atomically(
             self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
@@ -263,6 +271,13 @@ class _Run:
         thresholds = self.config.evaluation.thresholds
         found = reach.cost_to_reach(rounds, accuracies, cpr, thresholds)
         return [r._asdict() for r in found if r.round is not None]
+
+    def best(self) -> dict[str, Any]:
+        """Accuracies of the round whose validation accuracy was highest, the first."""
+        records = log.read_lines(self.folder / log.METRICS)
+        best = max(records, key=lambda r: r["vacc"])
+        found = {k: v for k, v in best.items() if k.partition("_")[0] in ACCURACIES}
+        return dict(round=best["round"], **found)
 
     def sample_level(self, round: int, carry) -> dict[str, float]:
         """Accuracies with one classifier per input, for methods that can."""

@@ -1,7 +1,8 @@
 """What happens to a message on its way: fewer numbers, or other ones.
 
 `with_uplink(alg, topk(0.3))` returns a method whose clients send what `encode` makes of
-their uplink; the server decodes it row by row. The wire is what is counted.
+their uplink, but for the parts that the method wants to be exact; the server decodes it
+row by row. The wire is what is counted.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hyperjax import tree
 from hyperjax.types import Algorithm, ClientSide, PyTree
 
 
@@ -63,6 +65,8 @@ CHANNELS: dict[str, Callable[..., Channel]] = {"topk": topk}
 def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorithm:
     """Returns `alg` with its uplink sent through a channel.
 
+    What matches `alg.exact` is sent as it is, beside the wire of all the rest.
+
     Args:
       alg: with or without families.
       channel: what to do to every uplink.
@@ -73,13 +77,18 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
     def changed(client: ClientSide) -> ClientSide:
         def update(key, down, state, data):
             message, state, info = client.update(key, down, state, data)
-            return channel.encode(message), state, info
+            exact, rest = tree.splitter(message, alg.exact).split(message)
+            return (exact, channel.encode(rest)), state, info
 
         return client._replace(update=update)
 
     def decoded(name: str, wire: PyTree) -> PyTree:
         like = describe(name)
-        return jax.vmap(lambda row: channel.decode(row, like))(wire)
+        parts = tree.splitter(like, alg.exact)
+        _, rest = parts.split(like)
+        return jax.vmap(
+            lambda exact, row: parts.merge(exact, channel.decode(row, rest))
+        )(*wire)
 
     def server_update(key, server, wires, cohorts):
         uplinks: Any = (

@@ -5,14 +5,24 @@ the shared part of a model, as paths -> leaves: on HyperFedNet they mix generato
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree
-from hyperjax.types import Algorithm, Array, ClientSide, Downlink, PyTree, ServerSide
+from hyperjax.errors import check_at_least
+from hyperjax.types import (
+    Algorithm,
+    Array,
+    ClientSide,
+    Cohort,
+    Downlink,
+    Model,
+    PyTree,
+    ServerSide,
+)
 
 MAX_TABLE_GB = 8.0
 
@@ -86,6 +96,20 @@ def combine(share: Array, stored: Array) -> Array:
     return jnp.tensordot(share, stored, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
+def shared(alg: Algorithm) -> PyTree:
+    """Returns what a `fedavg` shares, by path; abstract."""
+    return jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+
+
+def smallest(models: Mapping[str, Model]) -> Model:
+    """Returns the network with the fewest parameters."""
+
+    def count(model):
+        return tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
+
+    return min(models.values(), key=count)
+
+
 class Flat(NamedTuple):
     """Shared variables of one method as a vector: `size`, `join`, and its inverse."""
 
@@ -96,7 +120,7 @@ class Flat(NamedTuple):
 
 def flat(alg: Algorithm) -> Flat:
     """Returns the vector form of what a `fedavg` shares."""
-    theta = jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+    theta = shared(alg)
     sizes = {path: math.prod(leaf.shape) for path, leaf in theta.items()}
 
     def join(theta):
@@ -113,27 +137,83 @@ def flat(alg: Algorithm) -> Flat:
     return Flat(sum(sizes.values()), join, cut)
 
 
+def through(
+    client: ClientSide,
+    plain: Callable,
+    told: Callable = lambda down, state: state,
+) -> ClientSide:
+    """Returns a client that is sent something else than `client` is.
+
+    Args:
+      client: what it is underneath.
+      plain: `(down) -> Downlink` that `client` takes.
+      told: `(down, state) -> state` with what `client` must know of the rest, before it
+        trains or adapts.
+    """
+    return client._replace(
+        init=lambda key, common, down: client.init(key, common, plain(down)),
+        update=lambda key, down, state, data: client.update(
+            key, plain(down), told(down, state), data
+        ),
+        adapt=lambda key, down, state, data: client.adapt(
+            key, plain(down), told(down, state), data
+        ),
+        deploy=lambda down, adapted: client.deploy(plain(down), adapted),
+    )
+
+
 def own_as_shared(client: ClientSide, vector: Flat | None = None) -> ClientSide:
     """Returns FedAvg's client for a server that sends each client its own model.
 
     With `vector` messages are flat: the model [K] down, its change [K] up.
     """
 
-    def shared(down: Downlink) -> Downlink:
+    def plain(down: Downlink) -> Downlink:
         theta = down.own if vector is None else vector.cut(down.own)
         return Downlink(shared=(theta, ()), round=down.round)
 
-    def update(key, down, *rest):
-        uplink, state, info = client.update(key, shared(down), *rest)
-        sent = uplink if vector is None else vector.join(uplink.delta)
-        return sent, state, info
+    side = through(client, plain)
+    if vector is None:
+        return side
 
-    return client._replace(
-        init=lambda key, common, down: client.init(key, common, shared(down)),
-        update=update,
-        adapt=lambda key, down, *rest: client.adapt(key, shared(down), *rest),
-        deploy=lambda down, adapted: client.deploy(shared(down), adapted),
-    )
+    def update(*args):
+        uplink, state, info = side.update(*args)
+        return vector.join(uplink.delta), state, info
+
+    return side._replace(update=update)
+
+
+def together(cohorts: Iterable[Cohort]) -> Cohort:
+    """Returns several cohorts of a round as one."""
+    first, *others = cohorts
+    joined = {
+        field: jnp.concatenate([getattr(c, field) for c in (first, *others)])
+        for field in ("ids", "active", "weight")
+    }
+    return first._replace(**joined)
+
+
+def check_families(
+    models: Mapping[str, Model],
+    sizes: Mapping[str, int] | None,
+    num_clients: int | None = None,
+) -> None:
+    """Refuses sizes that are not those of the models' families.
+
+    Raises:
+      ValueError: other families, a size below 1, or not `num_clients` in all.
+    """
+    sizes = sizes or {}
+    if set(sizes) != set(models):
+        raise ValueError(
+            f"family_sizes is of {sorted(sizes)}, models of {sorted(models)}"
+        )
+    check_at_least(1, **sizes)
+    if num_clients not in (None, sum(sizes.values())):
+        raise ValueError(
+            f"family_sizes={dict(sizes)} are {sum(sizes.values())} clients, "
+            f"num_clients={num_clients}"
+        )
 
 
 def layers(theta: PyTree) -> list[list[str]]:
@@ -155,11 +235,10 @@ def over_families(algorithms: Mapping[str, Algorithm]) -> Algorithm:
     """
     sides = dict(algorithms)
     first, *others = sides
-    shared = {
-        name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+    shapes = {
+        name: {path: x.shape for path, x in shared(alg).items()}
         for name, alg in sides.items()
     }
-    shapes = {k: {p: x.shape for p, x in v.items()} for k, v in shared.items()}
     for name in others:
         if shapes[name] != shapes[first]:
             raise ValueError(
@@ -174,15 +253,8 @@ def over_families(algorithms: Mapping[str, Algorithm]) -> Algorithm:
     def update(key, state, uplinks, cohorts):
         sent = [uplinks[name] for name in cohorts]
         uplink = jax.tree.map(lambda *x: jnp.concatenate(x), *sent)
-        parts = list(cohorts.values())
         # FedAvg's server asks for nobody's number, so these may repeat.
-        everybody = parts[0]._replace(
-            **{
-                field: jnp.concatenate([getattr(part, field) for part in parts])
-                for field in ("ids", "active", "weight")
-            }
-        )
-        return server.update(key, state, uplink, everybody)
+        return server.update(key, state, uplink, together(cohorts.values()))
 
     return Algorithm(
         ServerSide(server.init, downlink, update),

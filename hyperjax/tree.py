@@ -92,9 +92,23 @@ def paths(a: PyTree) -> list[str]:
     return [_join(path) for path, _ in jax.tree_util.tree_leaves_with_path(a)]
 
 
+def by_path(a: PyTree) -> dict[str, Any]:
+    """Returns the leaves by their paths."""
+    return dict(zip(paths(a), jax.tree.leaves(a), strict=True))
+
+
 def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
     """Returns one pattern, several or None as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def hold(patterns: Sequence[str] | str | None, before: PyTree, after: PyTree) -> PyTree:
+    """Returns `after`, but `before` where a leaf's path matches one of the patterns."""
+    patterns = as_patterns(patterns)
+    held = (any(re.fullmatch(p, name) for p in patterns) for name in paths(before))
+    leaves, structure = jax.tree.flatten(before)
+    every = zip(held, leaves, jax.tree.leaves(after), strict=True)
+    return jax.tree.unflatten(structure, [x if h else y for h, x, y in every])
 
 
 class Splitter(NamedTuple):

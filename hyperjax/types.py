@@ -163,3 +163,4 @@ class Algorithm(NamedTuple):
 
     server: ServerSide
     client: Any  # ClientSide, or Mapping[str, ClientSide]
+    exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 import quadratics as q
-from federated import make_local, normed, tiny
+from federated import make_local, method, normed, tiny
 
-from hyperjax import models
+from hyperjax import models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
+from hyperjax.algorithms.mh_pfedhngd import Uplink, mh_pfedhngd
 from hyperjax.channels import topk, with_uplink
 from hyperjax.engine import comm, families
 from hyperjax.models import zoo
@@ -94,9 +95,9 @@ SIZES = {"deep": 83, "line": 51}  # 3 x 17 numbers, and 4 x 17 + 3 x 5
 
 
 @functools.cache
-def heterogeneous():
+def heterogeneous(factory=mh_pfedhn):
     line = models.from_linen(models.MLP(3, hidden=()), (4, 4, 1), 3)
-    return mh_pfedhn(
+    return factory(
         {"deep": tiny().model, "line": line},
         local=make_local(),
         family_sizes={"deep": 2, "line": 2},
@@ -116,7 +117,8 @@ def test_families_are_updated_as_if_by_hand():
     cohorts = dict.fromkeys(SIZES, who)
     ups = {k: jnp.float32(DRAW.normal(size=(2, n))) for k, n in SIZES.items()}
     encode = jax.vmap(topk(0.3).encode)
-    wires = {name: encode(up) for name, up in ups.items()}
+    # Nothing is exact; an array alone has an empty path.
+    wires = {name: ({}, encode({"": up})) for name, up in ups.items()}
     masked = {k: jnp.stack([largest(x, 0.3) for x in up]) for k, up in ups.items()}
     found, _ = jax.jit(changed.server.update)(None, server, wires, cohorts)
     update = jax.jit(alg.server.update)
@@ -126,6 +128,37 @@ def test_families_are_updated_as_if_by_hand():
     assert np.any(np.abs(whole.tables["line"] - found.tables["line"]) > 1e-6)
     # What is sent down does not change.
     assert changed.server.downlink is alg.server.downlink
+
+
+def test_what_a_method_wants_exact_is_sent_as_it_is():
+    # MH-pFedHNGD's changes of the global model, which is as large as "line".
+    alg = heterogeneous(mh_pfedhngd)
+    server = jax.jit(alg.server.init)(jax.random.key(0))
+    ones = jnp.ones(2)
+    who = Cohort(jnp.arange(2), ones, ones, jnp.int32(0), jnp.float32(4))
+    cohorts = dict.fromkeys(SIZES, who)
+    own, copy = (
+        {k: jnp.float32(DRAW.normal(size=(2, n))) for k, n in sizes.items()}
+        for sizes in (SIZES, dict.fromkeys(SIZES, SIZES["line"]))
+    )
+    encode = jax.vmap(topk(0.3).encode)
+    wires = {k: ({"copy": copy[k]}, encode({"own": own[k]})) for k in SIZES}
+    found, _ = jax.jit(sparse(alg, 0.3).server.update)(None, server, wires, cohorts)
+    masked = {
+        k: Uplink(jnp.stack([largest(x, 0.3) for x in own[k]]), copy[k]) for k in SIZES
+    }
+    expected, _ = jax.jit(alg.server.update)(None, server, masked, cohorts)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bytes_of_a_sparse_and_an_exact_part(name):
+    plain = comm.cost(comm.describe(families.view(heterogeneous(mh_pfedhngd), name)))
+    alg = sparse(heterogeneous(mh_pfedhngd), 0.3)
+    costs = comm.cost(comm.describe(families.view(alg, name)))
+    assert costs.up_bytes == 8 * int(0.3 * SIZES[name]) + 4 * SIZES["line"]
+    assert costs.up_numbers == 2 * int(0.3 * SIZES[name]) + SIZES["line"]
+    assert costs[0] == plain.down_numbers == SIZES[name] + SIZES["line"]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -147,6 +180,11 @@ def test_published_networks_send_three_fifths_of_the_bytes():
     assert costs.down_bytes == 4 * 239_856
     assert costs.up_bytes == 8 * 71_956
     assert 0.599 < costs.up_bytes / costs.down_bytes <= 0.6
+    # The changes of the global model are 4 bytes a number.
+    alg = mh_pfedhngd({"a": network}, local=make_local(), family_sizes={"a": 2})
+    costs = comm.cost(comm.describe(families.view(sparse(alg, 0.3), "a")))
+    assert costs.down_bytes == 4 * 479_712
+    assert costs.up_bytes == 8 * 71_956 + 4 * 239_856
 
 
 @functools.cache
@@ -185,3 +223,16 @@ def test_networks_with_statistics_describe_themselves():
     plain = comm.describe(fedavg(normed(), local=make_local())).uplink
     numbers = sum(x.size // 2 for x in jax.tree.leaves(plain))
     assert comm.cost(comm.describe(alg)).up_bytes == 8 * numbers
+
+
+@pytest.mark.parametrize("name", ["fedgen", "fedfomo", "fedjets"])
+def test_counts_and_scores_are_sent_as_they_are(name):
+    alg = method(name)
+    assert alg.exact
+    uplink = comm.describe(alg).uplink
+    exact = tree.splitter(uplink, alg.exact).split(uplink)[0]
+    through = with_uplink(alg, topk(0.1), lambda _: uplink)
+    sent, _ = comm.describe(through).uplink
+    assert {k: x.shape for k, x in sent.items()} == {
+        k: x.shape for k, x in exact.items()
+    }

@@ -138,6 +138,9 @@ def test_sha256_sees_bits_paths_dtypes_and_shapes():
 
 def test_paths():
     assert tree.paths(TREE) == PATHS
+    by_path = tree.by_path(TREE)
+    assert list(by_path) == PATHS
+    chex.assert_trees_all_equal([*by_path.values()], jax.tree.leaves(TREE))
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,7 @@ def fedamp(
     inner = fedavg(
         model, local=local, correction=corrections.prox(lam / alpha), **fedavg_options
     )
-    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
-    mixing.check_table(theta, num_clients, max_table_gb)
+    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         return mixing.table(inner.server.init(common).theta, num_clients)

@@ -199,6 +199,11 @@ def fedavg(
     )
 
 
+def told(client: Client, entries: PyTree) -> Client:
+    """Returns the client after it was told some of its statistics, {entry: tree}."""
+    return client._replace(kept={**client.kept, **tree.by_path({"stats": entries})})
+
+
 def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     """Patterns of everything that stays home."""
     patterns = tree.as_patterns(keep)

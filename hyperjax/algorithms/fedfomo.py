@@ -100,8 +100,7 @@ def fedfomo(
             f"validation_fraction={validation_fraction} must lie between 0 and 1"
         )
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
-    mixing.check_table(theta, num_clients, max_table_gb)
+    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         models = mixing.table(inner.server.init(common).theta, num_clients)
@@ -168,13 +167,9 @@ def fedfomo(
         sent, client, info = inner.client.update(key, start, client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = inner.client._replace(
-        init=lambda key, common, down: inner.client.init(key, common, plain(down)),
-        update=client_update,
-        adapt=lambda key, down, *rest: inner.client.adapt(key, plain(down), *rest),
-        deploy=lambda down, adapted: inner.client.deploy(plain(down), adapted),
-    )
-    return Algorithm(ServerSide(init, downlink, update), side)
+    side = mixing.through(inner.client, plain)
+    server = ServerSide(init, downlink, update)
+    return Algorithm(server, side._replace(update=client_update), exact=("scores",))
 
 
 def split(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:

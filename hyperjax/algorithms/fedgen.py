@@ -25,15 +25,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import tree
-from hyperjax.algorithms.fedavg import fedavg
+from hyperjax import mixing, tree
+from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least
+from hyperjax.models.beside import beside, pattern
 from hyperjax.models.layers import BatchNorm, Dense
-from hyperjax.models.linen import masked_mean
-from hyperjax.types import Algorithm, Array, Batch, Downlink, Model, PyTree, ServerSide
+from hyperjax.models.linen import distillation
+from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
+NAME = "generator"  # among a client's statistics
 COUNT_BATCH = 256
 FLOOR = 1e-4  # of the coefficients, in the authors' code
 
@@ -82,6 +84,7 @@ def fedgen(
     generator_learning_rate: float = 3e-4,
     teacher_weight: float = 1.0,
     diversity_weight: float = 0.0,
+    keep=None,
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedGen; defaults are those of the count that HyperFedNet's paper charges.
@@ -100,6 +103,7 @@ def fedgen(
       generator_learning_rate: of Adam.
       teacher_weight: alpha_s.
       diversity_weight: eta_s (1 in the authors' runs).
+      keep: patterns of variables that stay home.
       **fedavg_options: of `fedavg`.
 
     Raises:
@@ -146,34 +150,24 @@ def fedgen(
         noise, labels = jnp.zeros((2, noise_size)), jnp.zeros((2, num_classes))
         return network.init(key, noise, labels)["params"]
 
-    def model_init(key):
-        variables = model.init(key)
-        extra = {
+    def beginning(key, variables):
+        return {
             "params": start(key),
             "available": jnp.zeros(num_classes),
             "decay": jnp.float32(0),  # decay^t; 0 in the first round
         }
-        return {**variables, "stats": {**variables["stats"], "generator": extra}}
 
-    def split(variables):
-        stats = dict(variables["stats"])
-        extra = stats.pop("generator")
-        return {**variables, "stats": stats}, extra
+    plain = beside(model, NAME, beginning)
 
-    def loss(key, variables, batch: Batch, context):
-        ours, extra = split(variables)
-        value, (stats, info) = model.loss(key, ours, batch, context)
+    def loss(key, variables, batch, context):
+        value, (stats, info) = plain.loss(key, variables, batch, context)
+        extra = stats[NAME]
         key_same, key_draw, key_other = jax.random.split(jax.random.fold_in(key, 1), 3)
-        paths, leaves = (
-            tree.paths({"params": ours["params"]}),
-            jax.tree.leaves(ours["params"]),
-        )
-        params = dict(zip(paths, leaves, strict=True))
-        logits = classify(params, model.features(ours, batch, True))
+        params = tree.by_path({"params": variables["params"]})
+        logits = classify(params, plain.features(variables, batch, True))
         z, _ = emit(extra["params"], key_same, batch.y, batch.mask)
-        target = jax.nn.softmax(jax.lax.stop_gradient(classify(params, z)))
-        gap = jnp.log(target + 1e-12) - jax.nn.log_softmax(logits)
-        kl = masked_mean(jnp.sum(target * gap, -1), batch.mask)
+        taught = jax.lax.stop_gradient(classify(params, z))
+        kl = distillation(logits, taught, batch)
         labels = draw(key_draw, extra["available"], generator_batch_size)
         z, _ = emit(extra["params"], key_other, labels)
         generated = optax.softmax_cross_entropy_with_integer_labels(
@@ -183,25 +177,11 @@ def fedgen(
         share = generator_batch_size / real
         a, b = (_falling(start, extra["decay"]) for start in (alpha, beta))
         total = value + b * kl + a * share * jnp.mean(generated)
-        return total, ({**stats, "generator": extra}, info)
+        return total, (stats, info)
 
-    def beside(hook):
-        return lambda variables, *rest: hook(split(variables)[0], *rest)
-
-    whole = model._replace(
-        init=model_init,
-        loss=loss,
-        predict=beside(model.predict),
-        context=beside(model.context),
-        condition=beside(model.condition),
-        export=beside(model.export),
-        inspect=beside(model.inspect),
-        features=beside(model.features),
-    )
-    home = (*tree.as_patterns(fedavg_options.pop("keep", None)),)
-    inner = fedavg(
-        whole, local=local, keep=(*home, r"stats/generator/.*"), **fedavg_options
-    )
+    whole = plain._replace(loss=loss)
+    home = (*tree.as_patterns(keep), pattern(NAME))
+    inner = fedavg(whole, local=local, keep=home, **fedavg_options)
 
     # Server ----------------------------------------------------------------------
 
@@ -254,8 +234,9 @@ def fedgen(
 
     # Client ----------------------------------------------------------------------
 
-    def plain(down):
-        return Downlink(down.shared[0], down.own, down.round)
+    side = mixing.through(
+        inner.client, lambda down: Downlink(down.shared[0], down.own, down.round)
+    )
 
     def client_update(key, down, client, data):
         counts = count_labels(data, num_classes)
@@ -265,19 +246,12 @@ def fedgen(
             "available": counts,
             "decay": jnp.where(down.round > 0, falling, 0.0),
         }
-        flat = tree.paths({"stats": {"generator": extra}})
-        kept = {**client.kept, **dict(zip(flat, jax.tree.leaves(extra), strict=True))}
-        client = client._replace(kept=kept)
-        sent, client, info = inner.client.update(key, plain(down), client, data)
+        client = told(client, {NAME: extra})
+        sent, client, info = side.update(key, down, client, data)
         return Uplink(sent, counts), client, info
 
-    side = inner.client._replace(
-        init=lambda key, common, down: inner.client.init(key, common, plain(down)),
-        update=client_update,
-        adapt=lambda key, down, *rest: inner.client.adapt(key, plain(down), *rest),
-        deploy=lambda down, adapted: inner.client.deploy(plain(down), adapted),
-    )
-    return Algorithm(ServerSide(init, downlink, update), side)
+    server = ServerSide(init, downlink, update)
+    return Algorithm(server, side._replace(update=client_update), exact=("counts",))
 
 
 def count_labels(data, num_classes: int) -> Array:

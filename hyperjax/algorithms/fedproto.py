@@ -16,13 +16,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax.algorithms.fedavg import fedavg
+from hyperjax import mixing
+from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.data import clients
-from hyperjax.models.linen import masked_mean
+from hyperjax.models.beside import beside
+from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.types import (
     Algorithm,
     Array,
-    Batch,
     ClientSide,
     Downlink,
     Model,
@@ -30,6 +31,7 @@ from hyperjax.types import (
     ServerSide,
 )
 
+NAME = "prototypes"  # among a client's statistics
 FEATURE_BATCH = 64
 # Accelerators would otherwise round features to TF32.
 FULL_PRECISION = jax.lax.Precision.HIGHEST
@@ -71,7 +73,7 @@ def fedproto(
     """
     if not lam >= 0:
         raise ValueError(f"lam={lam} must not be negative")
-    shapes = {name: _shape(model) for name, model in models.items()}
+    shapes = {name: sizes(model) for name, model in models.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"families differ in classes and features (K, L): {shapes}")
     num_classes, num_features = next(iter(shapes.values()))
@@ -103,7 +105,7 @@ def fedproto(
         name: _client(model, local, lam, empty, fedavg_options)
         for name, model in models.items()
     }
-    return Algorithm(ServerSide(init, downlink, update), sides)
+    return Algorithm(ServerSide(init, downlink, update), sides, exact=("samples",))
 
 
 def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
@@ -113,62 +115,33 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
     def plain(down):
         return Downlink(shared=({}, ()), round=down.round)
 
-    def told(down, client):
-        prototypes = {
-            "stats/prototypes/mean": down.shared.mean,
-            "stats/prototypes/known": down.shared.known,
-        }
-        return client._replace(kept={**client.kept, **prototypes})
+    # Fine-tuning goes on with the prototypes of today.
+    side = mixing.through(
+        inner, plain, lambda down, client: told(client, {NAME: down.shared._asdict()})
+    )
 
     def update(key, down, client, data):
-        _, after, info = inner.update(key, plain(down), told(down, client), data)
-        variables = inner.deploy(plain(down), after)
+        _, after, info = side.update(key, down, client, data)
+        variables = side.deploy(down, after)
         return features_by_class(pulled, variables, data, empty()), after, info
 
-    return inner._replace(
-        init=lambda key, common, down: inner.init(key, common, plain(down)),
-        update=update,
-        # Fine-tuning goes on with the prototypes of today.
-        adapt=lambda key, down, client, data: inner.adapt(
-            key, plain(down), told(down, client), data
-        ),
-        deploy=lambda down, adapted: inner.deploy(plain(down), adapted),
-    )
+    return side._replace(update=update)
 
 
 def _pulled(model: Model, lam: float, empty) -> Model:
     """The model, its features pulled to the prototypes among its statistics."""
 
-    def split(variables):
-        stats = dict(variables["stats"])
-        prototypes = stats.pop("prototypes")
-        return {**variables, "stats": stats}, prototypes
+    inner = beside(model, NAME, lambda key, variables: empty()._asdict())
 
-    def init(key):
-        variables = model.init(key)
-        stats = {**variables["stats"], "prototypes": empty()._asdict()}
-        return {**variables, "stats": stats}
-
-    def loss(key, variables, batch: Batch, context):
-        ours, prototypes = split(variables)
-        value, (stats, info) = model.loss(key, ours, batch, context)
-        z = model.features(ours, batch, True)
+    def loss(key, variables, batch, context):
+        value, (stats, info) = inner.loss(key, variables, batch, context)
+        z, prototypes = inner.features(variables, batch, True), stats[NAME]
         label = jnp.maximum(batch.y, 0)
         apart = jnp.mean(jnp.square(z - prototypes["mean"][label]), -1)
         pull = masked_mean(prototypes["known"][label] * apart, batch.mask)
-        info = {**info, "pull": pull}
-        return value + lam * pull, ({**stats, "prototypes": prototypes}, info)
+        return value + lam * pull, (stats, {**info, "pull": pull})
 
-    def beside(hook):
-        return lambda variables, *rest: hook(split(variables)[0], *rest)
-
-    return model._replace(
-        init=init,
-        loss=loss,
-        predict=beside(model.predict),
-        export=beside(model.export),
-        features=beside(model.features),
-    )
+    return inner._replace(loss=loss)
 
 
 def features_by_class(
@@ -186,16 +159,3 @@ def features_by_class(
     start = (jnp.zeros_like(like.mean), jnp.zeros_like(like.known))
     total, count = clients.fold(step, start, data, FEATURE_BATCH)
     return Uplink(total / jnp.maximum(count, 1.0)[:, None], count)
-
-
-def _shape(model: Model) -> tuple[int, int]:
-    """Classes K and features L of a model."""
-
-    def both(key):
-        variables = model.init(key)
-        x = jnp.zeros((1, *model.sample_shape))
-        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
-        return model.predict(variables, x), model.features(variables, batch, False)
-
-    logits, z = jax.eval_shape(both, jax.random.key(0))
-    return logits.shape[-1], z.shape[-1]

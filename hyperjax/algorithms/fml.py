@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, tree
+from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.models.linen import distillation
 from hyperjax.types import Algorithm, Model
@@ -47,10 +47,7 @@ def fml(
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie in [0, 1]")
 
-    def count(model):
-        return tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
-
-    small = min(models.values(), key=count)
+    small = mixing.smallest(models)
 
     def one(own):
         both = mutual(own, small, alpha, beta)

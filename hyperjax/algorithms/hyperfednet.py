@@ -61,7 +61,7 @@ def hyperfednet(
     base: str = "fedavg",
     base_options: Mapping[str, Any] | None = None,
     bn_stats: str = "local",
-    **options,
+    **fedavg_options,
 ) -> Algorithm:
     """Returns HyperFedNet of `model`, or its fusion with another method.
 
@@ -85,7 +85,7 @@ def hyperfednet(
       base: the method that shares the generator, one of `BASES`.
       base_options: its arguments.
       bn_stats: as in `fedavg`.
-      **options: of `fedavg`: `server_opt`, `correction`, `persist_optimizer`, ...
+      **fedavg_options: of `fedavg`: `server_opt`, `correction`, ...
 
     Raises:
       ValueError: an unknown choice, or no kernel can be generated.
@@ -111,5 +111,5 @@ def hyperfednet(
         keep=KEEP[share_aux],
         bn_stats=bn_stats,
         **dict(base_options or {}),
-        **options,
+        **fedavg_options,
     )

@@ -11,9 +11,13 @@ value, its moments and its step count.
 As published clients come one after another (the engine's sequential rounds). With
 several at once g is the sum over them divided by their number: the averaged variant,
 which wants a larger learning rate. Running statistics stay home.
+
+Newcomers are embedded in what the hypernetwork has learned: `freeze` names the
+extractor and the heads that were taken over; heads of new sizes are trained with the
+embeddings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +26,6 @@ import optax
 
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -50,6 +53,8 @@ def mh_pfedhn(
     embedding_deviation: float = 0.002,
     server_opt: optax.GradientTransformation | None = None,
     clip_norm: float = 50.0,
+    share_heads: bool = True,
+    freeze: Sequence[str] = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns MH-pFedHN.
@@ -65,16 +70,15 @@ def mh_pfedhn(
       embedding_deviation: of embeddings at first.
       server_opt: default Adam at 2e-4.
       clip_norm: bound on the norm of the gradient, over all that received some.
+      share_heads: False gives every family a head of its own (ablation).
+      freeze: patterns of paths in phi that do not move.
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
-      ValueError: a size is out of range, or `family_sizes` is of other families.
+      ValueError: a size is out of range, a pattern matches nothing, or `family_sizes`
+        is of other families.
     """
-    if set(family_sizes) != set(models):
-        raise ValueError(
-            f"family_sizes is of {sorted(family_sizes)}, models of {sorted(models)}"
-        )
-    check_at_least(1, **family_sizes)
+    mixing.check_families(models, family_sizes)
     server_opt = server_opt or optax.adam(2e-4)
     options = {"bn_stats": "local", **fedavg_options}
     inner = {
@@ -93,11 +97,24 @@ def mh_pfedhn(
     )
 
     def head_of(name):
-        return str(net.positions[flats[name].size])
+        m = str(net.positions[flats[name].size])
+        return m if share_heads else f"{m}_{name}"
+
+    def init_phi(key):
+        phi = net.init(key)
+        if not share_heads:
+            drawn = {name: net.init(rng.stream(key, name))["heads"] for name in models}
+            phi["heads"] = {
+                head_of(name): heads[head_of(name).partition("_")[0]]
+                for name, heads in drawn.items()
+            }
+        return phi
+
+    tree.splitter(jax.eval_shape(init_phi, jax.random.key(0)), freeze)  # checks them
 
     def init(common):
         key_phi, key_tables = jax.random.split(rng.stream(common, "hypernetwork"))
-        phi = net.init(key_phi)
+        phi = init_phi(key_phi)
         tables = {
             name: net.init_embeddings(
                 rng.stream(key_tables, name), num, flats[name].size
@@ -141,7 +158,8 @@ def mh_pfedhn(
         _, pull = jax.vjp(
             lambda p, r: {name: f(p, r) for name, f in emitted.items()}, parts, rows
         )
-        grads = pull(jax.tree.map(lambda d: -d / some, uplinks))
+        of_parts, of_rows = pull(jax.tree.map(lambda d: -d / some, uplinks))
+        grads = tree.hold(freeze, tree.zeros_like(of_parts), of_parts), of_rows
         norm = tree.norm(grads)
         of_parts, of_rows = tree.scale(
             grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6))
@@ -180,6 +198,7 @@ def mh_pfedhn(
             tables[name], opt["tables"][name] = mixing.put(
                 stored, cohort.ids, new, cohort.active
             )
+        phi = tree.hold(freeze, server.phi, phi)
         return State(phi, tables, opt), {"gradient_norm": norm}
 
     clients = {

@@ -8,20 +8,29 @@ and trains its own network with
     lambda T^2 KL(softmax(z_g / T) || softmax(z / T)) + (1 - lambda) CE(z, y)
 
 where the teacher z_g is theta_g as received. The server takes one step on the changes
-of the copies, averaged by samples. Deviation: it does so when the round is over, where
-the code does so before the clients' own steps of the same round.
+of the copies, averaged by samples. Deviation: it does so when the round is over (that
+is, when the next one begins), where the code does so before the clients' own steps of
+the same round.
+
+A teacher that has learned from the copies of the same round (`teacher="fresh"`) would
+have to wait for the last of them, and clients are visited once a round. So it learns
+from those that are there: a client is sent, beside theta_g, what a global step on the
+changes received so far would make of it. That is another teacher for every client of a
+sequential round, nearly the round's own for the last, and costs K_g more numbers down;
+clients that train at the same time all get theta_g, as with "stale".
 """
 
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hyperjax import mixing, tree
-from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
+from hyperjax.errors import check_choice
+from hyperjax.models.beside import beside
 from hyperjax.models.linen import distillation
 from hyperjax.types import (
     Algorithm,
@@ -35,6 +44,8 @@ from hyperjax.types import (
 )
 
 GLOBAL = "~global"  # the global model as a family of one; sorts last
+NAME = "teacher"  # among a client's statistics
+TEACHERS = ("stale", "fresh")
 
 
 class State(NamedTuple):
@@ -61,14 +72,10 @@ def mh_pfedhngd(
     family_sizes: Mapping[str, int],
     lam: float = 0.2,
     temperature: float = 15.0,
-    output_size: int = 3072,
-    embedding_size: int = 64,
-    hidden_size: int = 128,
-    num_layers: int = 3,
-    embedding_deviation: float = 0.002,
-    server_opt=None,
-    clip_norm: float = 50.0,
-    **fedavg_options,
+    teacher: str = "stale",
+    global_step_touches_idle: bool = False,
+    clip_global: bool = False,
+    **mh_pfedhn_options,
 ) -> Algorithm:
     """Returns MH-pFedHNGD; the global model is the smallest of the networks.
 
@@ -78,61 +85,54 @@ def mh_pfedhngd(
       family_sizes: clients of each family.
       lam: lambda; 0 gives the networks of MH-pFedHN the gradients of MH-pFedHN.
       temperature: T.
-      output_size: see `mh_pfedhn`, as for all below.
-      embedding_size: d.
-      hidden_size: of the extractor.
-      num_layers: of the extractor.
-      embedding_deviation: of embeddings at first.
-      server_opt: default Adam at 2e-4.
-      clip_norm: bound on the server's gradient.
-      **fedavg_options: of `fedavg`, for the clients.
+      teacher: "stale", theta_g as the round began, or "fresh", see above.
+      global_step_touches_idle: the global step hands the optimizer zero gradients for
+        all clients' embeddings and all heads, as the authors' code does: momentum moves
+        them. Otherwise what has no part in theta_g keeps its value and moments.
+      clip_global: the copies' training clips its gradient as the clients' own does.
+      **mh_pfedhn_options: of `mh_pfedhn`, and those of `fedavg` for the clients.
 
     Raises:
-      ValueError: a number is out of range, the smallest network has statistics, or
-        `keep` is given.
+      ValueError: a number is out of range, an unknown choice, the smallest network has
+        statistics, or `keep` is given.
     """
+    check_choice("teacher", teacher, TEACHERS)
     if not 0 <= lam <= 1 or not temperature > 0:
         raise ValueError(
             f"lam={lam} must lie in [0, 1], temperature={temperature} be positive"
         )
-    small = min(models.values(), key=_count)
+    fresh = teacher == "fresh"
+    small = mixing.smallest(models)
     if jax.tree.leaves(jax.eval_shape(small.init, jax.random.key(0))["stats"]):
         raise ValueError(
             "the smallest network is the global model, and must do without running "
             "statistics: nobody would have them for a teacher that is generated anew"
         )
-    options: dict[str, Any] = {"bn_stats": "local", **fedavg_options}
-    if options.get("keep"):
+    if mh_pfedhn_options.get("keep"):
         raise ValueError(
-            f"keep={options['keep']!r} must be None: nobody would have those parts of "
-            "the global model, which is generated whole"
+            f"keep={mh_pfedhn_options['keep']!r} must be None: nobody would have those "
+            "parts of the global model, which is generated whole"
         )
-    copies = fedavg(small, local=functools.partial(local, clip_norm=None), **options)
-    flat = mixing.flat(copies)
+
+    def loop(model, **options):
+        if model is small and not clip_global:
+            options["clip_norm"] = None
+        return local(model, **options)
+
     taught = {name: _taught(m, small, lam, temperature) for name, m in models.items()}
+    alone = {GLOBAL: 1}
+    everybody = {**family_sizes, **alone}
     inner = mh_pfedhn(
         {**taught, GLOBAL: small},
-        local=local,
-        family_sizes={**family_sizes, GLOBAL: 1},
-        output_size=output_size,
-        embedding_size=embedding_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        embedding_deviation=embedding_deviation,
-        server_opt=server_opt,
-        clip_norm=clip_norm,
-        **options,
+        local=loop,
+        family_sizes=everybody,
+        **mh_pfedhn_options,
     )
-
-    def only(round):
-        """The cohort of the global model."""
-        one = jnp.ones(1)
-        return {
-            GLOBAL: Cohort(jnp.zeros(1, jnp.int32), one, one, round, jnp.float32(1))
-        }
+    flat = mixing.flat(fedavg(small, local=local))
+    no_key = jax.random.key(0)  # MH-pFedHN's server draws nothing
 
     def theta_g(state, round):
-        down = inner.server.downlink(jax.random.key(0), state, only(round))
+        down = inner.server.downlink(no_key, state, _cohorts(alone, round))
         return down[GLOBAL].own[0]
 
     def init(common):
@@ -141,28 +141,36 @@ def mh_pfedhngd(
         zero = jnp.zeros(flat.size)
         return State(state, teacher, zero, jnp.float32(0), jnp.int32(0))
 
+    def stepped(server):
+        """MH-pFedHN's state after the global step on the changes received so far."""
+        moved = everybody if global_step_touches_idle else alone
+        who = _cohorts(moved, server.round)
+        mean = server.change / jnp.maximum(server.weight, 1e-12)
+        downs = inner.server.downlink(no_key, server.inner, who)
+        uplinks = {name: jnp.zeros_like(down.own) for name, down in downs.items()}
+        # MH-pFedHN divides by the number of clients that step together.
+        uplinks[GLOBAL] = sum(moved.values()) * mean[None]
+        after, _ = inner.server.update(no_key, server.inner, uplinks, who)
+        some = server.weight > 0
+        return jax.tree.map(lambda x, y: jnp.where(some, x, y), after, server.inner)
+
     def settled(server, round):
         """The state after the global step, if a new round begins."""
 
-        def step(server):
-            mean = server.change / jnp.maximum(server.weight, 1e-12)
-            uplink, who = {GLOBAL: mean[None]}, only(round)
-            stepped, _ = inner.server.update(
-                jax.random.key(0), server.inner, uplink, who
-            )
-            some = server.weight > 0
-            state = jax.tree.map(
-                lambda x, y: jnp.where(some, x, y), stepped, server.inner
-            )
+        def begin(server):
+            state = stepped(server)
             zero = jnp.zeros_like(server.change)
             return State(state, theta_g(state, round), zero, jnp.float32(0), round)
 
-        return jax.lax.cond(server.round == round, lambda s: s, step, server)
+        return jax.lax.cond(server.round == round, lambda s: s, begin, server)
 
     def downlink(key, server, cohorts):
         server = settled(server, _round(cohorts))
         downs = inner.server.downlink(key, server.inner, cohorts)
-        return {k: Downlink(server.teacher, down.own) for k, down in downs.items()}
+        sent = server.teacher
+        if fresh:
+            sent = jnp.stack([sent, theta_g(stepped(server), server.round)])
+        return {name: Downlink(sent, down.own) for name, down in downs.items()}
 
     def update(key, server, uplinks, cohorts):
         server = settled(server, _round(cohorts))
@@ -176,85 +184,65 @@ def mh_pfedhngd(
         return State(state, server.teacher, change, weight, server.round), info
 
     sides = {
-        name: _with_copy(inner.client[name], copies.client, flat) for name in models
+        name: _with_copy(inner.client[name], inner.client[GLOBAL], flat, fresh)
+        for name in models
     }
-    return Algorithm(ServerSide(init, downlink, update), sides)
+    # A sparse uplink is of the clients' own networks (arXiv:2507.22330).
+    return Algorithm(ServerSide(init, downlink, update), sides, exact=(r"copy",))
 
 
 def _round(cohorts) -> Array:
     return next(iter(cohorts.values())).round
 
 
-def _count(model: Model) -> int:
-    return tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
+def _cohorts(sizes: Mapping[str, int], round: Array) -> dict[str, Cohort]:
+    """All clients of some families."""
+    return {
+        name: Cohort(
+            jnp.arange(num), jnp.ones(num), jnp.ones(num), round, jnp.float32(num)
+        )
+        for name, num in sizes.items()
+    }
 
 
-def _with_copy(client: ClientSide, copies: ClientSide, flat: mixing.Flat) -> ClientSide:
-    """MH-pFedHN's client, which is told its teacher and trains a copy of it."""
+def _with_copy(
+    client: ClientSide, copies: ClientSide, flat: mixing.Flat, fresh: bool
+) -> ClientSide:
+    """MH-pFedHN's client, which is told its teacher and trains a copy of theta_g."""
 
-    def own(down):
-        return Downlink(own=down.own, round=down.round)
+    def taught(down, state):
+        teacher = down.shared[1] if fresh else down.shared
+        return told(state, {NAME: flat.cut(teacher)})
 
-    def told(down, state):
-        theta = flat.cut(down.shared)
-        teacher = {f"stats/teacher/{path}": x for path, x in theta.items()}
-        return state._replace(kept={**state.kept, **teacher})
+    # Fine-tuning learns from the teacher of today, on a first visit too.
+    side = mixing.through(
+        client, lambda down: Downlink(own=down.own, round=down.round), taught
+    )
 
     def update(key, down, state, data):
-        sent, state, info = client.update(key, own(down), told(down, state), data)
-        received = Downlink(shared=(flat.cut(down.shared), ()), round=down.round)
+        sent, state, info = side.update(key, down, state, data)
+        theta_g = down.shared[0] if fresh else down.shared
+        received = Downlink(own=theta_g, round=down.round)
         key_init, key_train = jax.random.split(jax.random.fold_in(key, 1))
         start = copies.init(key_init, key_init, received)
-        copied, _, _ = copies.update(key_train, received, start, data)
-        return Uplink(sent, flat.join(copied.delta)), state, info
+        change, _, _ = copies.update(key_train, received, start, data)
+        return Uplink(sent, change), state, info
 
-    return client._replace(
-        init=lambda key, common, down: client.init(key, common, own(down)),
-        update=update,
-        # Fine-tuning learns from the teacher of today, on a first visit too.
-        adapt=lambda key, down, state, data: client.adapt(
-            key, own(down), told(down, state), data
-        ),
-        deploy=lambda down, adapted: client.deploy(own(down), adapted),
-    )
+    return side._replace(update=update)
 
 
 def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model:
     """A network that learns from labels and from a teacher among its statistics."""
-
-    def split(variables):
-        stats = dict(variables["stats"])
-        teacher = stats.pop("teacher")
-        return {**variables, "stats": stats}, teacher
-
-    def init(key):
-        variables = model.init(key)
-        theirs = {"params": small.init(key)["params"]}
-        flat = dict(zip(tree.paths(theirs), jax.tree.leaves(theirs), strict=True))
-        stats = {**variables["stats"], "teacher": flat}
-        return {**variables, "stats": stats}
-
     template = jax.eval_shape(small.init, jax.random.key(0))
-    structure = jax.tree.structure({"params": template["params"]})
-    names = tree.paths({"params": template["params"]})
+    whole = tree.splitter(template, r".*").merge
+    inner = beside(model, NAME, lambda key, _: tree.by_path(small.init(key)))
 
     def loss(key, variables, batch, context):
-        ours, teacher = split(variables)
-        value, (stats, info) = model.loss(key, ours, batch, context)
-        fixed = jax.tree.unflatten(structure, [teacher[name] for name in names])
-        z_teacher = small.predict({**fixed, "stats": {}}, batch.x)
-        z = model.logits(key, ours, batch)
+        value, (stats, info) = inner.loss(key, variables, batch, context)
+        z_teacher = small.predict(whole(stats[NAME], {}), batch.x)
+        z = inner.logits(key, variables, batch)
         kl = distillation(z, jax.lax.stop_gradient(z_teacher), batch, temperature)
         total = lam * kl + (1 - lam) * value
-        return total, ({**stats, "teacher": teacher}, {**info, "distillation": kl})
+        return total, (stats, {**info, "distillation": kl})
 
-    def beside(hook):
-        return lambda variables, *rest: hook(split(variables)[0], *rest)
-
-    return model._replace(
-        init=init,
-        loss=loss,
-        predict=beside(model.predict),
-        export=beside(model.export),
-        features=beside(model.features),
-    )
+    return inner._replace(loss=loss)

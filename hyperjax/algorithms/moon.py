@@ -17,8 +17,11 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.models.linen import masked_mean
-from hyperjax.types import Algorithm, Array, Batch, Model
+from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.types import Algorithm, Array, Model
+
+NAME = "previous"  # model, among a client's statistics
 
 
 def moon(
@@ -48,78 +51,41 @@ def moon(
         raise ValueError(
             f"mu={mu} must not be negative, temperature={temperature} be positive"
         )
+    sizes(model)  # raises what a model without features does
 
-    _check_features(model)
+    def snapshot(ours):
+        return {"params": ours["params"], "stats": ours["stats"]}
 
-    def split(variables):
-        stats = dict(variables["stats"])
-        previous = stats.pop("previous")
-        return {**variables, "stats": stats}, previous
+    def renewed(variables):
+        ours, _ = split(variables, NAME)
+        return join(ours, NAME, snapshot(ours))
 
-    def with_previous(variables, previous):
-        return {**variables, "stats": {**variables["stats"], "previous": previous}}
-
-    def snapshot(variables):
-        """A copy of a model as part of the statistics."""
-        return {"params": variables["params"], "stats": variables["stats"]}
-
-    def init(key):
-        variables = model.init(key)
-        return with_previous(variables, jax.tree.map(jnp.copy, snapshot(variables)))
-
-    def arrive(key, variables):
-        ours = model.arrive(key, split(variables)[0])
-        return with_previous(ours, snapshot(ours))
-
-    def visit(variables):
-        ours, previous = split(variables)
-        return with_previous(model.visit(ours), previous)
-
-    def leave(variables):
-        ours = model.leave(split(variables)[0])
-        return with_previous(ours, snapshot(ours))
+    inner = beside(
+        model, NAME, lambda key, ours: jax.tree.map(jnp.copy, snapshot(ours))
+    )
 
     def context(variables, data):
-        ours, previous = split(variables)
+        ours, previous = split(variables, NAME)
         return snapshot(ours), previous, model.context(ours, data)
 
     def loss(key, variables, batch, context):
-        received, before, inner = context
-        ours, previous = split(variables)
-        value, (stats, info) = model.loss(key, ours, batch, inner)
-        z = model.features(ours, batch, True)
+        received, before, rest = context
+        value, (stats, info) = inner.loss(key, variables, batch, rest)
+        z = inner.features(variables, batch, True)
         fixed = (model.features(v, batch, False) for v in (received, before))
         near, far = (_cosine(z, other) / temperature for other in fixed)
         contrast = masked_mean(jnp.logaddexp(near, far) - near, batch.mask)
         info = {**info, "contrast": contrast}
-        return value + mu * contrast, ({**stats, "previous": previous}, info)
+        return value + mu * contrast, (stats, info)
 
-    whole = model._replace(
-        init=init,
+    whole = inner._replace(
         loss=loss,
         context=context,
-        arrive=arrive,
-        visit=visit,
-        leave=leave,
-        predict=lambda variables, x: model.predict(split(variables)[0], x),
-        condition=lambda variables, data: model.condition(split(variables)[0], data),
-        export=lambda variables: model.export(split(variables)[0]),
-        inspect=lambda variables, data: model.inspect(split(variables)[0], data),
-        features=lambda variables, *args: model.features(split(variables)[0], *args),
+        arrive=lambda key, variables: renewed(inner.arrive(key, variables)),
+        leave=lambda variables: renewed(inner.leave(variables)),
     )
-    home = (*tree.as_patterns(keep), r"stats/previous/.*")
+    home = (*tree.as_patterns(keep), pattern(NAME))
     return fedavg(whole, local=local, keep=home, **fedavg_options)
-
-
-def _check_features(model: Model) -> None:
-    """Raises what the model raises if it has no features."""
-
-    def trial(key):
-        x = jnp.zeros((1, *model.sample_shape))
-        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
-        return model.features(model.init(key), batch, False)
-
-    jax.eval_shape(trial, jax.random.key(0))
 
 
 def _cosine(a: Array, b: Array) -> Array:

@@ -15,11 +15,18 @@ pFedHN-PC, whose clients keep their classifier and the state of its optimizer, i
 `keep=r"params/head/.*"` with `persist_optimizer="kept"` (section 3.3). There the local
 gradient clip bounds the whole network; the authors' code clips the body alone.
 
+Clients may have different networks (a mapping of models): the hypernetwork emits the
+parameters of all of them, and each client is sent the slice of its own, which alone
+passes a gradient back.
+
+Newcomers are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
+
 Deviation: momentum and decay do not move embeddings of clients that are absent
 (`faithful=True` has one dense table, as the authors' code). A client without an
 embedding is sent the network of the mean embedding.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,11 +53,17 @@ class State(NamedTuple):
     opt_table: PyTree
 
 
+def published_size(num_clients: int) -> int:
+    """Returns the size of an embedding, d, as published."""
+    return 1 + num_clients // 4
+
+
 def pfedhn(
-    model: Model,
+    model: Model | Mapping[str, Model],
     *,
     local,
     num_clients: int,
+    family_sizes: Mapping[str, int] | None = None,
     embedding_size: int = 0,
     hidden_size: int = 100,
     num_hidden: int = 3,
@@ -58,25 +71,29 @@ def pfedhn(
     weight_decay: float = 1e-3,
     clip_norm: float = 50.0,
     faithful: bool = False,
+    freeze: Sequence[str] = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedHN.
 
     Args:
-      model: the target network.
+      model: the target network, or one for each family of clients.
       local: builds a training loop, see `fedavg`.
-      num_clients: N.
-      embedding_size: d; 0 for 1 + N // 4, as published.
+      num_clients: N, of all families together.
+      family_sizes: clients of each family, if there are any.
+      embedding_size: d; 0 for `published_size`, 1 + N // 4.
       hidden_size: of the hypernetwork.
       num_hidden: its hidden layers.
       server_opt: default SGD at 0.01 with momentum 0.9.
       weight_decay: added to the server's gradient.
       clip_norm: bound on its norm, over all that received gradient.
       faithful: momentum and decay move all embeddings at every step.
+      freeze: patterns of paths in phi that do not move.
       **fedavg_options: of `fedavg`, for the clients: `keep`, `persist_optimizer`, ...
 
     Raises:
-      ValueError: a size is out of range, or statistics are not kept at home.
+      ValueError: a size is out of range, statistics are not kept at home, a pattern
+        matches nothing, or `family_sizes` does not go with the models.
     """
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, embedding_size=embedding_size)
@@ -85,11 +102,23 @@ def pfedhn(
             f"clip_norm={clip_norm} must be positive, weight_decay={weight_decay} not "
             "negative"
         )
-    size = embedding_size or 1 + num_clients // 4
+    size = embedding_size or published_size(num_clients)
     options = {"bn_stats": "local", **fedavg_options}
-    inner = fedavg(model, local=local, **options)
-    template = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
-    mixing.check_emitted(template)
+    models = model if isinstance(model, Mapping) else {"": model}
+    if isinstance(model, Mapping):
+        mixing.check_families(models, family_sizes, num_clients)
+    inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
+    shared = {
+        name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
+        for name, alg in inner.items()
+    }
+    for theta in shared.values():
+        mixing.check_emitted(theta)
+    template = {
+        f"{name}/{path}" if name else path: leaf
+        for name, theta in shared.items()
+        for path, leaf in theta.items()
+    }
     net = heads.per_tensor(
         template,
         condition_size=size,
@@ -98,6 +127,7 @@ def pfedhn(
     )
     server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), server_opt)
+    tree.splitter(jax.eval_shape(net.init, jax.random.key(0)), freeze)  # checks them
 
     def init(common):
         key_phi, key_table = jax.random.split(rng.stream(common, "hypernetwork"))
@@ -113,15 +143,17 @@ def pfedhn(
         v = mixing.rows(server.table, cohort.ids)
         return Downlink(own=emit(server.phi, v))
 
-    def update(key, server, uplink, cohort):
+    def update(key, server, delta, cohort):
         v = mixing.take(server.table, cohort.ids)
         _, pull = jax.vjp(emit, server.phi, v)
         some = jnp.maximum(jnp.sum(cohort.active), 1.0)
         # Old minus new is what a minimiser wants.
-        grads = pull(tree.scale(uplink.delta, -1.0 / some))
+        of_phi, of_v = pull(tree.scale(delta, -1.0 / some))
+        grads = tree.hold(freeze, tree.zeros_like(of_phi), of_phi), of_v
         norm = tree.norm(grads)
         grads = tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6)))
         phi, opt_phi = _step(optimizer, grads[0], server.opt_phi, server.phi)
+        phi = tree.hold(freeze, server.phi, phi)
         if faithful:
             dense = jnp.zeros_like(server.table)
             dense = dense.at[cohort.ids].add(grads[1], mode="drop")
@@ -137,9 +169,64 @@ def pfedhn(
         after = jax.tree.map(lambda x, y: jnp.where(alive, x, y), after, server)
         return after, {"gradient_norm": norm}
 
-    return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
-    )
+    sides = {name: mixing.own_as_shared(alg.client) for name, alg in inner.items()}
+    if isinstance(model, Mapping):
+        whole = ServerSide(init, downlink, update)
+        return Algorithm(_sliced(whole, shared, dict(family_sizes or {})), sides)
+
+    def of_uplink(key, server, uplink, cohort):
+        return update(key, server, uplink.delta, cohort)
+
+    return Algorithm(ServerSide(init, downlink, of_uplink), sides[""])
+
+
+def _sliced(
+    server: ServerSide, shared: Mapping[str, PyTree], sizes: Mapping[str, int]
+) -> ServerSide:
+    """A server for families, from one that emits all networks for every client.
+
+    `server` takes changes [C, ...] of all networks; ids of families follow one another.
+    """
+    first, num_clients = {}, 0
+    for name, size in sizes.items():
+        first[name] = num_clients
+        num_clients += size
+
+    def everywhere(name, cohort):
+        known = cohort.ids < sizes[name]
+        return cohort._replace(
+            ids=jnp.where(known, first[name] + cohort.ids, num_clients)
+        )
+
+    def downlink(key, state, cohorts):
+        found = {}
+        for name, cohort in cohorts.items():
+            whole = server.downlink(key, state, everywhere(name, cohort)).own
+            own = {path: whole[f"{name}/{path}"] for path in shared[name]}
+            found[name] = Downlink(own=own)
+        return found
+
+    def update(key, state, uplinks, cohorts):
+        everybody = mixing.together(
+            everywhere(name, cohort) for name, cohort in cohorts.items()
+        )
+
+        def change(name, path):
+            """Of one tensor: zero for clients of other families."""
+            parts = []
+            for other, cohort in cohorts.items():
+                zero = jnp.zeros((*cohort.ids.shape, *shared[name][path].shape))
+                parts.append(uplinks[name].delta[path] if other == name else zero)
+            return jnp.concatenate(parts)
+
+        delta = {
+            f"{name}/{path}": change(name, path)
+            for name in shared
+            for path in shared[name]
+        }
+        return server.update(key, state, delta, everybody)
+
+    return ServerSide(server.init, downlink, update)
 
 
 def _step(optimizer, grads, state, params):

@@ -74,7 +74,7 @@ def pfedla(
     if sign not in SIGNS:
         raise ValueError(f"sign={sign} must be 1 or -1")
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    theta = mixing.shared(inner)
     layers = mixing.layers(theta)
 
     def init_generator(key):

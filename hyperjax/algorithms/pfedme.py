@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least
+from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.types import Algorithm, Model
+
+NAME = "personal"  # model's parameters, among a client's statistics
 
 
 def pfedme(
@@ -53,23 +56,12 @@ def pfedme(
         )
     rate = inner_learning_rate
 
-    def split(variables):
-        stats = dict(variables["stats"])
-        own = stats.pop("personal")
-        return {**variables, "stats": stats}, own
-
-    def init(key):
-        variables = model.init(key)
-        own = jax.tree.map(jnp.copy, variables["params"])
-        return {**variables, "stats": {**variables["stats"], "personal": own}}
-
     def arrive(key, variables):
-        shared = model.arrive(key, split(variables)[0])
-        stats = {**shared["stats"], "personal": shared["params"]}
-        return {**shared, "stats": stats}
+        shared = model.arrive(key, split(variables, NAME)[0])
+        return join(shared, NAME, shared["params"])
 
     def loss(key, variables, batch, context):
-        shared, _ = split(variables)
+        shared, _ = split(variables, NAME)
         w = shared["params"]
 
         def objective(u):
@@ -85,32 +77,13 @@ def pfedme(
         u = jax.lax.stop_gradient(jax.lax.fori_loop(0, inner_steps, step, fixed))
         value, (stats, info) = objective(u)
         envelope = value + 0.5 * lam * tree.norm(tree.sub(w, u)) ** 2
-        return envelope, ({**stats, "personal": u}, info)
+        return envelope, ({**stats, NAME: u}, info)
 
-    def personal(variables):
-        shared, own = split(variables)
-        return {**shared, "params": own}
-
-    whole = model._replace(
-        init=init,
-        loss=loss,
-        predict=lambda variables, x: model.predict(personal(variables), x),
-        context=lambda variables, data: model.context(split(variables)[0], data),
-        condition=lambda variables, data: model.condition(personal(variables), data),
-        export=lambda variables: model.export(personal(variables)),
-        inspect=lambda variables, data: model.inspect(personal(variables), data),
-        features=lambda variables, *args: model.features(personal(variables), *args),
-        arrive=arrive,
-        visit=lambda variables: _around(model.visit, variables),
-        leave=lambda variables: _around(model.leave, variables),
-    )
-    home = (*tree.as_patterns(keep), r"stats/personal/.*")
+    whole = beside(
+        model,
+        NAME,
+        lambda key, shared: jax.tree.map(jnp.copy, shared["params"]),
+        deployed=lambda shared, own: {**shared, "params": own},
+    )._replace(loss=loss, arrive=arrive)
+    home = (*tree.as_patterns(keep), pattern(NAME))
     return fedavg(whole, local=local, keep=home, **fedavg_options)
-
-
-def _around(hook, variables):
-    """Applies a hook of the inner model, with the personal model beside it."""
-    stats = dict(variables["stats"])
-    own = stats.pop("personal")
-    after = hook({**variables, "stats": stats})
-    return {**after, "stats": {**after["stats"], "personal": own}}

@@ -61,7 +61,7 @@ def pfedsim(
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, warmup_rounds=warmup_rounds)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = jax.eval_shape(inner.server.init, jax.random.key(0)).theta
+    theta = mixing.shared(inner)
     tops, _ = tree.splitter(theta, head).split(theta)
     kernel = next((path for path in tops if path.endswith("/kernel")), None)
     if kernel is None:

@@ -5,7 +5,9 @@ once over N + M clients, so the last M, which never train, follow the same law a
 others but other draws of it. Inside each of the first N, `eval_fraction` is held out;
 the last M keep all their samples for evaluation (arXiv:2508.12673, splits after the
 authors' earlier harness). Theirs are split in the same way too, to measure what an
-unseen client gains by fine-tuning. There may be no test set and no unseen clients.
+unseen client gains by fine-tuning. Of what is left to train on, a participant may set
+`validation_fraction` aside to choose a round by. There may be no test set, no
+validation and no unseen clients.
 """
 
 import os
@@ -20,7 +22,15 @@ from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least
 from hyperjax.types import Pool
 
-TABLES = ("train", "held_out", "novel", "novel_train", "novel_held_out", "test")
+TABLES = (
+    "train",
+    "held_out",
+    "validation",
+    "novel",
+    "novel_train",
+    "novel_held_out",
+    "test",
+)
 
 # Tables are as wide as a multiple of this, so that federations of nearly equal sizes
 # (other seeds of one experiment) find their programs in the compilation cache.
@@ -37,6 +47,7 @@ class Federation(NamedTuple):
     pool: Pool
     train: Table  # [N, ...]
     held_out: Table  # [N, ...], the participants' own evaluation split
+    validation: Table | None  # [N, ...], set aside to choose a round by
     novel: Table | None  # [M, ...], all samples of the unseen clients; None if M = 0
     novel_train: Table | None  # [M, ...], `novel` split like the participants' samples
     novel_held_out: Table | None  # [M, ...]
@@ -74,6 +85,30 @@ class Federation(NamedTuple):
         everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
         return self._replace(trainers=everything)
 
+    def newcomers(self) -> "Federation":
+        """Returns the federation of the unseen clients, who now take part.
+
+        Client 0 is the first unseen one, and so on. Pixels are normalised as before;
+        there are no further unseen clients.
+
+        Raises:
+          ValueError: there are no unseen clients.
+        """
+        if self.novel_train is None or self.novel_held_out is None:
+            raise ValueError(
+                "there are no unseen clients that could join: num_novel is 0"
+            )
+        return self._replace(
+            train=self.novel_train,
+            held_out=self.novel_held_out,
+            validation=None,
+            novel=None,
+            novel_train=None,
+            novel_held_out=None,
+            trainers=self.novel_train,
+            counts=self.counts[self.num_clients :],
+        )
+
     @property
     def source_prior(self) -> np.ndarray:
         """Class shares over all participants' training samples, [K]."""
@@ -92,6 +127,7 @@ def federate(
     seed: int,
     test_fraction: float = 0.2,
     eval_fraction: float = 0.2,
+    validation_fraction: float = 0.0,
     stratified: bool = False,
     client_ids: np.ndarray | None = None,
     **options: Any,
@@ -106,10 +142,13 @@ def federate(
       seed: of the splits and the partition; independent of the model's seed.
       test_fraction: share of the global test set, in [0, 1); 0 for none.
       eval_fraction: share each client holds out, in (0, 1).
+      validation_fraction: share of the rest that participants set aside to choose a
+        round by, in [0, 1); 0 for none.
       stratified: whether a client holds out the same share of each of its classes. Of
         a class with n_k of the client's n samples, h of which are held out, that is
         h n_k / n rounded down; the samples missing to h are of the classes that lost
-        most, ties by label. Otherwise samples are held out at random.
+        most, ties by label. Otherwise samples are held out at random. Likewise for
+        validation.
       client_ids: [n] given ids, for "by_client_id".
       **options: of the partitioner.
 
@@ -127,6 +166,11 @@ def federate(
     if not 0 < eval_fraction < 1:
         raise ValueError(
             f"eval_fraction={eval_fraction} must lie between 0 and 1, exclusive"
+        )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must lie between 0 and 1, 1 "
+            "exclusive; 0 means no validation samples"
         )
     rng = np.random.default_rng(seed)
     total = len(source.y)
@@ -151,17 +195,30 @@ def federate(
                 "train and one to hold out: lower num_clients or num_novel, or raise "
                 "min_size"
             )
-    splits = [
-        _split(part, source.y[part] if stratified else None, eval_fraction)
-        for part in parts
-    ]
-    train, held_out = ([split[i] for split in splits] for i in range(2))
+
+    def split(parts, fraction):
+        labels = (source.y[part] if stratified else None for part in parts)
+        pairs = [_split(*pair, fraction) for pair in zip(parts, labels, strict=True)]
+        return [kept for kept, _ in pairs], [apart for _, apart in pairs]
+
+    train, held_out = split(parts, eval_fraction)
     own, others = slice(num_clients), slice(num_clients, None)
+    validation = None
+    if validation_fraction:
+        for client, part in enumerate(train[own]):
+            if len(part) < 2:
+                raise ValueError(
+                    f"client {client} is left with one sample to train on, and none for"
+                    f" validation_fraction={validation_fraction}"
+                )
+        train[own], apart = split(train[own], validation_fraction)
+        validation = clients.table(apart, _WIDTH)
     own_train = clients.table(train[own], _WIDTH)
     return Federation(
         pool=clients.make_pool(source.x, source.y, np.concatenate(train[own])),
         train=own_train,
         held_out=clients.table(held_out[own], _WIDTH),
+        validation=validation,
         novel=clients.table(parts[others], _WIDTH) if num_novel else None,
         novel_train=clients.table(train[others], _WIDTH) if num_novel else None,
         novel_held_out=clients.table(held_out[others], _WIDTH) if num_novel else None,

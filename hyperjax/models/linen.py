@@ -35,6 +35,23 @@ def distillation(
     return temperature**2 * masked_mean(divergence, batch.mask)
 
 
+def sizes(model: Model) -> tuple[int, int]:
+    """Returns the numbers of a model's classes, K, and features, L.
+
+    Raises:
+      ValueError: it has no features.
+    """
+
+    def trial(key):
+        variables = model.init(key)
+        x = jnp.zeros((1, *model.sample_shape))
+        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
+        return model.predict(variables, x), model.features(variables, batch, False)
+
+    logits, features = jax.eval_shape(trial, jax.random.key(0))
+    return logits.shape[-1], features.shape[-1]
+
+
 def from_linen(
     module: nn.Module, input_shape: tuple[int, ...], num_classes: int
 ) -> Model:

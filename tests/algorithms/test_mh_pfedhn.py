@@ -302,6 +302,43 @@ def test_others_keep_their_bits_moments_and_counts():
     chex.assert_trees_all_equal(nobody, before)
 
 
+def test_what_is_frozen_keeps_its_bits_and_lends_no_length():
+    alg = ours(freeze=("extractor/.*", "heads/2/.*"))
+    server, ids = start(alg), dict(line=(0, 2), deep=(1,))
+    deltas = changes(1, length=1e3, **ids)
+    after, norm = absorbed(alg, server, deltas, **ids)
+    for part in ("extractor", ("heads", "2")):
+        pick = lambda s, p=part: s.phi[p] if p == "extractor" else s.phi["heads"]["2"]  # noqa: E731
+        chex.assert_trees_all_equal(pick(after), pick(server))
+    moved = tree.sub(
+        (after.phi["heads"]["3"], after.tables),
+        (server.phi["heads"]["3"], server.tables),
+    )
+    assert norm > 50 and float(tree.norm(moved)) == pytest.approx(50, rel=1e-3)
+    assert all(np.any(x) for x in jax.tree.leaves(moved[0]))
+
+
+def test_heads_may_be_kept_apart():
+    alg = ours(share_heads=False)
+    server, ids = start(alg), dict(line=(0, 2))
+    assert sorted(server.phi["heads"]) == ["2_line", "2_norm", "3_deep"]
+    one, other = (server.phi["heads"][f"2_{name}"]["w"] for name in ("line", "norm"))
+    assert np.all(one != other)  # draws of their own
+    after, _ = absorbed(alg, server, changes(1, **ids), **ids)
+    np.testing.assert_array_equal(after.phi["heads"]["2_norm"]["w"], other)
+    assert np.any(after.phi["heads"]["2_line"]["w"] != one)
+    # Where no two families share one, it is the method itself but for names and draws.
+    together = start(ours())
+    head = together.phi["heads"]["3"]
+    server.phi["heads"]["3_deep"], server.phi["extractor"] = (
+        head,
+        together.phi["extractor"],
+    )
+    tables = {**server.tables, "deep": together.tables["deep"]}
+    found = received(alg, server._replace(tables=tables), deep=(0, 1))
+    chex.assert_trees_all_equal(found, received(ours(), together, deep=(0, 1)))
+
+
 def test_every_tensor_counts_its_own_steps():
     alg = ours(ADAM)
     server, num_rounds = start(alg), 2
@@ -495,6 +532,7 @@ def test_generated_scales_land_on_scales():
     [
         (dict(output_size=0), "output_size=0 must be at least 1"),
         (dict(embedding_size=0), "embedding_size=0 must be at least 1"),
+        (dict(freeze="heads/9/.*"), "'heads/9/.*' matches no variable"),
         (dict(keep="params/top/.*"), "'params/top/.*' matches no variable"),
         (dict(family_sizes={"line": 3}), r"family_sizes.*\['line'\].*'deep'"),
         (dict(family_sizes={**MEMBERS, "norm": 0}), "norm=0 must be at least 1"),

@@ -44,7 +44,7 @@ FLAT = mixing.flat(fedavg(LINE, local=FULL))
 
 
 @functools.cache
-def ours(lam=LAM, clip=None):
+def ours(lam=LAM, clip=None, **options):
     return mh_pfedhngd(
         NETWORKS,
         local=functools.partial(FULL, clip_norm=clip),
@@ -52,6 +52,7 @@ def ours(lam=LAM, clip=None):
         lam=lam,
         temperature=T,
         **OPTIONS,
+        **options,
     )
 
 
@@ -166,8 +167,8 @@ def test_hot_distillation_compares_centred_logits():
 
 
 @functools.cache
-def _visit(name, lam, clip):
-    side = ours(lam, clip).client[name]
+def _visit(name, lam, clip, **options):
+    side = ours(lam, clip, **options).client[name]
 
     @jax.jit
     def run(down, data):
@@ -189,8 +190,9 @@ DOWN = {
 }
 
 
-def visit(name="plain", lam=LAM, clip=None):
-    return _visit(name, lam, clip)(DOWN[name], data_of(PARTS[1]))
+def visit(name="plain", lam=LAM, clip=None, shared=None, **options):
+    down = DOWN[name] if shared is None else DOWN[name]._replace(shared=shared)
+    return _visit(name, lam, clip, **options)(down, data_of(PARTS[1]))
 
 
 def linear(theta):
@@ -236,6 +238,18 @@ def test_the_copy_learns_from_labels_alone_and_is_not_clipped():
     np.testing.assert_allclose(uplink.copy, expected, **CLOSE)
     assert np.linalg.norm(uplink.copy) > 0.01
     np.testing.assert_allclose(np.linalg.norm(uplink.own), LR * 1e-3, rtol=1e-3)
+    clipped, *_ = visit(clip=1e-3, clip_global=True)
+    np.testing.assert_allclose(np.linalg.norm(clipped.copy), LR * 1e-3, rtol=1e-3)
+    np.testing.assert_array_equal(clipped.own, uplink.own)
+
+
+def test_a_fresh_teacher_is_not_what_the_copy_starts_from():
+    start, teacher = jnp.float32(DRAW.normal(size=(2, SMALL)))
+    found, *_ = visit("wide", shared=jnp.stack([start, teacher]), teacher="fresh")
+    np.testing.assert_allclose(found.copy, visit("wide", shared=start)[0].copy, **CLOSE)
+    taught, *_ = visit("wide", shared=teacher)
+    np.testing.assert_allclose(found.own, taught.own, **CLOSE)
+    assert np.max(np.abs(found.own - visit("wide", shared=start)[0].own)) > 1e-3
 
 
 def test_without_lambda_clients_do_what_those_of_mh_pfedhn_do():
@@ -398,6 +412,52 @@ def test_the_global_step_leaves_other_families_alone():
     assert later.weight == 0 and np.all(later.change == 0)
 
 
+def test_the_global_step_may_touch_the_idle():
+    _, state = after_one_round()
+    nobody = changes(9), cohorts_of(1, active=(0, 0))
+    plain = absorbed(state, *nobody).inner
+    alg = ours(global_step_touches_idle=True)
+    after = jax.jit(alg.server.update)(None, state, *nobody)[0].inner
+    # What theta_g is made of moves as it would,
+    for part in (lambda x: x.phi["extractor"], lambda x: x.phi["heads"]["1"]):
+        chex.assert_trees_all_close(part(after), part(plain), **CLOSE)
+    found, expected = after.tables[GLOBAL], plain.tables[GLOBAL]
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    # and all the rest goes on by its momentum: t' = 0.9 t, x' = x - 0.1 t'.
+    was = state.inner
+    idle = [
+        lambda x: (x.phi["heads"]["3"], x.opt["heads"]["3"][0].trace),
+        *(lambda x, k=k: (x.tables[k], x.opt["tables"][k][0].trace) for k in NETWORKS),
+    ]
+    for part in idle:
+        (before, trace), found = part(was), part(after)
+        trace = tree.scale(trace, 0.9)
+        expected = tree.sub(before, tree.scale(trace, 0.1)), trace
+        chex.assert_trees_all_close(found, expected, **CLOSE)
+        assert tree.norm(tree.sub(found[0], before)) > 1e-4
+    # Whom momentum has not reached yet, it does not move.
+    np.testing.assert_array_equal(after.tables["wide"][1], was.tables["wide"][1])
+
+
+def test_a_fresh_teacher_has_learned_from_the_copies_received_so_far():
+    send = jax.jit(ours(teacher="fresh").server.downlink)
+    who, ups = cohorts_of(0, ["wide"]), changes(3, ["wide"])
+    start, teacher = send(None, first(), who)["wide"].shared
+    np.testing.assert_array_equal(start, first().teacher)
+    np.testing.assert_allclose(teacher, start, rtol=1e-6)
+    state = absorbed(first(), ups, who)
+    mean = mean_change(*zip(WEIGHT["wide"], ups["wide"].copy, strict=True))
+    inner = stepped(state.inner, {GLOBAL: jnp.float32(mean)[None]}, only_global())
+    later, teacher = send(None, state, who)["wide"].shared
+    np.testing.assert_array_equal(later, start)
+    np.testing.assert_allclose(teacher, theta_g(inner), **CLOSE)
+    assert np.max(np.abs(teacher - start)) > 1e-4
+    # When the next round begins, that is what everything starts from.
+    start, again = send(None, state, cohorts_of(1, ["wide"]))["wide"].shared
+    np.testing.assert_allclose(start, teacher, **CLOSE)
+    np.testing.assert_allclose(again, start, rtol=1e-6)
+
+
 # Rounds of the engine ---------------------------------------------------------------
 
 
@@ -440,6 +500,9 @@ def test_rounds_one_by_one_and_a_run_that_is_resumed_between_them():
 def test_own_network_and_global_model_each_way(name):
     costs = comm.cost(comm.describe(families.view(ours(), name)))
     assert costs.down_numbers == costs.up_numbers == SIZES[name] + SMALL
+    fresh = comm.cost(comm.describe(families.view(ours(teacher="fresh"), name)))
+    assert fresh.down_numbers == SIZES[name] + 2 * SMALL
+    assert fresh.up_numbers == costs.up_numbers
 
 
 @pytest.mark.parametrize(
@@ -447,6 +510,7 @@ def test_own_network_and_global_model_each_way(name):
     [
         (dict(lam=1.1), r"lam=1\.1 must lie in \[0, 1\]"),
         (dict(lam=float("nan")), r"lam=nan must lie in"),
+        (dict(teacher="frehs"), r"teacher='frehs' is unknown; .*'fresh'"),
         (dict(temperature=0.0), r"temperature=0\.0 be positive"),
         (dict(keep=r"params/head/.*"), r"keep='params/head/\.\*' must be None"),
         (dict(bn_stats="average"), r"bn_stats='average'.*use 'local'"),

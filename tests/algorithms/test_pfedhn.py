@@ -253,6 +253,122 @@ def test_no_change_moves_nothing_without_decay():
     chex.assert_trees_all_equal(after, server)
 
 
+def test_a_frozen_hypernetwork_keeps_its_bits_and_lends_no_length():
+    options = dict(BARE, freeze=".*")
+    server = q.start(ours(**options)).server
+    deltas = 1e4 * np.array([[1.0, -2.0], [3.0, 1.0]])
+    after, info = absorbed(ours(**options), server, deltas, (3, 1))
+    chex.assert_trees_all_equal(after.phi, server.phi)
+    pairs = zip((3, 1), np.float32(deltas), strict=True)
+    rows = [pulled(server.phi, server.table[k], d)[1] for k, d in pairs]
+    # The mean over two clients; the bound is on what received gradient.
+    length = np.linalg.norm(np.array(rows)) / 2
+    assert length > 50
+    assert float(info["gradient_norm"]) == pytest.approx(length, rel=1e-4)
+    assert float(tree.norm(after.table - server.table)) == pytest.approx(50, rel=1e-4)
+    # Momentum and decay do not move it either.
+    moving = ours(**MOVING, freeze=("trunk/.*", "heads/.*"))
+    after = q.play(moving, (2,), (0,)).server
+    chex.assert_trees_all_equal(after.phi, q.start(moving).server.phi)
+
+
+# Families ----------------------------------------------------------------------------
+
+
+@functools.cache
+def over_families(sizes=(("a", 3), ("b", 1)), **options):
+    return pfedhn(
+        {name: q.model() for name, _ in sizes},
+        local=q.training(q.DECAYING),
+        num_clients=q.N,
+        family_sizes=dict(sizes),
+        embedding_size=2,
+        hidden_size=3,
+        num_hidden=1,
+        **options,
+    )
+
+
+def cohort_of(*ids):
+    ones = jnp.ones(len(ids))
+    ids = jnp.asarray(ids, jnp.int32)
+    return Cohort(ids, ones, ones, jnp.int32(0), jnp.float32(q.N))
+
+
+def uplink_of(deltas):
+    columns = jnp.asarray(deltas, jnp.float32).T
+    return Uplink(dict(zip(PATHS, columns, strict=True)), ())
+
+
+def test_a_single_family_is_the_method_itself():
+    alone, key = over_families((("a", q.N),), **MOVING), jax.random.key(0)
+    server = jax.jit(alone.server.init)(key)
+    plain = jax.jit(ours(**MOVING).server.init)(key)
+    deltas, ids = [[1.0, -2.0], [3.0, 1.0]], (3, 1)
+    down = jax.jit(alone.server.downlink)(key, server, {"a": cohort_of(*ids)})
+    own = jax.jit(ours(**MOVING).server.downlink)(key, plain, cohort_of(*ids)).own
+    chex.assert_trees_all_equal(down["a"].own, own)
+    after, _ = jax.jit(alone.server.update)(
+        key, server, {"a": uplink_of(deltas)}, {"a": cohort_of(*ids)}
+    )
+    expected, _ = absorbed(ours(**MOVING), plain, deltas, ids)
+    chex.assert_trees_all_equal(jax.tree.leaves(after), jax.tree.leaves(expected))
+
+
+def test_each_family_pulls_through_its_own_slice():
+    alg, key = over_families(**BARE), jax.random.key(0)
+    server = jax.jit(alg.server.init)(key)
+    # One of two clients; family b's client is number 3 of all, and has one of its own.
+    cohorts = {"a": cohort_of(1), "b": cohort_of(0)}
+    deltas = {"a": [[1.0, -2.0]], "b": [[0.5, 3.0]]}
+    update = jax.jit(alg.server.update)
+    uplinks = {name: uplink_of(d) for name, d in deltas.items()}
+    after, _ = update(key, server, uplinks, cohorts)
+    table = np.array(server.table, np.float64)
+    for name, k in (("a", 1), ("b", 3)):
+        heads = {p: server.phi["heads"][f"{name}/{p}"] for p in PATHS}
+        theirs = {"trunk": server.phi["trunk"], "heads": heads}
+        delta = -jnp.float32(deltas[name][0]) / 2
+        grads, row = pulled(theirs, server.table[k], delta)
+        table[k] -= row
+        for path in PATHS:
+            moved = tree.sub(heads[path], grads["heads"][path])
+            found = after.phi["heads"][f"{name}/{path}"]
+            chex.assert_trees_all_close(found, moved, **q.CLOSE)
+    np.testing.assert_allclose(after.table, table, **q.CLOSE)
+    # Of a family that sent nothing neither heads nor embeddings move.
+    after, _ = update(key, server, {"b": uplinks["b"]}, {"b": cohorts["b"]})
+    for path in PATHS:
+        name = f"a/{path}"
+        chex.assert_trees_all_equal(after.phi["heads"][name], server.phi["heads"][name])
+    np.testing.assert_array_equal(after.table[:3], server.table[:3])
+    assert np.all(after.table[3] != server.table[3])
+
+
+def test_strangers_of_a_family_get_the_network_of_the_mean_embedding():
+    alg, key = over_families(**MOVING), jax.random.key(0)
+    server = jax.jit(alg.server.init)(key)
+    down = jax.jit(alg.server.downlink)(key, server, {"b": cohort_of(1, 0)})
+    theirs = {
+        "trunk": server.phi["trunk"],
+        "heads": {p: server.phi["heads"][f"b/{p}"] for p in PATHS},
+    }
+    expected = [emitted(theirs, v) for v in (server.table.mean(0), server.table[3])]
+    np.testing.assert_allclose(q.vector(down["b"].own), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_families_must_be_those_of_the_models():
+    with pytest.raises(ValueError, match=r"family_sizes=.* are 4 clients.*=5"):
+        pfedhn(
+            {"a": q.model(), "b": q.model()},
+            local=q.training(),
+            num_clients=5,
+            family_sizes={"a": 3, "b": 1},
+        )
+    with pytest.raises(ValueError, match=r"family_sizes is of \[\], models of \['a'\]"):
+        pfedhn({"a": q.model()}, local=q.training(), num_clients=5)
+
+
 # Messages ----------------------------------------------------------------------------
 
 
@@ -305,6 +421,7 @@ def test_statistics_stay_at_home():
         (dict(num_clients=0), "num_clients=0 must be at least 1"),
         (dict(embedding_size=-1), "embedding_size=-1 must be at least 0"),
         (dict(hidden_size=0), "hidden_size=0 must be at least 1"),
+        (dict(freeze="tail/.*"), "'tail/.*' matches no variable"),
         (dict(keep="params/top/.*"), "'params/top/.*' matches no variable"),
     ],
 )

@@ -127,6 +127,41 @@ def test_pooled_training_has_one_client_with_everything():
     np.testing.assert_array_equal(pooled.source_prior, found.source_prior)
 
 
+@pytest.mark.parametrize("options", [{}, DIRICHLET, STRATIFIED])
+def test_participants_set_validation_samples_aside(options):
+    plain, found = deal(**options), deal(validation_fraction=0.25, **options)
+    triples = zip(
+        parts(plain.train), parts(found.train), parts(found.validation), strict=True
+    )
+    for whole, train, validation in triples:
+        assert len(validation) == min(max(1, round(0.25 * len(whole))), len(whole) - 1)
+        both = np.concatenate([train, validation])
+        np.testing.assert_array_equal(np.sort(both), np.sort(whole))
+    assert found.trainers is found.train
+    # Nobody else loses any, and pixels are normalised by what is trained on.
+    for name in ("held_out", "novel", "novel_train", "novel_held_out", "test"):
+        for x, y in zip(getattr(plain, name), getattr(found, name), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert not np.array_equal(found.pool.mean, plain.pool.mean)
+    assert plain.validation is None
+
+
+def test_newcomers_take_the_place_of_participants():
+    found = deal(validation_fraction=0.25, **DIRICHLET)
+    new = found.newcomers()
+    assert (new.num_clients, new.num_novel, new.num_trainers) == (3, 0, 3)
+    assert new.train is found.novel_train and new.trainers is new.train
+    assert new.held_out is found.novel_held_out and new.test is found.test
+    assert new.novel is new.novel_train is new.validation is None
+    assert new.pool is found.pool
+    np.testing.assert_array_equal(new.counts, found.counts[6:])
+    for part, count in zip(parts(found.novel), new.counts, strict=True):
+        labels = np.asarray(new.pool.y)[part]
+        np.testing.assert_array_equal(np.bincount(labels, minlength=5), count)
+    with pytest.raises(ValueError, match="num_novel is 0"):
+        deal(num_novel=0).newcomers()
+
+
 def test_sizes_follow_the_fractions():
     # 600: 120 to test; 480 over 9 clients are 53 or 54; of them a quarter is held out.
     found = deal(test_fraction=0.2, eval_fraction=0.25)
@@ -180,7 +215,7 @@ def test_the_seed_decides_everything(options):
 
 
 def test_tables_are_saved_exactly(tmp_path):
-    found = deal(**DIRICHLET)
+    found = deal(validation_fraction=0.2, **DIRICHLET)
     federations.save_tables(found, tmp_path / "partition.npz")
     saved = np.load(tmp_path / "partition.npz", allow_pickle=False)
     for name in federations.TABLES:
@@ -224,6 +259,11 @@ def test_given_ids_make_the_clients():
         (dict(test_fraction=1.0), r"test_fraction=1.0 must lie between 0 and 1"),
         (dict(eval_fraction=0.0), r"eval_fraction=0.0 must lie between 0 and 1"),
         (dict(eval_fraction=float("nan")), "eval_fraction=nan must lie between"),
+        (dict(validation_fraction=1.0), "validation_fraction=1.0 must lie between 0"),
+        (
+            dict(num_clients=200, num_novel=0, validation_fraction=0.5),
+            r"client \d+ is left with one sample to train on",
+        ),
         (dict(num_clients=598), "num_clients=601 must lie between 1 and the 480"),
         (dict(num_clients=400), r"client \d+ has 1 sample\(s\); a client needs"),
         (

@@ -17,6 +17,7 @@ from configs import common, fedavg_mnist, hyperfednet_cifar10
 from experiments import build
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
 from hyperjax.data.sources import load
 from hyperjax.engine import comm, families
 
@@ -225,12 +226,12 @@ def test_methods_are_the_modules_of_the_package():
 
 
 def accepted_options(name: str) -> set[str]:
-    """Options of a method's factory, with those it hands on to FedAvg."""
+    """Options of a method's factory, with those it hands on to another."""
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     parameters = inspect.signature(factory).parameters.values()
     found = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        found |= accepted_options("fedavg")
+    for rest in (p.name for p in parameters if p.kind is p.VAR_KEYWORD):
+        found |= accepted_options(rest.removesuffix("_options"))
     return found
 
 
@@ -302,6 +303,15 @@ def test_config_arguments_reach_the_fields():
 def test_unknown_options_of_a_method_are_named(option):
     with pytest.raises(ValueError, match=f"option of method='{option}' is unknown"):
         build.call("method", fedavg, None, local=None, **{option: 1})
+
+
+def test_options_that_are_handed_on_are_known_by_name():
+    # From MH-pFedHNGD to MH-pFedHN, and from there to FedAvg.
+    known = build.options_of(mh_pfedhngd)
+    assert {"lam", "output_size", "condition_source"} <= set(known)
+    assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
+    with pytest.raises(ValueError, match=r"'outputsize' is unknown; .*'output_size'"):
+        build.call("method", mh_pfedhngd, None, local=None, outputsize=1)
 
 
 def test_bases_and_corrections_are_parsed():

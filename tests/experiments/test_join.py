@@ -1,0 +1,158 @@
+"""Newcomers join a finished run, and rounds are chosen by validation."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import fedavg_mnist, mh_pfedhn_cifar10, pfedhn_cifar10
+from experiments import join, saved, train
+from hyperjax import tree
+from hyperjax.engine import log
+
+# One worker runs all, and compiles each program once.
+pytestmark = pytest.mark.xdist_group("join")
+
+
+def small(config, **fields):
+    """A few rounds on digits, with unseen clients."""
+    config.data.num_novel, config.tensorboard = 2, False
+    config.evaluation.every, config.evaluation.finetune_epochs = 1, ()
+    config.local.batch_size = 16
+    config.update_from_flattened_dict(
+        {k.replace("__", "."): v for k, v in fields.items()}
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """MH-pFedHN over two sizes of network, with samples for validation."""
+    config = mh_pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
+    config.families = ("mlp", "attack_lenet")
+    config = small(
+        config,
+        method__output_size=8192,
+        method__hidden_size=2,
+        method__embedding_size=2,
+        method__num_layers=1,
+        data__validation_fraction=0.25,
+    )
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train.train(config, str(folder))
+    return str(folder)
+
+
+def phi(path):
+    """{path: array} of a run's hypernetwork."""
+    found = saved.load(path).restored.carry.server.phi
+    return dict(zip(tree.paths(found), jax.tree.leaves(found), strict=True))
+
+
+def tables(path):
+    return jax.tree.leaves(saved.load(path).restored.carry.server.tables)
+
+
+def test_newcomers_with_known_networks_learn_their_embeddings_alone(finished, tmp_path):
+    config = join.joining(finished, rounds=2)
+    summary = train.train(config, str(tmp_path / "joined"))
+    before, after = phi(finished), phi(str(tmp_path / "joined"))
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        np.testing.assert_array_equal(x, after[name])
+    untouched = small(config, rounds=0)
+    train.train(untouched, str(tmp_path / "untouched"))
+    pairs = zip(
+        tables(str(tmp_path / "untouched")),
+        tables(str(tmp_path / "joined")),
+        strict=True,
+    )
+    for x, y in pairs:
+        assert x.shape[0] == 1 and np.any(x != y)
+    # The two newcomers are the two unseen clients of the run.
+    rows = json.loads((tmp_path / "joined" / "clients.json").read_text())
+    with np.load(f"{finished}/partition.npz") as there:
+        held_out, trained_on = there["novel_held_out_size"], there["novel_train_size"]
+    assert [r["eval_samples"] for r in rows] == held_out.tolist()
+    assert [r["train_samples"] for r in rows] == trained_on.tolist()
+    assert "zacc" not in summary
+
+
+def test_heads_of_new_sizes_are_trained_beside_the_embeddings(finished, tmp_path):
+    config = join.joining(finished, families=["mlp", "mh_mlp"], rounds=1)
+    path = str(tmp_path / "joined")
+    train.train(config, path)
+    before, after = phi(finished), phi(path)
+    start = small(config, rounds=0)
+    train.train(start, str(tmp_path / "start"))
+    first = phi(str(tmp_path / "start"))
+    for name, x in after.items():
+        if name in before:  # the extractor and the head of `mlp`
+            np.testing.assert_array_equal(x, before[name])
+        else:
+            assert name.startswith("heads/") and np.any(x != first[name])
+    assert after.keys() - before.keys() and before.keys() - after.keys()
+
+
+def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
+    config = join.joining(finished, rounds=2)
+    whole = train.train(config, str(tmp_path / "whole"))
+
+    def stop(self, *args):
+        self.ask_to_stop(15, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Run, "check_finite", stop)
+        with pytest.raises(train.Stopped):
+            train.train(config, str(tmp_path / "parts"))
+    parts = train.train(config, str(tmp_path / "parts"))
+    assert parts["state_sha256"] == whole["state_sha256"]
+
+
+@pytest.mark.parametrize("families", [(), ("mlp", "attack_lenet")], ids=["one", "two"])
+def test_pfedhn_embeds_newcomers(families, tmp_path):
+    config = pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
+    config = small(config, families=families, model__name="mlp", local__steps=1)
+    config.method.hidden_size, config.method.num_hidden = 2, 1
+    train.train(config, str(tmp_path / "run"))
+    joined = join.joining(str(tmp_path / "run"), rounds=2)
+    train.train(joined, str(tmp_path / "joined"))
+    before, after = phi(str(tmp_path / "run")), phi(str(tmp_path / "joined"))
+    for name, x in before.items():
+        np.testing.assert_array_equal(x, after[name])
+
+
+def test_the_best_round_is_that_of_validation(finished):
+    summary = json.loads((Path(finished) / "summary.json").read_text())
+    records = log.read_lines(Path(finished) / "metrics.jsonl")
+    best = max(records, key=lambda r: r["vacc"])
+    found = summary["best_by_validation"]
+    assert found["round"] == best["round"]
+    assert (found["pacc"], found["vacc"]) == (best["pacc"], best["vacc"])
+    assert summary["pacc"] == records[-1]["pacc"]  # of the last round
+
+
+def test_what_cannot_be_joined_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"run='nowhere' holds no run"):
+        join.joining("nowhere")
+    config = fedavg_mnist.get_config()
+    config.data.name, config.rounds, config.tensorboard = "digits", 0, False
+    train.train(config, str(tmp_path / "fedavg"))
+    with pytest.raises(
+        ValueError, match=r"'fedavg', which has no hypernetwork.*pfedhn"
+    ):
+        join.joining(str(tmp_path / "fedavg"))
+    with pytest.raises(ValueError, match=r"families.*'nonsense'"):
+        join.joining(finished, families=["nonsense"])
+    with pytest.raises(ValueError, match=r"matches no variable"):
+        config = join.joining(finished)
+        config.method.freeze = ("heads/77/.*",)
+        train.train(config, str(tmp_path / "x"))
+    assert not (tmp_path / "x" / "config.json").exists()
+    config = join.joining(finished)
+    config.start.take, config.method.freeze = ("nothing",), ()
+    with pytest.raises(ValueError, match=r"nothing that fits under start.take"):
+        train.train(config, str(tmp_path / "y"))
+    assert not (tmp_path / "y" / "config.json").exists()

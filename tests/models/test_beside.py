@@ -1,0 +1,96 @@
+"""What is beside a model, which must not notice."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax.models.linen import sizes
+from hyperjax.types import Batch, Model
+
+KEY = jax.random.key(0)
+BATCH = Batch(jnp.ones((2, 3)), jnp.array([0, 1]), jnp.ones(2))
+
+
+def plain() -> Model:
+    """A model all of whose functions show what they were given."""
+
+    def told(name):
+        return lambda variables, *rest: (name, variables)
+
+    def moved(by):
+        def hook(variables):
+            return {**variables, "params": variables["params"] + by}
+
+        return hook
+
+    def loss(key, variables, batch, context):
+        stats = {"seen": variables["stats"]["seen"] + 1}
+        return variables["params"], (stats, {"loss": 0.0})
+
+    return Model(
+        sample_shape=(3,),
+        init=lambda key: {"params": jnp.float32(2), "stats": {"seen": jnp.float32(0)}},
+        loss=loss,
+        predict=told("predict"),
+        context=told("context"),
+        condition=told("condition"),
+        export=told("export"),
+        inspect=told("inspect"),
+        features=told("features"),
+        logits=lambda key, variables, batch: ("logits", variables),
+        arrive=lambda key, variables: moved(10)(variables),
+        visit=moved(20),
+        leave=moved(40),
+    )
+
+
+def both(deployed=None) -> tuple[Model, dict]:
+    more = {} if deployed is None else {"deployed": deployed}
+    model = beside(plain(), "more", lambda key, v: {"x": v["params"] + 1}, **more)
+    return model, model.init(KEY)
+
+
+def test_an_entry_is_cut_out_and_put_back():
+    _, variables = both()
+    ours, entry = split(variables, "more")
+    assert entry == {"x": 3} and ours == plain().init(KEY)
+    assert join(ours, "more", entry) == variables
+    assert pattern("more") == "stats/more/.*"
+
+
+def test_no_function_of_the_model_sees_it():
+    model, variables = both()
+    ours = plain().init(KEY)
+    for name in ("predict", "context", "condition", "export", "inspect", "features"):
+        assert getattr(model, name)(variables, BATCH) == (name, ours)
+    assert model.logits(KEY, variables, BATCH) == ("logits", ours)
+    value, (stats, _) = model.loss(KEY, variables, BATCH, ())
+    assert value == 2 and stats == {"seen": 1, "more": {"x": 3}}
+
+
+@pytest.mark.parametrize(("name", "by"), [("arrive", 10), ("visit", 20), ("leave", 40)])
+def test_it_passes_through_what_a_client_does_to_its_variables(name, by):
+    model, variables = both()
+    key = (KEY,) if name == "arrive" else ()
+    after = getattr(model, name)(*key, variables)
+    chex.assert_trees_all_equal(after, {**variables, "params": jnp.float32(2 + by)})
+
+
+def test_it_may_be_what_is_deployed():
+    model, variables = both(lambda ours, entry: {**ours, "params": entry["x"]})
+    assert model.predict(variables, BATCH)[1]["params"] == 3
+    assert model.export(variables)[1]["params"] == 3
+    # Not so in training.
+    assert model.loss(KEY, variables, BATCH, ())[0] == 2
+    assert model.context(variables, BATCH)[1]["params"] == 2
+
+
+def test_sizes_of_classes_and_features():
+    model = plain()._replace(predict=lambda v, x: jnp.zeros((len(x), 5)))
+    with pytest.raises(ValueError, match="no layer named 'head'"):
+        sizes(model._replace(features=Model._field_defaults["features"]))
+    wide = model._replace(features=lambda v, batch, train: np.zeros((1, 7)))
+    assert sizes(wide) == (5, 7)
