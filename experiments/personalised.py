@@ -12,20 +12,16 @@ continues.
 
 import importlib
 import itertools
-import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from absl import flags
 
-from experiments import cli, reach, train, workdir
+from experiments import cli, grid, reach
 from experiments.pages import text_table
-from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import check_choice
 
 RATES = (0.1, 0.03)
@@ -53,6 +49,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pFedMe": ("pfedme_mnist", {}),
     "Per-FedAvg": ("perfedavg_mnist", {}),
     "MOON": ("moon_mnist", {}),
+    "FedGen": ("fedgen_mnist", {}),
+    "pFedSim": ("pfedsim_mnist", {}),
+    "pFedLA": ("pfedla_mnist", {}),
+    "FedFomo": ("fedfomo_mnist", {}),
+    "FedAMP": ("fedamp_mnist", {}),
     "HFN": (HFN, {}),
     "HFN, aux shared": (
         HFN,
@@ -152,32 +153,14 @@ def scaled(
     return config
 
 
-def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
-    """Runs one config; None if it diverged. Adds commit and accuracies by round."""
-    try:
-        summary = train.train(config, str(folder), folder.name)
-    except FloatingPointError:
-        return None
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    made_by = json.loads((folder / workdir.CONFIG).read_text())
-    curve = {r["round"]: r["pacc"] for r in records if r["round"] > 0}
-    return {**summary, "curve": curve, "commit": made_by["commit"]}
-
-
 def search(label: str, root: Path) -> dict[float, float | None]:
     """Returns accuracy after fine-tuning by learning rate, on a federation apart."""
     found: dict[float, float | None] = {}
     for rate in RATES:
         config = scaled(label, _DATA.value[0], False, SEARCH_SEED, rate)
-        summary = result(config, root / f"{short(label)}_rate{rate}")
+        summary = grid.result(config, root / f"{grid.short(label)}_rate{rate}")
         found[rate] = summary[f"pacc_ft{TUNED}"] if summary else None
     return found
-
-
-def short(label: str) -> str:
-    """Returns a label as part of a folder's name."""
-    return "".join(c if c.isalnum() else "_" for c in label.lower())
 
 
 def row_of(
@@ -189,7 +172,7 @@ def row_of(
         data=data,
         partition="iid" if iid else "Dirichlet(0.5)",
         method=label,
-        learning_rate=best(rates),
+        learning_rate=grid.best(rates),
         search={str(rate): value for rate, value in rates.items()},
         paper=PUBLISHED.get(data, {}).get(label, (None, None))[int(iid)],
         diverged=len(summaries) - len(done),
@@ -197,12 +180,8 @@ def row_of(
     if not done:
         return row
     first = done[0]
-    names = ("pacc", "zacc")
-    keys = [f"{m}_ft{k}" for m in names for k in (0, TUNED)]
-    for key in [*keys, f"pacc_ft{TUNED}_mean"]:
-        values = [s[key] for s in done]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        row[key] = [float(np.mean(values)), spread]
+    keys = [f"{m}_ft{k}" for m in ("pacc", "zacc") for k in (0, TUNED)]
+    row |= grid.over_seeds(done, [*keys, f"pacc_ft{TUNED}_mean"])
     row["cpr"] = first["up_numbers"] + first["down_numbers"]
     curve = np.mean(np.array([list(s["curve"].values()) for s in done]), axis=0)
     indices = [int(t) - 1 for t in first["curve"]]
@@ -213,64 +192,45 @@ def row_of(
     row["curve"] = {i: round(x, 2) for i, x in zip(indices, curve, strict=True)}
     row["per_seed"] = [s[f"pacc_ft{TUNED}"] for s in done]
     row["seconds"] = [s["seconds"] for s in done]
-    row["commits"] = [s["commit"] for s in done]
+    row["commits"] = grid.commits(done)
     return row
-
-
-def best(rates: Mapping[float, float | None]) -> float:
-    """Returns the rate with the highest accuracy; what diverged has none."""
-    return max(rates, key=lambda rate: rates[rate] or 0.0)
 
 
 def main() -> int:
     """Runs the grid; prints and writes the table."""
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
-    # Seeds share programs: the same shapes compile once.
-    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    grid.share_programs(root)
     labels = _METHODS.value or list(METHODS)
     for label in labels:
         check_choice("methods", label, METHODS)
-    record: dict[str, Any] = dict(
-        settings=dict(
-            rounds=_ROUNDS.value,
-            images=_IMAGES.value,
-            shrink=_SHRINK.value,
-            seeds=[int(s) for s in _SEEDS.value],
-            embedding_size=_EMBEDDING.value,
-            rates=RATES,
-            search_seed=SEARCH_SEED,
-        ),
-        machine=f"{platform.machine()}, {cli.num_cores()} cores",
-        versions={name: workdir.version(name) for name in workdir.PACKAGES},
-        rows=[],
+    record = grid.record(
+        rounds=_ROUNDS.value,
+        images=_IMAGES.value,
+        shrink=_SHRINK.value,
+        seeds=[int(s) for s in _SEEDS.value],
+        embedding_size=_EMBEDDING.value,
+        rates=RATES,
+        search_seed=SEARCH_SEED,
     )
     searched = {label: search(label, root) for label in labels}
-    for data, iid in itertools.product(_DATA.value, (False, True)):
+    for name in _PARTITIONS.value:
+        check_choice("partitions", name, ("dirichlet", "iid"))
+    parts = [name == "iid" for name in _PARTITIONS.value]
+    for data, iid in itertools.product(_DATA.value, parts):
         for label, rates in searched.items():
-            name = f"{short(label)}_{data}_{'iid' if iid else 'dir'}"
+            name = f"{grid.short(label)}_{data}_{'iid' if iid else 'dir'}"
             summaries = [
-                result(
-                    scaled(label, data, iid, int(seed), best(rates)),
+                grid.result(
+                    scaled(label, data, iid, int(seed), grid.best(rates)),
                     root / f"{name}_{seed}",
                 )
                 for seed in _SEEDS.value
             ]
             record["rows"].append(row_of(label, data, iid, rates, summaries))
-            if _JSON.value:
-                write_atomically(_JSON.value, json.dumps(record, indent=1) + "\n")
+            grid.write(record, _JSON.value)
     print(as_text(record))
     return 0
-
-
-def guarded() -> int:
-    """As `main`, but a stopped study is no mistake."""
-    try:
-        return main()
-    except train.Stopped as stop:
-        print(f"Stopped after round {stop}; the same command continues.")
-        return 0
 
 
 COLUMNS = (
@@ -292,10 +252,7 @@ def as_text(record: Mapping[str, Any]) -> str:
     """Returns the table: mean and deviation over seeds."""
     rows = []
     for row in record["rows"]:
-        shown = {k: row.get(k) for k, _ in COLUMNS}
-        for key, value in shown.items():
-            if isinstance(value, list):
-                shown[key] = f"{value[0]:.2f} ± {value[1]:.2f}"
+        shown = {k: grid.shown(row.get(k)) for k, _ in COLUMNS}
         costs = [r["cost"] for r in row.get("reach", ()) if r["threshold"] == 50]
         if costs and costs[0] is not None:
             shown["reached"] = f"{costs[0] / 1e6:.2f}"
@@ -307,6 +264,7 @@ def as_text(record: Mapping[str, Any]) -> str:
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", "runs/personalised", "Folder of runs.")
     _DATA = flags.DEFINE_list("data", ["mnist", "fashion_mnist"], "Data sets.")
+    _PARTITIONS = flags.DEFINE_list("partitions", ["dirichlet", "iid"], "Partitions.")
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
     _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
@@ -315,4 +273,4 @@ if __name__ == "__main__":
     _SHRINK = flags.DEFINE_integer("shrink", 2, "Factor by which images shrink.")
     _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")
-    cli.run(guarded)
+    cli.run(grid.guarded(main))

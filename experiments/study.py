@@ -8,14 +8,11 @@ FedAvg's own learning rate is chosen per alpha on the participants' held-out sam
 continues.
 """
 
-import json
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
 from absl import flags
 
 from configs import (
@@ -24,9 +21,8 @@ from configs import (
     hyperfedzero_mnist,
     opt1_mnist,
 )
-from experiments import cli, train, workdir
+from experiments import cli, grid
 from experiments.pages import text_table
-from hyperjax.engine.checkpoint import write_atomically
 
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 OWN_RATE = "FedAvg, own learning rate"
@@ -68,93 +64,57 @@ def configure(
     return config
 
 
-def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any]:
-    """Runs one config; returns its summary, last noise scale and the run's commit."""
-    summary = train.train(config, str(folder), str(folder.name))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    made_by = json.loads((folder / workdir.CONFIG).read_text())
-    noise_scale = json.loads(lines[-1]).get("noise_scale")
-    return {**summary, "noise_scale": noise_scale, "commit": made_by["commit"]}
-
-
-def over_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns mean and standard deviation (n - 1) of every metric."""
-    found: dict[str, Any] = {}
-    for key, _ in METRICS:
-        values = [s[key] for s in summaries if s.get(key) is not None]
-        if values:
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            found[key] = [float(np.mean(values)), spread]
-    return found
-
-
 def main() -> int:
     """Runs the grid; prints and writes the table."""
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
     alphas = [float(a) for a in _ALPHAS.value]
     seeds = [int(s) for s in _SEEDS.value]
-    record: dict[str, Any] = dict(
-        data=_DATA.value,
-        rounds=_ROUNDS.value,
-        seeds=seeds,
-        machine=f"{platform.machine()}, {cli.num_cores()} cores",
-        versions={name: workdir.version(name) for name in workdir.PACKAGES},
-        rows=[],
-    )
+    record = grid.record(data=_DATA.value, rounds=_ROUNDS.value, seeds=seeds)
     for alpha in alphas:
         rates = {}
         for rate in LEARNING_RATES:
             config = configure(fedavg_mnist.get_config, alpha, seeds[0], rate)
-            try:
-                rates[rate] = result(config, root / f"rate{rate}_a{alpha}")["pacc"]
-            except FloatingPointError:
-                rates[rate] = None  # diverged
-        best = max(rates, key=lambda rate: rates[rate] or 0.0)
+            summary = grid.result(config, root / f"rate{rate}_a{alpha}")
+            rates[rate] = summary["pacc"] if summary else None
+        best = grid.best(rates)
         for label, make in METHODS.items():
             own_rate = best if label == OWN_RATE else None
-            short = label.lower().replace(" ", "_").replace(",", "").replace(".", "")
-            summaries = [
-                result(
+            found = [
+                grid.result(
                     configure(make, alpha, seed, own_rate),
-                    root / f"{short}_a{alpha}_s{seed}",
+                    root / f"{grid.short(label)}_a{alpha}_s{seed}",
                 )
                 for seed in seeds
+            ]
+            summaries = [
+                {**s, "noise_scale": s["last"].get("noise_scale")} for s in found if s
             ]
             row = dict(
                 alpha=alpha,
                 method=label,
                 learning_rate=own_rate or configure(make, alpha, 0).local.learning_rate,
-                up_numbers=summaries[0]["up_numbers"],
+                diverged=len(found) - len(summaries),
+                up_numbers=summaries[0]["up_numbers"] if summaries else None,
                 published_zacc=PUBLISHED.get(label) if alpha == 1.0 else None,
-                **over_seeds(summaries),
+                **grid.over_seeds(summaries, dict(METRICS)),
                 per_seed=[s["zacc"] for s in summaries],
                 seconds_per_seed=[s["seconds"] for s in summaries],
-                commits=[s["commit"] for s in summaries],
+                commits=grid.commits(summaries),
             )
             if label == OWN_RATE:
                 row["pacc_by_learning_rate"] = rates
             record["rows"].append(row)
-            if _JSON.value:
-                write_atomically(_JSON.value, json.dumps(record, indent=1) + "\n")
+            grid.write(record, _JSON.value)
     print(as_text(record))
     return 0
-
-
-def guarded() -> int:
-    """As `main`, but a stopped study is no mistake."""
-    try:
-        return main()
-    except train.Stopped as stop:
-        print(f"Stopped after round {stop}; the same command continues.")
-        return 0
 
 
 def as_text(record: Mapping[str, Any]) -> str:
     """Returns the table, mean and deviation over seeds."""
     rows = [
         dict(alpha=row["alpha"], method=row["method"], paper=row["published_zacc"])
-        | {k: f"{row[k][0]:.4g} ± {row[k][1]:.2g}" for k, _ in METRICS if k in row}
+        | {k: grid.shown(row[k], ".4g") for k, _ in METRICS if k in row}
         for row in record["rows"]
     ]
     columns = [("alpha", "alpha"), ("method", "method"), ("paper", "paper zACC")]
@@ -169,4 +129,4 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _ROUNDS = flags.DEFINE_integer("rounds", 100, "Rounds.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")
-    cli.run(guarded)
+    cli.run(grid.guarded(main))

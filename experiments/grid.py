@@ -1,0 +1,103 @@
+"""What studies share: runs of many configs, their means over seeds, a stopped grid."""
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments import cli, train, workdir
+from hyperjax.engine import log
+from hyperjax.engine.checkpoint import write_atomically
+
+
+def share_programs(root: Path) -> None:
+    """Keeps compiled programs under a folder: seeds have the same shapes."""
+    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
+    """Runs one config, or reads what it gave; None if it diverged.
+
+    Returns:
+      The run's summary, its last record under "last", pACC by round under "curve", and
+      the commit it was trained at.
+    """
+    try:
+        summary = train.train(config, str(folder), folder.name)
+    except FloatingPointError:
+        return None
+    records = log.read_lines(folder / log.METRICS)
+    curve = {r["round"]: r["pacc"] for r in records if r["round"] > 0}
+    made_by = json.loads((folder / workdir.CONFIG).read_text())
+    return {**summary, "last": records[-1], "curve": curve, "commit": made_by["commit"]}
+
+
+def over_seeds(
+    summaries: Iterable[Mapping[str, Any]], names: Iterable[str]
+) -> dict[str, list[float]]:
+    """Returns [mean, standard deviation (n - 1)] of the metrics that are there."""
+    summaries = list(summaries)
+    found = {}
+    for name in names:
+        values = [s[name] for s in summaries if s.get(name) is not None]
+        if values:
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            found[name] = [float(np.mean(values)), spread]
+    return found
+
+
+def shown(value: Any, digits: str = ".2f") -> Any:
+    """Returns "mean ± deviation" for a pair of `over_seeds`, else the value itself."""
+    if isinstance(value, list):
+        return f"{value[0]:{digits}} ± {value[1]:{digits}}"
+    return value
+
+
+def record(**settings: Any) -> dict[str, Any]:
+    """Returns an empty record: settings, machine, versions, no rows yet."""
+    return dict(
+        settings=settings,
+        machine=f"{platform.machine()}, {cli.num_cores()} cores",
+        versions={name: workdir.version(name) for name in workdir.PACKAGES},
+        rows=[],
+    )
+
+
+def write(found: Mapping[str, Any], path: str | None) -> None:
+    """Writes a record as JSON, if there is a path."""
+    if path:
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+def short(label: str) -> str:
+    """Returns a label as part of a folder's name."""
+    return "".join(c if c.isalnum() else "_" for c in label.lower())
+
+
+def best(rates: Mapping[float, float | None]) -> float:
+    """Returns the rate with the highest accuracy; what diverged has none."""
+    return max(rates, key=lambda rate: rates[rate] or 0.0)
+
+
+def commits(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the commit of every run."""
+    return [s["commit"] for s in summaries]
+
+
+def guarded(main: Callable[[], int]) -> Callable[[], int]:
+    """Returns `main`, for which to be stopped is no mistake."""
+
+    def run() -> int:
+        try:
+            return main()
+        except train.Stopped as stop:
+            print(f"Stopped after round {stop}; the same command continues.")
+            return 0
+
+    return run

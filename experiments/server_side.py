@@ -1,0 +1,213 @@
+"""Server-side hypernetworks and their competitors over seeds: the results tables.
+
+python -m experiments.server_side --study=pfedhn --workdir=runs/server_side \
+    --data_dir=... [--methods=pFedHN,Local] [--seeds=0,1,2] [--json=FILE]
+
+pfedhn: CIFAR-10, 10 clients with two classes each (arXiv:2103.04628, table 1) at a
+  tenth of the published steps. A method in which all clients take part in a round has
+  as many visits of each client, of 50 local steps each.
+families: three networks over Fashion-MNIST, 20 clients with two classes each
+  (arXiv:2507.22330's protocol), 60 rounds of one epoch. Then five clients that were
+  never seen join the runs of the methods that can embed them, with known and with new
+  networks.
+heads: MH-pFedHN when two of these networks share a head, and when they do not.
+
+A study that was stopped continues. Local training is the published one, the same for
+all methods; no learning rate was searched.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from experiments import cli, grid, join
+from experiments.pages import text_table
+from hyperjax.errors import check_choice
+
+# Study -> label -> config file, and fields that differ from it.
+Methods = Mapping[str, tuple[str, dict[str, Any]]]
+IN_ROUNDS = {"server.sampler": "full"}
+STUDIES: dict[str, Methods] = {
+    "pfedhn": {
+        "Local": ("local_only_mnist", {}),
+        "FedAvg": ("fedavg_mnist", {}),
+        "FedPer": ("fedper_mnist", {}),
+        "pFedHN": ("pfedhn_cifar10", {}),
+        "pFedHN-PC": ("pfedhn_pc_cifar10", {}),
+    },
+    "families": {
+        "Local": ("local_only_cifar10", {}),
+        "LG-FedAvg": ("lg_fedavg_cifar10", {}),
+        "FedProto": ("fedproto_cifar10", {}),
+        "FML": ("fml_cifar10", {}),
+        "pFedHN, slices": ("pfedhn_families_cifar10", {}),
+        "MH-pFedHN": ("mh_pfedhn_cifar10", {}),
+        "MH-pFedHNGD": ("mh_pfedhngd_cifar10", {}),
+    },
+    "heads": {
+        "shared head": ("mh_pfedhn_cifar10", {"method.output_size": 22_528}),
+        "heads apart": (
+            "mh_pfedhn_cifar10",
+            {"method.output_size": 22_528, "method.share_heads": False},
+        ),
+    },
+}
+# arXiv:2103.04628, table 1, CIFAR-10 with 10 clients.
+PUBLISHED = {
+    "Local": 86.46,
+    "FedAvg": 51.42,
+    "FedPer": 87.27,
+    "pFedHN": 90.83,
+    "pFedHN-PC": 92.47,
+}
+FAMILIES = ("mh_mlp", "mh_cnn", "vgg8")
+NEW_FAMILIES = ("zenkenet", "attack_lenet")
+NEWCOMERS = 5
+METRICS = ("pacc", "pacc_mean", "best", "vacc")
+
+
+def configure(study: str, label: str, seed: int) -> ml_collections.ConfigDict:
+    """Returns the config of one run."""
+    file, fields = STUDIES[study][label]
+    config = importlib.import_module(f"configs.{file}").get_config()
+    if study == "pfedhn":
+        config = _as_pfedhn(config)
+    else:
+        config.families = FAMILIES
+        config.rounds, config.evaluation.every = _ROUNDS.value or 60, 5
+        config.evaluation.finetune_epochs = (0, 1)
+        config.data.update(
+            name="fashion_mnist",
+            split=f"train[:{_IMAGES.value}]",
+            shrink=2,
+            num_clients=20,
+            num_novel=NEWCOMERS,
+            validation_fraction=0.2,
+        )
+    config.seed, config.data.data_dir = seed, _DATA_DIR.value
+    config.tensorboard = False
+    if _DATA.value:
+        config.data.name, config.data.split = _DATA.value, "train"
+    for field, value in fields.items():
+        group, _, name = field.partition(".")
+        config[group][name] = value
+    return config
+
+
+def _as_pfedhn(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A method's config in pFedHN's experiment, with as many visits of each client."""
+    protocol = importlib.import_module("configs.pfedhn_cifar10").get_config()
+    visits = (_ROUNDS.value or 500) // protocol.data.num_clients
+    one_by_one = config.method.name == "pfedhn"
+    theirs = config.method, config.server
+    config = protocol
+    config.method = theirs[0]
+    if one_by_one:
+        config.server = theirs[1]
+        config.rounds = visits * config.data.num_clients
+    else:
+        config.rounds = visits
+        config.server.update(sampler="full", optimizer="sgd", learning_rate=1.0)
+    config.evaluation.every = max(1, config.rounds // 10)
+    return config
+
+
+def row_of(study: str, label: str, found: list[dict | None]) -> dict[str, Any]:
+    """Returns the record of one method over seeds."""
+    done = [s for s in found if s is not None]
+    for summary in done:
+        best = summary.get("best_by_validation", {})
+        summary |= {"best": best.get("pacc"), "vacc": best.get("vacc")}
+    row: dict[str, Any] = dict(study=study, method=label)
+    row["paper"] = PUBLISHED.get(label) if study == "pfedhn" else None
+    row["diverged"] = len(found) - len(done)
+    if not done:
+        return row
+    tuned = [k for k in done[0] if k.startswith(("zacc_ft", "pacc_ft"))]
+    row |= grid.over_seeds(done, [*METRICS, "zacc", *tuned])
+    for way in ("up_bytes", "down_bytes"):  # of an exchange, over all clients
+        row[way] = round(done[0][way])
+    row["families"] = done[0].get("families")
+    row["per_seed"] = [s["pacc"] for s in done]
+    row["seconds"] = [s["seconds"] for s in done]
+    row["commits"] = grid.commits(done)
+    return row
+
+
+def rows_of(study: str, label: str, root: Path, seeds: list[int]) -> list[dict]:
+    """Runs one method over seeds, and newcomers after it."""
+    name = f"{study}_{grid.short(label)}"
+    folders = [root / f"{name}_{seed}" for seed in seeds]
+    pairs = list(zip(seeds, folders, strict=True))
+    found = [grid.result(configure(study, label, s), folder) for s, folder in pairs]
+    rows = [row_of(study, label, found)]
+    if study != "families" or not label.startswith(("pFedHN", "MH-pFedHN")):
+        return rows
+    if label == "MH-pFedHNGD":  # its server teaches no newcomers, as published
+        return rows
+    kinds: dict[str, list[str] | None] = {"newcomers, embedding": None}
+    if label == "MH-pFedHN":
+        kinds["newcomers with new networks, heads too"] = list(NEW_FAMILIES)
+    for kind, families in kinds.items():
+        joined = []
+        for (_, folder), summary in zip(pairs, found, strict=True):
+            if summary is None:
+                continue
+            config = join.joining(str(folder), families)
+            there = folder.with_name(f"{folder.name}_{grid.short(kind)}")
+            joined.append(grid.result(config, there))
+        rows.append(row_of(study, f"{label}: {kind}", joined))
+    return rows
+
+
+def main() -> int:
+    """Runs a study; prints and writes its table."""
+    cli.use_cores(0)
+    study, root = _STUDY.value, Path(_WORKDIR.value)
+    grid.share_programs(root)
+    check_choice("study", study, STUDIES)
+    labels = _METHODS.value or list(STUDIES[study])
+    for label in labels:
+        check_choice("methods", label, STUDIES[study])
+    seeds = [int(s) for s in _SEEDS.value]
+    record = grid.record(study=study, seeds=seeds, rounds=_ROUNDS.value)
+    for label in labels:
+        record["rows"] += rows_of(study, label, root, seeds)
+        grid.write(record, _JSON.value)
+    print(as_text(record))
+    return 0
+
+
+COLUMNS = (
+    ("method", "method"),
+    ("paper", "paper"),
+    ("pacc", "last round"),
+    ("best", "best by validation"),
+    ("pacc_mean", "mean of clients"),
+    ("zacc_ft0", "unseen"),
+    ("zacc_ft1", "unseen, 1 epoch"),
+    ("up_bytes", "bytes up"),
+)
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """Returns the table: mean and deviation over seeds."""
+    rows = [{k: grid.shown(row.get(k)) for k, _ in COLUMNS} for row in record["rows"]]
+    return text_table(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    _STUDY = flags.DEFINE_string("study", "pfedhn", "pfedhn, families or heads.")
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/server_side", "Folder of runs.")
+    _DATA = flags.DEFINE_string("data", None, "Another data set, for a try.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds (pfedhn: visits).")
+    _IMAGES = flags.DEFINE_integer("images", 6000, "Images, for families and heads.")
+    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    cli.run(grid.guarded(main))
