@@ -3,9 +3,9 @@
 python -m experiments.server_side --study=pfedhn --workdir=runs/server_side \
     --data_dir=... [--methods=pFedHN,Local] [--seeds=0,1,2] [--json=FILE]
 
-pfedhn: CIFAR-10, 10 clients with two classes each (arXiv:2103.04628, table 1) at a
-  tenth of the published steps. A method in which all clients take part in a round has
-  as many visits of each client, of 50 local steps each.
+pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, table 1),
+  1,000 of the published 5,000 visits of a client, of 50 local steps each. A method in
+  which all clients take part in a round has as many visits of each client.
 families: three networks over Fashion-MNIST, 20 clients with two classes each
   (arXiv:2507.22330's protocol), 60 rounds of one epoch. Then five clients that were
   never seen join the runs of the methods that can embed them, with known and with new
@@ -101,7 +101,7 @@ def configure(study: str, label: str, seed: int) -> ml_collections.ConfigDict:
 def _as_pfedhn(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A method's config in pFedHN's experiment, with as many visits of each client."""
     protocol = importlib.import_module("configs.pfedhn_cifar10").get_config()
-    visits = (_ROUNDS.value or 500) // protocol.data.num_clients
+    visits = (_ROUNDS.value or 1000) // protocol.data.num_clients
     one_by_one = config.method.name == "pfedhn"
     theirs = config.method, config.server
     config = protocol
@@ -113,6 +113,7 @@ def _as_pfedhn(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.rounds = visits
         config.server.update(sampler="full", optimizer="sgd", learning_rate=1.0)
     config.evaluation.every = max(1, config.rounds // 10)
+    config.data.shrink = 2
     return config
 
 
