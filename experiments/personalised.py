@@ -14,7 +14,7 @@ import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -115,8 +115,18 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
+class Scale(NamedTuple):
+    """How small the experiment is made."""
+
+    rounds: int = 30
+    images: int = 2500
+    shrink: int = 2
+    embedding_size: int = 64
+    data_dir: str | None = None
+
+
 def scaled(
-    label: str, data: str, iid: bool, seed: int, learning_rate: float
+    label: str, data: str, iid: bool, seed: int, learning_rate: float, scale: Scale
 ) -> ml_collections.ConfigDict:
     """Returns the config of one run.
 
@@ -127,13 +137,13 @@ def scaled(
     file, fields = METHODS[label]
     get_config = importlib.import_module(f"configs.{file}").get_config
     config = get_config(f"data={data},novel=5" + (",iid" if iid else ""))
-    rounds = _ROUNDS.value
+    rounds = scale.rounds
     config.seed, config.rounds, config.model.name = seed, rounds, "resnet8"
     config.data.update(
-        data_dir=_DATA_DIR.value,
-        split=f"train[:{_IMAGES.value}]",
+        data_dir=scale.data_dir,
+        split=f"train[:{scale.images}]",
         num_clients=20,
-        shrink=_SHRINK.value,
+        shrink=scale.shrink,
     )
     if data == "mnist5k":
         config.data.split = "train"
@@ -149,15 +159,17 @@ def scaled(
         group, _, name = field.partition(".")
         config[group][name] = value
     if config.method.name == "hyperfednet":
-        config.method.embedding_size = _EMBEDDING.value
+        config.method.embedding_size = scale.embedding_size
     return config
 
 
-def search(label: str, root: Path) -> dict[float, float | None]:
+def search(
+    label: str, data: str, scale: Scale, root: Path
+) -> dict[float, float | None]:
     """Returns accuracy after fine-tuning by learning rate, on a federation apart."""
     found: dict[float, float | None] = {}
     for rate in RATES:
-        config = scaled(label, _DATA.value[0], False, SEARCH_SEED, rate)
+        config = scaled(label, data, False, SEARCH_SEED, rate, scale)
         summary = grid.result(config, root / f"{grid.short(label)}_rate{rate}")
         found[rate] = summary[f"pacc_ft{TUNED}"] if summary else None
     return found
@@ -204,16 +216,15 @@ def main() -> int:
     labels = _METHODS.value or list(METHODS)
     for label in labels:
         check_choice("methods", label, METHODS)
-    record = grid.record(
-        rounds=_ROUNDS.value,
-        images=_IMAGES.value,
-        shrink=_SHRINK.value,
-        seeds=[int(s) for s in _SEEDS.value],
-        embedding_size=_EMBEDDING.value,
-        rates=RATES,
-        search_seed=SEARCH_SEED,
+    scale = Scale(
+        _ROUNDS.value, _IMAGES.value, _SHRINK.value, _EMBEDDING.value, _DATA_DIR.value
     )
-    searched = {label: search(label, root) for label in labels}
+    record = grid.record(
+        **scale._asdict(), seeds=_SEEDS.value, rates=RATES, search_seed=SEARCH_SEED
+    )
+    del record["settings"]["data_dir"]  # says nothing to others
+    first = _DATA.value[0]
+    searched = {label: search(label, first, scale, root) for label in labels}
     for name in _PARTITIONS.value:
         check_choice("partitions", name, ("dirichlet", "iid"))
     parts = [name == "iid" for name in _PARTITIONS.value]
@@ -222,7 +233,7 @@ def main() -> int:
             name = f"{grid.short(label)}_{data}_{'iid' if iid else 'dir'}"
             summaries = [
                 grid.result(
-                    scaled(label, data, iid, int(seed), grid.best(rates)),
+                    scaled(label, data, iid, int(seed), grid.best(rates), scale),
                     root / f"{name}_{seed}",
                 )
                 for seed in _SEEDS.value

@@ -1,0 +1,99 @@
+"""HyperFedNet's accuracy against what it sends, by embedding size: a picture.
+
+python -m experiments.embedding_sizes --workdir=runs/embedding_sizes --data_dir=... \
+    [--sizes=1,2,4] [--seeds=0,1,2] [--json=FILE] [--picture=FILE.svg]
+
+The paper's figure 7 (arXiv:2402.18445) at the size of `experiments.personalised`: n in
+1, 2, ..., 128, participants' accuracy after fine-tuning against the numbers of a round
+trip, which grow with n squared. The learning rate is that of n = 64.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, grid, personalised, plots
+from experiments.pages import text_table
+from hyperjax.engine.checkpoint import write_atomically
+
+TUNED = f"pacc_ft{personalised.TUNED}"
+COLUMNS = (
+    ("size", "n"),
+    ("cpr", "numbers/round"),
+    (TUNED, "tuned"),
+    ("pacc_ft0", "before"),
+)
+
+
+def picture(rows: list[Mapping[str, Any]]) -> str:
+    """Returns accuracy over log2 of the numbers per round trip, as SVG text."""
+    lines = [
+        plots.Line(
+            label,
+            [(math.log2(row["cpr"]), row[key][0]) for row in rows if key in row],
+            color,
+            style,
+        )
+        for key, label, color, style in (
+            (TUNED, "after fine-tuning", plots.PARTICIPATING, "solid"),
+            ("pacc_ft0", "before", plots.NOVEL, "dashed"),
+        )
+    ]
+    chart = plots.line_chart(
+        "accuracy (solid: after fine-tuning, dashed: before) by embedding size",
+        lines,
+        "log2 of numbers per round trip, n = 1, 2, ..., 128",
+        100,
+    )
+    return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def main() -> int:
+    """Runs the sweep; prints the table, writes record and picture."""
+    cli.use_cores(0)
+    root = Path(_WORKDIR.value)
+    grid.share_programs(root)
+    base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
+    seeds = [int(s) for s in _SEEDS.value]
+    rates = personalised.search("HFN", _DATA.value, base, root)
+    record = grid.record(
+        data=_DATA.value,
+        rounds=_ROUNDS.value,
+        seeds=seeds,
+        learning_rate=grid.best(rates),
+    )
+    for size in map(int, _SIZES.value):
+        scale = base._replace(embedding_size=size)
+        found = [
+            grid.result(
+                personalised.scaled(
+                    "HFN", _DATA.value, False, seed, grid.best(rates), scale
+                ),
+                root / f"n{size}_{seed}",
+            )
+            for seed in seeds
+        ]
+        row = personalised.row_of("HFN", _DATA.value, False, rates, found)
+        kept = (TUNED, "pacc_ft0", "cpr", "per_seed", "diverged", "commits")
+        record["rows"].append({"size": size} | {k: row[k] for k in kept if k in row})
+        grid.write(record, _JSON.value)
+    shown = [{k: grid.shown(row.get(k)) for k, _ in COLUMNS} for row in record["rows"]]
+    print(text_table(shown, COLUMNS))
+    write_atomically(_PICTURE.value, picture(record["rows"]) + "\n")
+    print(f"picture: {_PICTURE.value}")
+    return 0
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/embedding_sizes", "Folder of runs.")
+    _PICTURE = flags.DEFINE_string("picture", "runs/embedding_sizes.svg", "Picture.")
+    _DATA = flags.DEFINE_string("data", "mnist", "Data set.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _SIZES = flags.DEFINE_list("sizes", [str(2**i) for i in range(8)], "n.")
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
+    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    cli.run(grid.guarded(main))
