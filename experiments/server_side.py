@@ -19,18 +19,18 @@ all methods; no learning rate was searched.
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags
 
+from configs import pfedhn_cifar10
 from experiments import cli, grid, join
 from experiments.pages import text_table
 from hyperjax.errors import check_choice
 
 # Study -> label -> config file, and fields that differ from it.
 Methods = Mapping[str, tuple[str, dict[str, Any]]]
-IN_ROUNDS = {"server.sampler": "full"}
 STUDIES: dict[str, Methods] = {
     "pfedhn": {
         "Local": ("local_only_mnist", {}),
@@ -70,47 +70,55 @@ NEWCOMERS = 5
 METRICS = ("pacc", "pacc_mean", "best", "vacc")
 
 
-def configure(study: str, label: str, seed: int) -> ml_collections.ConfigDict:
+class Scale(NamedTuple):
+    """How small a study is made, and on what; None for the study's own."""
+
+    rounds: int | None = None
+    images: int = 6000
+    data: str | None = None
+    data_dir: str | None = None
+
+
+def configure(
+    study: str, label: str, seed: int, scale: Scale
+) -> ml_collections.ConfigDict:
     """Returns the config of one run."""
     file, fields = STUDIES[study][label]
     config = importlib.import_module(f"configs.{file}").get_config()
     if study == "pfedhn":
-        config = _as_pfedhn(config)
+        config = _as_pfedhn(config, scale.rounds or 1000)
     else:
         config.families = FAMILIES
-        config.rounds, config.evaluation.every = _ROUNDS.value or 60, 5
+        config.rounds, config.evaluation.every = scale.rounds or 60, 5
         config.evaluation.finetune_epochs = (0, 1)
         config.data.update(
             name="fashion_mnist",
-            split=f"train[:{_IMAGES.value}]",
+            split=f"train[:{scale.images}]",
             shrink=2,
             num_clients=20,
             num_novel=NEWCOMERS,
             validation_fraction=0.2,
         )
-    config.seed, config.data.data_dir = seed, _DATA_DIR.value
+    config.seed, config.data.data_dir = seed, scale.data_dir
     config.tensorboard = False
-    if _DATA.value:
-        config.data.name, config.data.split = _DATA.value, "train"
+    if scale.data:
+        config.data.name, config.data.split = scale.data, "train"
     for field, value in fields.items():
         group, _, name = field.partition(".")
         config[group][name] = value
     return config
 
 
-def _as_pfedhn(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A method's config in pFedHN's experiment, with as many visits of each client."""
-    protocol = importlib.import_module("configs.pfedhn_cifar10").get_config()
-    visits = (_ROUNDS.value or 1000) // protocol.data.num_clients
-    one_by_one = config.method.name == "pfedhn"
-    theirs = config.method, config.server
-    config = protocol
-    config.method = theirs[0]
-    if one_by_one:
-        config.server = theirs[1]
-        config.rounds = visits * config.data.num_clients
+def _as_pfedhn(
+    method: ml_collections.ConfigDict, visits: int
+) -> ml_collections.ConfigDict:
+    """A method's config in pFedHN's experiment, with so many visits of clients."""
+    config = pfedhn_cifar10.get_config()
+    config.method = method.method
+    if method.method.name == "pfedhn":
+        config.server, config.rounds = method.server, visits
     else:
-        config.rounds = visits
+        config.rounds = max(1, visits // config.data.num_clients)
         config.server.update(sampler="full", optimizer="sgd", learning_rate=1.0)
     config.evaluation.every = max(1, config.rounds // 10)
     config.data.shrink = 2
@@ -139,12 +147,17 @@ def row_of(study: str, label: str, found: list[dict | None]) -> dict[str, Any]:
     return row
 
 
-def rows_of(study: str, label: str, root: Path, seeds: list[int]) -> list[dict]:
+def rows_of(
+    study: str, label: str, root: Path, seeds: list[int], scale: Scale
+) -> list[dict]:
     """Runs one method over seeds, and newcomers after it."""
     name = f"{study}_{grid.short(label)}"
     folders = [root / f"{name}_{seed}" for seed in seeds]
     pairs = list(zip(seeds, folders, strict=True))
-    found = [grid.result(configure(study, label, s), folder) for s, folder in pairs]
+    found = [
+        grid.result(configure(study, label, seed, scale), folder)
+        for seed, folder in pairs
+    ]
     rows = [row_of(study, label, found)]
     if study != "families" or not label.startswith(("pFedHN", "MH-pFedHN")):
         return rows
@@ -175,9 +188,10 @@ def main() -> int:
     for label in labels:
         check_choice("methods", label, STUDIES[study])
     seeds = [int(s) for s in _SEEDS.value]
-    record = grid.record(study=study, seeds=seeds, rounds=_ROUNDS.value)
+    scale = Scale(_ROUNDS.value, _IMAGES.value, _DATA.value, _DATA_DIR.value)
+    record = grid.record(study=study, seeds=seeds, rounds=scale.rounds)
     for label in labels:
-        record["rows"] += rows_of(study, label, root, seeds)
+        record["rows"] += rows_of(study, label, root, seeds, scale)
         grid.write(record, _JSON.value)
     print(as_text(record))
     return 0

@@ -34,7 +34,13 @@ SHORTENED = {
         *("--config.rounds=1", "--config.tensorboard=False"),
         "--config.evaluation.finetune_epochs=()",
     ],
+    "python -m experiments.join": ["--rounds=1"],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
+    "python -m benchmarks.family_table": ["--data=cifar10"],
+    # Studies: see test_studies.
+    "python -m experiments.personalised": None,
+    "python -m experiments.embedding_sizes": None,
+    "python -m experiments.server_side": None,
     "python -m experiments.study": [
         *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),
         *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),
