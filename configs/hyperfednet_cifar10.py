@@ -2,27 +2,12 @@ r"""HyperFedNet on CIFAR-10.
 
 python -m experiments.train --config=configs/hyperfednet_cifar10.py --workdir=runs/hfn
 
-Fusions need no code: `--config.method.base='fedprox(mu=0.1)'`, feddyn(alpha=0.01),
-scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux=convs`.
+See `configs/hyperfednet_mnist.py`.
 """
 
-from configs import common
+from configs import hyperfednet_mnist
 
 
 def get_config(arg: str = ""):
     """Arguments: data, iid, novel, smoke."""
-    config = common.personalised(arg, data="cifar10")
-    config.method = dict(
-        name="hyperfednet",
-        embedding_size=128,
-        share_aux="none",  # or convs, convs_and_bn
-        regenerate="every_step",  # or per_round
-        init="variance",  # or normal
-        slices="input",  # or output
-        embedding_init="common",  # or own
-        base="fedavg",
-        bn_stats="local",  # or average, with share_aux="convs_and_bn"
-        persist_optimizer="none",  # or kept, all
-        finetune=(),  # patterns; (): everything, (r"params/network/head/.*",): the head
-    )
-    return config
+    return hyperfednet_mnist.get_config(arg, data="cifar10")

@@ -9,12 +9,12 @@ scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux
 from configs import common
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "", data: str = "mnist5k"):
     """Arguments: data, iid, novel, smoke."""
-    config = common.personalised(arg)
+    config = common.personalised(arg, data)
     config.method = dict(
         name="hyperfednet",
-        embedding_size=64,
+        embedding_size=64 if config.data.name in ("mnist", "mnist5k") else 128,
         share_aux="none",  # or convs, convs_and_bn
         regenerate="every_step",  # or per_round
         init="variance",  # or normal
