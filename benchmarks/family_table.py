@@ -16,7 +16,7 @@ from absl import flags
 
 from benchmarks import comm_table, round_time
 from configs.mh_pfedhn_cifar10 import FAMILIES
-from experiments import build, cli
+from experiments import build, cli, factories
 from experiments.pages import text_table
 from hyperjax import local, models
 from hyperjax.engine import comm, families
@@ -58,12 +58,12 @@ def methods(num_classes: int) -> dict[str, Algorithm]:
     }
     train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
     found = {}
-    for name in build.method_names():
-        if not build.takes_families(name):
+    for name in factories.method_names():
+        if not factories.takes_families(name):
             continue
         module = importlib.import_module(f"hyperjax.algorithms.{name}")
         factory = getattr(module, name)
-        number = "num_clients" in build.options_of(factory)
+        number = "num_clients" in factories.options_of(factory)
         options = dict(num_clients=sum(SIZES.values())) if number else {}
         found[name] = factory(networks, local=train, family_sizes=SIZES, **options)
     for name in ("mh_pfedhn", "mh_pfedhngd"):

@@ -1,6 +1,7 @@
 r"""pFedHN with all clients in every round, in pFedHN's experiment on CIFAR-10.
 
-python -m experiments.train --config=configs/pfedhn_synchronous_cifar10.py --workdir=runs/x
+python -m experiments.train --config=configs/pfedhn_synchronous_cifar10.py \
+    --workdir=runs/pfedhn_synchronous
 
 Another algorithm than the published one: the server steps once for all clients, on the
 mean of their gradients. A round is as many visits as there are clients, so there are

@@ -1,27 +1,19 @@
 """From a config to objects; every mistake in it is found here, before any work."""
 
-import ast
 import functools
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
+from experiments import factories
 from hyperjax import (
-    algorithms,
     channels,
-    corrections,
-    local,
     models,
-    server_optimizers,
 )
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
@@ -153,13 +145,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("engine.store", config.engine.store, schedule.STORES)
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
-    check_choice("method.name", config.method.name, method_names())
+    check_choice("method.name", config.method.name, factories.method_names())
     for name in config.families or (config.model.name,):
         if ":" not in name:
             field = "families" if config.families else "model.name"
             check_choice(field, name, models.ZOO)
-    if config.families and not takes_families(config.method.name):
-        able = [name for name in method_names() if takes_families(name)]
+    if config.families and not factories.takes_families(config.method.name):
+        able = [
+            name for name in factories.method_names() if factories.takes_families(name)
+        ]
         raise ValueError(
             f"method.name={config.method.name!r} needs one network for all clients; "
             f"families={tuple(config.families)} goes with: {', '.join(able)}"
@@ -175,8 +169,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     if config.data.newcomers and config.data.pooled:
         raise ValueError("data.newcomers and data.pooled exclude each other")
-    local_optimizer(config.local)
-    server_optimizer(config.server)
+    factories.local_optimizer(config.local)
+    factories.server_optimizer(config.server)
 
 
 # Data ------------------------------------------------------------------------------
@@ -294,23 +288,12 @@ def make_model(
     """
 
     def one(name):
-        return _make_model(config, name, input_shape, num_classes)
+        return factories.make_network(config, name, input_shape, num_classes)
 
-    if not config.families and not needs_families(config.method.name):
+    if not config.families and not factories.needs_families(config.method.name):
         return one(config.model.name)
     names = config.families or (config.model.name,)
     return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
-
-
-def takes_families(method: str) -> bool:
-    """Whether a method is for clients with different networks."""
-    return "family_sizes" in inspect.signature(find_method(method)).parameters
-
-
-def needs_families(method: str) -> bool:
-    """Whether a method takes a mapping of networks only."""
-    found = inspect.signature(find_method(method)).parameters.get("family_sizes")
-    return found is not None and found.default is inspect.Parameter.empty
 
 
 def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
@@ -324,46 +307,9 @@ def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
     return dict(zip(names, blocks, strict=True))
 
 
-def _make_model(
-    config: ml_collections.ConfigDict,
-    name: str,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-) -> Model:
-    """Builds one network; "package.module:Class" is yours."""
-    cls = _import_module_class(name) if ":" in name else models.ZOO[name]
-    fields = inspect.signature(cls).parameters
-    options = {k: v for k, v in config.model.items() if k != "name" and v != ()}
-    if "conv_rule" in fields:
-        options["conv_rule"] = config.engine.conv_rule
-    module = call("model", cls, num_classes=num_classes, **options)
-    return models.from_linen(module, input_shape, num_classes)
-
-
-def _import_module_class(name: str):
-    module_name, _, class_name = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"model.name={name!r}: expected package.module:Class of a linen module "
-            f"({error})"
-        ) from error
-
-
-def method_names() -> list[str]:
-    """Names of all methods: the modules of `hyperjax.algorithms`."""
-    return sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
-
-
-def find_method(name: str) -> Callable[..., Algorithm]:
-    """Returns a method's factory."""
-    return getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
-
-
 def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
     """The number of clients, for methods whose server keeps something of each."""
-    takes = "num_clients" in inspect.signature(find_method(name)).parameters
+    takes = "num_clients" in inspect.signature(factories.find_method(name)).parameters
     trainers = 1 if config.data.pooled else population_size(config)[0]
     return dict(num_clients=trainers) if takes else {}
 
@@ -373,26 +319,26 @@ def make_algorithm(
 ) -> Algorithm:
     """Builds `config.method` around a model, or one per family."""
     name = config.method.name
-    check_choice("method.name", name, method_names())
-    factory = find_method(name)
+    check_choice("method.name", name, factories.method_names())
+    factory = factories.find_method(name)
     options: dict[str, Any] = _population(name, config)
     if isinstance(model, dict):
         blocks = assigned(model, population_size(config)[0])
         options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     options |= {k: v for k, v in config.method.items() if k != "name"}
     if options.get("correction"):
-        options["correction"] = make_correction(options["correction"])
+        options["correction"] = factories.make_correction(options["correction"])
     if "base" in options:  # HyperFedNet + X: "fedprox(mu=0.1)"
-        base, base_options = parse_call("method.base", options["base"])
-        check_choice("method.base", base, method_names())
+        base, base_options = factories.parse_call("method.base", options["base"])
+        check_choice("method.base", base, factories.method_names())
         base_options |= _population(base, config)
         options |= dict(base=base, base_options=base_options)
-    alg = call(
+    alg = factories.call(
         "method",
         factory,
         model,
-        local=make_local(config.local),
-        server_opt=server_optimizer(config.server),
+        local=factories.make_local(config.local),
+        server_opt=factories.server_optimizer(config.server),
         **options,
     )
     return through_channel(alg, config.uplink) if config.uplink else alg
@@ -400,147 +346,14 @@ def make_algorithm(
 
 def through_channel(alg: Algorithm, text: str) -> Algorithm:
     """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
-    name, options = parse_call("uplink", text)
+    name, options = factories.parse_call("uplink", text)
     check_choice("uplink", name, channels.CHANNELS)
-    channel = call("uplink", channels.CHANNELS[name], **options)
+    channel = factories.call("uplink", channels.CHANNELS[name], **options)
 
     def uplink(family: str):
         return comm.describe(families.view(alg, family)).uplink
 
     return channels.with_uplink(alg, channel, uplink)
-
-
-def make_correction(texts: str | Sequence[str]) -> corrections.Correction:
-    """Builds a correction from "prox(mu=0.1)", or a chain of several."""
-    found = []
-    for text in (texts,) if isinstance(texts, str) else texts:
-        name, options = parse_call("method.correction", text)
-        check_choice("method.correction", name, corrections.CORRECTIONS)
-        made = call("method.correction", corrections.CORRECTIONS[name], **options)
-        found.append(made)
-    return found[0] if len(found) == 1 else corrections.chain(*found)
-
-
-def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
-    """Returns what a factory takes or hands on: `**x_options` are those of x."""
-    found = dict(inspect.signature(factory).parameters)
-    for name in [k for k, p in found.items() if p.kind is p.VAR_KEYWORD]:
-        del found[name]
-        found |= options_of(find_method(name.removesuffix("_options")))
-    return found
-
-
-def call(field: str, factory, *args, **options):
-    """Calls a factory with a config's options; names those it does not take."""
-    parameters = options_of(factory)
-    for option in options:
-        check_choice(f"option of {field}", option, parameters)
-    try:
-        return factory(*args, **options)
-    except TypeError as error:
-        raise TypeError(f"{field}: {error}") from error
-
-
-def make_local(config: ml_collections.ConfigDict):
-    """Returns the builder of the local training loop: model -> train function."""
-    phase = local.Phase(
-        epochs=config.epochs if config.steps is None else None, steps=config.steps
-    )
-    milestones = jnp.asarray(config.milestones or (0,), jnp.int32)
-
-    def schedule_fn(round):
-        factor = config.learning_rate_decay ** round.astype(jnp.float32)
-        if config.milestones:
-            passed = jnp.sum(round >= milestones).astype(jnp.float32)
-            factor = factor * config.milestone_factor**passed
-        return factor
-
-    return functools.partial(
-        local.trainer,
-        optimizer=local_optimizer(config),
-        batch_size=config.batch_size,
-        phases=(phase,),
-        clip_norm=config.clip_norm,
-        schedule=schedule_fn,
-    )
-
-
-def local_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Returns the clients' optimizer; weight decay joins the gradient first."""
-    optimizer = make_optimizer(
-        "local.optimizer", config.optimizer, config.learning_rate, {}
-    )
-    if config.weight_decay:
-        decay = optax.add_decayed_weights(config.weight_decay)
-        return optax.chain(decay, optimizer)
-    return optimizer
-
-
-def server_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Returns the server's optimizer."""
-    return make_optimizer(
-        "server.optimizer",
-        config.optimizer,
-        config.learning_rate,
-        server_optimizers.FEDOPT,
-    )
-
-
-def make_optimizer(
-    field: str, text: str, learning_rate: float, extra: dict[str, Any]
-) -> optax.GradientTransformation:
-    """Builds an optimizer from "name" or "name(option=value, ...)".
-
-    Raises:
-      ValueError: unknown name or option, or values the optimizer does not accept.
-    """
-    name, options = parse_call(field, text)
-    known = {**_optax_optimizers(), **extra}
-    check_choice(field, name, known)
-    parameters = inspect.signature(known[name]).parameters
-    for option in options:
-        check_choice(f"option of {field}={name}", option, parameters)
-    try:
-        optimizer = known[name](learning_rate=learning_rate, **options)
-        trial = {"w": jnp.zeros(2)}
-        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), trial)
-    except Exception as error:
-        raise ValueError(f"{field}={text!r}: {error}") from error
-    return optimizer
-
-
-def parse_call(field: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Parses "name" or "name(option=literal, ...)"."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and not node.args
-            and all(k.arg for k in node.keywords)
-        ):
-            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-            return node.func.id, options
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(
-        f"{field}={text!r} is not of the form name or name(option=value, ...)"
-    )
-
-
-@functools.cache
-def _optax_optimizers() -> dict[str, Any]:
-    """Optax's optimizers: public functions with a `learning_rate`."""
-    found = {}
-    for name, value in vars(optax).items():
-        if name.startswith("_") or not inspect.isfunction(value):
-            continue
-        parameters = inspect.signature(value).parameters
-        if "learning_rate" in parameters and "optimizer" not in parameters:
-            found[name] = value
-    return found
 
 
 def make_evaluator(

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from experiments import build, cli, saved, train
+from experiments import build, cli, factories, saved, train
 from hyperjax.algorithms import pfedhn
 
 PHI = "phi/"  # where methods with a hypernetwork on the server keep it
@@ -43,8 +43,8 @@ def joining(
     name = config.method.name
     able = [
         method
-        for method in build.method_names()
-        if "freeze" in inspect.signature(build.find_method(method)).parameters
+        for method in factories.method_names()
+        if "freeze" in inspect.signature(factories.find_method(method)).parameters
     ]
     if name not in able:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import build
+from experiments import factories
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.data import clients
 from hyperjax.data.sources import load
@@ -120,7 +120,7 @@ def method(stack: str) -> Algorithm:
     """Builds a method, or an extra stack, on the tiny model."""
     name, options = EXTRA.get(stack, (stack, {}))
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
-    accepted = build.options_of(factory)
+    accepted = factories.options_of(factory)
     small = {k: v for k, v in SMALL.items() if k in accepted}
     required = accepted.get("family_sizes")
     if (

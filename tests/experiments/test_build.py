@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from configs import common, fedavg_mnist, hyperfednet_cifar10
-from experiments import build
+from experiments import build, factories
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
@@ -53,7 +53,7 @@ def config(**fields):
     ],
 )
 def test_calls_are_parsed(text, name, options):
-    assert build.parse_call("field", text) == (name, options)
+    assert factories.parse_call("field", text) == (name, options)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_calls_are_parsed(text, name, options):
 )
 def test_other_forms_are_refused(text):
     with pytest.raises(ValueError, match=r"field=.* is not of the form name or name"):
-        build.parse_call("field", text)
+        factories.parse_call("field", text)
 
 
 def run_steps(optimizer, num=3):
@@ -97,7 +97,7 @@ def run_steps(optimizer, num=3):
     ],
 )
 def test_optimizers_are_those_of_optax(text, expected):
-    found = build.make_optimizer("field", text, 0.05, {})
+    found = factories.make_optimizer("field", text, 0.05, {})
     chex.assert_trees_all_equal(run_steps(found), run_steps(expected))
 
 
@@ -106,7 +106,7 @@ def test_server_optimizers_are_those_of_the_papers(name):
     server = config(server__optimizer=name, server__learning_rate=0.3).server
     expected = server_optimizers.FEDOPT[name](0.3)
     chex.assert_trees_all_equal(
-        run_steps(build.server_optimizer(server)), run_steps(expected)
+        run_steps(factories.server_optimizer(server)), run_steps(expected)
     )
 
 
@@ -116,13 +116,13 @@ def test_weight_decay_joins_the_gradient_before_momentum():
         local__weight_decay=0.1,
         local__learning_rate=0.05,
     )
-    found = build.local_optimizer(config(**fields).local)
+    found = factories.local_optimizer(config(**fields).local)
     expected = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, 0.9))
     chex.assert_trees_all_equal(run_steps(found), run_steps(expected))
 
 
 def test_what_optax_has_is_what_is_offered():
-    names = build._optax_optimizers()
+    names = factories._optax_optimizers()
     assert {"sgd", "adam", "adamw", "lamb", "adafactor", "rmsprop"} <= set(names)
     assert not {"inject_hyperparams", "apply_if_finite", "chain"} & set(names)
 
@@ -131,7 +131,7 @@ def test_what_optax_has_is_what_is_offered():
 
 
 def factors(rounds, **fields):
-    schedule = build.make_local(config(**fields).local).keywords["schedule"]
+    schedule = factories.make_local(config(**fields).local).keywords["schedule"]
     return [float(schedule(jnp.int32(round))) for round in rounds]
 
 
@@ -154,9 +154,9 @@ def test_milestones_multiply_from_their_round_on():
 
 
 def test_steps_replace_epochs():
-    by_epochs = build.make_local(config(local__epochs=3).local).keywords["phases"]
+    by_epochs = factories.make_local(config(local__epochs=3).local).keywords["phases"]
     assert [(p.epochs, p.steps) for p in by_epochs] == [(3, None)]
-    by_steps = build.make_local(config(local__steps=7).local).keywords["phases"]
+    by_steps = factories.make_local(config(local__steps=7).local).keywords["phases"]
     assert [(p.epochs, p.steps) for p in by_steps] == [(None, 7)]
 
 
@@ -219,8 +219,8 @@ def test_convolutions_follow_the_engine(monkeypatch):
 
 
 def test_methods_are_the_modules_of_the_package():
-    assert {"fedavg", "hyperfedzero"} <= set(build.method_names())
-    for name in build.method_names():
+    assert {"fedavg", "hyperfedzero"} <= set(factories.method_names())
+    for name in factories.method_names():
         module = importlib.import_module(f"{algorithms.__name__}.{name}")
         assert callable(getattr(module, name))
 
@@ -302,16 +302,16 @@ def test_config_arguments_reach_the_fields():
 @pytest.mark.parametrize("option", ["keeep", "momentum"])
 def test_unknown_options_of_a_method_are_named(option):
     with pytest.raises(ValueError, match=f"option of method='{option}' is unknown"):
-        build.call("method", fedavg, None, local=None, **{option: 1})
+        factories.call("method", fedavg, None, local=None, **{option: 1})
 
 
 def test_options_that_are_handed_on_are_known_by_name():
     # From MH-pFedHNGD to MH-pFedHN, and from there to FedAvg.
-    known = build.options_of(mh_pfedhngd)
+    known = factories.options_of(mh_pfedhngd)
     assert {"lam", "output_size", "condition_source"} <= set(known)
     assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
     with pytest.raises(ValueError, match=r"'outputsize' is unknown; .*'output_size'"):
-        build.call("method", mh_pfedhngd, None, local=None, outputsize=1)
+        factories.call("method", mh_pfedhngd, None, local=None, outputsize=1)
 
 
 def test_bases_and_corrections_are_parsed():
@@ -327,10 +327,10 @@ def test_bases_and_corrections_are_parsed():
     found.method.base = "fedbn"
     with pytest.raises(ValueError, match="base='fedbn' is unknown"):
         build.make_algorithm(found, model)
-    corrected = build.make_correction(("prox(mu=0.5)", "scaffold"))
+    corrected = factories.make_correction(("prox(mu=0.5)", "scaffold"))
     assert corrected.probe and len(corrected.init_server({})) == 2
     with pytest.raises(ValueError, match=r"correction='scafold' .*'scaffold'\?"):
-        build.make_correction("scafold")
+        factories.make_correction("scafold")
 
 
 def test_an_option_no_factory_takes_is_named():

@@ -1,0 +1,200 @@
+"""From a config's words to functions: methods, networks, optimizers, training loops."""
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from hyperjax import algorithms, corrections, local, models, server_optimizers
+from hyperjax.errors import check_choice
+from hyperjax.types import Algorithm, Model
+
+
+def method_names() -> list[str]:
+    """Names of all methods: the modules of `hyperjax.algorithms`."""
+    return sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
+
+
+def find_method(name: str) -> Callable[..., Algorithm]:
+    """Returns a method's factory."""
+    return getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+
+
+def takes_families(method: str) -> bool:
+    """Whether a method is for clients with different networks."""
+    return "family_sizes" in inspect.signature(find_method(method)).parameters
+
+
+def needs_families(method: str) -> bool:
+    """Whether a method takes a mapping of networks only."""
+    factory = find_method(method)
+    found = inspect.signature(factory).parameters.get("family_sizes")
+    return found is not None and found.default is inspect.Parameter.empty
+
+
+def make_network(
+    config: ml_collections.ConfigDict,
+    name: str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+) -> Model:
+    """Builds one network; "package.module:Class" is yours."""
+    cls = _import_module_class(name) if ":" in name else models.ZOO[name]
+    fields = inspect.signature(cls).parameters
+    options = {k: v for k, v in config.model.items() if k != "name" and v != ()}
+    if "conv_rule" in fields:
+        options["conv_rule"] = config.engine.conv_rule
+    module = call("model", cls, num_classes=num_classes, **options)
+    return models.from_linen(module, input_shape, num_classes)
+
+
+def _import_module_class(name: str):
+    module_name, _, class_name = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model.name={name!r}: expected package.module:Class of a linen module "
+            f"({error})"
+        ) from error
+
+
+def make_correction(texts: str | Sequence[str]) -> corrections.Correction:
+    """Builds a correction from "prox(mu=0.1)", or a chain of several."""
+    found = []
+    for text in (texts,) if isinstance(texts, str) else texts:
+        name, options = parse_call("method.correction", text)
+        check_choice("method.correction", name, corrections.CORRECTIONS)
+        made = call("method.correction", corrections.CORRECTIONS[name], **options)
+        found.append(made)
+    return found[0] if len(found) == 1 else corrections.chain(*found)
+
+
+def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
+    """Returns what a factory takes or hands on: `**x_options` are those of x."""
+    found = dict(inspect.signature(factory).parameters)
+    for name in [k for k, p in found.items() if p.kind is p.VAR_KEYWORD]:
+        del found[name]
+        found |= options_of(find_method(name.removesuffix("_options")))
+    return found
+
+
+def call(field: str, factory, *args, **options):
+    """Calls a factory with a config's options; names those it does not take."""
+    parameters = options_of(factory)
+    for option in options:
+        check_choice(f"option of {field}", option, parameters)
+    try:
+        return factory(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"{field}: {error}") from error
+
+
+def make_local(config: ml_collections.ConfigDict):
+    """Returns the builder of the local training loop: model -> train function."""
+    phase = local.Phase(
+        epochs=config.epochs if config.steps is None else None, steps=config.steps
+    )
+    milestones = jnp.asarray(config.milestones or (0,), jnp.int32)
+
+    def schedule_fn(round):
+        factor = config.learning_rate_decay ** round.astype(jnp.float32)
+        if config.milestones:
+            passed = jnp.sum(round >= milestones).astype(jnp.float32)
+            factor = factor * config.milestone_factor**passed
+        return factor
+
+    return functools.partial(
+        local.trainer,
+        optimizer=local_optimizer(config),
+        batch_size=config.batch_size,
+        phases=(phase,),
+        clip_norm=config.clip_norm,
+        schedule=schedule_fn,
+    )
+
+
+def local_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns the clients' optimizer; weight decay joins the gradient first."""
+    optimizer = make_optimizer(
+        "local.optimizer", config.optimizer, config.learning_rate, {}
+    )
+    if config.weight_decay:
+        decay = optax.add_decayed_weights(config.weight_decay)
+        return optax.chain(decay, optimizer)
+    return optimizer
+
+
+def server_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns the server's optimizer."""
+    return make_optimizer(
+        "server.optimizer",
+        config.optimizer,
+        config.learning_rate,
+        server_optimizers.FEDOPT,
+    )
+
+
+def make_optimizer(
+    field: str, text: str, learning_rate: float, extra: dict[str, Any]
+) -> optax.GradientTransformation:
+    """Builds an optimizer from "name" or "name(option=value, ...)".
+
+    Raises:
+      ValueError: unknown name or option, or values the optimizer does not accept.
+    """
+    name, options = parse_call(field, text)
+    known = {**_optax_optimizers(), **extra}
+    check_choice(field, name, known)
+    parameters = inspect.signature(known[name]).parameters
+    for option in options:
+        check_choice(f"option of {field}={name}", option, parameters)
+    try:
+        optimizer = known[name](learning_rate=learning_rate, **options)
+        trial = {"w": jnp.zeros(2)}
+        jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), trial)
+    except Exception as error:
+        raise ValueError(f"{field}={text!r}: {error}") from error
+    return optimizer
+
+
+def parse_call(field: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Parses "name" or "name(option=literal, ...)"."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and not node.args
+            and all(k.arg for k in node.keywords)
+        ):
+            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            return node.func.id, options
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(
+        f"{field}={text!r} is not of the form name or name(option=value, ...)"
+    )
+
+
+@functools.cache
+def _optax_optimizers() -> dict[str, Any]:
+    """Optax's optimizers: public functions with a `learning_rate`."""
+    found = {}
+    for name, value in vars(optax).items():
+        if name.startswith("_") or not inspect.isfunction(value):
+            continue
+        parameters = inspect.signature(value).parameters
+        if "learning_rate" in parameters and "optimizer" not in parameters:
+            found[name] = value
+    return found
