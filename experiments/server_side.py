@@ -6,8 +6,8 @@ python -m experiments.server_side --study=pfedhn --workdir=runs/server_side \
 pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, table 1),
   1,000 of the published 5,000 visits of a client, of 50 local steps each. A method in
   which all clients take part in a round has as many visits of each client.
-families: three networks over Fashion-MNIST, 20 clients with two classes each
-  (arXiv:2507.22330's protocol), 60 rounds of one epoch. Then five clients that were
+families: two MLPs and a CNN over Fashion-MNIST at 14x14, 20 clients with two classes
+  each (arXiv:2507.22330's protocol), 120 rounds of one epoch. Then five clients that were
   never seen join the runs of the methods that can embed them, with known and with new
   networks.
 heads: MH-pFedHN when two of these networks share a head, and when they do not.
@@ -49,10 +49,10 @@ STUDIES: dict[str, Methods] = {
         "MH-pFedHNGD": ("mh_pfedhngd_cifar10", {}),
     },
     "heads": {
-        "shared head": ("mh_pfedhn_cifar10", {"method.output_size": 22_528}),
+        "shared head": ("mh_pfedhn_cifar10", {"method.output_size": 16_384}),
         "heads apart": (
             "mh_pfedhn_cifar10",
-            {"method.output_size": 22_528, "method.share_heads": False},
+            {"method.output_size": 16_384, "method.share_heads": False},
         ),
     },
 }
@@ -64,7 +64,7 @@ PUBLISHED = {
     "pFedHN": 90.83,
     "pFedHN-PC": 92.47,
 }
-FAMILIES = ("mh_mlp", "mh_cnn", "vgg8")
+FAMILIES = ("mlp", "mh_mlp", "mh_cnn")  # 25,770, 34,122 and 43,638 parameters
 NEW_FAMILIES = ("zenkenet", "attack_lenet")
 NEWCOMERS = 5
 METRICS = ("pacc", "pacc_mean", "best", "vacc")
@@ -74,7 +74,7 @@ class Scale(NamedTuple):
     """How small a study is made, and on what; None for the study's own."""
 
     rounds: int | None = None
-    images: int = 6000
+    images: int = 10_000
     data: str | None = None
     data_dir: str | None = None
 
@@ -88,8 +88,8 @@ def configure(
     if study == "pfedhn":
         config = _as_pfedhn(config, scale.rounds or 1000)
     else:
-        config.families = FAMILIES
-        config.rounds, config.evaluation.every = scale.rounds or 60, 5
+        config.families, config.model.hidden = FAMILIES, (96, 64)
+        config.rounds, config.evaluation.every = scale.rounds or 120, 10
         config.evaluation.finetune_epochs = (0, 1)
         config.data.update(
             name="fashion_mnist",
@@ -223,6 +223,6 @@ if __name__ == "__main__":
     _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds (pfedhn: visits).")
-    _IMAGES = flags.DEFINE_integer("images", 6000, "Images, for families and heads.")
+    _IMAGES = flags.DEFINE_integer("images", 10_000, "Images, for families and heads.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")
     cli.run(grid.guarded(main))
