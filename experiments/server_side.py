@@ -7,9 +7,9 @@ pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, t
   1,000 of the published 5,000 visits of a client, of 50 local steps each. A method in
   which all clients take part in a round has as many visits of each client.
 families: two MLPs and a CNN over Fashion-MNIST at 14x14, 20 clients with two classes
-  each (arXiv:2507.22330's protocol), 120 rounds of one epoch. Then five clients that were
-  never seen join the runs of the methods that can embed them, with known and with new
-  networks.
+  each (arXiv:2507.22330's protocol), 120 rounds of one epoch. Then five clients that
+  were never seen join the runs of the methods that can embed them, with known and with
+  new networks.
 heads: MH-pFedHN when two of these networks share a head, and when they do not.
 
 A study that was stopped continues. Local training is the published one, the same for
@@ -27,6 +27,7 @@ from absl import flags
 from configs import pfedhn_cifar10
 from experiments import cli, grid, join
 from experiments.pages import text_table
+from hyperjax import models
 from hyperjax.errors import check_choice
 
 # Study -> label -> config file, and fields that differ from it.
@@ -64,7 +65,16 @@ PUBLISHED = {
     "pFedHN": 90.83,
     "pFedHN-PC": 92.47,
 }
-FAMILIES = ("mlp", "mh_mlp", "mh_cnn")  # 25,770, 34,122 and 43,638 parameters
+
+
+class SlimMLP(models.MLP):
+    """A network that the package does not have, with as many features as its others."""
+
+    hidden: tuple[int, ...] = (96, 64)
+
+
+# 25,770, 34,122 and 43,638 parameters for 14x14 pixels and ten classes.
+FAMILIES = ("experiments.server_side:SlimMLP", "mh_mlp", "mh_cnn")
 NEW_FAMILIES = ("zenkenet", "attack_lenet")
 NEWCOMERS = 5
 METRICS = ("pacc", "pacc_mean", "best", "vacc")
@@ -88,7 +98,7 @@ def configure(
     if study == "pfedhn":
         config = _as_pfedhn(config, scale.rounds or 1000)
     else:
-        config.families, config.model.hidden = FAMILIES, (96, 64)
+        config.families = FAMILIES
         config.rounds, config.evaluation.every = scale.rounds or 120, 10
         config.evaluation.finetune_epochs = (0, 1)
         config.data.update(
