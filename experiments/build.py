@@ -167,8 +167,14 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"server.cohort_size={config.server.cohort_size} must be between 1 and "
             f"{field}={most}"
         )
-    if config.data.newcomers and config.data.pooled:
-        raise ValueError("data.newcomers and data.pooled exclude each other")
+    if config.data.pooled:
+        several = config.families or factories.needs_families(config.method.name)
+        if several or config.data.newcomers:
+            raise ValueError(
+                "data.pooled=True trains one network in one place; it does not go with "
+                f"families={tuple(config.families)}, newcomers="
+                f"{config.data.newcomers} and method.name={config.method.name!r}"
+            )
     factories.local_optimizer(config.local)
     factories.server_optimizer(config.server)
 

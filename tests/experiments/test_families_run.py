@@ -166,11 +166,11 @@ def test_one_network_for_all_is_one_family():
             dict(method=dict(name="fedavg")),
             r"'fedavg' needs one network.*goes with: .*mh",
         ),
+        (dict(data__pooled=True), r"data.pooled=True trains one .*families=\('mlp'"),
         (dict(data__num_clients=2), r"2 clients take part: less than the 3 families"),
         (dict(families=("mlp", "mpl")), r"families='mpl' is unknown; .*mean 'mlp'"),
         (dict(families=("mlp", "no.module:Net")), r"'no.module:Net'.*No module"),
         (dict(method__output_size=0), "output_size=0 must be at least 1"),
-        (dict(data__pooled=True), "the table holds 1 clients, the families 5"),
         (dict(method__hidden=3), "option of method='hidden' is unknown"),
     ],
 )

@@ -96,6 +96,7 @@ def test_heads_of_new_sizes_are_trained_beside_the_embeddings(finished, tmp_path
     assert after.keys() - before.keys() and before.keys() - after.keys()
 
 
+@pytest.mark.slow
 def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
     config = join.joining(finished, rounds=2)
     whole = train.train(config, str(tmp_path / "whole"))
@@ -111,6 +112,7 @@ def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
     assert parts["state_sha256"] == whole["state_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", [(), ("mlp", "attack_lenet")], ids=["one", "two"])
 def test_pfedhn_embeds_newcomers(families, tmp_path):
     config = pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
