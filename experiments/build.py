@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,6 +160,15 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"families={tuple(config.families)} goes with: {', '.join(able)}"
         )
     most, field = population_size(config)
+    if len(config.families) > most:
+        raise ValueError(
+            f"{field}={most} is less than the {len(config.families)} families"
+        )
+    for pattern in config.start.take:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"start.take has {pattern!r}: {error}") from error
     if (
         config.server.sampler == "uniform"
         and not 1 <= config.server.cohort_size <= most
@@ -223,7 +233,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
 
 def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
     """Returns how many clients take part, and the field that says so."""
-    field = "num_novel" if config.data.newcomers else "num_clients"
+    field = "num_novel" if config.data.get("newcomers") else "num_clients"
     return config.data[field], f"data.{field}"
 
 

@@ -55,9 +55,10 @@ def main() -> int:
     """Runs the sweep; prints the table, writes record and picture."""
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
+    grid.make_room(_JSON.value, _PICTURE.value)
+    seeds, sizes = grid.seeds_of(_SEEDS.value), [int(n) for n in _SIZES.value]
     grid.share_programs(root)
     base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
-    seeds = [int(s) for s in _SEEDS.value]
     rates = personalised.search("HFN", _DATA.value, base, root)
     record = grid.record(
         data=_DATA.value,
@@ -65,7 +66,7 @@ def main() -> int:
         seeds=seeds,
         learning_rate=grid.best(rates),
     )
-    for size in map(int, _SIZES.value):
+    for size in sizes:
         scale = base._replace(embedding_size=size)
         found = [
             grid.result(

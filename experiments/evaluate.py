@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, saved
+from experiments import build, cli, factories, saved
 from experiments.saved import Run
 from hyperjax import rng, tree
 from hyperjax.engine import checkpoint, evaluate, exchange, log
@@ -43,10 +43,12 @@ def load_run(path: str) -> Run:
     """
     run = saved.load(path)
     if not isinstance(run.algorithm.client, ClientSide):
+        method = run.config.method.name
+        join = "; `python -m experiments.join` trains an embedding for unseen clients"
         raise ValueError(
-            f"workdir={path!r}: method {run.config.method.name!r} knows its clients by "
-            "an embedding each, so a client it never met cannot be served without "
-            "training; `python -m experiments.join` trains one for each of them"
+            f"workdir={path!r}: clients of this run of {method!r} have different "
+            "networks, and what one that it never met would get is not defined without "
+            f"training{join if factories.embeds_newcomers(method) else ''}"
         )
     return run
 
@@ -78,7 +80,7 @@ def serve(run: Run, images: np.ndarray) -> Served:
     @jax.jit
     def deploy(server):
         one = jnp.ones(1, jnp.float32)
-        round, population = run.restored.round, run.config.data.num_clients
+        round, population = run.restored.round, facts["participating"].sum()
         cohort = Cohort(ids, one, one, jnp.int32(round), jnp.float32(population))
         key = rng.stream(root, "serve")
         down = alg.server.downlink(key, server, cohort)._replace(round=cohort.round)
@@ -134,7 +136,7 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
 
 def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and labels of an unseen client of the run itself."""
-    first = run.config.data.num_clients
+    first = int(run.facts["participating"].sum())
     last = len(run.facts["counts"]) - 1
     if first > last:
         raise ValueError(f"client={client}: this run has no unseen clients")

@@ -40,6 +40,11 @@ def needs_families(method: str) -> bool:
     return found is not None and found.default is inspect.Parameter.empty
 
 
+def embeds_newcomers(method: str) -> bool:
+    """Whether clients can join a finished run: what it learned can be held still."""
+    return "freeze" in inspect.signature(find_method(method)).parameters
+
+
 def make_network(
     config: ml_collections.ConfigDict,
     name: str,

@@ -21,6 +21,23 @@ def share_programs(root: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def seeds_of(given: Sequence[str]) -> list[int]:
+    """Parses the flag --seeds.
+
+    Raises:
+      ValueError: something else than whole numbers from 0 on.
+    """
+    if not given or not all(seed.isdigit() for seed in given):
+        raise ValueError(f"seeds={list(given)}: expected whole numbers such as 0,1,2")
+    return [int(seed) for seed in given]
+
+
+def make_room(*paths: str | None) -> None:
+    """Makes the folders of output files, before anything is trained."""
+    for path in filter(None, paths):
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+
+
 def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
     """Runs one config, or reads what it gave; None if it diverged.
 

@@ -1,27 +1,31 @@
-"""Lets the unseen clients of a finished run join it: only what is new is trained.
+"""Lets the unseen clients of a run join it: only what is new is trained.
 
 python -m experiments.join --run=runs/x --workdir=runs/joined [--families=mh_mlp,...] \
-    [--rounds=50]
+    [--rounds=50] [--data_dir=...]
 
 The run's unseen clients (`data.num_novel`) take the place of its participants. What the
-server learned, its hypernetwork, is taken over and does not move; their embeddings are
-drawn anew and trained by the same protocol, and with `--families` heads for sizes of
-network that the run had not met (arXiv:2103.04628, arXiv:2507.22330). pACC
-of the new run is the newcomers' accuracy; it is a run like any other: it can be
-stopped, continued, and reported.
+server had learned by the newest checkpoint, its hypernetwork, is taken over and does
+not move; their embeddings are drawn anew and trained by the same protocol, and with
+`--families` (MH-pFedHN) heads for sizes of network that the run had not met
+(arXiv:2103.04628, arXiv:2507.22330). They train on what they do not hold out, with
+nothing set aside for validation. pACC of the new run is the newcomers' accuracy, to be
+compared with `zacc_ft0` of the old one. It is a run like any other: it can be stopped,
+continued, and reported, and does not need the old one after its first checkpoint.
 """
 
-import inspect
 import re
+from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
 from absl import flags
 
-from experiments import build, cli, factories, saved, train
-from hyperjax.algorithms import pfedhn
+from experiments import build, cli, factories, saved, train, workdir
+from hyperjax.algorithms.pfedhn import published_size
 
 PHI = "phi/"  # where methods with a hypernetwork on the server keep it
+NEW_SEED = 1_000_003  # what newcomers' seeds are apart from the run's
 
 
 def joining(
@@ -35,29 +39,36 @@ def joining(
       rounds: None for as many as the run had.
 
     Raises:
-      ValueError: no such run, it has no unseen clients, or its method keeps no
-        hypernetwork on the server.
+      ValueError: no such run, it has no unseen clients, its method keeps no
+        hypernetwork on the server, or `families` do not go with it.
     """
     run = saved.load(path, "run")
-    config = run.config
-    name = config.method.name
-    able = [
-        method
-        for method in factories.method_names()
-        if "freeze" in inspect.signature(factories.find_method(method)).parameters
-    ]
-    if name not in able:
+    config, method = run.config, run.config.method.name
+    if not factories.embeds_newcomers(method):
+        able = filter(factories.embeds_newcomers, factories.method_names())
         raise ValueError(
-            f"run={path!r} was trained by {name!r}, which has no hypernetwork for "
-            f"newcomers to be embedded in; accepted: {', '.join(able)}. Other methods "
-            "report unseen clients as zACC, and with evaluation.finetune_epochs"
+            f"run={path!r} was trained by {method!r}, whose server has no hypernetwork "
+            f"that newcomers can be embedded in; accepted: {', '.join(able)}. Other "
+            "methods report unseen clients as zACC, and with evaluation.finetune_epochs"
         )
+    if config.data.newcomers:
+        raise ValueError(f"run={path!r} is itself one of newcomers: nobody is left")
     if not config.data.num_novel:
         raise ValueError(f"run={path!r} has no unseen clients: data.num_novel is 0")
+    if families and not config.method.get("share_heads"):
+        raise ValueError(
+            f"families={families} with {method!r}: heads are found again by size where "
+            "clients share them by size, in mh_pfedhn with share_heads=True"
+        )
+    # The same federation, but draws of their own: client 0 is another one now.
+    config.data.seed = config.seed if config.data.seed < 0 else config.data.seed
+    config.seed += NEW_SEED
     config.data.newcomers = True
+    config.server.cohort_size = min(config.server.cohort_size, config.data.num_novel)
     config.start = dict(run=path, take=(f"{PHI}.*",))
-    if config.method.get("embedding_size") == 0:  # as the run's N had it
-        config.method.embedding_size = pfedhn.published_size(config.data.num_clients)
+    if method == "pfedhn" and not config.method.get("embedding_size"):
+        # As the run's N had it.
+        config.method.embedding_size = published_size(config.data.num_clients)
     if families:
         config.families = tuple(families)
     if rounds is not None:
@@ -67,17 +78,35 @@ def joining(
     model = build.make_model(config, shape, len(run.facts["label_names"]))
     algorithm = build.make_algorithm(config, model)
     server = jax.eval_shape(algorithm.server.init, jax.random.key(0))
-    known = saved.common_paths(run.restored.carry.server, server, (f"{PHI}.*",))
+    known = saved.common_paths(run.restored.carry.server, server, config.start.take)
     # Heads that the run has not met are not among these, and are trained.
-    config.method.freeze = tuple(re.escape(name.removeprefix(PHI)) for name in known)
+    config.method.freeze = tuple(re.escape(part.removeprefix(PHI)) for part in known)
+    return config
+
+
+def continued(folder: str, families: list[str], rounds: int | None) -> Any:
+    """Returns the config of a newcomers' run that has begun; None if none has."""
+    if not (Path(folder).expanduser() / workdir.CONFIG).exists():
+        return None
+    config = saved.load_config(folder, "workdir")
+    # What is asked for otherwise than it was begun is refused by `train`.
+    if families:
+        config.families = tuple(families)
+    if rounds is not None:
+        config.rounds = rounds
     return config
 
 
 def main() -> int:
     """Trains the newcomers; returns the exit code."""
-    run, path = str(_RUN.value), str(_WORKDIR.value)
-    cli.use_cores(saved.load_config(run, "run").engine.devices)
-    return train.main(joining(run, _FAMILIES.value, _ROUNDS.value), path)
+    run, folder = str(_RUN.value), str(_WORKDIR.value)
+    config = continued(folder, _FAMILIES.value, _ROUNDS.value)
+    if config is None:
+        cli.use_cores(saved.load_config(run, "run").engine.devices)
+        config = joining(run, _FAMILIES.value, _ROUNDS.value)
+    if _DATA_DIR.value:
+        config.data.data_dir = _DATA_DIR.value
+    return train.main(config, folder)
 
 
 if __name__ == "__main__":
@@ -85,4 +114,5 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the newcomers' run.")
     _FAMILIES = flags.DEFINE_list("families", [], "Networks of the newcomers.")
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds; default: the run's own.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: the run's own.")
     cli.run(main, needs=("run", "workdir"))

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from configs import common
 from experiments import cli, grid, reach
 from experiments.pages import text_table
 from hyperjax.errors import check_choice
@@ -155,9 +156,7 @@ def scaled(
     config.server.cohort_size = 5
     config.evaluation.update(every=2, finetune_epochs=(0, TUNED))
     config.tensorboard = False
-    for field, value in fields.items():
-        group, _, name = field.partition(".")
-        config[group][name] = value
+    config.update_from_flattened_dict(fields)
     if config.method.name == "hyperfednet":
         config.method.embedding_size = scale.embedding_size
     return config
@@ -216,27 +215,31 @@ def main() -> int:
     labels = _METHODS.value or list(METHODS)
     for label in labels:
         check_choice("methods", label, METHODS)
+    for name in _PARTITIONS.value:
+        check_choice("partitions", name, ("dirichlet", "iid"))
+    for name in _DATA.value:
+        common.personalised(f"data={name}")  # refuses others
+    seeds = grid.seeds_of(_SEEDS.value)
+    grid.make_room(_JSON.value)
     scale = Scale(
         _ROUNDS.value, _IMAGES.value, _SHRINK.value, _EMBEDDING.value, _DATA_DIR.value
     )
     record = grid.record(
-        **scale._asdict(), seeds=_SEEDS.value, rates=RATES, search_seed=SEARCH_SEED
+        **scale._asdict(), seeds=seeds, rates=RATES, search_seed=SEARCH_SEED
     )
     del record["settings"]["data_dir"]  # says nothing to others
     first = _DATA.value[0]
     searched = {label: search(label, first, scale, root) for label in labels}
-    for name in _PARTITIONS.value:
-        check_choice("partitions", name, ("dirichlet", "iid"))
     parts = [name == "iid" for name in _PARTITIONS.value]
     for data, iid in itertools.product(_DATA.value, parts):
         for label, rates in searched.items():
             name = f"{grid.short(label)}_{data}_{'iid' if iid else 'dir'}"
             summaries = [
                 grid.result(
-                    scaled(label, data, iid, int(seed), grid.best(rates), scale),
+                    scaled(label, data, iid, seed, grid.best(rates), scale),
                     root / f"{name}_{seed}",
                 )
-                for seed in _SEEDS.value
+                for seed in seeds
             ]
             record["rows"].append(row_of(label, data, iid, rates, summaries))
             grid.write(record, _JSON.value)

@@ -13,6 +13,7 @@ from absl import logging
 
 from experiments import build, workdir
 from hyperjax import tree
+from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, families, schedule
 from hyperjax.types import Algorithm, PyTree
 
@@ -47,6 +48,8 @@ def load(path: str, field: str = "workdir") -> Run:
     """
     config = load_config(path, field)
     folder = Path(path).expanduser()
+    if not (folder / "partition.npz").is_file():
+        raise ValueError(f"{field}={path!r} stopped before it began")
     with np.load(folder / "partition.npz") as file:
         facts = dict(file)
     shape = tuple(int(n) for n in facts["sample_shape"])
@@ -73,9 +76,11 @@ def common_paths(theirs: PyTree, ours: PyTree, take: Sequence[str]) -> list[str]
       take: patterns of paths, of which one must match.
 
     Raises:
-      ValueError: shapes or dtypes under one of these paths differ.
+      ValueError: a pattern matches none of our paths, or shapes or dtypes under one of
+        these paths differ.
     """
     there, here = tree.by_path(theirs), tree.by_path(ours)
+    tree.splitter(here, take)  # refuses patterns that match nothing
     patterns = tree.as_patterns(take)
     found = [
         path
@@ -93,28 +98,58 @@ def common_paths(theirs: PyTree, ours: PyTree, take: Sequence[str]) -> list[str]
     return found
 
 
-def start_from(path: str, take: Sequence[str], server: PyTree) -> PyTree:
-    """Returns a server state with parts of another run's in the place of its own.
+def parts_to_take(run: Run, take: Sequence[str], server: PyTree) -> dict[str, Any]:
+    """Returns by path what a run's server has for another one to start from.
 
     Args:
-      path: folder of the other run.
+      run: the run to take from.
       take: patterns of the paths to take, see `common_paths`.
-      server: of this run.
+      server: the abstract state of the other one.
 
     Raises:
-      ValueError: as `load`, or the two have nothing in common.
+      ValueError: as `common_paths`, or the two have nothing in common.
     """
-    theirs = load(path, "start.run").restored.carry.server
+    theirs = run.restored.carry.server
     taken = common_paths(theirs, server, take)
     if not taken:
         raise ValueError(
-            f"start.run={path!r} has nothing that fits under start.take={tuple(take)}; "
-            f"its paths: {', '.join(tree.paths(theirs)[:8])}, ...; this run's: "
+            f"start.run has nothing that fits under start.take={tuple(take)}; its "
+            f"paths: {', '.join(tree.paths(theirs)[:8])}, ...; this run's: "
             f"{', '.join(tree.paths(server)[:8])}, ..."
         )
-    found = tree.by_path(server)
-    logging.info("From %s: %d of %d arrays.", path, len(taken), len(found))
     there = tree.by_path(theirs)
-    for name in taken:
-        found[name] = jax.device_put(there[name], found[name].sharding)
+    return {path: there[path] for path in taken}
+
+
+def put(parts: dict[str, Any], server: PyTree) -> PyTree:
+    """Returns a server state with `parts` in the place of its own."""
+    found = tree.by_path(server)
+    logging.info("Started with %d of %d arrays.", len(parts), len(found))
+    for name, x in parts.items():
+        found[name] = jax.device_put(x, found[name].sharding)
     return jax.tree.unflatten(jax.tree.structure(server), list(found.values()))
+
+
+def check_newcomers(run: Run, federation: Federation) -> None:
+    """Refuses newcomers who are not the unseen clients of a run.
+
+    Raises:
+      ValueError: the data set is not what it was when the run began.
+    """
+    pairs = {
+        "novel_train": federation.train,
+        "novel_held_out": federation.held_out,
+    }
+    same = all(
+        np.array_equal(run.facts[f"{name}_{part}"], getattr(table, part))
+        for name, table in pairs.items()
+        for part in ("rows", "size")
+    ) and all(
+        np.array_equal(run.facts[name], np.asarray(getattr(federation.pool, name)))
+        for name in ("mean", "std")
+    )
+    if not same:
+        raise ValueError(
+            "the unseen clients or the pixel moments are not those of start.run: its "
+            "data set, or the way it was dealt out, has changed since"
+        )

@@ -4,8 +4,8 @@ python -m experiments.server_side --study=pfedhn --workdir=runs/server_side \
     --data_dir=... [--methods=pFedHN,Local] [--seeds=0,1,2] [--json=FILE]
 
 pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, table 1),
-  1,000 of the published 5,000 visits of a client, of 50 local steps each. A method in
-  which all clients take part in a round has as many visits of each client.
+  1,000 visits of one client, about 100 of each, where the paper has 5,000; a visit is
+  50 local steps. Where all clients take part in a round there are 100 rounds.
 families: two MLPs and a CNN over Fashion-MNIST at 14x14, 20 clients with two classes
   each (arXiv:2507.22330's protocol), 120 rounds of one epoch. Then five clients that
   were never seen join the runs of the methods that can embed them, with known and with
@@ -113,9 +113,7 @@ def configure(
     config.tensorboard = False
     if scale.data:
         config.data.name, config.data.split = scale.data, "train"
-    for field, value in fields.items():
-        group, _, name = field.partition(".")
-        config[group][name] = value
+    config.update_from_flattened_dict(fields)
     return config
 
 
@@ -197,9 +195,11 @@ def main() -> int:
     labels = _METHODS.value or list(STUDIES[study])
     for label in labels:
         check_choice("methods", label, STUDIES[study])
-    seeds = [int(s) for s in _SEEDS.value]
+    seeds = grid.seeds_of(_SEEDS.value)
+    grid.make_room(_JSON.value)
     scale = Scale(_ROUNDS.value, _IMAGES.value, _DATA.value, _DATA_DIR.value)
-    record = grid.record(study=study, seeds=seeds, rounds=scale.rounds)
+    settings = scale._asdict() | {"data_dir": None}  # says nothing to others
+    record = grid.record(study=study, seeds=seeds, **settings)
     for label in labels:
         record["rows"] += rows_of(study, label, root, seeds, scale)
         grid.write(record, _JSON.value)

@@ -70,6 +70,8 @@ class _Run:
             for name in families.clients(self.experiment.algorithm)
         }
         self.cost = self.mean_cost()
+        self.restored = self.newest()
+        self.given = self.parts_to_start_from()
         self.seconds = 0.0  # of training calls
         self.samples = 0.0
         self.began = time.perf_counter()
@@ -77,11 +79,11 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         config, folder, experiment = self.config, self.folder, self.experiment
-        round, carry = self.start()
         if not (folder / workdir.CONFIG).exists():
             workdir.describe(folder, config, experiment.plan)
         if not (folder / "partition.npz").exists():
             federations.save_tables(experiment.federation, folder / "partition.npz")
+        round, carry = self.start()
         recorder = log.Recorder(folder, round, config.tensorboard)
         progress = log.Progress(self.name, config.rounds)
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in _signals()}
@@ -117,23 +119,36 @@ class _Run:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def start(self):
-        """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
-        simulator = self.experiment.simulator
+    def newest(self) -> checkpoint.Restored | None:
+        """The newest intact checkpoint."""
         template = schedule.abstract_carry(
             self.experiment.algorithm,
             self.experiment.members or self.experiment.federation.num_trainers,
         )
-        restored = checkpoint.restore(self.checkpoints, template)
-        if restored is None:
+        return checkpoint.restore(self.checkpoints, template)
+
+    def parts_to_start_from(self) -> dict[str, Any]:
+        """What another run's server lends to a fresh run, by path."""
+        start = self.config.start
+        if not start.run or self.restored is not None:
+            return {}
+        other = saved.load(start.run, "start.run")
+        if self.config.data.newcomers:
+            saved.check_newcomers(other, self.experiment.federation)
+        init = self.experiment.algorithm.server.init
+        server = jax.eval_shape(init, jax.random.key(0))
+        return saved.parts_to_take(other, start.take, server)
+
+    def start(self):
+        """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
+        simulator = self.experiment.simulator
+        if self.restored is None:
             carry = simulator.init(self.root)
-            start = self.config.start
-            if start.run:
-                server = saved.start_from(start.run, start.take, carry.server)
-                carry = carry._replace(server=server)
+            if self.given:
+                carry = carry._replace(server=saved.put(self.given, carry.server))
             return -1, carry
-        logging.info("Continuing %s after round %d.", self.folder, restored.round)
-        return restored.round, simulator.load(restored.carry)
+        logging.info("Continuing %s after round %d.", self.folder, self.restored.round)
+        return self.restored.round, simulator.load(self.restored.carry)
 
     def next_stop(self, round: int) -> int:
         """The next round to stop the program at: on a grid, so that a continued run

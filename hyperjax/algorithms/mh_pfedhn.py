@@ -103,7 +103,8 @@ def mh_pfedhn(
     def init_phi(key):
         phi = net.init(key)
         if not share_heads:
-            drawn = {name: net.init(rng.stream(key, name))["heads"] for name in models}
+            keys = {name: rng.stream(key, "head of " + name) for name in models}
+            drawn = {name: net.init(k)["heads"] for name, k in keys.items()}
             phi["heads"] = {
                 head_of(name): heads[head_of(name).partition("_")[0]]
                 for name, heads in drawn.items()

@@ -17,7 +17,7 @@ gradient clip bounds the whole network; the authors' code clips the body alone.
 
 Clients may have different networks (a mapping of models): the hypernetwork emits the
 parameters of all of them, and each client is sent the slice of its own, which alone
-passes a gradient back.
+passes a gradient back; decay and momentum move the others' too.
 
 Newcomers are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 

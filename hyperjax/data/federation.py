@@ -89,7 +89,7 @@ class Federation(NamedTuple):
         """Returns the federation of the unseen clients, who now take part.
 
         Client 0 is the first unseen one, and so on. Pixels are normalised as before;
-        there are no further unseen clients.
+        there are no further unseen clients, and no samples for validation.
 
         Raises:
           ValueError: there are no unseen clients.

@@ -167,7 +167,7 @@ def test_one_network_for_all_is_one_family():
             r"'fedavg' needs one network.*goes with: .*mh",
         ),
         (dict(data__pooled=True), r"data.pooled=True trains one .*families=\('mlp'"),
-        (dict(data__num_clients=2), r"2 clients take part: less than the 3 families"),
+        (dict(data__num_clients=2), r"num_clients=2 is less than the 3 families"),
         (dict(families=("mlp", "mpl")), r"families='mpl' is unknown; .*mean 'mlp'"),
         (dict(families=("mlp", "no.module:Net")), r"'no.module:Net'.*No module"),
         (dict(method__output_size=0), "output_size=0 must be at least 1"),

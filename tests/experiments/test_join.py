@@ -47,8 +47,7 @@ def finished(tmp_path_factory):
 
 def phi(path):
     """{path: array} of a run's hypernetwork."""
-    found = saved.load(path).restored.carry.server.phi
-    return dict(zip(tree.paths(found), jax.tree.leaves(found), strict=True))
+    return tree.by_path(saved.load(path).restored.carry.server.phi)
 
 
 def tables(path):
@@ -71,6 +70,12 @@ def test_newcomers_with_known_networks_learn_their_embeddings_alone(finished, tm
     )
     for x, y in pairs:
         assert x.shape[0] == 1 and np.any(x != y)
+    # They are drawn anew: none is where a participant's was.
+    old = saved.load_config(finished, "run")
+    train.train(small(old, rounds=0), str(tmp_path / "old"))
+    paths = (str(tmp_path / name) for name in ("untouched", "old"))
+    for x, y in zip(*map(tables, paths), strict=True):
+        assert not np.any(np.all(x == y, axis=(1, 2)))
     # The two newcomers are the two unseen clients of the run.
     rows = json.loads((tmp_path / "joined" / "clients.json").read_text())
     with np.load(f"{finished}/partition.npz") as there:
@@ -116,6 +121,7 @@ def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
 @pytest.mark.parametrize("families", [(), ("mlp", "attack_lenet")], ids=["one", "two"])
 def test_pfedhn_embeds_newcomers(families, tmp_path):
     config = pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
+    config.server.cohort_size = 3  # more than there are newcomers
     config = small(config, families=families, model__name="mlp", local__steps=1)
     config.method.hidden_size, config.method.num_hidden = 2, 1
     train.train(config, str(tmp_path / "run"))
@@ -143,18 +149,28 @@ def test_what_cannot_be_joined_is_refused(finished, tmp_path):
     config.data.name, config.rounds, config.tensorboard = "digits", 0, False
     train.train(config, str(tmp_path / "fedavg"))
     with pytest.raises(
-        ValueError, match=r"'fedavg', which has no hypernetwork.*pfedhn"
+        ValueError, match=r"'fedavg', whose server has no hypernet.*pfedhn"
     ):
         join.joining(str(tmp_path / "fedavg"))
     with pytest.raises(ValueError, match=r"families.*'nonsense'"):
         join.joining(finished, families=["nonsense"])
-    with pytest.raises(ValueError, match=r"matches no variable"):
-        config = join.joining(finished)
-        config.method.freeze = ("heads/77/.*",)
-        train.train(config, str(tmp_path / "x"))
-    assert not (tmp_path / "x" / "config.json").exists()
+    joined = str(tmp_path / "joined")
+    config = join.joining(finished, rounds=0)
+    train.train(config, joined)
+    with pytest.raises(ValueError, match="itself one of newcomers"):
+        join.joining(joined)
+    assert join.continued(joined, [], None).to_dict() == config.to_dict()
+    assert join.continued(str(tmp_path / "new"), [], None) is None
     config = join.joining(finished)
-    config.start.take, config.method.freeze = ("nothing",), ()
-    with pytest.raises(ValueError, match=r"nothing that fits under start.take"):
-        train.train(config, str(tmp_path / "y"))
-    assert not (tmp_path / "y" / "config.json").exists()
+    mistakes = [
+        (dict(method__freeze=("heads/77/.*",)), "matches no variable"),
+        (dict(start__take=("phi/(",)), r"start.take has 'phi/\('"),
+        (dict(start__take=("phi/.*", "tabels/.*")), "'tabels/.*' matches no variable"),
+        (dict(start__take=("tables/.*",)), "is float32.* in the run to start from"),
+        (dict(data__seed=9), "are not those of start.run"),
+    ]
+    for fields, message in mistakes:
+        wrong = small(config.copy_and_resolve_references(), **fields)
+        with pytest.raises(ValueError, match=message):
+            train.train(wrong, str(tmp_path / "y"))
+        assert not (tmp_path / "y" / "config.json").exists()
