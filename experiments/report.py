@@ -26,13 +26,19 @@ from hyperjax.engine.log import read_lines
 
 Row = Mapping[str, Any]
 
-_METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}
-_COLORS = {"gacc": plots.INK, "pacc": plots.PARTICIPATING, "zacc": plots.NOVEL}
+_METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC", "vacc": "vACC"}
+_COLORS = {
+    "gacc": plots.INK,
+    "pacc": plots.PARTICIPATING,
+    "zacc": plots.NOVEL,
+    "vacc": plots.MUTED,
+}
 _CONTROLS = {"_em": ("EM control", "dashed"), "_oracle": ("oracle", "dotted")}
 _MEANINGS = {
     "gacc": "global test set",
     "pacc": "clients that take part",
     "zacc": "clients never trained on",
+    "vacc": "what they set aside for validation",
 }
 _FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean)?")
 _FINE_TUNED_COLUMNS = {
@@ -241,6 +247,10 @@ def _cards(latest: Row) -> str:
                 spread += f", tenth percentile {latest[f'{key}_p10']:.2f}"
             lines.append(f"over clients: {spread}")
         cards.append(_card(name, pages.percent(latest[key]), *lines))
+    best = latest.get("best_by_validation")
+    if best:
+        line = f"round {best['round']}, where vACC was {best['vacc']:.2f}"
+        cards.append(_card("pACC, best by validation", f"{best['pacc']:.2f} %", line))
     if "up_bytes" in latest and "down_bytes" in latest:
         up, down = latest["up_bytes"], latest["down_bytes"]
         line = f"up {pages.num_bytes(up)} · down {pages.num_bytes(down)}"

@@ -9,7 +9,7 @@ from hyperjax.data.federation import Federation
 from hyperjax.engine.evaluate import summarise
 
 VARIANTS = ("em", "oracle", "swapped")
-PREFIXES = ("pacc", "zacc", "gacc")
+PREFIXES = ("pacc", "vacc", "zacc", "gacc")
 
 Values = Mapping[str, np.ndarray]
 
@@ -18,9 +18,9 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
     """Returns the metrics of one evaluation.
 
     Args:
-      values: per-client values by metric ("pacc": participants, "zacc": unseen
-        clients, "gacc": the global test set), from `Evaluator.evaluate`; what a
-        federation does not have is missing.
+      values: per-client values by metric ("pacc": participants, "vacc": their
+        validation samples, "zacc": unseen clients, "gacc": the global test set), from
+        `Evaluator.evaluate`; what a federation does not have is missing.
 
     Returns:
       Percentages: "<metric>", with "_mean", "_std", "_p10" over clients, and

@@ -20,7 +20,6 @@ from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, families, log, schedule
 
 SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
-ACCURACIES = (*SHOWN, "vacc")
 
 
 class Stopped(Exception):
@@ -291,7 +290,9 @@ class _Run:
         """Accuracies of the round whose validation accuracy was highest, the first."""
         records = log.read_lines(self.folder / log.METRICS)
         best = max(records, key=lambda r: r["vacc"])
-        found = {k: v for k, v in best.items() if k.partition("_")[0] in ACCURACIES}
+        found = {
+            k: v for k, v in best.items() if k.partition("_")[0] in results.PREFIXES
+        }
         return dict(round=best["round"], **found)
 
     def sample_level(self, round: int, carry) -> dict[str, float]:

@@ -265,6 +265,17 @@ def test_a_run_without_a_metric_beside_one_with_it(tmp_path: Path) -> None:
     assert "None" not in text
 
 
+def test_the_best_round_by_validation_has_a_card(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = tmp_path / "run/summary.json"
+    best = dict(round=3, vacc=61.5, pacc=58.25)
+    summary = json.loads(path.read_text()) | dict(vacc=60.0, best_by_validation=best)
+    _write_json(path, summary)
+    text, _ = _read(report.run_report(folder))
+    assert "58.25 %" in text and "round 3, where vACC was 61.50" in text
+    assert "what they set aside for validation" in text
+
+
 def test_fine_tuning_is_a_table(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     plain, _ = _read(report.run_report(folder))
