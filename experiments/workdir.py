@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -109,6 +110,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@functools.cache  # of what was loaded, whatever is checked out meanwhile
 def commit() -> str | None:
     """Returns the commit of the code, "+" if changed since; None without git."""
     here = Path(__file__).parent
