@@ -59,6 +59,7 @@ def get_config(arg: str = ""):
         num_layers=3,
         embedding_deviation=0.002,
         clip_norm=50.0,
+        refresh_stats=False,  # statistics see the generated network before it predicts
         share_heads=True,  # False: every family has a head of its own
         freeze=(),  # patterns of paths in the hypernetwork that do not move
     )

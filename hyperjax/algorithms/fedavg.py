@@ -17,12 +17,22 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import aggregators, corrections, tree
+from hyperjax.data import clients
 from hyperjax.errors import check_choice
 from hyperjax.local import tuner
-from hyperjax.types import Algorithm, ClientSide, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import (
+    Algorithm,
+    ClientData,
+    ClientSide,
+    Downlink,
+    Model,
+    PyTree,
+    ServerSide,
+)
 
 PERSIST = ("none", "kept", "all")
 BN_STATS = ("average", "local")
+REFRESH_BATCH = 64
 CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
 
 
@@ -62,6 +72,7 @@ def fedavg(
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
     finetune=None,
+    refresh_stats: bool = False,
     condition_source: str = "eval_inputs",
 ) -> Algorithm:
     """Returns federated averaging of `model`.
@@ -78,12 +89,16 @@ def fedavg(
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
       finetune: patterns of the parameters that fine-tuning moves; None: all.
+      refresh_stats: running statistics at home see the deployed parameters once more,
+        in a pass over the client's training samples, before it predicts: they are of
+        the parameters as trained, which the server may since have changed.
       condition_source: inputs a deployed model's condition is computed from, for
         models that have one: "eval_inputs" (those it predicts on, without labels) or
         "local_train_inputs" (its training inputs; those it predicts on if it has none).
 
     Raises:
-      ValueError: `keep` matches no variable, or an unknown choice.
+      ValueError: `keep` matches no variable, an unknown choice, or there are no running
+        statistics at home to refresh.
     """
     check_choice("condition_source", condition_source, CONDITION_SOURCES)
     check_choice("bn_stats", bn_stats, BN_STATS)
@@ -106,6 +121,11 @@ def fedavg(
 
     template = jax.eval_shape(start, jax.random.key(0))
     home = tree.splitter(template, _kept(template, keep, bn_stats))
+
+    if refresh_stats and bn_stats != "local":
+        raise ValueError(
+            "refresh_stats=True is for statistics that stay at home: bn_stats='local'"
+        )
 
     def shared_part(variables):
         return home.split(variables)[1]
@@ -171,6 +191,9 @@ def fedavg(
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
+        if refresh_stats:
+            variables = _refreshed(model, key, variables, data.train)
+            client = client._replace(kept=home.split(variables)[0])
         inputs = data.inputs
         if condition_source == "local_train_inputs":
             train = data.train
@@ -233,6 +256,17 @@ def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
     delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)
     participation = jnp.sum(cohort.active) / cohort.population
     return corrections.Means(delta, extra, participation)
+
+
+def _refreshed(model: Model, key, variables: PyTree, data: ClientData) -> PyTree:
+    """Returns variables whose running statistics saw every sample of a client."""
+    context = model.context(variables, data)
+
+    def step(variables, batch):
+        _, (stats, _) = model.loss(key, variables, batch, context)
+        return {**variables, "stats": stats}
+
+    return clients.fold(step, variables, data, REFRESH_BATCH)
 
 
 def _split_stats(theta: PyTree) -> tuple[PyTree, PyTree]:
