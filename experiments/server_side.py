@@ -112,7 +112,7 @@ def configure(
     config.seed, config.data.data_dir = seed, scale.data_dir
     config.tensorboard = False
     if scale.data:
-        config.data.name, config.data.split = scale.data, "train"
+        config.data.update(name=scale.data, split="train", shrink=1)
     config.update_from_flattened_dict(fields)
     return config
 

@@ -88,7 +88,8 @@ def test_one_expert_is_fedavg(network):
     leaves = [x[0] for x in jax.tree.leaves(found)]
     theta = two_rounds(fedavg(model, local=make_local())).server.theta
     expected = dict(zip(tree.paths(found), leaves, strict=True))
-    chex.assert_trees_all_equal(theta, expected)
+    # Two programs: the compiler may order a sum otherwise.
+    chex.assert_trees_all_close(theta, expected, rtol=1e-5, atol=1e-7)
 
 
 # The server -------------------------------------------------------------------------

@@ -243,7 +243,8 @@ def test_fan_in_gives_each_tensor_its_own_deviation():
     for name in ("wide", "narrow"):
         # One constant per tensor ...
         ratio = after[name] / before[name]
-        np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-4)
+        # Numbers near zero are differences of larger ones.
+        np.testing.assert_allclose(ratio, np.median(ratio), rtol=2e-3)
         # ... which is fixed, so another draw of phi matches up to sampling.
         np.testing.assert_allclose(
             np.std(after[name]), np.std(template[name]), rtol=0.15
