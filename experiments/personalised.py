@@ -25,7 +25,7 @@ from experiments import cli, grid, reach
 from experiments.pages import text_table
 from hyperjax.errors import check_choice
 
-RATES = (0.1, 0.03)
+RATES = (0.1, 0.03, 0.01)
 SEARCH_SEED = 100
 THRESHOLDS = (30, 40, 50, 60, 70, 80, 90)
 TUNED = 4  # epochs of fine-tuning, as published
