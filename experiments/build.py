@@ -333,12 +333,18 @@ def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
 def make_algorithm(
     config: ml_collections.ConfigDict, model: Model | dict[str, Model]
 ) -> Algorithm:
-    """Builds `config.method` around a model, or one per family."""
+    """Builds `config.method` around a model, or one per family.
+
+    Raises:
+      ValueError: an unknown method or option, or a server optimizer that the method's
+        server would never call.
+    """
     name = config.method.name
     check_choice("method.name", name, factories.method_names())
     factory = factories.find_method(name)
     options: dict[str, Any] = _population(name, config)
-    if isinstance(model, dict):
+    several = isinstance(model, dict)
+    if several:
         blocks = assigned(model, population_size(config)[0])
         options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     options |= {k: v for k, v in config.method.items() if k != "name"}
@@ -349,14 +355,24 @@ def make_algorithm(
         check_choice("method.base", base, factories.method_names())
         base_options |= _population(base, config)
         options |= dict(base=base, base_options=base_options)
+    server_opt, uses = factories.watched(factories.server_optimizer(config.server))
     alg = factories.call(
         "method",
         factory,
         model,
         local=factories.make_local(config.local),
-        server_opt=factories.server_optimizer(config.server),
+        server_opt=server_opt,
         **options,
     )
+    chosen = config.server.optimizer, config.server.learning_rate
+    if chosen != ("sgd", 1.0):
+        comm.describe(families.view(alg, min(model) if several else families.ALONE))
+        if not uses:
+            raise ValueError(
+                f"server.optimizer={chosen[0]!r} with server.learning_rate={chosen[1]} "
+                f"would change nothing: the server of method.name={name!r} has no "
+                "optimizer; accepted: sgd, 1.0"
+            )
     return through_channel(alg, config.uplink) if config.uplink else alg
 
 

@@ -148,6 +148,19 @@ def server_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfo
     )
 
 
+def watched(
+    optimizer: optax.GradientTransformation,
+) -> tuple[optax.GradientTransformation, list[bool]]:
+    """Returns an optimizer, and a list that grows when its update is called."""
+    uses: list[bool] = []
+
+    def update(updates, state, params=None):
+        uses.append(True)
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update), uses
+
+
 def make_optimizer(
     field: str, text: str, learning_rate: float, extra: dict[str, Any]
 ) -> optax.GradientTransformation:

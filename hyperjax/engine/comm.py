@@ -31,7 +31,11 @@ class Cost(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def describe(alg: Algorithm) -> Messages:
-    """Runs one exchange with one client by abstract evaluation; computes nothing."""
+    """Runs one exchange with one client by abstract evaluation; computes nothing.
+
+    The server's update is part of it, so that what a method cannot do is known before
+    any work.
+    """
     shape = alg.client.model.sample_shape
     channels = shape[-1]
 
@@ -52,6 +56,7 @@ def describe(alg: Algorithm) -> Messages:
         down = down._replace(own=own, round=cohort.round)
         client = alg.client.init(root, common, down)
         uplink, _, _ = alg.client.update(root, down, client, data)
+        alg.server.update(root, server, jax.tree.map(lambda x: x[None], uplink), cohort)
         return Messages(server, shared, own, client, uplink)
 
     return jax.eval_shape(once, jax.random.key(0))

@@ -341,6 +341,23 @@ def test_an_option_no_factory_takes_is_named():
         build.make_algorithm(found, model)
 
 
+@pytest.mark.parametrize("method", ["fedamp", "fedproto", "pfedla", "pfedsim", None])
+def test_server_optimizers_that_no_server_would_call_are_refused(method):
+    found = config()
+    if method:
+        found.method = dict(name=method)
+    model = build.make_model(found, (2, 2, 1), 3)
+    build.make_algorithm(found, model)
+    for optimizer, rate in (("adam", 1.0), ("sgd", 0.5)):
+        found.server.update(optimizer=optimizer, learning_rate=rate)
+        if method is None:  # FedAvg has one
+            build.make_algorithm(found, model)
+            continue
+        message = rf"{optimizer}.*{rate} would change nothing.*{method}.*accepted: sgd"
+        with pytest.raises(ValueError, match=message):
+            build.make_algorithm(found, model)
+
+
 # Data --------------------------------------------------------------------------------
 
 
