@@ -119,6 +119,25 @@ def defaults() -> ml_collections.ConfigDict:
     return config
 
 
+def zero_shot(arg: str | None, **more) -> tuple[Any, Any]:
+    """Returns HyperFedZero's first experiment (arXiv:2508.12673), without method.
+
+    MNIST, an MLP, 10 clients and 5 never seen in training, Dirichlet(1), 100 rounds.
+
+    Args:
+      arg: after the colon of `--config`: data, alpha (of the partition), smoke.
+      **more: further arguments, with their defaults.
+
+    Returns:
+      The config, and the parsed arguments.
+    """
+    args = parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False, **more)
+    config = defaults()
+    config.data.update(name=args.data, alpha=args.alpha)
+    config.rounds = 2 if args.smoke else 100
+    return config, args
+
+
 # Network, rounds, and clients of HyperFedNet's experiments, by data set. "mnist5k" is
 # their small version on the embedded images.
 _NETWORKS = {

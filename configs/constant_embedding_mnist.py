@@ -9,10 +9,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), smoke."""
-    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
-    config = common.defaults()
-    config.data.name = args.data
-    config.data.alpha = args.alpha
+    config, _ = common.zero_shot(arg)
     config.method = dict(
         name="constant_embedding",
         embedding_size=16,
@@ -24,5 +21,4 @@ def get_config(arg: str = ""):
     )
     # Deviation: some seeds diverge in round 1 without; of 1, 3, 10 the best by pACC.
     config.local.clip_norm = 10.0
-    config.rounds = 2 if args.smoke else 100
     return config

@@ -11,12 +11,8 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), tuned, smoke."""
-    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, tuned=False, smoke=False)
-    config = common.defaults()
-    config.data.name = args.data
-    config.data.alpha = args.alpha
+    config, args = common.zero_shot(arg, tuned=False)
     config.method = dict(name="fedavg", keep=())  # keep: patterns of what stays home
     if args.tuned:
         config.local.learning_rate = 0.3
-    config.rounds = 2 if args.smoke else 100
     return config

@@ -11,10 +11,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), smoke."""
-    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
-    config = common.defaults()
-    config.data.name = args.data
-    config.data.alpha = args.alpha
+    config, _ = common.zero_shot(arg)
     config.method = dict(
         name="fedjets",
         num_experts=5,  # M
@@ -22,5 +19,4 @@ def get_config(arg: str = ""):
         num_sent=5,  # experts that a client is sent: K to M
         anchors_per_expert=1,  # 0: no anchors
     )
-    config.rounds = 2 if args.smoke else 100
     return config

@@ -8,10 +8,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Arguments: data, alpha (of the Dirichlet partition), smoke."""
-    args = common.parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False)
-    config = common.defaults()
-    config.data.name = args.data
-    config.data.alpha = args.alpha
+    config, _ = common.zero_shot(arg)
     config.method = dict(
         name="opt1",
         embedding_size=16,
@@ -27,5 +24,4 @@ def get_config(arg: str = ""):
         condition_source="eval_inputs",
         enter="embedding",
     )
-    config.rounds = 2 if args.smoke else 100
     return config
