@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from configs import common
 from experiments import cli, grid, personalised, plots
 from experiments.pages import text_table
 from hyperjax.engine.checkpoint import write_atomically
@@ -55,8 +56,10 @@ def main() -> int:
     """Runs the sweep; prints the table, writes record and picture."""
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
+    common.personalised(f"data={_DATA.value}")  # refuses others
+    seeds = grid.whole_numbers("seeds", _SEEDS.value)
+    sizes = grid.whole_numbers("sizes", _SIZES.value, least=1)
     grid.make_room(_JSON.value, _PICTURE.value)
-    seeds, sizes = grid.seeds_of(_SEEDS.value), [int(n) for n in _SIZES.value]
     grid.share_programs(root)
     base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
     rates = personalised.search("HFN", _DATA.value, base, root)

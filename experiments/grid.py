@@ -21,15 +21,18 @@ def share_programs(root: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def seeds_of(given: Sequence[str]) -> list[int]:
-    """Parses the flag --seeds.
+def whole_numbers(flag: str, given: Sequence[str], least: int = 0) -> list[int]:
+    """Parses a flag such as --seeds.
 
     Raises:
-      ValueError: something else than whole numbers from 0 on.
+      ValueError: something else than whole numbers from `least` on.
     """
-    if not given or not all(seed.isdigit() for seed in given):
-        raise ValueError(f"seeds={list(given)}: expected whole numbers such as 0,1,2")
-    return [int(seed) for seed in given]
+    if not given or not all(n.isdigit() and int(n) >= least for n in given):
+        raise ValueError(
+            f"--{flag}={','.join(given)}: expected whole numbers from {least} on, such "
+            f"as {least},{least + 1}"
+        )
+    return [int(n) for n in given]
 
 
 def make_room(*paths: str | None) -> None:

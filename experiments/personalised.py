@@ -219,7 +219,7 @@ def main() -> int:
         check_choice("partitions", name, ("dirichlet", "iid"))
     for name in _DATA.value:
         common.personalised(f"data={name}")  # refuses others
-    seeds = grid.seeds_of(_SEEDS.value)
+    seeds = grid.whole_numbers("seeds", _SEEDS.value)
     grid.make_room(_JSON.value)
     scale = Scale(
         _ROUNDS.value, _IMAGES.value, _SHRINK.value, _EMBEDDING.value, _DATA_DIR.value

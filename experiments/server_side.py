@@ -195,7 +195,7 @@ def main() -> int:
     labels = _METHODS.value or list(STUDIES[study])
     for label in labels:
         check_choice("methods", label, STUDIES[study])
-    seeds = grid.seeds_of(_SEEDS.value)
+    seeds = grid.whole_numbers("seeds", _SEEDS.value)
     grid.make_room(_JSON.value)
     scale = Scale(_ROUNDS.value, _IMAGES.value, _DATA.value, _DATA_DIR.value)
     settings = scale._asdict() | {"data_dir": None}  # says nothing to others

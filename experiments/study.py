@@ -69,7 +69,7 @@ def main() -> int:
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
     alphas = [float(a) for a in _ALPHAS.value]
-    seeds = grid.seeds_of(_SEEDS.value)
+    seeds = grid.whole_numbers("seeds", _SEEDS.value)
     grid.make_room(_JSON.value)
     record = grid.record(data=_DATA.value, rounds=_ROUNDS.value, seeds=seeds)
     for alpha in alphas:

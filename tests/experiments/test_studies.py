@@ -9,6 +9,15 @@ from experiments import build, embedding_sizes, grid, personalised, server_side,
 SCALE = personalised.Scale(rounds=2, data_dir="somewhere")
 
 
+def test_lists_of_whole_numbers():
+    assert grid.whole_numbers("seeds", ["0", "12"]) == [0, 12]
+    for given in ([], ["x"], ["-1"], ["1.5"], [""]):
+        with pytest.raises(ValueError, match=r"--sizes=.* whole numbers from 1 on"):
+            grid.whole_numbers("sizes", given, least=1)
+    with pytest.raises(ValueError, match=r"--sizes=2,0: .* from 1 on, such as 1,2"):
+        grid.whole_numbers("sizes", ["2", "0"], least=1)
+
+
 def test_means_and_deviations_over_seeds():
     found = grid.over_seeds([{"a": 1.0, "b": None}, {"a": 4.0}], ("a", "b", "c"))
     # Mean 2.5; deviation with n - 1: sqrt(2 x 1.5^2).
