@@ -1,6 +1,8 @@
 """What studies share: runs of many configs, their means over seeds, a stopped grid."""
 
 import json
+import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,23 @@ def whole_numbers(flag: str, given: Sequence[str], least: int = 0) -> list[int]:
             f"as {least},{least + 1}"
         )
     return [int(n) for n in given]
+
+
+def positive_numbers(flag: str, given: Sequence[str]) -> list[float]:
+    """Parses a flag such as --rates.
+
+    Raises:
+      ValueError: something else than finite numbers above 0.
+    """
+    try:
+        numbers = [float(n) for n in given]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < n < math.inf for n in numbers):
+        raise ValueError(
+            f"--{flag}={','.join(given)}: expected numbers above 0, such as 0.1,0.03"
+        )
+    return numbers
 
 
 def make_room(*paths: str | None) -> None:
@@ -85,6 +104,7 @@ def record(**settings: Any) -> dict[str, Any]:
         settings=settings,
         machine=f"{platform.machine()}, {cli.num_cores()} cores",
         versions={name: workdir.version(name) for name in workdir.PACKAGES},
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
         rows=[],
     )
 

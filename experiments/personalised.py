@@ -5,9 +5,9 @@ python -m experiments.personalised --workdir=runs/personalised --data_dir=... \
 
 HyperFedNet's experiment (`configs.common.personalised`) at a size for two cores: see
 `scaled`. Every method gets the same budget and the same search for its learning rate,
-among `RATES`, by participants' accuracy after fine-tuning on another seed's federation
-of the first data set; the seeds reported choose nothing. A study that was stopped
-continues.
+among `--rates`, by participants' accuracy after fine-tuning on another seed's
+federation of the first data set; the seeds reported choose nothing. A single rate is
+taken as it is. A study that was stopped continues.
 """
 
 import importlib
@@ -121,6 +121,7 @@ class Scale(NamedTuple):
 
     rounds: int = 30
     images: int = 2500
+    batch_size: int = 32
     shrink: int = 2
     embedding_size: int = 64
     data_dir: str | None = None
@@ -131,9 +132,9 @@ def scaled(
 ) -> ml_collections.ConfigDict:
     """Returns the config of one run.
 
-    20 users and 5 unseen ones on 2,500 images shrunk by two (14x14, or 16x16), about 80
-    images each to train on and 20 to be scored on, the 8-layer network, 5 users a
-    round, batches of 32, milestones after a third and two thirds of the rounds.
+    20 users and 5 unseen ones on images shrunk by two (14x14, or 16x16), 2,500 by
+    default: about 80 each to train on and 20 to be scored on. The 8-layer network, 5
+    users a round, milestones after a third and two thirds of the rounds.
     """
     file, fields = METHODS[label]
     get_config = importlib.import_module(f"configs.{file}").get_config
@@ -149,7 +150,7 @@ def scaled(
     if data == "mnist5k":
         config.data.split = "train"
     config.local.update(
-        batch_size=32,
+        batch_size=scale.batch_size,
         learning_rate=learning_rate,
         milestones=(rounds // 3, 2 * rounds // 3),
     )
@@ -163,11 +164,13 @@ def scaled(
 
 
 def search(
-    label: str, data: str, scale: Scale, root: Path
+    label: str, data: str, scale: Scale, root: Path, rates: Sequence[float] = RATES
 ) -> dict[float, float | None]:
     """Returns accuracy after fine-tuning by learning rate, on a federation apart."""
+    if len(rates) == 1:
+        return {rates[0]: None}
     found: dict[float, float | None] = {}
-    for rate in RATES:
+    for rate in rates:
         config = scaled(label, data, False, SEARCH_SEED, rate, scale)
         summary = grid.result(config, root / f"{grid.short(label)}_rate{rate}")
         found[rate] = summary[f"pacc_ft{TUNED}"] if summary else None
@@ -220,16 +223,22 @@ def main() -> int:
     for name in _DATA.value:
         common.personalised(f"data={name}")  # refuses others
     seeds = grid.whole_numbers("seeds", _SEEDS.value)
+    tried = grid.positive_numbers("rates", _RATES.value)
     grid.make_room(_JSON.value)
     scale = Scale(
-        _ROUNDS.value, _IMAGES.value, _SHRINK.value, _EMBEDDING.value, _DATA_DIR.value
+        rounds=_ROUNDS.value,
+        images=_IMAGES.value,
+        batch_size=_BATCH.value,
+        shrink=_SHRINK.value,
+        embedding_size=_EMBEDDING.value,
+        data_dir=_DATA_DIR.value,
     )
     record = grid.record(
-        **scale._asdict(), seeds=seeds, rates=RATES, search_seed=SEARCH_SEED
+        **scale._asdict(), seeds=seeds, rates=tried, search_seed=SEARCH_SEED
     )
     del record["settings"]["data_dir"]  # says nothing to others
     first = _DATA.value[0]
-    searched = {label: search(label, first, scale, root) for label in labels}
+    searched = {label: search(label, first, scale, root, tried) for label in labels}
     parts = [name == "iid" for name in _PARTITIONS.value]
     for data, iid in itertools.product(_DATA.value, parts):
         for label, rates in searched.items():
@@ -282,8 +291,10 @@ if __name__ == "__main__":
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
     _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    _RATES = flags.DEFINE_list("rates", [str(r) for r in RATES], "Learning rates.")
     _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
     _IMAGES = flags.DEFINE_integer("images", 2500, "Images of the training split.")
+    _BATCH = flags.DEFINE_integer("batch_size", 32, "Images of a batch.")
     _SHRINK = flags.DEFINE_integer("shrink", 2, "Factor by which images shrink.")
     _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")

@@ -18,6 +18,18 @@ def test_lists_of_whole_numbers():
         grid.whole_numbers("sizes", ["2", "0"], least=1)
 
 
+def test_lists_of_positive_numbers():
+    assert grid.positive_numbers("rates", ["0.1", "3e-2"]) == [0.1, 0.03]
+    for given in ([], ["x"], ["0.1", "0"], ["-1"], ["inf"], ["nan"]):
+        with pytest.raises(ValueError, match=r"--rates=.*: expected numbers above 0"):
+            grid.positive_numbers("rates", given)
+
+
+def test_a_single_rate_is_not_searched(tmp_path):
+    found = personalised.search("HFN", "mnist", SCALE, tmp_path, [0.03])
+    assert grid.best(found) == 0.03 and not list(tmp_path.iterdir())
+
+
 def test_means_and_deviations_over_seeds():
     found = grid.over_seeds([{"a": 1.0, "b": None}, {"a": 4.0}], ("a", "b", "c"))
     # Mean 2.5; deviation with n - 1: sqrt(2 x 1.5^2).
