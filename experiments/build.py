@@ -343,8 +343,7 @@ def make_algorithm(
     check_choice("method.name", name, factories.method_names())
     factory = factories.find_method(name)
     options: dict[str, Any] = _population(name, config)
-    several = isinstance(model, dict)
-    if several:
+    if isinstance(model, dict):
         blocks = assigned(model, population_size(config)[0])
         options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     options |= {k: v for k, v in config.method.items() if k != "name"}
@@ -366,7 +365,8 @@ def make_algorithm(
     )
     chosen = config.server.optimizer, config.server.learning_rate
     if chosen != ("sgd", 1.0):
-        comm.describe(families.view(alg, min(model) if several else families.ALONE))
+        family = min(model) if isinstance(model, dict) else families.ALONE
+        comm.describe(families.view(alg, family))
         if not uses:
             raise ValueError(
                 f"server.optimizer={chosen[0]!r} with server.learning_rate={chosen[1]} "

@@ -1,0 +1,84 @@
+"""What a run's folder holds, read back for pages and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import plots
+from hyperjax.engine.log import read_lines
+
+Row = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """What a run folder holds; parts not written yet are empty or None."""
+
+    folder: str
+    about: Row  # config.json
+    metrics: list[Row]
+    summary: Row
+    clients: list[Row]
+    partition: tuple[np.ndarray, np.ndarray, list[str]] | None
+
+
+def read(folder: str) -> Run:
+    """Reads a run's folder; files other than `config.json` may be missing.
+
+    Raises:
+      FileNotFoundError: the folder holds no `config.json`.
+    """
+    about = _read_json(folder, "config.json")
+    if about is None:
+        raise FileNotFoundError(f"no config.json in {folder!r}: not a run folder")
+    records = read_lines(Path(folder) / "metrics.jsonl")
+    seconds = {
+        row["round"]: row["seconds"]
+        for row in read_lines(Path(folder) / "timing.jsonl")
+    }
+    metrics: list[Row] = [
+        {"seconds": seconds.get(row["round"]), **row} for row in records
+    ]
+    try:
+        with np.load(os.path.join(folder, "partition.npz"), allow_pickle=False) as file:
+            names = [str(name) for name in file["label_names"]]
+            partition = (file["counts"], file["participating"].astype(bool), names)
+    except FileNotFoundError:
+        partition = None
+    summary = _read_json(folder, "summary.json") or {}
+    clients = _read_json(folder, "clients.json") or []
+    return Run(folder, about, metrics, summary, clients, partition)
+
+
+def _read_json(folder: str, name: str) -> Any:
+    """The content of a file, or None if there is none."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def latest_of(run: Run) -> dict[str, Any]:
+    """The newest value of everything: configuration, last evaluation, then summary."""
+    config = run.about.get("config", {})
+    data, method = config.get("data", {}), config.get("method", {})
+    known = {
+        "method": method.get("name"),
+        "dataset": data.get("name") or data.get("dataset"),
+        "seed": config.get("seed"),
+        "rounds": config.get("rounds"),
+        "plan": run.about.get("plan"),
+    }
+    latest = {**known, **(run.metrics[-1] if run.metrics else {}), **run.summary}
+    return {key: value for key, value in latest.items() if value is not None}
+
+
+def points(run: Run, key: str) -> list[plots.Point]:
+    """Returns (round, value) wherever a quantity was measured."""
+    return [(row["round"], row[key]) for row in run.metrics if row.get(key) is not None]
