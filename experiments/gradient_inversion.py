@@ -1,0 +1,317 @@
+"""Gradient inversion of FedAvg and of HyperFedNet, under three attackers.
+
+python -m experiments.gradient_inversion --workdir=runs/inversion [--data=mnist5k] \
+    [--images=50] [--embedding_size=64] [--json=FILE] [--picture=FILE.svg]
+
+HyperFedNet's figure 6 (arXiv:2402.18445) with the network of the published attacks, its
+parameters fresh draws, one image at a time. FedAvg sends the gradient of the whole
+network. HyperFedNet sends that of its generator, which makes the two 12x12x5x5 kernels
+from one tile each (with the variance of the plain ones); the rest stays home. What the
+paper's attacker knows of that rest is not said, so there are three:
+
+  blind      private parameters are unknown; a random draw takes their place;
+  joint      they are looked for together with the image, from a random draw;
+  white box  they are known: what the generator's gradient gives away by itself.
+
+The label is looked for as a soft one (DLG), read off the last layer's gradient (iDLG,
+FedAvg only), or known. Every attack starts from several random images and keeps the
+guess with the least mismatch, which is all that an attacker sees. A study that was
+stopped continues.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import cli, grid, workdir
+from experiments.pages import text_table
+from hyperjax import attacks, models, rng
+from hyperjax.data import picture, sources
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.errors import check_at_least
+from hyperjax.hypernets import hypernetworked, tiles
+from hyperjax.types import Array, Key, Model, PyTree
+
+RECOVERED = 25.0  # dB
+TILE, SIZE = 12, 5
+PLAIN_VARIANCE = 1.0 / 12.0  # of what is uniform on [-0.5, 0.5]
+CHUNK = 10  # images between two lines of progress
+GENERATOR = r"hyper/.*"
+RATE = 0.1  # of the victim's steps, if there are several
+
+
+class Attack(NamedTuple):
+    """Whom it is on, what the attacker knows, and how the label is found."""
+
+    method: str
+    knows: str
+    label: str
+
+
+ATTACKS = {
+    "FedAvg, DLG": Attack("fedavg", "all", "soft"),
+    "FedAvg, iDLG": Attack("fedavg", "all", "inferred"),
+    "HFN, blind": Attack("hyperfednet", "nothing", "soft"),
+    "HFN, blind, label known": Attack("hyperfednet", "nothing", "known"),
+    "HFN, joint": Attack("hyperfednet", "looks", "soft"),
+    "HFN, joint, label known": Attack("hyperfednet", "looks", "known"),
+    "HFN, white box": Attack("hyperfednet", "all", "soft"),
+    "HFN, white box, label known": Attack("hyperfednet", "all", "known"),
+}
+
+
+class Scale(NamedTuple):
+    """How much is done."""
+
+    images: int = 50
+    steps: int = 300
+    restarts: int = 3
+    embedding_size: int = 64
+    local_steps: int = 1
+    seed: int = 0
+
+
+def network(method: str, shape: tuple[int, ...], num_classes: int, n: int) -> Model:
+    """Returns the attacked network for images [H, W, c]; `n` numbers an embedding."""
+    # Second derivatives of one image: the plain rule is the fastest.
+    module = models.AttackLeNet(num_classes, conv_rule="xla")
+    plain = models.from_linen(module, shape, num_classes)
+    if method == "fedavg":
+        return plain
+    template = jax.eval_shape(plain.init, jax.random.key(0))["params"]
+    net = tiles.tile_net(template, embedding_size=n, tile=TILE, size=SIZE)
+    usual = 2.0 / (SIZE * SIZE * TILE)
+
+    def init_embeddings(key: Key) -> PyTree:
+        # Kernels are linear in embeddings at first.
+        factor = (PLAIN_VARIANCE / usual) ** 0.5
+        return jax.tree.map(lambda v: factor * v, net.init_embeddings(key))
+
+    wide = net._replace(init_embeddings=init_embeddings)
+    return hypernetworked.hypernetworked(plain, wide)
+
+
+def attacker(
+    attack: Attack, shape: tuple[int, ...], num_classes: int, scale: Scale
+) -> Callable:
+    """Returns `(key, x [H, W, c], y []) -> (x found, PSNR, mismatch, label is right)`.
+
+    All but the first are []; `key` draws the network and the guesses.
+    """
+    model = network(attack.method, shape, num_classes, scale.embedding_size)
+    victim = attacks.victim(model, r".*" if attack.method == "fedavg" else GENERATOR)
+
+    def update(shared: PyTree, private: PyTree, x: Array, target: Array) -> PyTree:
+        """What the server makes of the victim's message: its mean gradient."""
+        if scale.local_steps == 1:
+            return victim.gradient(shared, private, x, target)
+        after = shared, private
+        for _ in range(scale.local_steps):
+            after = victim.step(*after, x, target, RATE)
+        factor = 1.0 / (RATE * scale.local_steps)
+        return jax.tree.map(lambda a, b: factor * (a - b), shared, after[0])
+
+    def run(key: Key, x: Array, y: Array):
+        shared, private = victim.split(model.init(rng.stream(key, "network"))["params"])
+        observed = update(shared, private, x, jax.nn.one_hot(y, num_classes))
+        label = attacks.label_of(observed["head/kernel"]) if not private else y
+
+        def restart(i):
+            key_draw, key_start = jax.random.split(jax.random.fold_in(key, i))
+            drawn = victim.split(model.init(key_draw)["params"])[1]
+
+            def mismatch(guess: attacks.Guess) -> Array:
+                known = jax.nn.one_hot(label, num_classes)
+                target = known if guess.label is None else jax.nn.softmax(guess.label)
+                theirs = drawn if attack.knows == "nothing" else private
+                theirs = theirs if guess.private is None else guess.private
+                ours = victim.gradient(shared, theirs, guess.x, target)
+                return attacks.distance(ours, observed)
+
+            like = attacks.Guess(
+                x,
+                jnp.zeros(num_classes) if attack.label == "soft" else None,
+                drawn if attack.knows == "looks" else None,
+            )
+            start = attacks.first_guess(key_start, like)
+            return attacks.invert(mismatch, start, steps=scale.steps)
+
+        every = jax.lax.map(restart, jnp.arange(scale.restarts))
+        best = jax.tree.map(lambda leaf: leaf[jnp.argmin(every.mismatch)], every)
+        guess = best.guess
+        named = label if guess.label is None else jnp.argmax(guess.label)
+        return guess.x, attacks.psnr(x, guess.x), best.mismatch, named == y
+
+    return run
+
+
+def inverted(
+    label: str, source: sources.Source, scale: Scale, folder: Path
+) -> dict[str, np.ndarray]:
+    """Runs one attack on every image, or reads what it found."""
+    path = folder / f"{grid.short(label)}.npz"
+    if path.exists():
+        with np.load(path) as file:
+            return dict(file)
+    order = np.random.default_rng(scale.seed).permutation(len(source.y))
+    rows = order[: scale.images]
+    x = jnp.asarray(source.x[rows], jnp.float32) / 255.0
+    y = jnp.asarray(source.y[rows], jnp.int32)
+    run = attacker(ATTACKS[label], source.x.shape[1:], source.num_classes, scale)
+    every = jax.jit(lambda *columns: jax.lax.map(lambda one: run(*one), columns))
+    # Images draw keys of their own: the first ten are the same among fifty.
+    keys = rng.client_keys(jax.random.key(scale.seed), jnp.arange(scale.images))
+    parts = []
+    for first in range(0, scale.images, CHUNK):
+        part = slice(first, first + CHUNK)
+        parts.append(jax.device_get(every(keys[part], x[part], y[part])))
+        done = np.concatenate([found[1] for found in parts])
+        print(
+            f"{label} | image {len(done)}/{scale.images} | PSNR {done.mean():.1f} dB",
+            flush=True,
+        )
+    names = ("found", "psnr", "mismatch", "label_right")
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    result = dict(zip(names, columns, strict=True)) | {"x": np.asarray(x)}
+    unfinished = path.with_suffix(".part.npz")
+    np.savez(unfinished, **result)  # type: ignore[arg-type]
+    unfinished.replace(path)
+    return result
+
+
+def row_of(label: str, result: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the record of one attack: mean and deviation over images, and the rest.
+
+    `recovered` and `label_right` are in percent.
+    """
+    values = result["psnr"].astype(float)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return dict(
+        method=label,
+        psnr=[float(values.mean()), spread],
+        median=float(np.median(values)),
+        recovered=100.0 * float(np.mean(values > RECOVERED)),
+        label_right=100.0 * float(np.mean(result["label_right"])),
+        mismatch=float(np.median(result["mismatch"])),
+        per_image=[round(value, 2) for value in values.tolist()],
+    )
+
+
+COLUMNS = (
+    ("method", "attack"),
+    ("psnr", "PSNR, dB"),
+    ("median", "median"),
+    ("recovered", f"above {RECOVERED:.0f} dB, %"),
+    ("label_right", "label right, %"),
+    ("mismatch", "mismatch, median"),
+)
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """Returns the table of all attacks."""
+    rows = [{k: grid.shown(row[k]) for k, _ in COLUMNS} for row in record["rows"]]
+    for row in rows:
+        row["mismatch"] = f"{row['mismatch']:.1e}"
+    return text_table(rows, COLUMNS)
+
+
+def gallery(results: dict[str, dict[str, np.ndarray]], num: int = 6) -> str:
+    """Returns the first images and what each attack made of them, as SVG text."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = next(iter(results.values()))
+    num = min(num, len(first["x"]))
+    lines = {"original": first["x"]} | {k: v["found"] for k, v in results.items()}
+    figure = Figure(figsize=(2.2 + 0.8 * num, 0.9 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(lines), num, squeeze=False)
+    for (label, images), row in zip(lines.items(), axes, strict=True):
+        for i, axis in enumerate(row):
+            axis.imshow(np.clip(images[i].squeeze(), 0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if label != "original":
+                axis.set_xlabel(f"{results[label]['psnr'][i]:.1f} dB", fontsize=7)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return picture.figure_svg(figure)
+
+
+def check(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder with results of other settings.
+
+    Raises:
+      ValueError: naming the settings that differ.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        other = [k for k in settings if before.get(k) != settings[k]]
+        if other:
+            raise ValueError(
+                f"workdir {str(folder)!r} holds results with "
+                + ", ".join(f"{k}={before.get(k)!r}" for k in other)
+                + "; the command says "
+                + ", ".join(f"{k}={settings[k]!r}" for k in other)
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=1) + "\n")
+
+
+def main() -> int:
+    """Runs the attacks; prints and writes the table, writes the picture."""
+    scale = Scale(
+        images=_IMAGES.value,
+        steps=_STEPS.value,
+        restarts=_RESTARTS.value,
+        embedding_size=_EMBEDDING.value,
+        local_steps=_LOCAL_STEPS.value,
+        seed=_SEED.value,
+    )
+    check_at_least(0, seed=scale.seed)
+    check_at_least(1, **{k: v for k, v in scale._asdict().items() if k != "seed"})
+    source = sources.load(_DATA.value, data_dir=_DATA_DIR.value)
+    if scale.images > len(source.y):
+        raise ValueError(
+            f"images={scale.images}: {_DATA.value!r} has only {len(source.y)}"
+        )
+    folder = Path(_WORKDIR.value)
+    grid.make_room(_JSON.value, _PICTURE.value)
+    settings = {"data": _DATA.value, **scale._asdict()}
+    check(folder, settings)
+    grid.share_programs(folder)
+    record = grid.record(commit=workdir.commit(), **settings)
+    results = {}
+    for label in ATTACKS:
+        results[label] = inverted(label, source, scale, folder)
+        record["rows"].append(row_of(label, results[label]))
+        grid.write(record, _JSON.value)
+    print(as_text(record))
+    shown = _PICTURE.value or str(folder / "inversion.svg")
+    write_atomically(shown, gallery(results) + "\n")
+    print(f"picture: {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/inversion", "Folder of results.")
+    _DATA = flags.DEFINE_string("data", "mnist5k", "Data set.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _IMAGES = flags.DEFINE_integer("images", 50, "Images that are attacked.")
+    _STEPS = flags.DEFINE_integer("steps", 300, "Iterations of an attack.")
+    _RESTARTS = flags.DEFINE_integer("restarts", 3, "Random starts of an attack.")
+    _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
+    _LOCAL_STEPS = flags.DEFINE_integer(
+        "local_steps", 1, "Steps of the client; an attacker takes them for one."
+    )
+    _SEED = flags.DEFINE_integer("seed", 0, "Of images, networks and guesses.")
+    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    _PICTURE = flags.DEFINE_string("picture", None, "File for the picture.")
+    cli.run(main)

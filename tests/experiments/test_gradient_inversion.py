@@ -1,0 +1,95 @@
+"""The study of gradient inversion: its networks, attackers, records and mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import gradient_inversion as study
+from hyperjax import attacks, rng, tree
+from hyperjax.data.sources import Source
+
+SHAPE, CLASSES = (8, 8, 1), 4
+SMALL = study.Scale(images=3, steps=2, restarts=2, embedding_size=8)
+
+
+@pytest.mark.parametrize(
+    ("n", "shape", "numbers"),
+    [(64, (28, 28, 1), 69_420), (128, (32, 32, 3), 236_844)],
+)
+def test_what_hyperfednet_sends(n, shape, numbers):
+    model = study.network("hyperfednet", shape, 10, n)
+    params = model.init(jax.random.key(0))["params"]
+    sent, kept = attacks.victim(model, study.GENERATOR).split(params)
+    assert tree.count(sent) == numbers
+    plain = study.network("fedavg", shape, 10, n)
+    whole = jax.eval_shape(plain.init, jax.random.key(0))["params"]
+    made = 2 * 12 * 12 * 5 * 5
+    assert tree.count(kept) == tree.count(whole) - made + 2 * n
+    # Nothing but the two kernels is made, and they vary as the plain ones do.
+    exported = model.export({"params": params, "stats": {}})["params"]
+    for name in ("conv2", "conv3"):
+        kernel = np.asarray(exported[name]["kernel"])
+        np.testing.assert_allclose(kernel.std(), 12**-0.5, rtol=0.35)
+
+
+def keys_and_images(num):
+    keys = rng.client_keys(jax.random.key(5), jnp.arange(num))
+    x = jax.random.uniform(jax.random.key(6), (num, *SHAPE))
+    return keys, x, jnp.arange(num, dtype=jnp.int32) % CLASSES
+
+
+def test_a_generators_gradient_gives_the_image_away_to_who_knows_the_rest():
+    scale = SMALL._replace(steps=150, restarts=1)
+    attack = study.ATTACKS["HFN, white box"]
+    run = jax.jit(study.attacker(attack, SHAPE, CLASSES, scale))
+    found = [run(*one) for one in zip(*keys_and_images(4), strict=True)]
+    values = np.array([psnr for _, psnr, _, _ in found])
+    assert np.sum(values > study.RECOVERED) >= 3, values
+    right = [bool(named) for _, psnr, _, named in found if psnr > study.RECOVERED]
+    assert all(right)
+
+
+def test_one_step_of_several_is_the_gradient():
+    """The mean gradient of one step, by way of the parameters that it leads to."""
+    model = study.network("hyperfednet", SHAPE, CLASSES, 8)
+    victim = attacks.victim(model, study.GENERATOR)
+    parts = victim.split(model.init(jax.random.key(0))["params"])
+    target = jax.nn.one_hot(1, CLASSES)
+    x = keys_and_images(1)[1][0]
+    after, _ = victim.step(*parts, x, target, study.RATE)
+    moved = jax.tree.map(lambda a, b: (a - b) / study.RATE, parts[0], after)
+    gradient = victim.gradient(*parts, x, target)
+    for path, leaf in gradient.items():
+        np.testing.assert_allclose(moved[path], leaf, rtol=1e-3, atol=1e-5)
+
+
+def test_a_stopped_study_continues(tmp_path, monkeypatch, capsys):
+    shape = (CLASSES * 2, *SHAPE)
+    x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    source = Source("x", x, np.arange(8) % CLASSES, CLASSES, tuple("abcd"))
+    label = "FedAvg, iDLG"
+    first = study.inverted(label, source, SMALL, tmp_path)
+    assert "image 3/3 | PSNR" in capsys.readouterr().out
+    monkeypatch.setattr(study, "attacker", None)
+    again = study.inverted(label, source, SMALL, tmp_path)
+    assert not capsys.readouterr().out
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+    rows = np.random.default_rng(0).permutation(8)[:3]
+    np.testing.assert_allclose(first["x"], x[rows] / 255.0, rtol=1e-6)
+    assert first["label_right"].all()  # read off, not looked for
+    row = study.row_of(label, first)
+    np.testing.assert_allclose(row["psnr"][0], first["psnr"].mean(), rtol=1e-5)
+    assert row["label_right"] == 100.0 and len(row["per_image"]) == 3
+    assert "FedAvg, iDLG" in study.as_text({"rows": [row]})
+    text = study.gallery({label: first})
+    assert text.startswith("<svg") and text == study.gallery({label: first})
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    settings = {"data": "mnist5k", **SMALL._asdict()}
+    study.check(tmp_path / "new", settings)
+    study.check(tmp_path / "new", settings)
+    with pytest.raises(ValueError, match=r"results with steps=2; the command says st"):
+        study.check(tmp_path / "new", {**settings, "steps": 9})
