@@ -22,7 +22,7 @@ LAYERS = (
         "hyperjax.aggregators",
         "hyperjax.server_optimizers",
     ),
-    ("hyperjax.mixing", "hyperjax.channels"),
+    ("hyperjax.mixing", "hyperjax.channels", "hyperjax.attacks"),
     ("hyperjax.algorithms",),
     ("hyperjax.engine",),
 )

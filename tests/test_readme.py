@@ -40,6 +40,7 @@ SHORTENED = {
     # Studies: see test_studies.
     "python -m experiments.personalised": None,
     "python -m experiments.embedding_sizes": None,
+    "python -m experiments.gradient_inversion": None,
     "python -m experiments.server_side": None,
     "python -m experiments.study": [
         *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),

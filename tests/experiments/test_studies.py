@@ -159,3 +159,10 @@ def test_studies_run_and_continue(tmp_path):
         *("--seeds=0", f"--workdir={tmp_path / 'c'}", "--data=mnist5k"),
     )
     assert picture.read_text().startswith("<svg")
+    for _ in range(2):
+        done = go(
+            *("gradient_inversion", "--images=2", "--steps=2", "--restarts=1"),
+            *(f"--workdir={tmp_path / 'd'}", f"--picture={picture}"),
+        )
+        assert "HFN, white box, label known" in done.stdout
+    assert "image 2/2" not in done.stdout and picture.read_text().startswith("<svg")
