@@ -1,7 +1,7 @@
 """HyperFedNet's accuracy against what it sends, by embedding size: a picture.
 
 python -m experiments.embedding_sizes --workdir=runs/embedding_sizes --data_dir=... \
-    [--sizes=1,2,4] [--seeds=0,1,2] [--json=FILE] [--picture=FILE.svg]
+    [--sizes=1,2,4] [--seeds=0,1,2] [--rates=0.03] [--json=FILE] [--picture=FILE.svg]
 
 The paper's figure 7 (arXiv:2402.18445) at the size of `experiments.personalised`: n in
 1, 2, ..., 128, participants' accuracy after fine-tuning against the numbers of a round
@@ -59,10 +59,11 @@ def main() -> int:
     common.personalised(f"data={_DATA.value}")  # refuses others
     seeds = grid.whole_numbers("seeds", _SEEDS.value)
     sizes = grid.whole_numbers("sizes", _SIZES.value, least=1)
+    tried = grid.positive_numbers("rates", _RATES.value)
     grid.make_room(_JSON.value, _PICTURE.value)
     grid.share_programs(root)
     base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
-    rates = personalised.search("HFN", _DATA.value, base, root)
+    rates = personalised.search("HFN", _DATA.value, base, root, tried)
     record = grid.record(
         data=_DATA.value,
         rounds=_ROUNDS.value,
@@ -98,6 +99,9 @@ if __name__ == "__main__":
     _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
     _SIZES = flags.DEFINE_list("sizes", [str(2**i) for i in range(8)], "n.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    _RATES = flags.DEFINE_list(
+        "rates", [str(r) for r in personalised.RATES], "Learning rates."
+    )
     _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
     _JSON = flags.DEFINE_string("json", None, "File for the results.")
     cli.run(grid.guarded(main))

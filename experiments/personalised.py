@@ -56,7 +56,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FedFomo": ("fedfomo_mnist", {}),
     "FedAMP": ("fedamp_mnist", {}),
     "HFN": (HFN, {}),
-    "HFN, aux shared": (
+    "HFN aux shared": (
         HFN,
         {"method.share_aux": "convs_and_bn", "method.bn_stats": "average"},
     ),
