@@ -5,6 +5,7 @@ the shared part of a model, as paths -> leaves: on HyperFedNet they mix generato
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -217,10 +218,11 @@ def check_families(
 
 
 def layers(theta: PyTree) -> list[list[str]]:
-    """Returns the paths of each layer: those that differ in their last part only."""
+    """Returns the paths of each layer: weight, bias and running statistics together."""
     found: dict[str, list[str]] = {}
     for path in theta:
-        found.setdefault(path.rpartition("/")[0], []).append(path)
+        place = re.sub(r"params/|stats/[^/]*/", "", path, count=1)
+        found.setdefault(place.rpartition("/")[0], []).append(path)
     return list(found.values())
 
 

@@ -104,6 +104,5 @@ def test_a_layer_is_its_weights_and_its_biases():
     )
     assert mixing.layers(theta) == [
         ["params/conv/kernel", "params/conv/bias"],
-        ["params/norm/bias", "params/norm/scale"],
-        ["stats/batch_stats/norm/mean"],
+        ["params/norm/bias", "params/norm/scale", "stats/batch_stats/norm/mean"],
     ]

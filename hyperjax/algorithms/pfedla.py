@@ -2,16 +2,18 @@
 
 Ma, Zhang, Guo, Xu 2022, "Layer-Wised Model Aggregation for Personalized Federated
 Learning", CVPR (arXiv:2205.03993). For client k a small generator emits, layer by layer
-(weight and bias together), non-negative weights over all clients that sum to one, and
-the client receives theta_k^l = sum_j a_{k,j}^l theta_j^l of the stored models. From
-d_k, what its training changes, the server learns the generator by one step along
+(weight, bias and running statistics together), non-negative weights over all clients
+that sum to one, and the client receives theta_k^l = sum_j a_{k,j}^l theta_j^l of the
+stored models. From d_k, what its training changes in the parameters, the server learns
+the generator by one step along
 
     psi_k <- psi_k + lr (d theta_k / d psi_k)^T d_k.
 
 The sign is the one that descends the client's loss; public reproductions have the other
-(`sign=-1`). Deviation: the clients of a cohort mix the models that were stored before
+(`sign=-1`). Deviations: the clients of a cohort mix the models that were stored before
 the round; with the sequential protocol of the engine, one after another, each mixes
-what earlier ones have just stored, as the reproductions do.
+what earlier ones have just stored, as the reproductions do. Heur-pFedLA, which keeps
+some layers at home, is not here.
 """
 
 import itertools
@@ -134,7 +136,12 @@ def pfedla(
             _, pull = jax.vjp(lambda p: mixed(p, client, server.models), psi)
             return pull(delta)[0]
 
-        grads = jax.vmap(gradient)(psi, cohort.ids, uplink.delta)
+        # Running statistics are not trained: their change leads nowhere downhill.
+        trained = {
+            path: d if path.startswith("params/") else jnp.zeros_like(d)
+            for path, d in uplink.delta.items()
+        }
+        grads = jax.vmap(gradient)(psi, cohort.ids, trained)
         rate = sign * generator_learning_rate
         new = jax.tree.map(lambda p, g: p + rate * g, psi, grads)
         psi = mixing.put(server.psi, cohort.ids, new, cohort.active)

@@ -57,8 +57,9 @@ def tile_net(
 ) -> TileNet:
     """Builds the generator of all kernels that tiles fit.
 
-    phi = {"w_in" [tile, d, n], "b_in" [tile, d], "w_out" [size^2 tile, d], "b_out"
-    [size^2 tile]} with d = n, so that |phi| = 16 n^2 + 160 n + 144 for 3x3 tiles of 16.
+    phi = {"in": {"w" [tile, d, n], "b" [tile, d]}, "out": {"w" [size^2 tile, d], "b"
+    [size^2 tile]}} with d = n, so that |phi| = 16 n^2 + 160 n + 144 for 3x3 tiles of
+    16. Methods that mix models by layer see two.
 
     Args:
       template: the target's parameters; leaves [size, size, C_in, C_out] with both
@@ -107,10 +108,14 @@ def tile_net(
         keys = jax.random.split(key, 4)
         # Variance 1 / fan_in keeps what the embedding's variance is.
         return {
-            "w_in": draw(keys[0], (tile, d, n), n**-0.5),
-            "b_in": draw(keys[1], (tile, d), 0.0),
-            "w_out": draw(keys[2], (size * size * tile, d), d**-0.5),
-            "b_out": draw(keys[3], (size * size * tile,), 0.0),
+            "in": {
+                "w": draw(keys[0], (tile, d, n), n**-0.5),
+                "b": draw(keys[1], (tile, d), 0.0),
+            },
+            "out": {
+                "w": draw(keys[2], (size * size * tile, d), d**-0.5),
+                "b": draw(keys[3], (size * size * tile,), 0.0),
+            },
         }
 
     def init_embeddings(key):
@@ -124,8 +129,9 @@ def tile_net(
 
     def generate(phi, embeddings):
         vectors = jnp.concatenate([embeddings[p].reshape(-1, n) for p in targets])
-        hidden = jnp.einsum("tn,cdn->tcd", vectors, phi["w_in"]) + phi["b_in"]
-        numbers = jnp.einsum("tcd,od->tco", hidden, phi["w_out"]) + phi["b_out"]
+        first_map, second_map = phi["in"], phi["out"]
+        hidden = jnp.einsum("tn,cdn->tcd", vectors, first_map["w"]) + first_map["b"]
+        numbers = jnp.einsum("tcd,od->tco", hidden, second_map["w"]) + second_map["b"]
         kernels, first = {}, 0
         for path, shape in targets.items():
             part = jax.lax.slice_in_dim(numbers, first, first + counts[path])

@@ -27,8 +27,8 @@ N, LR, BATCH, WIDTH = 4, 0.1, 4, 8
 PARTS = (range(0, 4), range(4, 12), range(12, 14), range(14, 19))
 TRAIN = functools.partial(local.trainer, optimizer=optax.sgd(LR), batch_size=BATCH)
 SMALL = dict(tile=2, embedding_size=4)
-# Tiles 3x3x2x2: w_in [2, 4, 4], b_in [2, 4], w_out [18, 4], b_out [18].
-PHI = {"w_in": 32, "b_in": 8, "w_out": 72, "b_out": 18}
+# Tiles 3x3x2x2: in w [2, 4, 4], b [2, 4]; out w [18, 4], b [18].
+PHI = {"in/w": 32, "in/b": 8, "out/w": 72, "out/b": 18}
 NUM_PHI = 130
 # The network: stem 3x3x1x2, its norm 2 + 2, conv 3x3x2x4 (two tiles), norm 4 + 4,
 # classifier 4 x 3 + 3; statistics 2 (2 + 4); embeddings 2 x 4.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratics as q
-from federated import normed
+from federated import make_local, normed
 
 from hyperjax import local, tree
+from hyperjax.algorithms.fedavg import Uplink
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
 from hyperjax.algorithms.pfedla import State, layer_weights, pfedla
@@ -146,6 +147,23 @@ def test_a_generator_step_descends_the_loss_of_the_mixture(sign):
     np.testing.assert_allclose(change, expected, rtol=0.1)
 
 
+def test_running_statistics_teach_the_generators_nothing():
+    alg = pfedla(normed(), local=make_local(), **SMALL)
+    server = jax.jit(alg.server.init)(jax.random.key(0))
+    delta = {
+        path: jnp.full_like(x, float(path.startswith("stats/")))
+        for path, x in server.models.items()
+    }
+    assert any(path.startswith("stats/") for path in delta)
+    uplink = Uplink(delta, ())
+    after, _ = jax.jit(alg.server.update)(jax.random.key(0), server, uplink, everyone())
+    chex.assert_trees_all_equal(after.psi, server.psi)
+    # They are mixed and stored like everything else.
+    path = "stats/batch_stats/norm/mean"
+    gap = after.models[path] - received(alg, server)[path]
+    np.testing.assert_allclose(gap, np.ones_like(gap), rtol=1e-6)
+
+
 def test_without_a_change_generators_keep_their_bits():
     alg = ours(train=q.training(phases=(local.Phase(epochs=0),)))
     before = different()
@@ -205,7 +223,7 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
         base="pfedla",
         base_options=SMALL,
     )
-    # w_in [2, 4, 4], b_in [2, 4], w_out [18, 4], b_out [18].
+    # in: w [2, 4, 4], b [2, 4]; out: w [18, 4], b [18].
     phi = 32 + 8 + 72 + 18
     messages = comm.describe(alg)
     for theta in (messages.server.models, messages.own, messages.uplink.delta):
@@ -220,10 +238,12 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
         lambda x: jnp.broadcast_to(number.reshape(-1, *[1] * (x.ndim - 1)), x.shape),
         server.models,
     )
-    # Its matrices and biases are one layer, with the same weights.
-    expected = shares(server)[:, 0] @ number
-    for x in received(alg, server._replace(models=models)).values():
+    # Its two linear maps, matrix and bias, are the layers.
+    share = shares(server)
+    assert share.shape[1] == 2
+    for path, x in received(alg, server._replace(models=models)).items():
         x = x.reshape(q.N, -1)
+        expected = share[:, int("/out/" in path)] @ number
         np.testing.assert_allclose(x, np.outer(expected, x[0] * 0 + 1), rtol=1e-6)
 
 

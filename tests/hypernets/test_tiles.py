@@ -58,8 +58,8 @@ def tiles_of(kernel, tile=2):
 
 def one_tile(phi, v, i):
     """F_i = W_out (W_i v + B_i) + B_out, as [3, 3, 2]."""
-    hidden = phi["w_in"][i] @ v + phi["b_in"][i]
-    return (phi["w_out"] @ hidden + phi["b_out"]).reshape(3, 3, 2)
+    hidden = phi["in"]["w"][i] @ v + phi["in"]["b"][i]
+    return (phi["out"]["w"] @ hidden + phi["out"]["b"]).reshape(3, 3, 2)
 
 
 # Counts ----------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_rows_of_tiles_are_inputs_and_columns_outputs():
     template = {"kernel": jnp.zeros((3, 3, 32, 64))}
     net = tile_net(template, embedding_size=1)
     ones = jax.tree.map(jnp.ones_like, net.init(jax.random.key(0)))
-    phi = {k: x * k.startswith("w") for k, x in ones.items()}
+    phi = {layer: {k: x * (k == "w") for k, x in ones[layer].items()} for layer in ones}
     v = jnp.arange(1.0, 9).reshape(2, 4, 1)
     kernel = jax.jit(net.generate)(phi, {"kernel": v})["kernel"]
     expected = np.kron(np.arange(1.0, 9).reshape(2, 4), np.ones((16, 16)))
