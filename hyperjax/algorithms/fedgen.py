@@ -12,10 +12,12 @@ averages the models. Clients train, from the second round on, with
     CE(f(x), y) + b_t KL(head(G(y)) || f(x)) + a_t (B_gen / B) CE(head(G(y')), y'),
 
 y' drawn from the labels that they hold, a_t = alpha decay^t and b_t = beta decay^t in
-round t = 1, 2, ..., but no less than 1e-4 where alpha and beta are not. The generator
-has batch statistics in every use and so no running ones to send. Corrected against the
-public code: teachers are the clients' own heads, and clients do not change the
-generator.
+round t = 1, 2, ..., but no less than 1e-4 where alpha and beta are not. B is the batch
+size, also of a last batch that is not full; one of a single sample has no KL term. The
+generator has batch statistics in every use and so no running ones to send. Corrected
+against the public code: teachers are the clients' own heads, and clients do not change
+the generator. Deviations: the server's Adam has neither decay nor schedule, and
+fine-tuning keeps the terms of a client's last visit.
 """
 
 from typing import NamedTuple
@@ -173,9 +175,11 @@ def fedgen(
         generated = optax.softmax_cross_entropy_with_integer_labels(
             classify(params, z), labels
         )
-        real = jnp.maximum(jnp.sum(batch.mask), 1.0)
-        share = generator_batch_size / real
+        # B counts padding too: a short last batch must not weigh these more.
+        share = generator_batch_size / batch.mask.shape[0]
         a, b = (_falling(start, extra["decay"]) for start in (alpha, beta))
+        # The generator normalises over a batch, and of one sample nothing is left.
+        b = jnp.where(jnp.sum(batch.mask) > 1, b, 0.0)
         total = value + b * kl + a * share * jnp.mean(generated)
         return total, (stats, info)
 
@@ -251,7 +255,8 @@ def fedgen(
         return Uplink(sent, counts), client, info
 
     server = ServerSide(init, downlink, update)
-    return Algorithm(server, side._replace(update=client_update), exact=("counts",))
+    exact = ("counts", *(f"inner/{pattern}" for pattern in inner.exact))
+    return Algorithm(server, side._replace(update=client_update), exact=exact)
 
 
 def count_labels(data, num_classes: int) -> Array:

@@ -233,10 +233,19 @@ def test_classification_of_generated_features_by_hand():
         known = extra(available=np.eye(K)[label])
         value, _ = added(known, alpha=1.0, beta=0.0)
         np.testing.assert_allclose(value, 2 * wrong[label], rtol=1e-4)
-    # Two real samples of three: 6 / 2.
-    batch = FULL_BATCH._replace(mask=jnp.array([1.0, 1.0, 0.0]))
-    value, _ = added(extra(available=(0, 0, 5)), batch, alpha=1.0, beta=0.0)
-    np.testing.assert_allclose(value, 3 * wrong[2], rtol=1e-4)
+    # B is the batch's size, however few of its samples are real.
+    for mask in ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0]):
+        batch = FULL_BATCH._replace(mask=jnp.array(mask))
+        value, _ = added(extra(available=(0, 0, 5)), batch, alpha=1.0, beta=0.0)
+        np.testing.assert_allclose(value, 2 * wrong[2], rtol=1e-4)
+
+
+def test_of_a_single_sample_nothing_is_distilled():
+    one = FULL_BATCH._replace(mask=jnp.array([1.0, 0.0, 0.0]))
+    value, grads = added(extra(constant=False), one, alpha=0.0, beta=1.0)
+    assert value == 0 and float(tree.norm(grads)) == 0
+    two = FULL_BATCH._replace(mask=jnp.array([1.0, 1.0, 0.0]))
+    assert added(extra(constant=False), two, alpha=0.0, beta=1.0)[0] > 0
 
 
 def test_only_labels_the_client_holds_are_drawn():
