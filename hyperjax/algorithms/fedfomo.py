@@ -141,6 +141,10 @@ def fedfomo(
         trained = server.trained.at[alive].set(True, mode="drop")
         return State(models, preference, trained, server.seed), {}
 
+    def gap(other, mine):
+        """Differences of parameters; running statistics have no part in a distance."""
+        return {k: other[k] - mine[k] for k in mine if k.startswith("params/")}
+
     def plain(down):
         return Downlink(shared=(down.own.model, ()), round=down.round)
 
@@ -153,7 +157,7 @@ def fedfomo(
             variables = inner.client.deploy(state, client)
             return _mean_loss(model, variables, validation)
 
-        distance = jax.vmap(lambda other: tree.norm(tree.sub(other, mine)))(others)
+        distance = jax.vmap(lambda other: tree.norm(gap(other, mine)))(others)
         gain = loss(mine) - jax.lax.map(loss, others)
         # A model equal to one's own helps nothing; so does any without validation.
         useful = (distance > 0) & (validation.size > 0)

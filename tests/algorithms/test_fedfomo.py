@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratics as q
-from federated import normed
+from federated import make_local, normed, tiny
 
 from hyperjax import local, tree
 from hyperjax.algorithms.fedfomo import Own, State, Uplink, fedfomo, split
@@ -134,6 +134,27 @@ def test_models_like_ones_own_change_nothing():
     theta, scores = visit(ours(train=STILL), MINE, [MINE, MINE], ROWS, 5)
     np.testing.assert_array_equal(theta, np.float32(MINE))
     np.testing.assert_array_equal(scores, [0, 0])
+
+
+def test_running_statistics_have_no_part_in_a_distance():
+    alg = fedfomo(normed(), local=make_local(), num_clients=8, num_models=1)
+    key, own = jax.random.key(0), jax.eval_shape(alg.server.init, jax.random.key(0))
+    mine = {
+        k: 0.5 + 0.3 * jax.random.uniform(jax.random.fold_in(key, i), x.shape[1:])
+        for i, (k, x) in enumerate(own.models.items())
+    }
+    moved = {k: x + 3.0 * k.startswith("stats/") for k, x in mine.items()}
+    data = ClientData(tiny().table.rows[3], tiny().table.size[3], tiny().pool)
+
+    def scores(other):
+        others = jax.tree.map(lambda x: x[None], other)
+        return _program(alg)(Own(mine, others), data).scores
+
+    # Other statistics alone make no other model.
+    np.testing.assert_array_equal(scores(moved), [0])
+    step = {k: x * (1.3 if k.startswith("params/") else 1) for k, x in mine.items()}
+    assert scores(step) != 0
+    assert any(k.startswith("stats/") for k in mine)
 
 
 def test_a_single_better_model_is_taken_whole():
@@ -301,7 +322,7 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
             base_options=dict(num_clients=q.N, num_models=num_models),
         )
 
-    # w_in [2, 4, 4], b_in [2, 4], w_out [18, 4], b_out [18] of four clients.
+    # in: w [2, 4, 4], b [2, 4]; out: w [18, 4], b [18]; of four clients.
     phi = 32 + 8 + 72 + 18
     messages = comm.describe(fusion(2))
     for theta in (messages.server.models, messages.own.model, messages.uplink.model):
