@@ -74,7 +74,8 @@ def dyn(alpha: float) -> Correction:
 
     FedDyn, Acar et al. 2021 (arXiv:2111.04263), algorithm 1: afterwards g_k falls by
     alpha times the client's change; the server keeps h = mean of all g_k and moves the
-    averaged parameters by -h/alpha. Neither g_k nor h is ever sent.
+    averaged parameters by -h/alpha. Neither g_k nor h is ever sent: with an uplink that
+    loses something, h is no longer the mean of the g_k.
 
     Raises:
       ValueError: alpha is not positive.

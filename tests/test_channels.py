@@ -1,6 +1,7 @@
 """Channels: what is sent, what arrives, and what it costs."""
 
 import functools
+import importlib
 
 import chex
 import jax
@@ -223,6 +224,24 @@ def test_networks_with_statistics_describe_themselves():
     plain = comm.describe(fedavg(normed(), local=make_local())).uplink
     numbers = sum(x.size // 2 for x in jax.tree.leaves(plain))
     assert comm.cost(comm.describe(alg)).up_bytes == 8 * numbers
+
+
+@pytest.mark.parametrize("name", ["fednova", "scaffold"])
+def test_what_a_correction_counts_on_arrives(name):
+    # FedNova divides by a displacement, which is one number; SCAFFOLD's c is the mean
+    # of what clients remember.
+    build = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
+    alg = build(q.model(), local=q.steps(2))
+    uplink = comm.describe(alg).uplink
+    through = with_uplink(alg, topk(1.0), lambda _: uplink)
+    state, plain = q.play(through, *q.PARTIAL), q.play(alg, *q.PARTIAL)
+    chex.assert_trees_all_close(state.server, plain.server, rtol=1e-6)
+    nothing = q.play(with_uplink(alg, topk(0.9), lambda _: uplink), *q.PARTIAL)
+    exact, wire = nothing.uplink  # of single numbers nothing goes through the channel
+    assert tree.count(wire) == 0 and all(np.any(x) for x in exact.values())
+    if name == "scaffold":
+        memory = jax.tree.map(lambda x: x.mean(0), nothing.rows.memory)
+        chex.assert_trees_all_close(nothing.server.correction, memory, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fedgen", "fedfomo", "fedjets"])

@@ -140,6 +140,16 @@ def fedavg(
             aggregator.init(theta),
         )
 
+    def extra(common):
+        """What a correction sends, of a client that did not move."""
+        params, _ = _split_stats(shared_part(start(common)))
+        sent = correction.send(correction.init_server(params))
+        memory, info = correction.init_client(params), {"displacement": jnp.float32(0)}
+        return correction.finish(params, params, sent, memory, info)[1]
+
+    # Lossy channels are for the change: a correction would lose what it counts on.
+    sends = jax.tree.leaves(jax.eval_shape(extra, jax.random.key(0)))
+
     def downlink(key, server, cohort):
         return Downlink(shared=(server.theta, correction.send(server.correction)))
 
@@ -219,6 +229,7 @@ def fedavg(
             tuner(model, local, finetune),
             model,
         ),
+        exact=(r"extra(/.*)?",) if sends else (),
     )
 
 
