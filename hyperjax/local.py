@@ -84,7 +84,9 @@ def trainer(
         the gradients of all steps.
 
     Raises:
-      ValueError: a size is not positive, or a phase has not exactly one length.
+      ValueError: a size is not positive, a phase has not exactly one length, or a
+        `probe` is asked of phases that train different leaves (so is an optimizer state
+        by `init_optimizer`).
     """
     check_at_least(1, batch_size=batch_size)
     unclipped = optimizer
@@ -99,6 +101,19 @@ def trainer(
                 f"a phase has either epochs or steps, 0 or more; got {phase}"
             )
 
+    def check_alike(what):
+        trained = {
+            (tree.as_patterns(p.train), tree.as_patterns(p.freeze)) for p in phases
+        }
+        if len(trained) > 1:
+            raise ValueError(
+                f"{what} belongs to one set of parameters, but the phases of the local "
+                "training (as of fedrep) train different ones"
+            )
+
+    if probe:
+        check_alike("the displacement that SCAFFOLD and FedNova measure")
+
     def cut(phase, variables):
         """Paths -> leaves of what a phase trains, and the splitter."""
         params = {"params": variables["params"]}
@@ -109,6 +124,7 @@ def trainer(
         return split, *split.split(params)
 
     def init_optimizer(variables):
+        check_alike("an optimizer state that is kept between visits")
         _, active, _ = cut(phases[0], variables)
         return optimizer.init(active)
 

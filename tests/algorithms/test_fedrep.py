@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import quadratics as q
 
+from hyperjax import corrections
 from hyperjax.algorithms.fedbabu import fedbabu
 from hyperjax.algorithms.fedrep import fedrep
 from hyperjax.engine import comm
@@ -66,3 +67,16 @@ def test_finetuning_moves_the_head_unless_told_otherwise(finetune, train):
 def test_heads_stay_off_the_wire():
     costs = comm.cost(comm.describe(ours()))
     assert costs.up_numbers == costs.down_numbers == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(correction=corrections.scaffold()),
+        dict(persist_optimizer="kept"),
+        dict(persist_optimizer="all"),
+    ],
+)
+def test_what_belongs_to_one_set_of_parameters_is_refused(options):
+    with pytest.raises(ValueError, match="phases of the local training"):
+        comm.describe(fedrep(q.model(), local=q.training(), **options))
