@@ -23,6 +23,7 @@ def apfl(
     alpha: float = 0.5,
     adaptive: bool = True,
     keep=None,
+    finetune=None,
     **fedavg_options,
 ) -> Algorithm:
     """Returns APFL.
@@ -33,6 +34,8 @@ def apfl(
       alpha: a, the personal model's share of the mixture, at first.
       adaptive: train it.
       keep: patterns of the global model's variables that stay home too.
+      finetune: patterns of the parameters that fine-tuning moves, in both models; None:
+        all, and the share too.
       **fedavg_options: of `fedavg`.
 
     Raises:
@@ -83,4 +86,10 @@ def apfl(
         features=lambda variables, *args: model.features(mixed(variables), *args),
     )
     home = (*tree.as_patterns(keep), *personal.kept(template), r"params/mix")
-    return fedavg(both, local=local, keep=home, **fedavg_options)
+    return fedavg(
+        both,
+        local=local,
+        keep=home,
+        finetune=personal.both(finetune),
+        **fedavg_options,
+    )

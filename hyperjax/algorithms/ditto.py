@@ -21,7 +21,13 @@ from hyperjax.types import Algorithm, Model
 
 
 def ditto(
-    model: Model, *, local, lam: float = 1.0, keep=None, **fedavg_options
+    model: Model,
+    *,
+    local,
+    lam: float = 1.0,
+    keep=None,
+    finetune=None,
+    **fedavg_options,
 ) -> Algorithm:
     """Returns Ditto.
 
@@ -31,6 +37,8 @@ def ditto(
       lam: lambda; the paper's code tunes it among 0.1, 1 and 2.
       keep: patterns of the global model's variables that stay home. They are not
         received, so nothing pulls their personal copies.
+      finetune: patterns of the parameters that fine-tuning moves, in both models; None:
+        all.
       **fedavg_options: of `fedavg`.
 
     Raises:
@@ -65,4 +73,10 @@ def ditto(
 
     both = personal.doubled(model)._replace(loss=loss, context=context)
     home = (*tree.as_patterns(keep), *personal.kept(template))
-    return fedavg(both, local=local, keep=home, **fedavg_options)
+    return fedavg(
+        both,
+        local=local,
+        keep=home,
+        finetune=personal.both(finetune),
+        **fedavg_options,
+    )

@@ -8,7 +8,8 @@ NeurIPS (arXiv:2006.08848), algorithm 1. On every batch a client solves
 by gradient steps from w, and then steps on w with the envelope's gradient lambda (w -
 u). The last u is its personal model. The server's beta is `server_opt`'s learning rate.
 Deviations: u starts at w on every batch (the authors' code goes on from the last u, and
-adds a weight decay of 0.001 to it), and only sampled clients train.
+adds a weight decay of 0.001 to it), w's optimizer may have a decay of its own, only
+sampled clients train, and u is deployed with w's running statistics.
 """
 
 import jax
@@ -31,6 +32,7 @@ def pfedme(
     inner_steps: int = 5,
     inner_learning_rate: float = 0.05,
     keep=None,
+    finetune=None,
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedMe.
@@ -42,12 +44,18 @@ def pfedme(
       inner_steps: gradient steps for u (K).
       inner_learning_rate: their learning rate; times lambda it must stay below 2.
       keep: patterns of w's variables that stay home.
+      finetune: None; fine-tuning moves w and with it all of u.
       **fedavg_options: of `fedavg`.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: a number is out of range, or fine-tuning is to move only a part.
     """
     check_at_least(1, inner_steps=inner_steps)
+    if finetune:
+        raise ValueError(
+            f"finetune={finetune!r}: pfedme cannot tune a part of its personal model, "
+            "which follows from all of w; leave it empty"
+        )
     if not lam >= 0 or not 0 <= inner_learning_rate * lam < 2:
         raise ValueError(
             f"lam={lam} must not be negative, and inner_learning_rate="
@@ -76,7 +84,9 @@ def pfedme(
         fixed = jax.lax.stop_gradient(w)
         u = jax.lax.stop_gradient(jax.lax.fori_loop(0, inner_steps, step, fixed))
         value, (stats, info) = objective(u)
-        envelope = value + 0.5 * lam * tree.norm(tree.sub(w, u)) ** 2
+        # Squares, not the norm's: its derivative is not a number where u is w.
+        squares = jax.tree.map(lambda w, u: jnp.sum(jnp.square(w - u)), w, u)
+        envelope = value + 0.5 * lam * sum(jax.tree.leaves(squares))
         return envelope, ({**stats, NAME: u}, info)
 
     whole = beside(

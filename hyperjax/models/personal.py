@@ -4,9 +4,12 @@ The second set lies beside the first, under "personal" in parameters and in stat
 so that patterns on the model's own paths go on to hold.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from hyperjax import tree
 from hyperjax.types import Model, PyTree
 
 NAME = "personal"
@@ -46,6 +49,12 @@ def kept(template: PyTree) -> tuple[str, ...]:
     """Returns the patterns of personal variables, for a model of this structure."""
     patterns = (rf"params/{NAME}/.*",)
     return patterns + ((rf"stats/{NAME}/.*",) if template["stats"] else ())
+
+
+def both(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Returns patterns on paths of the model's own parameters, and on the copies'."""
+    given = tree.as_patterns(patterns)
+    return (*given, *(p.replace("params/", f"params/{NAME}/") for p in given))
 
 
 def doubled(model: Model) -> Model:

@@ -92,6 +92,14 @@ def test_share_one_is_local_training():
     np.testing.assert_array_equal(q.deployed(fixed(1.0), state, 2), personal(state)[2])
 
 
+def test_finetuning_a_part_moves_that_part_of_both_models():
+    alg = apfl(q.model(), local=q.training(q.DECAYING), alpha=1.0, finetune=q.HEAD)
+    found = q.tuned(alg, client=2, size=3, epochs=2)
+    expected = q.descend(2, q.START, 6, **q.DRIFT, train=(0, 1))
+    np.testing.assert_allclose(found, expected, **q.CLOSE)
+    assert found[0] == np.float32(q.START[0])
+
+
 def test_personal_models_stay_off_the_wire():
     costs = comm.cost(comm.describe(apfl(q.model(), local=q.training())))
     assert costs.up_numbers == costs.down_numbers == 2

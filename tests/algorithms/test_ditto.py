@@ -62,6 +62,17 @@ def test_large_lambda_pulls_to_the_received_model():
     assert np.all(gaps[1] < gaps[0] / 2)
 
 
+def test_finetuning_a_part_moves_that_part_of_the_personal_model():
+    lam = 0.7
+    alg = ditto(q.model(), local=q.training(q.DECAYING), lam=lam, finetune=q.HEAD)
+    found = q.tuned(alg, client=2, size=3, epochs=2)
+    expected = q.descend(
+        *(2, q.START, 6), term=lambda v: lam * (v - q.START), **q.DRIFT, train=(0, 1)
+    )
+    np.testing.assert_allclose(found, expected, **q.CLOSE)
+    assert found[0] == np.float32(q.START[0])
+
+
 def test_personal_models_stay_off_the_wire():
     costs = comm.cost(comm.describe(ditto(q.model(), local=q.training())))
     assert costs.up_numbers == costs.down_numbers == 2

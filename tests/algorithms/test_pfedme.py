@@ -109,6 +109,13 @@ def test_without_lambda_or_rate_nothing_moves(lam, rate):
     assert np.all(personal(state)[[0, 1, 2, 3]] != q.START)  # u is solved for
 
 
+def test_a_personal_model_at_w_moves_nothing():
+    # Where u is w the penalty is flat; its root would have no derivative.
+    alg = pfedme(q.model(), local=q.training(), inner_learning_rate=0.0)
+    state = q.play(alg, *q.PARTIAL[:2])
+    np.testing.assert_array_equal(q.vector(state.server.theta), q.START)
+
+
 def test_personal_models_stay_off_the_wire():
     costs = comm.cost(comm.describe(exact()))
     assert costs.up_numbers == costs.down_numbers == 2
@@ -121,6 +128,7 @@ def test_personal_models_stay_off_the_wire():
         (dict(lam=-1.0), r"lam=-1\.0 must not be negative"),
         (dict(lam=20.0, inner_learning_rate=0.1), r"inner_learning_rate=0\.1 times"),
         (dict(inner_learning_rate=-0.1), r"inner_learning_rate=-0\.1"),
+        (dict(finetune=q.HEAD), "cannot tune a part of its personal model"),
     ],
 )
 def test_bad_numbers(options, message):
