@@ -76,8 +76,9 @@ def perfedavg(
             adapted, second
         )
         if order == "exact":
-            curved = jax.jvp(lambda x: gradient(x, third), (fixed,), (grads,))[1]
-            grads = jax.tree.map(lambda g, h: g - rate * h, grads, curved)
+            # H is symmetric, and convolutions have reverse derivatives only.
+            _, product = jax.vjp(lambda x: gradient(x, third), fixed)
+            grads = jax.tree.map(lambda g, h: g - rate * h, grads, product(grads)[0])
         # A function of theta with just this value and this gradient.
         moved = tree.sub(theta, fixed)
         products = jax.tree.map(
@@ -97,10 +98,19 @@ def perfedavg(
 
 
 def _draws(batch: Batch, draws: str) -> list[Batch]:
-    """Three batches, D1 to D3; padding, at the end of a batch, is dealt out evenly."""
+    """Three batches, D1 to D3; padding, at the end of a batch, is dealt out evenly.
+
+    A draw that would be padding alone, of a batch with fewer than three samples, is D1.
+    """
     if draws == "same":
         return [batch] * 3
     size = batch.mask.shape[0]
     if size < 3:
         raise ValueError(f"batches of {size} cannot be cut in three; use draws='same'")
-    return [jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3)]
+    first, *others = (jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3))
+
+    def filled(draw):
+        some = jnp.any(draw.mask > 0)
+        return jax.tree.map(lambda x, y: jnp.where(some, x, y[: len(x)]), draw, first)
+
+    return [first, *map(filled, others)]

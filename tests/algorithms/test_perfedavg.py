@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratics as q
+from flax import linen as nn
 from test_fedavg import MODEL, SHAPE, K
 
 from hyperjax.algorithms.perfedavg import perfedavg
+from hyperjax.models import from_linen, layers
 from hyperjax.types import Batch
 
 RATE = 0.2
@@ -106,6 +108,56 @@ def test_thirds_are_different_draws(order):
 
     found = meta(order=order)(params(), FULL)
     chex.assert_trees_all_close(found, by_hand(params()), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", ["first", "exact"])
+@pytest.mark.parametrize("real", [1, 2])
+def test_draws_without_samples_are_the_first(order, real):
+    mask = (jnp.arange(len(FULL.mask)) < real).astype(jnp.float32)
+    batch = FULL._replace(mask=mask)
+    only = [jax.tree.map(lambda x, i=i: x[i : i + 1], FULL) for i in (0, real - 1, 0)]
+
+    def by_hand(theta):
+        inner = jax.grad(plain_loss)(theta, only[0])
+        value, outer = jax.value_and_grad(plain_loss)(step(theta, inner), only[1])
+        if order == "first":
+            return value, outer
+
+        def product(theta):
+            slope = jax.grad(plain_loss)(theta, only[2])
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, outer)))
+
+        return value, step(outer, jax.grad(product)(theta))
+
+    value, grads = meta(order=order)(params(), batch)
+    assert value > 0
+    chex.assert_trees_all_close(
+        (value, grads), jax.jit(by_hand)(params()), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_the_exact_order_of_convolutions():
+    # The rule for loops on the CPU has a reverse derivative only.
+    def alg(rule):
+        conv = layers.Conv(2, 3, padding="SAME", rule=rule)
+        network = nn.Sequential([conv, lambda x: nn.tanh(x).mean((1, 2))])
+        model = from_linen(network, SHAPE, 2)
+        return perfedavg(model, local=q.training(batch_size=9), order="exact")
+
+    @jax.jit
+    def both(key, batch):
+        def gradient(model):
+            variables = model.init(key)
+
+            def loss(params):
+                return model.loss(key, {**variables, "params": params}, batch, ())[0]
+
+            return jax.grad(loss)(variables["params"])
+
+        return tuple(gradient(alg(rule).client.model) for rule in ("scan", "xla"))
+
+    batch = FULL._replace(y=FULL.y % 2)
+    chex.assert_trees_all_close(*both(jax.random.key(0), batch), rtol=1e-4, atol=1e-6)
 
 
 def test_first_order_is_exact_for_a_linear_loss():
