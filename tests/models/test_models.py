@@ -71,12 +71,14 @@ def test_mlp_is_its_formula():
 # Layers ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_convolution_by_patches_equals_xla(size, stride, padding):
+def test_convolution_rules_equal_xla(size, stride, padding, dtype):
     x, kernel, bias = numbers((2, 7, 8, 3), (size, size, 3, 4), (4,))
     kernel /= size * np.sqrt(3)  # outputs of size 1
+    x, kernel, bias = (jnp.asarray(a, dtype) for a in (x, kernel, bias))
 
     @jax.jit
     def outputs(kernel, x):
@@ -90,12 +92,19 @@ def test_convolution_by_patches_equals_xla(size, stride, padding):
             y, pullback = jax.vjp(apply, kernel, x)
             return y, pullback(jnp.sin(y))
 
-        return one("patches"), one("xla")
+        return {rule: one(rule) for rule in ("xla", "patches", "scan")}
 
-    ours, theirs = outputs(kernel, x)
-    chex.assert_trees_all_equal_shapes(ours, theirs)
-    # Up to 75 products per output, 112 per gradient entry, in another order.
-    chex.assert_trees_all_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    found = outputs(kernel, x)
+    # Up to 75 products per output, 112 per gradient entry, in another order; bfloat16
+    # has 8 bits, and rounds each.
+    close = dict(atol=2e-5, rtol=1e-5) if dtype == jnp.float32 else dict(atol=0.1)
+    for rule in ("patches", "scan"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(found[rule], found["xla"])
+        ours, theirs = (
+            jax.tree.map(lambda a: a.astype(jnp.float32), found[r])
+            for r in (rule, "xla")
+        )
+        chex.assert_trees_all_close(ours, theirs, **close)
 
 
 @pytest.mark.parametrize("size", [2, 3])
