@@ -62,8 +62,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "HFN+FedBN": (HFN, {"method.share_aux": "convs"}),
     "HFN+FedProx": (HFN, {"method.base": "fedprox(mu=0.1)"}),
-    "HFN+FedDyn": (HFN, {"method.base": "feddyn(alpha=0.01)"}),
-    "HFN+SCAFFOLD": (HFN, {"method.base": "scaffold"}),
+    "HFN+FedDyn": (
+        HFN,
+        {
+            "method.base": "feddyn(alpha=0.01)",
+            "server.weights": "uniform",
+            "local.clip_norm": 10.0,
+        },
+    ),
+    "HFN+SCAFFOLD": (HFN, {"method.base": "scaffold", "server.weights": "uniform"}),
     "HFN+Ditto": (HFN, {"method.base": "ditto(lam=1.0)"}),
     "HFN+pFedLA": (HFN, {"method.base": "pfedla", "server.sequential": True}),
     "HFN+FedFomo": (HFN, {"method.base": "fedfomo"}),
