@@ -63,9 +63,7 @@ class _Run:
         self.experiment = build.build(config, str(folder / "store"))
         self.root = jax.random.key(config.seed)
         self.costs = {
-            name: comm.cost(
-                comm.describe(families.view(self.experiment.algorithm, name))
-            )
+            name: self.cost_of(name)
             for name in families.clients(self.experiment.algorithm)
         }
         self.cost = self.mean_cost()
@@ -210,6 +208,13 @@ class _Run:
                 c.down_bytes * visits[n] for n, c in self.costs.items()
             ),
         )
+
+    def cost_of(self, family: str) -> comm.Cost:
+        """Of one exchange with a client; in one place nothing is sent."""
+        if self.config.data.pooled:
+            return comm.Cost(0, 0, 0, 0)
+        alg = families.view(self.experiment.algorithm, family)
+        return comm.cost(comm.describe(alg))
 
     def mean_cost(self) -> comm.Cost:
         """Of one exchange, over all clients; whole numbers for one family."""

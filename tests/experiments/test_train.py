@@ -609,3 +609,12 @@ def test_one_client_on_each_side_is_enough(tmp_path):
     summary = train.train(config, str(tmp_path / "run"))
     assert summary["plan"]["devices"] == 1
     assert len(read(tmp_path / "run", "clients.json")) == 2
+
+
+def test_in_one_place_nothing_is_sent(tmp_path):
+    config = small(data__pooled=True, server__sampler="full", rounds=1)
+    config.evaluation.thresholds = (1,)
+    summary = train.train(config, str(tmp_path / "run"))
+    costs = [v for k, v in summary.items() if re.search("(up|down)_(bytes|numbers)", k)]
+    assert len(costs) == 6 and not any(costs)
+    assert [r["cost"] for r in summary["reach"]] == [0]
