@@ -212,7 +212,12 @@ def tuner(
       model: what `deploy`'s variables belong to.
       local: builder of the training loop, as for a method.
       train: patterns of the leaves that are tuned; None, or none, tunes all.
+
+    Raises:
+      ValueError: a pattern matches no parameter.
     """
+    template = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    tree.splitter({"params": template}, train or None)
     phase = Phase(epochs=1, train=train or None, freeze=())
     run = local(model, phases=(phase,))
 

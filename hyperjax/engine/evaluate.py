@@ -106,7 +106,8 @@ class Evaluator(NamedTuple):
     networks), and whatever `model.inspect` reports.
 
     `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
-    samples first. Names: "size", "accuracy", "loss".
+    samples first, at the learning rate of the last round. Names: "size", "accuracy",
+    "loss".
     """
 
     evaluate: Callable
@@ -179,7 +180,8 @@ def evaluator(
     def tune_one(mapped, shared):
         key, inputs, epochs = mapped[0], mapped[-1], shared[-1]
         _, variables, data = adapt_one(mapped, shared)
-        variables = alg.client.tune(key, variables, data, shared[1], epochs)
+        last = jnp.maximum(shared[1] - 1, 0)  # whose learning rate training ended with
+        variables = alg.client.tune(key, variables, data, last, epochs)
         all_logits, labels, mask, source = prediction(inputs, shared[2])
         logits, count = all_logits(variables), jnp.maximum(inputs[1], 1)
         return {

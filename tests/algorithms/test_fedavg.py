@@ -310,6 +310,11 @@ def test_keep_without_match():
         fedavg(MODEL, local=FULL, keep="params/top/.*")
 
 
+def test_fine_tuning_without_match():
+    with pytest.raises(ValueError, match=r"params/haed.*paths are.*Dense_0"):
+        fedavg(MODEL, local=FULL, finetune=("params/haed/.*",))
+
+
 # Corrections -----------------------------------------------------------------------
 
 

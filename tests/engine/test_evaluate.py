@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federated import NUM_CLASSES, NUM_CLIENTS, method, tiny, weights
+from federated import NUM_CLASSES, NUM_CLIENTS, make_local, method, tiny, weights
 
 from hyperjax import tree
+from hyperjax.algorithms.fedper import fedper
 from hyperjax.data import clients
 from hyperjax.engine import evaluate, schedule, sharding
 from hyperjax.engine.evaluate import Population
@@ -245,6 +246,22 @@ def test_fine_tuned_scores_equal_those_by_hand():
         assert found["loss"] == pytest.approx(nll, rel=1e-4)
         assert found["accuracy"] == np.float32(np.mean(log_probs.argmax(1) == labels))
         assert found["loss"] < tuned(0)["pacc"]["loss"][client]
+
+
+def test_fine_tuning_is_at_the_rate_of_the_last_round():
+    local = make_local(schedule=lambda round: jnp.float32(round < 2))
+    found = evaluate.evaluator(
+        *(fedper(tiny().model, local=local), tiny().pool, populations()),
+        tuned={"pacc": populations()["pacc"]},
+        source_prior=SOURCE,
+        batch_size=4,
+    )
+    losses = [
+        found.tune(ROOT, trained(KEPT), round, epochs)["pacc"]["loss"]
+        for round, epochs in ((2, 0), (2, 1), (3, 1))
+    ]
+    assert np.all(losses[1] < losses[0])
+    np.testing.assert_array_equal(losses[2], losses[0])
 
 
 def test_fine_tuning_leaves_no_trace():
