@@ -16,6 +16,7 @@ from hyperjax import (
     channels,
     models,
 )
+from hyperjax.algorithms import hyperfednet
 from hyperjax.data import federation as federations
 from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
@@ -351,7 +352,14 @@ def make_algorithm(
         options["correction"] = factories.make_correction(options["correction"])
     if "base" in options:  # HyperFedNet + X: "fedprox(mu=0.1)"
         base, base_options = factories.parse_call("method.base", options["base"])
-        check_choice("method.base", base, factories.method_names())
+        if base == "fedbn":
+            raise ValueError(
+                "method.base='fedbn': HyperFedNet + FedBN is method.share_aux='convs'"
+            )
+        check_choice("method.base", base, hyperfednet.BASES)
+        accepted = factories.own_options(base)
+        for option in base_options:
+            check_choice(f"option of method.base={base}", option, accepted)
         base_options |= _population(base, config)
         options |= dict(base=base, base_options=base_options)
     server_opt, uses = factories.watched(factories.server_optimizer(config.server))

@@ -92,6 +92,14 @@ def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
     return found
 
 
+def own_options(method: str) -> set[str]:
+    """Returns what a method takes beyond FedAvg: its hyper-parameters."""
+    theirs = inspect.signature(find_method("fedavg")).parameters
+    ours = inspect.signature(find_method(method)).parameters
+    hidden = {*theirs, "num_clients"}
+    return {n for n, p in ours.items() if n not in hidden and p.kind != p.VAR_KEYWORD}
+
+
 def call(field: str, factory, *args, **options):
     """Calls a factory with a config's options; names those it does not take."""
     parameters = options_of(factory)

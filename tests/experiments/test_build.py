@@ -325,8 +325,15 @@ def test_bases_and_corrections_are_parsed():
     phi = numbers["fedprox(mu=0.1)"]
     assert list(numbers.values()) == [phi, 2 * phi, 3 * phi]
     found.method.base = "fedbn"
-    with pytest.raises(ValueError, match="base='fedbn' is unknown"):
-        build.make_algorithm(found, model)
+    for base, message in {
+        "fedbn": "method.share_aux='convs'",
+        "fedpprox": "did you mean 'fedprox'.*'pfedla'\\)$",
+        "fedprox(nu=1)": "option of method.base=fedprox='nu' .*accepted: 'mu'",
+        "fedprox(bn_stats='local')": "option of method.base=fedprox='bn_stats'",
+    }.items():
+        found.method.base = base
+        with pytest.raises(ValueError, match=message):
+            build.make_algorithm(found, model)
     corrected = factories.make_correction(("prox(mu=0.5)", "scaffold"))
     assert corrected.probe and len(corrected.init_server({})) == 2
     with pytest.raises(ValueError, match=r"correction='scafold' .*'scaffold'\?"):
