@@ -13,8 +13,9 @@ the paper's result, times the numbers per round trip, which are ours.
 
 Where a protocol leaves a choice, the package sends what the paper charged: clients of
 pFedSim are sent their own heads back (after the warm-up they could keep them), those of
-FedFomo their own model beside the M others (they could keep that too). FedGen's label
-counts and FedFomo's scores count, as everything that is sent does.
+FedFomo their own model beside the M others (they could keep that too); what that would
+save is said. FedGen's label counts and FedFomo's scores count, as everything that is
+sent does.
 """
 
 import functools
@@ -30,9 +31,10 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli
+from experiments import cli, grid
 from experiments.pages import text_table
-from hyperjax import algorithms, local, models
+from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
 from hyperjax.types import Algorithm, Batch, Model
@@ -64,7 +66,7 @@ NETWORKS = {
 NUM_CLIENTS = 100  # for methods whose server keeps something of every client
 
 # Methods that are not counted, and why.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT: dict[str, str] = {"centralised": "trained in one place, nothing is sent"}
 
 AVERAGED = "fedavg, statistics averaged"
 SMALLEST = "hyperfednet, n=1"
@@ -72,6 +74,12 @@ _BOTH = dict(share_aux="convs_and_bn")
 EXTRA = (
     Row(AVERAGED, "fedavg", dict(bn_stats="average")),
     Row(SMALLEST, "hyperfednet", dict(embedding_size=1)),
+    *(
+        Row(f"fedavg + {name}", "fedavg", dict(server_opt=optimizer()))
+        for name, optimizer in server_optimizers.FEDOPT.items()
+    ),
+    Row("pfedhn, PC", "pfedhn", dict(keep=HEAD, persist_optimizer="kept")),
+    # HyperFedNet + FedBN.
     Row("hyperfednet, share_aux=convs", "hyperfednet", dict(share_aux="convs")),
     Row("hyperfednet, share_aux=convs_and_bn", "hyperfednet", _BOTH),
     Row(
@@ -262,6 +270,18 @@ def measure(
     return records, refused
 
 
+def savings(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns, by method, what clients of one network could keep instead of receive."""
+    ours = {r["method"]: r["cpr"] for r in records}
+    if not {"fedavg", "fedper", "pfedsim", "fedfomo"} <= set(ours):
+        return {}
+    model, head = ours["fedavg"] // 2, (ours["fedavg"] - ours["fedper"]) // 2
+    return {
+        "pfedsim": f"{ours['pfedsim'] - head:,} if heads stayed home after the warm-up",
+        "fedfomo": f"{ours['fedfomo'] - model:,} if clients kept their own model",
+    }
+
+
 def note(record: Mapping[str, Any]) -> str:
     """Returns why a count differs from the paper's; nothing if it does not."""
     published = record["published"]
@@ -350,13 +370,23 @@ def define_flags() -> None:
 
 def main() -> int:
     f = flags.FLAGS
+    if not f.networks:
+        raise ValueError(f"--networks= names none (accepted: {', '.join(NETWORKS)})")
+    for name in f.networks:
+        check_choice("network", name, NETWORKS)
+    grid.make_room(f.json)
     records = []
     for name in f.networks:
         found, refused = measure(name)
         records += found
         network = NETWORKS[name]
         title = f"{name}: {network.name}, {network.shape}, n={network.embedding_size}"
-        lines = [record | {"note": note(record)} for record in found]
+        saved = savings(found)
+        notes = [(note(r), saved.get(r["method"], "")) for r in found]
+        lines = [
+            r | {"note": "; ".join(filter(None, pair))}
+            for r, pair in zip(found, notes, strict=True)
+        ]
         print(title, "", text_table(lines, COLUMNS), "", sep="\n")
         for label, why in (LEFT_OUT | refused).items():
             print(f"{label} does not apply: {why}\n")
