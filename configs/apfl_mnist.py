@@ -16,5 +16,6 @@ def get_config(arg: str = ""):
         alpha=0.5,
         adaptive=True,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

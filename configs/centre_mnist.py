@@ -13,7 +13,11 @@ from configs import common
 def get_config(arg: str = ""):
     """Arguments: data, iid, novel, smoke."""
     config = common.personalised(arg)
-    config.method = dict(name="fedavg", bn_stats="average")
+    config.method = dict(
+        name="fedavg",
+        bn_stats="average",
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
+    )
     config.data.pooled = True
     config.local.epochs = 1
     config.server.sampler = "full"

@@ -104,7 +104,7 @@ def defaults() -> ml_collections.ConfigDict:
         store="device",  # client state and index tables: device or host
         memory_map=False,  # host store: files in the workdir instead of memory
         rounds_per_call=0,  # 0: as many as lie between evaluations
-        conv_rule="auto",  # xla or patches
+        conv_rule="auto",  # or xla, scan, patches
     )
     config.evaluation = dict(
         every=5,

@@ -15,5 +15,6 @@ def get_config(arg: str = ""):
         name="ditto",
         lam=1.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -18,5 +18,6 @@ def get_config(arg: str = ""):
         lam=1.0,
         max_table_gb=8.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

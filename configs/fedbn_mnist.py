@@ -11,5 +11,8 @@ from configs import common
 def get_config(arg: str = ""):
     """Arguments: data, iid, novel, smoke."""
     config = common.personalised(arg)
-    config.method = dict(name="fedbn")
+    config.method = dict(
+        name="fedbn",
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
+    )
     return config

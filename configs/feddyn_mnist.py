@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
         name="feddyn",
         alpha=0.01,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     config.server.weights = "uniform"
     config.local.clip_norm = 10.0  # as the authors' code

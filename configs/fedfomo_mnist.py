@@ -19,5 +19,6 @@ def get_config(arg: str = ""):
         validation_fraction=0.2,
         max_table_gb=8.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -25,5 +25,6 @@ def get_config(arg: str = ""):
         teacher_weight=1.0,
         diversity_weight=0.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -15,5 +15,6 @@ def get_config(arg: str = ""):
         name="fedper",
         head=r"params/head/.*",
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

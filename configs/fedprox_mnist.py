@@ -15,5 +15,6 @@ def get_config(arg: str = ""):
         name="fedprox",
         mu=0.1,  # HyperFedNet tries 1, 0.1 and 0.01
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -17,5 +17,6 @@ def get_config(arg: str = ""):
         head_epochs=3,  # of HyperFedNet's 4 epochs; the paper has 10
         body_epochs=1,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): the head
     )
     return config

@@ -14,6 +14,6 @@ def get_config(arg: str = ""):
     config.method = dict(
         name="lg_fedavg",
         share=r"params/head/.*",
-        bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

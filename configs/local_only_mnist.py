@@ -13,6 +13,6 @@ def get_config(arg: str = ""):
     config = common.personalised(arg)
     config.method = dict(
         name="local_only",
-        bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

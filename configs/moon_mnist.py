@@ -16,5 +16,6 @@ def get_config(arg: str = ""):
         mu=5.0,
         temperature=0.5,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

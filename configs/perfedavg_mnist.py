@@ -17,5 +17,6 @@ def get_config(arg: str = ""):
         order="first",  # or exact
         draws="thirds",  # or same
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
         sign=1,  # -1: the sign of public reproductions
         max_table_gb=8.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     # One client after another, as in public reproductions; False: synchronous.
     config.server.sequential = True

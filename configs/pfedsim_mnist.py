@@ -17,5 +17,6 @@ def get_config(arg: str = ""):
         head=r"params/head/.*",
         max_table_gb=8.0,
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     return config

@@ -14,6 +14,7 @@ def get_config(arg: str = ""):
     config.method = dict(
         name="scaffold",
         bn_stats="average",  # or local
+        finetune=(),  # patterns of what fine-tuning moves; (): everything
     )
     config.server.weights = "uniform"
     return config
