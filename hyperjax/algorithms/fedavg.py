@@ -10,7 +10,8 @@ samples, or ones), and an optimizer other than the mean acts on parameters only,
 statistics such as those of batch-norm are averaged.
 """
 
-from typing import NamedTuple
+import collections
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +145,9 @@ def fedavg(
         """What a correction sends, of a client that did not move."""
         params, _ = _split_stats(shared_part(start(common)))
         sent = correction.send(correction.init_server(params))
-        memory, info = correction.init_client(params), {"displacement": jnp.float32(0)}
-        return correction.finish(params, params, sent, memory, info)[1]
+        report: Any = collections.defaultdict(lambda: jnp.float32(0))  # what it reads
+        memory = correction.init_client(params)
+        return correction.finish(params, params, sent, memory, report)[1]
 
     # Lossy channels are for the change: a correction would lose what it counts on.
     sends = jax.tree.leaves(jax.eval_shape(extra, jax.random.key(0)))
