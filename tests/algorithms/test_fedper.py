@@ -2,10 +2,12 @@
 
 import functools
 
+import chex
 import numpy as np
 import quadratics as q
 
 from hyperjax.algorithms.fedper import fedper
+from hyperjax.algorithms.local_only import local_only
 from hyperjax.engine import comm
 
 WEIGHT = (1, 2, 3, 4)
@@ -36,3 +38,10 @@ def test_bodies_are_averaged_and_heads_wait_for_their_client():
 def test_heads_stay_off_the_wire():
     costs = comm.cost(comm.describe(ours()))
     assert costs.up_numbers == costs.down_numbers == 1
+
+
+def test_a_head_that_is_everything_is_local_training():
+    train = q.training(q.DECAYING)
+    all_home = q.play(fedper(q.model(), local=train, head=(q.BODY, q.HEAD)), *q.PARTIAL)
+    alone = q.play(local_only(q.model(), local=train), *q.PARTIAL)
+    chex.assert_trees_all_equal(all_home.rows.kept, alone.rows.kept)

@@ -2,11 +2,16 @@
 
 import functools
 
+import chex
 import numpy as np
 import optax
 import pytest
 import quadratics as q
+from test_fedavg import FULL, MODEL
+from test_fedgen import play
 
+from hyperjax import local
+from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.scaffold import scaffold
 from hyperjax.engine import comm
 
@@ -105,3 +110,16 @@ def test_sends_the_control_with_the_model_both_ways():
     plain = comm.cost(comm.describe(q.averaged(q.training())))
     assert ours.down_numbers == 2 * plain.down_numbers == 4
     assert ours.up_numbers == 2 * plain.up_numbers == 4
+
+
+def test_identical_clients_are_fedavg_in_every_round():
+    train = functools.partial(FULL, phases=(local.Phase(epochs=3),))
+    parts, cohorts = [np.arange(8)] * q.N, [tuple(range(q.N))] * 3
+    corrected, plain = (
+        play(method(MODEL, local=train), *cohorts, parts=parts)
+        for method in (scaffold, fedavg)
+    )
+    chex.assert_trees_all_close(
+        corrected.server.theta, plain.server.theta, rtol=1e-4, atol=1e-6
+    )
+    assert any(np.any(np.abs(x) > 1e-2) for x in corrected.server.correction.values())
