@@ -216,8 +216,9 @@ def tuner(
     Raises:
       ValueError: a pattern matches no parameter.
     """
-    template = jax.eval_shape(model.init, jax.random.key(0))["params"]
-    tree.splitter({"params": template}, train or None)
+    if train:
+        template = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        tree.splitter({"params": template}, train)
     phase = Phase(epochs=1, train=train or None, freeze=())
     run = local(model, phases=(phase,))
 

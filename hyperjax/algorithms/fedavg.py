@@ -141,16 +141,16 @@ def fedavg(
             aggregator.init(theta),
         )
 
-    def extra(common):
+    def extra(params):
         """What a correction sends, of a client that did not move."""
-        params, _ = _split_stats(shared_part(start(common)))
         sent = correction.send(correction.init_server(params))
         report: Any = collections.defaultdict(lambda: jnp.float32(0))  # what it reads
         memory = correction.init_client(params)
         return correction.finish(params, params, sent, memory, report)[1]
 
     # Lossy channels are for the change: a correction would lose what it counts on.
-    sends = jax.tree.leaves(jax.eval_shape(extra, jax.random.key(0)))
+    moving, _ = _split_stats(shared_part(template))
+    sends = jax.tree.leaves(jax.eval_shape(extra, moving))
 
     def downlink(key, server, cohort):
         return Downlink(shared=(server.theta, correction.send(server.correction)))
