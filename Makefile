@@ -1,11 +1,12 @@
 # make demo   train HyperFedZero and its controls on real images, show the result
 # make test   install and run the tests
+# make test-newest   the same, with the newest packages: PYTHON=python3.13
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow test-newest lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/python -m experiments.demo
@@ -15,6 +16,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The default suite with the newest versions that setup.cfg admits, in an environment of
+# its own: `make test-newest PYTHON=python3.13`.
+NEWEST := $(VENV)-newest
+test-newest:
+	rm -rf $(NEWEST) && $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable ".[test]"
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -36,4 +46,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .cache
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .cache
