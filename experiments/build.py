@@ -22,7 +22,7 @@ from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
-from hyperjax.errors import check_at_least, check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Algorithm, Model
 
 
@@ -130,13 +130,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         0,
         **{
             "local.epochs": config.local.epochs,
-            "local.weight_decay": config.local.weight_decay,
-            "local.learning_rate": config.local.learning_rate,
-            "server.learning_rate": config.server.learning_rate,
             "engine.rounds_per_call": config.engine.rounds_per_call,
             "evaluation.finetune_epochs": min(
                 config.evaluation.finetune_epochs, default=0
             ),
+        },
+    )
+    check_number(
+        at_least=0,
+        **{
+            "local.weight_decay": config.local.weight_decay,
+            "local.learning_rate": config.local.learning_rate,
+            "server.learning_rate": config.server.learning_rate,
         },
     )
     if config.data.partition == "dirichlet" and config.data.alpha <= 0:
