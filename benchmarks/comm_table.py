@@ -210,15 +210,15 @@ def hollow(model: Model) -> Model:
 
 
 def make_method(row: Row, network: Network, model: Model) -> Algorithm:
-    """Builds a line's method; those that know the number of clients are told."""
+    """Builds a line's method; those that know the size of a run are told."""
     module = importlib.import_module(f"hyperjax.algorithms.{row.method}")
     factory = getattr(module, row.method)
     known = inspect.signature(factory).parameters
     options: dict[str, Any] = {"bn_stats": "local"}
     if row.method == "hyperfednet":
         options["embedding_size"] = network.embedding_size
-    if "num_clients" in known:
-        options["num_clients"] = NUM_CLIENTS
+    told = dict(num_clients=NUM_CLIENTS, num_rounds=1)
+    options |= {name: number for name, number in told.items() if name in known}
     options |= row.options
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         options = {name: x for name, x in options.items() if name in known}

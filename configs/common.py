@@ -80,7 +80,9 @@ def defaults() -> ml_collections.ConfigDict:
         optimizer="sgd",  # any of optax, with options: "sgd(momentum=0.9)"
         learning_rate=0.01,
         learning_rate_decay=0.99,  # factor per round
-        milestones=(),  # rounds at which the rate is multiplied by milestone_factor
+        # Where the rate is multiplied by milestone_factor: rounds (whole numbers), or
+        # fractions of all rounds.
+        milestones=(),
         milestone_factor=0.1,
         weight_decay=0.0,  # added to the gradient
         clip_norm=config_dict.placeholder(float),
@@ -147,6 +149,8 @@ _NETWORKS = {
     "cifar10": ("resnet38", 150),
     "cifar100": ("resnet38x2", 150),
 }
+# Where the learning rate falls: after 30 and 60 of 90 rounds, 40 and 80 of 150.
+_MILESTONES = {90: (1 / 3, 2 / 3), 150: (4 / 15, 8 / 15)}
 
 
 def personalised(arg: str | None, data: str = "mnist5k") -> Any:
@@ -187,10 +191,12 @@ def personalised(arg: str | None, data: str = "mnist5k") -> Any:
         optimizer="sgd(momentum=0.9, nesterov=True)",
         learning_rate=0.1,
         learning_rate_decay=1.0,
-        milestones=(40, 80) if config.rounds == 150 else (30, 60),
+        milestones=_MILESTONES[config.rounds],
         weight_decay=5e-4,
     )
-    config.server.update(sampler="uniform", cohort_size=config.data.num_clients // 4)
+    config.server.sampler = "uniform"
+    # A reference: a quarter of however many clients a flag or a study sets.
+    config.server.cohort_size = (config.data.get_ref("num_clients") + 3) // 4
     config.evaluation.finetune_epochs = (0, 4)
     if args.smoke:
         config.rounds, config.local.epochs = 2, 1

@@ -14,9 +14,10 @@ from configs import pfedhn_cifar10
 def get_config(arg: str = ""):
     """Arguments: data (CIFAR-10, CIFAR-100 or an embedded set), clients, smoke."""
     config = pfedhn_cifar10.get_config(arg)
-    clients = config.data.num_clients
-    config.rounds = max(2, config.rounds // clients)
+    clients = config.data.get_ref("num_clients")  # also if a flag sets it
+    if config.rounds > 2:  # not the smoke run
+        config.rounds = (config.rounds - 1) // clients + 1
     config.server.sampler = "full"
-    config.server.learning_rate *= clients
-    config.evaluation.every = max(1, config.evaluation.every // clients)
+    config.server.learning_rate = config.server.learning_rate * clients.to_float()
+    config.evaluation.every = (config.evaluation.every - 1) // clients + 1
     return config

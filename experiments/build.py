@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
 from experiments import factories
 from hyperjax import (
@@ -22,7 +23,8 @@ from hyperjax.data import partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
-from hyperjax.errors import check_at_least, check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Model
 
 
@@ -52,6 +54,7 @@ def build(
         given and what is accepted.
     """
     check(config)
+    warn_of_the_end(config)
     source = load_source(config.data)
     federation = federate(source, config)
     model = make_model(config, source.x.shape[1:], source.num_classes)
@@ -93,6 +96,7 @@ def build(
         store=engine.store,
         conv_rule=engine.conv_rule,
         rounds_per_call=engine.rounds_per_call or config.evaluation.every,
+        marks=marks(config),
     )
     return Experiment(
         federation,
@@ -130,13 +134,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         0,
         **{
             "local.epochs": config.local.epochs,
-            "local.weight_decay": config.local.weight_decay,
-            "local.learning_rate": config.local.learning_rate,
-            "server.learning_rate": config.server.learning_rate,
             "engine.rounds_per_call": config.engine.rounds_per_call,
             "evaluation.finetune_epochs": min(
                 config.evaluation.finetune_epochs, default=0
             ),
+        },
+    )
+    check_number(
+        at_least=0,
+        **{
+            "local.weight_decay": config.local.weight_decay,
+            "local.learning_rate": config.local.learning_rate,
+            "server.learning_rate": config.server.learning_rate,
         },
     )
     if config.data.partition == "dirichlet" and config.data.alpha <= 0:
@@ -188,6 +197,30 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     factories.local_optimizer(config.local)
     factories.server_optimizer(config.server)
+
+
+def marks(config: ml_collections.ConfigDict) -> dict[str, list[int]]:
+    """Returns the rounds from which on a run goes on otherwise, by what says so."""
+    found = {"local.milestones": factories.milestones(config.local, config.rounds)}
+    if "warmup" in config.method:
+        warm = round_at(config.method.warmup, config.rounds)
+        found["method.warmup"] = [warm]
+    return {field: rounds for field, rounds in found.items() if rounds}
+
+
+def warn_of_the_end(config: ml_collections.ConfigDict) -> None:
+    """Warns of what would begin when the run is over."""
+    for field, rounds in marks(config).items():
+        late = [round for round in rounds if round >= config.rounds > 0]
+        if late:
+            logging.warning(
+                "%s=%s begins after round %s, and the run ends after round %d: it "
+                "changes nothing.",
+                field,
+                config[field.split(".")[0]][field.split(".")[1]],
+                " and ".join(map(str, late)),
+                config.rounds,
+            )
 
 
 # Data ------------------------------------------------------------------------------
@@ -324,11 +357,12 @@ def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
     return dict(zip(names, blocks, strict=True))
 
 
-def _population(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
-    """The number of clients, for methods whose server keeps something of each."""
-    takes = "num_clients" in inspect.signature(factories.find_method(name)).parameters
+def _told(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
+    """The numbers of clients and of rounds, for methods that must know them."""
     trainers = 1 if config.data.pooled else population_size(config)[0]
-    return dict(num_clients=trainers) if takes else {}
+    numbers = dict(num_clients=trainers, num_rounds=config.rounds)
+    takes = inspect.signature(factories.find_method(name)).parameters
+    return {k: number for k, number in numbers.items() if k in takes}
 
 
 def make_algorithm(
@@ -343,7 +377,7 @@ def make_algorithm(
     name = config.method.name
     check_choice("method.name", name, factories.method_names())
     factory = factories.find_method(name)
-    options: dict[str, Any] = _population(name, config)
+    options: dict[str, Any] = _told(name, config)
     if isinstance(model, dict):
         blocks = assigned(model, population_size(config)[0])
         options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
@@ -360,14 +394,14 @@ def make_algorithm(
         accepted = factories.own_options(base)
         for option in base_options:
             check_choice(f"option of method.base={base}", option, accepted)
-        base_options |= _population(base, config)
+        base_options |= _told(base, config)
         options |= dict(base=base, base_options=base_options)
     server_opt, uses = factories.watched(factories.server_optimizer(config.server))
     alg = factories.call(
         "method",
         factory,
         model,
-        local=factories.make_local(config.local),
+        local=factories.make_local(config.local, config.rounds),
         server_opt=server_opt,
         **options,
     )

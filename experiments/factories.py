@@ -96,7 +96,7 @@ def own_options(method: str) -> set[str]:
     """Returns what a method takes beyond FedAvg: its hyper-parameters."""
     theirs = inspect.signature(find_method("fedavg")).parameters
     ours = inspect.signature(find_method(method)).parameters
-    hidden = {*theirs, "num_clients"}
+    hidden = {*theirs, "num_clients", "num_rounds"}
     return {n for n, p in ours.items() if n not in hidden and p.kind != p.VAR_KEYWORD}
 
 
@@ -111,17 +111,43 @@ def call(field: str, factory, *args, **options):
         raise TypeError(f"{field}: {error}") from error
 
 
-def make_local(config: ml_collections.ConfigDict):
-    """Returns the builder of the local training loop: model -> train function."""
+def milestones(
+    config: ml_collections.ConfigDict, rounds: int | None = None
+) -> list[int]:
+    """Returns the rounds at which the learning rate falls.
+
+    Args:
+      config: `config.local`. A whole number among its milestones is a round, another
+        one a fraction of all rounds.
+      rounds: of the run; what fractions are of.
+    """
+
+    def resolved(mark):
+        if isinstance(mark, int):
+            return mark
+        if rounds is None:
+            raise ValueError(f"local.milestones has {mark}: a fraction of what?")
+        return local.round_at(mark, rounds)
+
+    return [resolved(mark) for mark in config.milestones]
+
+
+def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
+    """Returns the builder of the local training loop: model -> train function.
+
+    Args:
+      config: `config.local`.
+      rounds: of the run, see `milestones`.
+    """
     phase = local.Phase(
         epochs=config.epochs if config.steps is None else None, steps=config.steps
     )
-    milestones = jnp.asarray(config.milestones or (0,), jnp.int32)
+    falls = jnp.asarray(milestones(config, rounds) or (0,), jnp.int32)
 
     def schedule_fn(round):
         factor = config.learning_rate_decay ** round.astype(jnp.float32)
         if config.milestones:
-            passed = jnp.sum(round >= milestones).astype(jnp.float32)
+            passed = jnp.sum(round >= falls).astype(jnp.float32)
             factor = factor * config.milestone_factor**passed
         return factor
 

@@ -169,8 +169,7 @@ def scaled(
     file, fields = METHODS[label]
     get_config = importlib.import_module(f"configs.{file}").get_config
     config = get_config(f"data={data},novel=5" + (",iid" if iid else ""))
-    rounds = scale.rounds
-    config.seed, config.rounds, config.model.name = seed, rounds, "resnet8"
+    config.seed, config.rounds, config.model.name = seed, scale.rounds, "resnet8"
     config.data.update(
         data_dir=scale.data_dir,
         split=f"train[:{scale.images}]",
@@ -182,9 +181,8 @@ def scaled(
     config.local.update(
         batch_size=scale.batch_size,
         learning_rate=learning_rate,
-        milestones=(rounds // 3, 2 * rounds // 3),
+        milestones=(1 / 3, 2 / 3),
     )
-    config.server.cohort_size = 5
     config.evaluation.update(every=2, finetune_epochs=(0, TUNED))
     config.tensorboard = False
     config.update_from_flattened_dict(fields)

@@ -1,7 +1,10 @@
 """Messages for bad input: what was given, what is accepted, what may be meant."""
 
 import difflib
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
@@ -15,13 +18,63 @@ def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
     raise ValueError(f"{name}={value!r} is unknown{hint} (accepted: {known})")
 
 
-def check_at_least(minimum: float, **values: float) -> None:
-    """Raises ValueError for the first named value below `minimum`."""
+def check_number(
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+    **values: Any,
+) -> None:
+    """Raises ValueError for the first named value that is not such a number.
+
+    Python's, NumPy's and JAX's numbers are numbers; truth values, text and what is not
+    finite are none.
+
+    Args:
+      at_least: lower bound, or
+      above: lower bound that is not reached itself.
+      at_most: upper bound, or
+      below: upper bound that is not reached itself.
+      whole: integers only.
+      **values: what is checked, by the name its user knows.
+
+    Example:
+      >>> check_number(above=0, at_most=1, fraction=0.3)
+    """
+    bounds: list[tuple[Any, Callable, str]] = [
+        (at_least, operator.ge, f"at least {at_least}"),
+        (above, operator.gt, "positive" if above == 0 else f"above {above}"),
+        (at_most, operator.le, f"at most {at_most}"),
+        (below, operator.lt, f"below {below}"),
+    ]
+    given = [bound for bound in bounds if bound[0] is not None]
+    accepted = " and ".join(text for _, _, text in given)
     for name, value in values.items():
-        if value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
+        if not _is_number(value, whole):
+            kind = "a whole number" if whole else "a finite number"
+            accepted = f"{kind}, {accepted}" if accepted else kind
+        elif all(holds(value, bound) for bound, holds, _ in given):
+            continue
+        raise ValueError(f"{name}={value!r} must be {accepted}")
+
+
+def check_at_least(minimum: int, **values: Any) -> None:
+    """Raises ValueError for the first named value that is no integer >= `minimum`."""
+    check_number(at_least=minimum, whole=True, **values)
 
 
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's text, or its name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    """Whether a value is one finite number; with `whole` one of an integer type."""
+    if isinstance(value, str | bytes | bool) or getattr(value, "dtype", "") == "bool":
+        return False
+    try:
+        return math.isfinite(operator.index(value) if whole else float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -4,6 +4,7 @@ Every loop has a traced number of iterations, so a client trains for exactly its
 number of steps; under `vmap` clients that are done wait, their carry untouched.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -259,3 +260,13 @@ def _count(totals: PyTree, info: dict[str, Array], batch) -> PyTree:
 def no_adjustment(grads: PyTree, params: PyTree) -> PyTree:
     """The `adjust` of plain training."""
     return grads
+
+
+def round_at(fraction: float, num_rounds: int) -> int:
+    """Returns the round at a fraction of a run's rounds, rounded down.
+
+    Example:
+      >>> round_at(1 / 3, 90)
+      30
+    """
+    return math.floor(fraction * num_rounds + 1e-6)  # 1 / 3 is a little less

@@ -57,6 +57,7 @@ SMALL = dict(
     tile=2,
     head_epochs=2,
     num_clients=NUM_CLIENTS,
+    num_rounds=4,
     hidden_size=4,
     num_models=2,
     num_hidden=1,

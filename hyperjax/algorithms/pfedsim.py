@@ -1,7 +1,7 @@
 """pFedSim: bodies are mixed by how similar the heads are.
 
 Tan, Zhou, Liu, Wang, Yu 2023, "pFedSim: Similarity-Aware Model Aggregation Towards
-Personalized Federated Learning" (arXiv:2305.15706). After `warmup_rounds` of FedAvg
+Personalized Federated Learning" (arXiv:2305.15706). After a `warmup` of FedAvg
 every client has a model of its own on the server. Client i receives its own head and
 
     body_i = sum_j w_ij body_j,   w_ij proportional to -ln(1 - Phi_ij),
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from hyperjax import aggregators, mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
+from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 LARGEST = 0.9999
@@ -39,7 +40,8 @@ def pfedsim(
     *,
     local,
     num_clients: int,
-    warmup_rounds: int = 0,
+    num_rounds: int,
+    warmup: float = 0.5,
     head=HEAD,
     max_table_gb: float = mixing.MAX_TABLE_GB,
     **fedavg_options,
@@ -50,7 +52,8 @@ def pfedsim(
       model: what is trained.
       local: builds a training loop, see `fedavg`.
       num_clients: N.
-      warmup_rounds: rounds of FedAvg at first; half of all as published.
+      num_rounds: of the whole run.
+      warmup: fraction of the rounds that are FedAvg's at first; half as published.
       head: patterns of the head; its "kernel" is [L, K].
       max_table_gb: largest size of the server's models.
       **fedavg_options: of `fedavg`, for the clients.
@@ -59,7 +62,9 @@ def pfedsim(
       ValueError: the models would not fit, or a size is out of range.
     """
     check_at_least(1, num_clients=num_clients)
-    check_at_least(0, warmup_rounds=warmup_rounds)
+    check_at_least(0, num_rounds=num_rounds)
+    check_number(at_least=0, at_most=1, warmup=warmup)
+    warmup_rounds = round_at(warmup, num_rounds)
     inner = fedavg(model, local=local, **fedavg_options)
     theta = mixing.shared(inner)
     tops, _ = tree.splitter(theta, head).split(theta)

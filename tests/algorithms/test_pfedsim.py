@@ -51,7 +51,8 @@ def ours(warmup_rounds=0):
         model(),
         local=q.training(q.DECAYING),
         num_clients=q.N,
-        warmup_rounds=warmup_rounds,
+        num_rounds=8,
+        warmup=warmup_rounds / 8,
     )
 
 
@@ -234,12 +235,19 @@ def test_a_whole_model_each_way():
     ("options", "message"),
     [
         (dict(num_clients=0), r"num_clients=0 must be at least 1"),
-        (dict(num_clients=4, warmup_rounds=-1), r"warmup_rounds=-1 must be at least 0"),
-        (dict(num_clients=4, head=q.BODY), r"needs a head with a kernel.*body/w"),
-        (dict(num_clients=4, head="top"), r"'top' matches no variable"),
+        (dict(num_rounds=-1), r"num_rounds=-1 must be .*at least 0"),
+        (dict(warmup=-0.1), r"warmup=-0\.1 must be at least 0 and at most 1"),
+        (dict(warmup=1.5), r"warmup=1\.5 must be at least 0 and at most 1"),
+        (dict(warmup=float("nan")), r"warmup=nan must be a finite number"),
+        (dict(head=q.BODY), r"needs a head with a kernel.*body/w"),
+        (dict(head="top"), r"'top' matches no variable"),
         (dict(num_clients=10**12), r"10{12} clients x 10 numbers .* = 40000\.0 GB"),
     ],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
-        pfedsim(model(), local=q.training(), **options)
+        pfedsim(
+            model(),
+            local=q.training(),
+            **{"num_clients": 4, "num_rounds": 8, **options},
+        )

@@ -13,13 +13,19 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common, fedavg_mnist, hyperfednet_cifar10
+from configs import (
+    common,
+    fedavg_mnist,
+    hyperfednet_cifar10,
+    pfedhn_synchronous_cifar10,
+)
 from experiments import build, factories
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
 from hyperjax.data.sources import load
 from hyperjax.engine import comm, families
+from hyperjax.types import Cohort
 
 CONFIGS = sorted(
     path.stem
@@ -151,6 +157,89 @@ def test_milestones_multiply_from_their_round_on():
     assert factors((0, 2, 3, 4, 5, 99), **fields) == pytest.approx(expected)
     fields["local__learning_rate_decay"] = 0.5
     assert factors((3,), **fields) == pytest.approx([0.1 * 0.5**3])
+
+
+def test_milestones_may_be_fractions_of_the_rounds():
+    mixed = config(local__milestones=(1 / 3, 25, 2 / 3), rounds=30).local
+    assert factories.milestones(mixed, 30) == [10, 25, 20]
+    assert factories.milestones(mixed, 90) == [30, 25, 60]
+    with pytest.raises(ValueError, match=r"local.milestones has 0\.33.*: a fraction"):
+        factories.make_local(mixed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "words"),
+    [
+        (dict(rounds=30, local__milestones=(10, 30, 60)), {}, "after round 30 and 60"),
+        (dict(rounds=30), dict(name="pfedsim", warmup=1.0), "method.warmup=1.0 begins"),
+        (dict(rounds=30), dict(name="pfedsim", warmup=0.5), None),
+        (dict(rounds=30, local__milestones=(1 / 3, 29)), {}, None),
+        (dict(rounds=0, local__milestones=(5,)), {}, None),
+    ],
+)
+def test_what_would_begin_after_the_end_is_warned_of(
+    fields, method, words, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(
+        build.logging, "warning", lambda text, *values: said.append(text % values)
+    )
+    found = config(**fields)
+    found.method = method or found.method
+    build.warn_of_the_end(found)
+    assert len(said) == (words is not None)
+    if words:
+        assert words in said[0] and "the run ends after round 30" in said[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_follow_the_rounds_and_clients_they_come_from(name):
+    whole = importlib.import_module(f"configs.{name}").get_config()
+    found = importlib.import_module(f"configs.{name}").get_config()
+    quarter = found.server.cohort_size * 4 == found.data.num_clients
+    found.update_from_flattened_dict({"rounds": 30, "data.num_clients": 8})
+    assert {field: len(rounds) for field, rounds in build.marks(whole).items()} == {
+        field: len(rounds) for field, rounds in build.marks(found).items()
+    }
+    for field, rounds in build.marks(found).items():
+        share = np.array(build.marks(whole)[field]) / whole.rounds
+        np.testing.assert_allclose(rounds, 30 * share, atol=1)
+        assert all(0 < round < 30 for round in rounds)
+    if quarter:
+        assert found.server.cohort_size == 2
+    build.check(found)
+
+
+def test_synchronous_pfedhn_makes_as_many_visits_at_the_same_rate():
+    get_config = pfedhn_synchronous_cifar10.get_config
+    given, flagged = get_config("clients=50"), get_config()
+    flagged.data.num_clients = 50
+    for found in (given, flagged):
+        assert found.rounds == 5000 // 50 and found.evaluation.every == 2
+        assert found.server.learning_rate == pytest.approx(50 * 1e-2)
+
+
+def test_pfedsim_mixes_after_half_of_whatever_rounds_there_are():
+    def sent(rounds, round):
+        """What client 0 is sent at a round, with bodies that tell clients apart."""
+        found = config(rounds=rounds)
+        found.method = dict(name="pfedsim", head="params/head/.*")
+        alg = build.make_algorithm(found, build.make_model(found, (2, 2, 1), 3))
+        server = alg.server.init(jax.random.key(0))
+        models = {
+            k: x + jnp.arange(10.0).reshape(10, *[1] * (x.ndim - 1))
+            for k, x in server.models.items()
+        }
+        cohort = Cohort(
+            jnp.array([0]), jnp.ones(1), jnp.ones(1), jnp.int32(round), 10.0
+        )
+        server = server._replace(models=models, phi=jnp.full((10, 10), 0.5))
+        own = alg.server.downlink(jax.random.key(0), server, cohort).own
+        return {k: bool(jnp.any(x != models[k][:1])) for k, x in own.items()}
+
+    for rounds, first in ((90, 45), (30, 15), (5, 2)):
+        assert not any(sent(rounds, first - 1).values())
+        assert any(sent(rounds, first).values())
 
 
 def test_steps_replace_epochs():
@@ -293,7 +382,8 @@ def test_config_arguments_reach_the_fields():
     assert fedavg_mnist.get_config("alpha=1").data.alpha == 1.0
     config = hyperfednet_cifar10.get_config("iid,novel=7")
     assert config.data.partition == "iid" and config.data.num_novel == 7
-    assert config.model.name == "resnet38" and config.local.milestones == (40, 80)
+    assert config.model.name == "resnet38"
+    assert build.marks(config) == {"local.milestones": [40, 80]}
     assert config.server.cohort_size == 25 and config.data.split == "train+test"
     with pytest.raises(ValueError, match="data='svhn' is not among"):
         hyperfednet_cifar10.get_config("data=svhn")

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import build, embedding_sizes, grid, personalised, server_side, train
 
-SCALE = personalised.Scale(rounds=2, data_dir="somewhere")
+SCALE = personalised.Scale(rounds=4, data_dir="somewhere")
 
 
 def test_lists_of_whole_numbers():
@@ -53,7 +53,10 @@ def test_what_diverged_has_no_accuracy(tmp_path, monkeypatch):
 def test_personalised_configs_are_sound_and_alike(label, data):
     config = personalised.scaled(label, data, False, 3, 0.1, SCALE)
     build.check(config)
+    for field, rounds in build.marks(config).items():  # milestones, a warm-up
+        assert all(0 < round < SCALE.rounds for round in rounds), field
     other = personalised.scaled("FedAvg", data, False, 3, 0.1, SCALE)
+    assert config.server.cohort_size == other.server.cohort_size == 5
     assert config.data.num_clients == other.data.num_clients == 20
     # Centralised training is one client's, of which an epoch is what a quarter of the
     # users do in four; FedDyn clips and pFedMe has plain SGD, as published.
