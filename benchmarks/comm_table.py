@@ -37,7 +37,7 @@ from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
-from hyperjax.types import Algorithm, Batch, Model
+from hyperjax.types import Algorithm, Batch, Model, Trained
 
 
 class Network(NamedTuple):
@@ -186,23 +186,26 @@ def hollow(model: Model) -> Model:
 
     def trial(key, batch):
         variables = model.init(key)
-        features = model.features(variables, batch, False)
+        features = model.features(variables, batch)
         return variables, features, model.predict(variables, batch.x)
 
     shapes = jax.eval_shape(trial, jax.random.key(0), one)
     variables, features, logits = shapes
 
     def loss(key, variables, batch, context):
-        return jnp.float32(0), (variables["stats"], {"loss": jnp.float32(0)})
+        size = batch.x.shape[0]
+        return jnp.float32(0), Trained(
+            variables["stats"],
+            {"loss": jnp.float32(0)},
+            jnp.zeros((size, logits.shape[1])),
+            jnp.zeros((size, features.shape[1])),
+        )
 
     return model._replace(
         init=lambda key: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables),
         loss=loss,
         predict=lambda variables, x: jnp.zeros((x.shape[0], logits.shape[1])),
-        logits=lambda key, variables, batch: jnp.zeros(
-            (batch.x.shape[0], logits.shape[1])
-        ),
-        features=lambda variables, batch, train: jnp.zeros(
+        features=lambda variables, batch: jnp.zeros(
             (batch.x.shape[0], features.shape[1])
         ),
         with_shape=lambda shape: hollow(model.with_shape(shape)),

@@ -160,9 +160,10 @@ def trainer(
         def step(i, carry, order, key):
             active, stats, opt, totals, probed = carry
             batch = clients.take(data, order, i, batch_size)
-            (_, (stats, info)), grads = jax.value_and_grad(loss, has_aux=True)(
+            (_, trained), grads = jax.value_and_grad(loss, has_aux=True)(
                 active, stats, jax.random.fold_in(key, i), batch
             )
+            stats, info = trained.stats, trained.info
             updates, opt = optimizer.update(adjust(grads, active), opt, active)
             active = optax.apply_updates(active, tree.scale(updates, factor))
             totals = _count(totals, info, batch)
@@ -240,7 +241,7 @@ def _zero_totals(model, variables, data, batch_size, context) -> PyTree:
 
     def report(variables, data, context):
         batch = clients.take(data, jnp.arange(data.rows.shape[0]), 0, batch_size)
-        return model.loss(jax.random.key(0), variables, batch, context)[1][1]
+        return model.loss(jax.random.key(0), variables, batch, context)[1].info
 
     info = jax.eval_shape(report, variables, data, context)
     zero = jnp.float32(0)

@@ -85,12 +85,21 @@ def _cannot_rebuild(sample_shape):
     raise ValueError("this model cannot be rebuilt for inputs of another shape")
 
 
-def _no_features(variables, batch, train):
+def _no_features(variables, batch):
     raise ValueError("this model has no layer named 'head' to take the input of")
 
 
-def _no_logits(key, variables, batch):
-    raise ValueError("this model does not give its logits in training")
+class Trained(NamedTuple):
+    """What the one pass of a training step gives beside its loss.
+
+    Outputs carry gradients, so that a loss with more terms needs no second pass; they
+    are those of the network that predicts, and () where a model has none to give.
+    """
+
+    stats: PyTree  # the variables' statistics after the step
+    info: dict[str, Array]  # logged quantities, means over the batch
+    logits: Array | tuple[()] = ()  # [B, K]
+    features: Array | tuple[()] = ()  # [B, L], the input of the layer named "head"
 
 
 class Model(NamedTuple):
@@ -102,16 +111,15 @@ class Model(NamedTuple):
 
     sample_shape: tuple[int, ...]  # (H, W, ch) of one input
     init: Callable  # (key) -> variables
-    loss: Callable  # (key, variables, batch, context) -> (loss [], (stats, info))
+    loss: Callable  # (key, variables, batch, context) -> (loss [], Trained)
     predict: Callable  # (variables, x [B, ...]) -> logits [B, K]
     context: Callable = lambda variables, data: ()  # once per local visit, for `loss`
     condition: Callable = lambda variables, inputs: ()
     export: Callable = lambda variables: variables  # -> variables of a plain network
     inspect: Callable = lambda variables, inputs: {}  # -> logged quantities
     with_shape: Callable = _cannot_rebuild  # (sample_shape) -> the same, rebuilt
-    # (variables, batch, train: bool) -> [B, L], the input of the layer named "head"
+    # (variables, batch) -> [B, L], the input of the layer named "head" in `predict`
     features: Callable = _no_features
-    logits: Callable = _no_logits  # (key, variables, batch) -> [B, K], as in `loss`
     # What a client does to its variables on its first visit (it holds what it received
     # in the place of shared ones), before and after the training of every visit.
     arrive: Callable = lambda key, variables: variables

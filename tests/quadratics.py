@@ -18,7 +18,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import comm, exchange, stores
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import AdaptData, ClientData, Cohort, Downlink, Model, Pool
+from hyperjax.types import AdaptData, ClientData, Cohort, Downlink, Model, Pool, Trained
 
 N, LR = 4, 0.125
 # Eigenvalues between 0.58 and 3.42.
@@ -116,9 +116,10 @@ def model() -> Model:
         a = x[:, jnp.array([[0, 1], [1, 2]])]
         gap = theta(variables) - x[:, 3:]
         value = masked_mean(jnp.einsum("bi,bij,bj->b", gap, a, gap) / 2, batch.mask)
-        return value, (variables["stats"], {"loss": value})
+        outside = features(variables, batch)
+        return value, Trained(variables["stats"], {"loss": value}, features=outside)
 
-    def features(variables, batch, train):
+    def features(variables, batch):
         body = variables["params"]["body"]["w"]
         return jnp.tile(jnp.stack([body, 1.0]), (batch.x.shape[0], 1))
 

@@ -14,7 +14,7 @@ from hyperjax.data import clients
 from hyperjax.local import Phase
 from hyperjax.models import MLP, from_linen
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import AdaptData, ClientData, Model, Pool
+from hyperjax.types import AdaptData, ClientData, Model, Pool, Trained
 
 LR = 0.1
 PLAIN = optax.sgd(LR)
@@ -37,7 +37,7 @@ def quadratic():
         mean = masked_mean(x, batch.mask)
         value = masked_mean((a - x) ** 2 / 2 + (b - 2 * x) ** 2 / 2, batch.mask)
         stats = {"seen": variables["stats"]["seen"] + jnp.sum(batch.mask)}
-        return value, (stats, {"loss": value, "mean_x": mean})
+        return value, Trained(stats, {"loss": value, "mean_x": mean})
 
     return Model((1, 1, 1), init, loss, predict=lambda variables, x: x)
 

@@ -65,10 +65,11 @@ def apfl(
 
     def loss(key, variables, batch, context):
         shared = personal.without(variables)
-        value, (stats, info) = model.loss(key, shared, batch, context)
-        own_value, (own_stats, _) = model.loss(key, mixed(variables), batch, context)
-        info = {**info, "personal_loss": own_value}
-        return value + own_value, (personal.join_stats(stats, own_stats), info)
+        value, seen = model.loss(key, shared, batch, context)
+        own_value, trained = model.loss(key, mixed(variables), batch, context)
+        stats = personal.join_stats(seen.stats, trained.stats)
+        info = {**seen.info, "personal_loss": own_value}
+        return value + own_value, trained._replace(stats=stats, info=info)
 
     def with_mix(after, variables):
         mix = variables["params"]["mix"] if adaptive else jnp.float32(alpha)

@@ -48,30 +48,28 @@ def ditto(
         raise ValueError(f"lam={lam} must not be negative")
     template = jax.eval_shape(model.init, jax.random.key(0))
     cut = tree.splitter(template, keep)
+    double = personal.doubled(model)
 
     def received(params):
         return cut.split({"params": params, "stats": template["stats"]})[1]
 
     def context(variables, data):
-        ours = personal.without(variables)
-        return ours["params"], model.context(ours, data)
+        anchor = personal.without(variables)["params"]
+        return anchor, double.context(variables, data)
 
     def loss(key, variables, batch, context):
         anchor, inner = context
-        shared, own = personal.without(variables), personal.only(variables)
-        value, (stats, info) = model.loss(key, shared, batch, inner)
-        own_value, (own_stats, _) = model.loss(key, own, batch, inner)
+        value, trained = double.loss(key, variables, batch, inner)
+        own = personal.only(variables)
         there, here = received(anchor), received(own["params"])
         distance = sum(
             jnp.sum(jnp.square(here[path] - there[path]))
             for path in here
             if path.startswith("params/")
         )
-        total = value + own_value + 0.5 * lam * distance
-        info = {**info, "personal_loss": own_value}
-        return total, (personal.join_stats(stats, own_stats), info)
+        return value + 0.5 * lam * distance, trained
 
-    both = personal.doubled(model)._replace(loss=loss, context=context)
+    both = double._replace(loss=loss, context=context)
     home = (*tree.as_patterns(keep), *personal.kept(template))
     return fedavg(
         both,

@@ -276,8 +276,8 @@ def _refreshed(model: Model, key, variables: PyTree, data: ClientData) -> PyTree
     context = model.context(variables, data)
 
     def step(variables, batch):
-        _, (stats, _) = model.loss(key, variables, batch, context)
-        return {**variables, "stats": stats}
+        _, trained = model.loss(key, variables, batch, context)
+        return {**variables, "stats": trained.stats}
 
     return clients.fold(step, variables, data, REFRESH_BATCH)
 

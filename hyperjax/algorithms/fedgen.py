@@ -12,7 +12,8 @@ averages the models. Clients train, from the second round on, with
     CE(f(x), y) + b_t KL(head(G(y)) || f(x)) + a_t (B_gen / B) CE(head(G(y')), y'),
 
 y' drawn from the labels that they hold, a_t = alpha decay^t and b_t = beta decay^t in
-round t = 1, 2, ..., but no less than 1e-4 where alpha and beta are not. B is the batch
+round t = 1, 2, ..., but no less than 1e-4 where alpha and beta are not. Both f(x) are
+of one pass, with dropout where the network has it. B is the batch
 size, also of a last batch that is not full; one of a single sample has no KL term. The
 generator has batch statistics in every use and so no running ones to send. Corrected
 against the public code: teachers are the clients' own heads, and clients do not change
@@ -34,7 +35,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_at_least
 from hyperjax.models.beside import beside, pattern
 from hyperjax.models.layers import BatchNorm, Dense
-from hyperjax.models.linen import distillation
+from hyperjax.models.linen import check_gives, distillation
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 NAME = "generator"  # among a client's statistics
@@ -109,7 +110,8 @@ def fedgen(
       **fedavg_options: of `fedavg`.
 
     Raises:
-      ValueError: the head has not the two leaves, or a size is below 1.
+      ValueError: the head has not the two leaves, a size is below 1, or the model does
+        not give its logits in training.
     """
     check_at_least(
         1,
@@ -118,6 +120,7 @@ def fedgen(
         generator_batch_size=generator_batch_size,
     )
     check_at_least(0, generator_steps=generator_steps)
+    check_gives(model, "logits")
     template = jax.eval_shape(model.init, jax.random.key(0))
     tops, _ = tree.splitter({"params": template["params"]}, head).split(
         {"params": template["params"]}
@@ -162,14 +165,13 @@ def fedgen(
     plain = beside(model, NAME, beginning)
 
     def loss(key, variables, batch, context):
-        value, (stats, info) = plain.loss(key, variables, batch, context)
-        extra = stats[NAME]
+        value, trained = plain.loss(key, variables, batch, context)
+        extra = trained.stats[NAME]
         key_same, key_draw, key_other = jax.random.split(jax.random.fold_in(key, 1), 3)
         params = tree.by_path({"params": variables["params"]})
-        logits = classify(params, plain.features(variables, batch, True))
         z, _ = emit(extra["params"], key_same, batch.y, batch.mask)
         taught = jax.lax.stop_gradient(classify(params, z))
-        kl = distillation(logits, taught, batch)
+        kl = distillation(trained.logits, taught, batch)
         labels = draw(key_draw, extra["available"], generator_batch_size)
         z, _ = emit(extra["params"], key_other, labels)
         generated = optax.softmax_cross_entropy_with_integer_labels(
@@ -181,7 +183,7 @@ def fedgen(
         # The generator normalises over a batch, and of one sample nothing is left.
         b = jnp.where(jnp.sum(batch.mask) > 1, b, 0.0)
         total = value + b * kl + a * share * jnp.mean(generated)
-        return total, (stats, info)
+        return total, trained
 
     whole = plain._replace(loss=loss)
     home = (*tree.as_patterns(keep), pattern(NAME))

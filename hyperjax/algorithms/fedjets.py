@@ -39,7 +39,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_at_least
 from hyperjax.local import no_adjustment, tuner
 from hyperjax.models.layers import Dense
-from hyperjax.models.linen import cross_entropy
+from hyperjax.models.linen import check_gives, cross_entropy
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -49,6 +49,7 @@ from hyperjax.types import (
     Model,
     PyTree,
     ServerSide,
+    Trained,
 )
 
 GATE_BATCH = 256  # inputs ranked at a time
@@ -109,13 +110,15 @@ def fedjets(
         that stands still with it; default: adds the mean.
 
     Raises:
-      ValueError: the model has no layer "head", or not 1 <= K <= S <= M.
+      ValueError: the model has no layer "head", does not give its logits in training,
+        or not 1 <= K <= S <= M.
     """
     num_sent = top_k if num_sent is None else num_sent
     check_at_least(1, num_clients=num_clients, top_k=top_k)
     check_at_least(0, anchors_per_expert=anchors_per_expert)
     check_at_least(top_k, num_sent=num_sent)
     check_at_least(num_sent, num_experts=num_experts)
+    check_gives(model, "logits")
     common_expert = common_expert or model.init
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     nobody = num_experts  # where the number of an expert is asked for
@@ -142,7 +145,7 @@ def fedjets(
 
     def rank(variables, batch):
         """The gate's scores of all experts, [B, M]."""
-        features = model.features(variables["stats"]["common"], batch, False)
+        features = model.features(variables["stats"]["common"], batch)
         return network.apply({"params": variables["params"]["gate"]}, features)
 
     def answers(which, pinned):
@@ -155,15 +158,16 @@ def fedjets(
         share = jax.nn.softmax(scores[:, which], where=answers(which, pinned))
         logits, seen = jnp.float32(0), []
         for slot, expert in enumerate(each(variables)):
-            # Two calls, which a compiler makes one: only the first gives statistics.
-            seen.append(model.loss(key, expert, batch, ())[1][0])
-            logits += share[:, slot, None] * model.logits(key, expert, batch)
+            _, trained = model.loss(key, expert, batch, ())
+            seen.append(trained.stats)
+            logits += share[:, slot, None] * trained.logits
         value = cross_entropy(logits, batch)
         expert = jnp.full_like(batch.y, jnp.minimum(pinned, num_experts - 1))
         named = cross_entropy(scores, batch._replace(y=expert))
         total = value + jnp.where(pinned == nobody, 0.0, named)
         seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
-        return total, ({**stats, "experts": seen}, {"loss": value})
+        stats = {**stats, "experts": seen}
+        return total, Trained(stats, {"loss": value}, logits)
 
     def predict(variables, x):
         scores = rank(variables, _inputs(x))[:, variables["stats"]["which"]]
@@ -188,7 +192,7 @@ def fedjets(
     def init(common):
         first, x = common_expert(common), jnp.zeros((1, *model.sample_shape))
         experts = mixing.table(first, num_experts)
-        features = model.features(first, _inputs(x), False)
+        features = model.features(first, _inputs(x))
         start = network.init(rng.stream(common, "gate"), features)["params"]
         opt = jax.vmap(server_opt.init)(experts["params"]), server_opt.init(start)
         draw = jax.random.normal(rng.stream(common, "shares"), (num_clients, nobody))

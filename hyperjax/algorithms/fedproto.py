@@ -5,9 +5,10 @@ across Heterogeneous Clients", AAAI (arXiv:2105.00243), algorithm 1. Clients tra
 
     CE(f(x), y) + lambda mean |z(x) - prototype_y|^2 / L
 
-with z the L inputs of the layer named "head" and prototypes averaged over all clients
-by their samples of the class; a class that nobody has shown yet pulls nothing. Networks
-may differ between families as long as L is the same.
+with z the L inputs of the layer named "head" (dropout on, as in f) and prototypes, of
+features in evaluation mode, averaged over all clients by their samples of the class; a
+class that nobody has shown yet pulls nothing. Networks may differ between families as
+long as L is the same.
 """
 
 from collections.abc import Mapping
@@ -134,12 +135,13 @@ def _pulled(model: Model, lam: float, empty) -> Model:
     inner = beside(model, NAME, lambda key, variables: empty()._asdict())
 
     def loss(key, variables, batch, context):
-        value, (stats, info) = inner.loss(key, variables, batch, context)
-        z, prototypes = inner.features(variables, batch, True), stats[NAME]
+        value, trained = inner.loss(key, variables, batch, context)
+        z, prototypes = trained.features, trained.stats[NAME]
         label = jnp.maximum(batch.y, 0)
         apart = jnp.mean(jnp.square(z - prototypes["mean"][label]), -1)
         pull = masked_mean(prototypes["known"][label] * apart, batch.mask)
-        return value + lam * pull, (stats, {**info, "pull": pull})
+        info = {**trained.info, "pull": pull}
+        return value + lam * pull, trained._replace(info=info)
 
     return inner._replace(loss=loss)
 
@@ -150,7 +152,7 @@ def features_by_class(
     """Returns a client's mean features and samples of each class."""
 
     def step(sums, batch):
-        z = model.features(variables, batch, False)
+        z = model.features(variables, batch)
         member = jax.nn.one_hot(batch.y, like.mean.shape[0]) * batch.mask[:, None]
         z = jnp.where(batch.mask[:, None] > 0, z, 0.0)
         of_class = jnp.matmul(member.T, z, precision=FULL_PRECISION)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.models.linen import distillation
+from hyperjax.models.linen import check_gives, distillation
 from hyperjax.types import Algorithm, Model
 
 
@@ -61,7 +61,14 @@ def fml(
 
 
 def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
-    """Returns both networks in one, which predicts with its own."""
+    """Returns both networks in one, which predicts with its own.
+
+    Raises:
+      ValueError: one does not give its logits in training.
+    """
+
+    for model in (own, shared):
+        check_gives(model, "logits")
 
     def part(variables, name):
         return {k: variables[k][name] for k in ("params", "stats")}
@@ -75,15 +82,16 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
 
     def loss(key, variables, batch, context):
         mine, theirs = part(variables, "own"), part(variables, "shared")
-        value, (stats, info) = own.loss(key, mine, batch, ())
-        other, (other_stats, _) = shared.loss(key, theirs, batch, ())
-        logits = own.logits(key, mine, batch), shared.logits(key, theirs, batch)
-        to_own = distillation(logits[0], jax.lax.stop_gradient(logits[1]), batch)
-        to_shared = distillation(logits[1], jax.lax.stop_gradient(logits[0]), batch)
+        value, trained = own.loss(key, mine, batch, ())
+        other, others = shared.loss(key, theirs, batch, ())
+        z, z_shared = trained.logits, others.logits
+        to_own = distillation(z, jax.lax.stop_gradient(z_shared), batch)
+        to_shared = distillation(z_shared, jax.lax.stop_gradient(z), batch)
         total = alpha * value + (1 - alpha) * to_own
         total += beta * other + (1 - beta) * to_shared
-        stats = {"own": stats, "shared": other_stats}
-        return total, (stats, {**info, "shared_loss": jnp.asarray(other)})
+        stats = {"own": trained.stats, "shared": others.stats}
+        info = {**trained.info, "shared_loss": jnp.asarray(other)}
+        return total, trained._replace(stats=stats, info=info)
 
     return Model(
         sample_shape=own.sample_shape,

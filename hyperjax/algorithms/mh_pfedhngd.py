@@ -31,7 +31,7 @@ from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.errors import check_choice
 from hyperjax.models.beside import beside
-from hyperjax.models.linen import distillation
+from hyperjax.models.linen import check_gives, distillation
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -233,16 +233,17 @@ def _with_copy(
 
 def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model:
     """A network that learns from labels and from a teacher among its statistics."""
+    check_gives(model, "logits")
     template = jax.eval_shape(small.init, jax.random.key(0))
     whole = tree.splitter(template, r".*").merge
     inner = beside(model, NAME, lambda key, _: tree.by_path(small.init(key)))
 
     def loss(key, variables, batch, context):
-        value, (stats, info) = inner.loss(key, variables, batch, context)
-        z_teacher = small.predict(whole(stats[NAME], {}), batch.x)
-        z = inner.logits(key, variables, batch)
-        kl = distillation(z, jax.lax.stop_gradient(z_teacher), batch, temperature)
-        total = lam * kl + (1 - lam) * value
-        return total, (stats, {**info, "distillation": kl})
+        value, trained = inner.loss(key, variables, batch, context)
+        z_teacher = small.predict(whole(trained.stats[NAME], {}), batch.x)
+        z_teacher = jax.lax.stop_gradient(z_teacher)
+        kl = distillation(trained.logits, z_teacher, batch, temperature)
+        info = {**trained.info, "distillation": kl}
+        return lam * kl + (1 - lam) * value, trained._replace(info=info)
 
     return inner._replace(loss=loss)

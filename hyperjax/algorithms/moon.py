@@ -5,11 +5,11 @@ equation 3: the loss gains
 
     mu mean -log( e^{cos(z, z_glob)/T} / (e^{cos(z, z_glob)/T} + e^{cos(z, z_prev)/T}) )
 
-with z the features of the model in training, z_glob and z_prev those of the received
-model and of the one the client's last visit ended with, both fixed and in evaluation
-mode. On a first visit z_prev = z_glob, so the term is log 2 with gradient zero.
-Features are the input of the layer named "head"; the paper's networks have a two-layer
-projection in front of it.
+with z the features of the model in training (dropout on), z_glob and z_prev those of
+the received model and of the one the client's last visit ended with, both fixed and in
+evaluation mode. On a first visit z_prev = z_glob, so the term is log 2 with gradient
+zero. Features are the input of the layer named "head"; the paper's networks have a
+two-layer projection in front of it.
 """
 
 import jax
@@ -51,7 +51,7 @@ def moon(
         raise ValueError(
             f"mu={mu} must not be negative, temperature={temperature} be positive"
         )
-    sizes(model)  # raises what a model without features does
+    sizes(model)  # raises where there are no features
 
     def snapshot(ours):
         return {"params": ours["params"], "stats": ours["stats"]}
@@ -70,13 +70,12 @@ def moon(
 
     def loss(key, variables, batch, context):
         received, before, rest = context
-        value, (stats, info) = inner.loss(key, variables, batch, rest)
-        z = inner.features(variables, batch, True)
-        fixed = (model.features(v, batch, False) for v in (received, before))
-        near, far = (_cosine(z, other) / temperature for other in fixed)
+        value, trained = inner.loss(key, variables, batch, rest)
+        fixed = (model.features(v, batch) for v in (received, before))
+        near, far = (_cosine(trained.features, z) / temperature for z in fixed)
         contrast = masked_mean(jnp.logaddexp(near, far) - near, batch.mask)
-        info = {**info, "contrast": contrast}
-        return value + mu * contrast, (stats, info)
+        info = {**trained.info, "contrast": contrast}
+        return value + mu * contrast, trained._replace(info=info)
 
     whole = inner._replace(
         loss=loss,

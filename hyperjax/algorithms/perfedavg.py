@@ -84,6 +84,8 @@ def perfedavg(
         products = jax.tree.map(
             lambda x, g: (x * jax.lax.stop_gradient(g)).sum(), moved, grads
         )
+        # Outputs are of the adapted parameters, for a part of the batch.
+        aux = aux._replace(logits=(), features=())
         return sum(jax.tree.leaves(products), jax.lax.stop_gradient(value)), aux
 
     alg = fedavg(model._replace(loss=loss), local=local, **fedavg_options)

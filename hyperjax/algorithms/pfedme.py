@@ -83,11 +83,11 @@ def pfedme(
 
         fixed = jax.lax.stop_gradient(w)
         u = jax.lax.stop_gradient(jax.lax.fori_loop(0, inner_steps, step, fixed))
-        value, (stats, info) = objective(u)
+        value, trained = objective(u)
         # Squares, not the norm's: its derivative is not a number where u is w.
         squares = jax.tree.map(lambda w, u: jnp.sum(jnp.square(w - u)), w, u)
         envelope = value + 0.5 * lam * sum(jax.tree.leaves(squares))
-        return envelope, ({**stats, NAME: u}, info)
+        return envelope, trained._replace(stats={**trained.stats, NAME: u})
 
     whole = beside(
         model,

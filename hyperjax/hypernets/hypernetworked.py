@@ -91,10 +91,6 @@ def hypernetworked(
     def loss(key, variables, batch, context):
         return model.loss(key, in_training(variables), batch, context)
 
-    def features(variables, batch, train):
-        bound = in_training(variables) if train else plain(variables)
-        return model.features(bound, batch, train)
-
     return Model(
         sample_shape=model.sample_shape,
         init=init,
@@ -102,7 +98,7 @@ def hypernetworked(
         predict=lambda variables, x: model.predict(plain(variables), x),
         context=lambda variables, data: model.context(plain(variables), data),
         export=plain,
-        features=features,
+        features=lambda variables, batch: model.features(plain(variables), batch),
         arrive=arrive,
         visit=visit,
     )

@@ -17,7 +17,7 @@ from hyperjax.errors import check_choice
 from hyperjax.hypernets import embedding as embeddings
 from hyperjax.hypernets.embedding import Embedding
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import Array, HyperNet, Model, PyTree
+from hyperjax.types import Array, HyperNet, Model, PyTree, Trained
 
 GRANULARITIES = ("sample", "batch", "client")
 DEPLOYMENTS = ("client", "sample")
@@ -99,8 +99,10 @@ def conditioned(
         penalty, terms = embedding.penalty(e, batch.mask)
         info |= terms
         if embed_granularity == "sample":
-            value = cross_entropy(logits_per_sample(variables, e, batch.x), batch)
-            return value + penalty, (variables["stats"], {"loss": value, **info})
+            logits = logits_per_sample(variables, e, batch.x)
+            value = cross_entropy(logits, batch)
+            info = {"loss": value, **info}
+            return value + penalty, Trained(variables["stats"], info, logits)
         mean = embeddings.mean_embedding(e, batch.mask)
         if embed_granularity == "client":
             clean = embeddings.mean_embedding(
@@ -108,8 +110,8 @@ def conditioned(
             )
             mean = mean + jax.lax.stop_gradient(context - clean)
         plain, x = bound(variables, mean, batch.x)
-        value, (stats, own) = model.loss(key_model, plain, batch._replace(x=x), ())
-        return value + penalty, (stats, {**own, **info})
+        value, trained = model.loss(key_model, plain, batch._replace(x=x), ())
+        return value + penalty, trained._replace(info={**trained.info, **info})
 
     def moments(variables, inputs):
         """Mean embedding [P] and mean entropy [] over a client's inputs."""

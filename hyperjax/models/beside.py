@@ -62,8 +62,8 @@ def beside(
 
     def loss(key, variables, batch, context):
         ours, entry = split(variables, name)
-        value, (stats, info) = model.loss(key, ours, batch, context)
-        return value, ({**stats, name: entry}, info)
+        value, trained = model.loss(key, ours, batch, context)
+        return value, trained._replace(stats={**trained.stats, name: entry})
 
     return model._replace(
         init=init,
@@ -76,9 +76,6 @@ def beside(
         # The entry may depend on the shape in ways that nobody here knows.
         with_shape=Model._field_defaults["with_shape"],
         features=seen(model.features),
-        logits=lambda key, variables, batch: model.logits(
-            key, split(variables, name)[0], batch
-        ),
         arrive=lambda key, variables: within(partial(model.arrive, key))(variables),
         visit=within(model.visit),
         leave=within(model.leave),

@@ -1,6 +1,7 @@
 """From a flax.linen module to a `Model`."""
 
 import inspect
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax.errors import first_line
-from hyperjax.types import Array, Batch, Model
+from hyperjax.types import Array, Batch, ClientData, Model, Pool, Trained
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -44,12 +45,39 @@ def sizes(model: Model) -> tuple[int, int]:
 
     def trial(key):
         variables = model.init(key)
-        x = jnp.zeros((1, *model.sample_shape))
-        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
-        return model.predict(variables, x), model.features(variables, batch, False)
+        batch = _blank(model.sample_shape)
+        return model.predict(variables, batch.x), model.features(variables, batch)
 
     logits, features = jax.eval_shape(trial, jax.random.key(0))
+    check_gives(model, "features")
     return logits.shape[-1], features.shape[-1]
+
+
+def check_gives(model: Model, *outputs: str) -> None:
+    """Raises ValueError unless these fields of `Trained` come out of a training pass.
+
+    A method asks here, when it is built, for what its loss is going to read.
+    """
+
+    def trial(key, data):
+        variables = model.init(key)
+        context = model.context(variables, data)
+        return model.loss(key, variables, _blank(model.sample_shape), context)[1]
+
+    one = jnp.ones(model.sample_shape[-1:], jnp.float32)
+    images = jnp.zeros((1, *model.sample_shape), jnp.uint8)
+    pool = Pool(images, jnp.zeros(1, jnp.int32), one, one)
+    data = ClientData(jnp.zeros(1, jnp.int32), jnp.int32(1), pool)
+    trained = jax.eval_shape(trial, jax.random.key(0), data)
+    for name in outputs:
+        if isinstance(getattr(trained, name), tuple):
+            raise ValueError(f"this model does not give its {name} in training")
+
+
+def _blank(sample_shape: tuple[int, ...]) -> Batch:
+    """A batch of one sample, for abstract evaluation."""
+    x = jnp.zeros((1, *sample_shape), jnp.float32)
+    return Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.float32))
 
 
 def from_linen(
@@ -61,7 +89,7 @@ def from_linen(
     `__call__` has an argument `train`, it is set accordingly; an argument `mask` is the
     batch's [B] in training and None otherwise. Collections other than "params" become
     `variables["stats"]`; a "dropout" stream is supplied in training. `features` is the
-    input of the module's layer "head" (path params/head), without dropout.
+    input of the module's layer "head" (path params/head).
 
     Raises:
       ValueError: the module does not accept the shape, or does not return logits of
@@ -90,27 +118,16 @@ def from_linen(
         return {"params": collections.pop("params"), "stats": collections}
 
     def loss(key, variables, batch, context):
-        logits, stats = apply(variables, batch.x, True, batch.mask, key)
+        found: list[Array] = []
+        with nn.intercept_methods(_inputs_of_head(found)):
+            logits, stats = apply(variables, batch.x, True, batch.mask, key)
         value = cross_entropy(logits, batch)
-        return value, (stats, {"loss": value})
+        return value, Trained(stats, {"loss": value}, logits, *found[:1])
 
-    def training_logits(key, variables, batch):
-        # The very computation of `loss`, which a compiler does once for both.
-        return apply(variables, batch.x, True, batch.mask, key)[0]
-
-    def features(variables, batch, train):
-        found = []
-
-        def capture(call, args, kwargs, context):
-            if context.method_name == "__call__":
-                if isinstance(context.module, nn.Dropout):
-                    return args[0]
-                if context.module.path == ("head",):
-                    found.append(args[0])
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(capture):
-            apply(variables, batch.x, train, batch.mask if train else None)
+    def features(variables, batch):
+        found: list[Array] = []
+        with nn.intercept_methods(_inputs_of_head(found)):
+            predict(variables, batch.x)
         return found[0]
 
     def predict(variables, x):
@@ -137,8 +154,18 @@ def from_linen(
         init=init,
         loss=loss,
         predict=predict,
-        logits=training_logits,
         with_shape=lambda shape: from_linen(module, shape, num_classes),
     )
     has_head = "head" in variables["params"]
     return model._replace(features=features) if has_head else model
+
+
+def _inputs_of_head(found: list[Array]) -> Callable:
+    """Returns an interceptor that puts what the layer "head" is given into a list."""
+
+    def intercept(call, args, kwargs, context):
+        if context.method_name == "__call__" and context.module.path == ("head",):
+            found.append(args[0])
+        return call(*args, **kwargs)
+
+    return intercept

@@ -60,6 +60,7 @@ def both(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
 def doubled(model: Model) -> Model:
     """Returns a model of both sets, with the personal one's predictions.
 
+    Its loss is the sum of both sets', each as if it were alone, on the same batch.
     The personal set starts as a copy: of what a client received on its first visit, so
     that a client that never trained predicts as the global model does.
     """
@@ -70,11 +71,20 @@ def doubled(model: Model) -> Model:
             jax.tree.map(jnp.copy, {k: variables[k] for k in ("params", "stats")}),
         )
 
+    def loss(key, variables, batch, context):
+        shared, own = without(variables), only(variables)
+        value, seen = model.loss(key, shared, batch, context)
+        own_value, trained = model.loss(key, own, batch, context)
+        stats = join_stats(seen.stats, trained.stats)
+        info = {**seen.info, "personal_loss": own_value}
+        return value + own_value, trained._replace(stats=stats, info=info)
+
     def around(hook):
         return lambda variables: join(hook(without(variables)), hook(only(variables)))
 
     return model._replace(
         init=lambda key: copied(model.init(key)),
+        loss=loss,
         arrive=lambda key, variables: copied(model.arrive(key, without(variables))),
         visit=around(model.visit),
         leave=around(model.leave),

@@ -283,7 +283,7 @@ def test_an_unseen_client_answers_with_the_expert_ranked_first():
     nothing = inputs._replace(size=jnp.int32(0))
     batch = clients.take(inputs, jnp.arange(9), 0, 9)
     common = model.init(ROOT)
-    features = model.features(common, batch, False)
+    features = model.features(common, batch)
     draw = np.random.default_rng(2)
     experts = jax.tree.map(
         lambda x: jnp.float32(draw.normal(size=x.shape)), server.experts

@@ -17,7 +17,7 @@ from hyperjax.algorithms.fml import fml, mutual
 from hyperjax.engine import comm, families
 from hyperjax.models import MLP, from_linen
 from hyperjax.models.linen import cross_entropy, distillation
-from hyperjax.types import Batch, ClientData, Model
+from hyperjax.types import Batch, ClientData, Model, Trained
 
 LINE = from_linen(MLP(K, hidden=()), SHAPE, K)
 NETWORKS = {"plain": LINE, "wide": MODEL}  # 15 and 35 parameters
@@ -57,19 +57,19 @@ def trained_alone(model):
 def logits_model(z):
     """A network whose parameters are its logits for every input."""
 
-    def logits(key, variables, batch):
-        return jnp.broadcast_to(variables["params"]["z"], (len(batch.x), K))
+    def predict(variables, x):
+        return jnp.broadcast_to(variables["params"]["z"], (len(x), K))
 
     def loss(key, variables, batch, context):
-        value = cross_entropy(logits(key, variables, batch), batch)
-        return value, ({}, {"loss": value})
+        logits = predict(variables, batch.x)
+        value = cross_entropy(logits, batch)
+        return value, Trained({}, {"loss": value}, logits)
 
     return Model(
         sample_shape=(1,),
         init=lambda key: {"params": {"z": jnp.array(z)}, "stats": {}},
         loss=loss,
-        predict=lambda variables, x: logits(None, variables, Batch(x, None, None)),
-        logits=logits,
+        predict=predict,
     )
 
 
@@ -89,7 +89,7 @@ def test_gradients_by_hand(alpha, beta):
         full = {**variables, "params": params}
         return both.loss(jax.random.key(0), full, BATCH, ())
 
-    grads, (stats, info) = jax.grad(loss, has_aux=True)(variables["params"])
+    grads, trained = jax.grad(loss, has_aux=True)(variables["params"])
     own, shared = (np.exp(z) / np.sum(np.exp(z)) for z in (OWN, SHARED))
     label = np.array([0.5, 0.5, 0])
     # d/dz CE = p - y; d/dz KL(q || softmax(z)) = softmax(z) - q, with q fixed.
@@ -97,7 +97,9 @@ def test_gradients_by_hand(alpha, beta):
     np.testing.assert_allclose(grads["own"]["z"], expected, **CLOSE)
     expected = beta * (shared - label) + (1 - beta) * (shared - own)
     np.testing.assert_allclose(grads["shared"]["z"], expected, **CLOSE)
-    assert stats == {"own": {}, "shared": {}}
+    assert trained.stats == {"own": {}, "shared": {}}
+    np.testing.assert_allclose(trained.logits, [OWN] * 3)
+    info = trained.info
     np.testing.assert_allclose(info["loss"], -np.log(own) @ label, rtol=1e-5)
     np.testing.assert_allclose(info["shared_loss"], -np.log(shared) @ label, rtol=1e-5)
 

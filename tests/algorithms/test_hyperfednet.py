@@ -150,13 +150,13 @@ def centralised():
             together = {**nested, "params": params}
             return model.loss(jax.random.key(0), together, batch, ())
 
-        grads, (stats, _) = jax.grad(loss, has_aux=True)(nested["params"])
+        grads, trained = jax.grad(loss, has_aux=True)(nested["params"])
         rate = {"hyper": LR * train_hyper, "embed": LR, "network": LR}
         params = {
             name: jax.tree.map(lambda w, g, r=rate[name]: w - r * g, part, grads[name])
             for name, part in nested["params"].items()
         }
-        return cut.split({"params": params, "stats": stats})[1]
+        return cut.split({"params": params, "stats": trained.stats})[1]
 
     return step
 

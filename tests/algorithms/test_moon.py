@@ -83,11 +83,16 @@ def test_mu_zero_is_fedavg():
 
 def test_features_of_zero_have_a_gradient():
     # All units of a ReLU off: the cosine is 0 / 0.
-    def nothing(variables, batch, train):
+    def nothing(variables, batch):
         body = variables["params"]["body"]["w"]
         return jax.nn.relu(jnp.full((batch.x.shape[0], 3), -1.0) * body**2)
 
-    model = moon(q.model()._replace(features=nothing), local=TRAIN).client.model
+    def loss(key, variables, batch, context):
+        value, trained = q.model().loss(key, variables, batch, context)
+        return value, trained._replace(features=nothing(variables, batch))
+
+    off = q.model()._replace(features=nothing, loss=loss)
+    model = moon(off, local=TRAIN).client.model
     variables = model.init(jax.random.key(0))
     batch = Batch(jnp.ones((2, 1, 5, 1)), jnp.zeros(2, jnp.int32), jnp.ones(2))
     context = model.context(variables, None)

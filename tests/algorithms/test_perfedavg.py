@@ -13,7 +13,7 @@ from test_fedavg import MODEL, SHAPE, K
 
 from hyperjax.algorithms.perfedavg import perfedavg
 from hyperjax.models import from_linen, layers
-from hyperjax.types import Batch
+from hyperjax.types import Batch, Trained
 
 RATE = 0.2
 # Every third of a batch holds a sample, and all samples of a client are the same.
@@ -164,7 +164,7 @@ def test_first_order_is_exact_for_a_linear_loss():
     def linear(key, variables, batch, context):
         scale = jnp.sum(batch.x.reshape(9, -1)[:, 0] * batch.mask)
         value = sum(jnp.sum(x) * scale for x in jax.tree.leaves(variables["params"]))
-        return value, (variables["stats"], {})
+        return value, Trained(variables["stats"], {})
 
     def gradient(order):
         model = MODEL._replace(loss=linear)

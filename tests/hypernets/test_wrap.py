@@ -111,10 +111,10 @@ def differentiated(model):
 
 
 def value_and_grads(model, variables, batch, context=()):
-    (value, (_, info)), grads = differentiated(model)(
+    (value, trained), grads = differentiated(model)(
         variables["params"], variables, batch, context, KEY
     )
-    return value, info, grads
+    return value, trained.info, grads
 
 
 # Training --------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_statistics_of_the_target_are_moved_not_generated():
         "batch_stats/BatchNorm_0/var",
     ]
     variables = filled(model.init)
-    _, (stats, _) = jax.jit(model.loss)(KEY, variables, batch(), ())
+    stats = jax.jit(model.loss)(KEY, variables, batch(), ())[1].stats
     mean, before = (
         np.asarray(s["batch_stats"]["BatchNorm_0"]["mean"])
         for s in (stats, variables["stats"])

@@ -8,8 +8,9 @@ import pytest
 
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.models.linen import sizes
-from hyperjax.types import Batch, Model
+from hyperjax.types import Batch, Model, Trained
 
+ZEROS = np.zeros((1, 7))
 KEY = jax.random.key(0)
 BATCH = Batch(jnp.ones((2, 3)), jnp.array([0, 1]), jnp.ones(2))
 
@@ -28,7 +29,7 @@ def plain() -> Model:
 
     def loss(key, variables, batch, context):
         stats = {"seen": variables["stats"]["seen"] + 1}
-        return variables["params"], (stats, {"loss": 0.0})
+        return variables["params"], Trained(stats, {"loss": 0.0}, "logits", "seen")
 
     return Model(
         sample_shape=(3,),
@@ -40,7 +41,6 @@ def plain() -> Model:
         export=told("export"),
         inspect=told("inspect"),
         features=told("features"),
-        logits=lambda key, variables, batch: ("logits", variables),
         arrive=lambda key, variables: moved(10)(variables),
         visit=moved(20),
         leave=moved(40),
@@ -66,9 +66,9 @@ def test_no_function_of_the_model_sees_it():
     ours = plain().init(KEY)
     for name in ("predict", "context", "condition", "export", "inspect", "features"):
         assert getattr(model, name)(variables, BATCH) == (name, ours)
-    assert model.logits(KEY, variables, BATCH) == ("logits", ours)
-    value, (stats, _) = model.loss(KEY, variables, BATCH, ())
-    assert value == 2 and stats == {"seen": 1, "more": {"x": 3}}
+    value, trained = model.loss(KEY, variables, BATCH, ())
+    assert value == 2 and trained.stats == {"seen": 1, "more": {"x": 3}}
+    assert trained[1:] == plain().loss(KEY, ours, BATCH, ())[1][1:]
 
 
 @pytest.mark.parametrize(("name", "by"), [("arrive", 10), ("visit", 20), ("leave", 40)])
@@ -92,5 +92,11 @@ def test_sizes_of_classes_and_features():
     model = plain()._replace(predict=lambda v, x: jnp.zeros((len(x), 5)))
     with pytest.raises(ValueError, match="no layer named 'head'"):
         sizes(model._replace(features=Model._field_defaults["features"]))
-    wide = model._replace(features=lambda v, batch, train: np.zeros((1, 7)))
-    assert sizes(wide) == (5, 7)
+    wide = model._replace(context=lambda v, data: (), features=lambda v, b: ZEROS)
+
+    def loss(outputs):
+        return lambda *_: (0.0, Trained((), {}, **outputs))
+
+    assert sizes(wide._replace(loss=loss({"features": ZEROS}))) == (5, 7)
+    with pytest.raises(ValueError, match="does not give its features in training"):
+        sizes(wide._replace(loss=loss({"logits": ZEROS})))

@@ -287,7 +287,8 @@ def test_batch_statistics_are_moved_in_training_only():
     ]
     batch = batch_of()
     predict = jax.jit(model.predict)
-    value, (stats, info) = jax.jit(model.loss)(jax.random.key(1), variables, batch, ())
+    value, trained = jax.jit(model.loss)(jax.random.key(1), variables, batch, ())
+    stats, info = trained.stats, trained.info
     assert jax.tree.structure(stats) == jax.tree.structure(variables["stats"])
     # Running mean: 0.9 * 0 + 0.1 * (batch mean of the first layer's output).
     first, last = (
@@ -341,9 +342,9 @@ def test_users_module_trains():
                 every = {"params": params, "stats": stats}
                 return model.loss(jax.random.key(i), every, batch, ())
 
-            (_, (stats, _)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            (_, trained), grads = jax.value_and_grad(loss, has_aux=True)(params)
             updates, opt = optimizer.update(grads, opt)
-            return optax.apply_updates(params, updates), stats, opt
+            return optax.apply_updates(params, updates), trained.stats, opt
 
         params, stats = variables["params"], variables["stats"]
         carry = (params, stats, optimizer.init(params))
@@ -377,24 +378,24 @@ def test_features_are_what_the_head_gets():
         variables = model.init(key)
         head = variables["params"]["head"]
 
-        def loss(train):
-            features = model.features(variables, batch, train)
-            assert features.shape == (6, 4)
-            return cross_entropy(features @ head["kernel"] + head["bias"], batch)
+        value, trained = model.loss(key, variables, batch, ())
+        outside = model.features(variables, batch)
+        assert trained.features.shape == outside.shape == (6, 4)
+        found = [f @ head["kernel"] + head["bias"] for f in (trained.features, outside)]
+        expected = trained.logits, model.predict(variables, batch.x)
+        return found, expected, (value, cross_entropy(trained.logits, batch))
 
-        trained = model.loss(key, variables, batch, ())[0]
-        predicted = cross_entropy(model.predict(variables, batch.x), batch)
-        return (loss(True), loss(False)), (trained, predicted)
-
-    found, expected = outputs(jax.random.key(0))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert abs(expected[0] - expected[1]) > 1e-3
+    found, expected, values = outputs(jax.random.key(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # In training statistics are the batch's.
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    assert values[0] == values[1]
 
 
 def test_features_need_a_head():
     model = from_linen(Normalised(3), (2, 2, 1), 3)
     with pytest.raises(ValueError, match="no layer named 'head'"):
-        model.features({}, batch_of(), True)
+        model.features({}, batch_of())
 
 
 def test_with_shape_rebuilds():

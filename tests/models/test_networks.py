@@ -167,7 +167,7 @@ def test_features_are_rows_of_the_heads_inputs(name):
 
     def inputs(key):
         batch = Batch(jnp.zeros((2, *CIFAR)), jnp.zeros(2, jnp.int32), jnp.ones(2))
-        return model.features(model.init(key), batch, True)
+        return model.features(model.init(key), batch)
 
     features = jax.eval_shape(inputs, jax.random.key(0))
     assert features.shape == (2, 512 if name == "squeezenet1_1" else 64)
@@ -209,10 +209,10 @@ def stepper(model):
             key = jax.random.key(1)
             return model.loss(key, variables | {"params": params}, batch, ())
 
-        (value, (stats, _)), grads = jax.value_and_grad(loss, has_aux=True)(
+        (value, trained), grads = jax.value_and_grad(loss, has_aux=True)(
             variables["params"]
         )
-        return value, stats, grads
+        return value, trained.stats, grads
 
     return step
 
@@ -271,18 +271,22 @@ def test_dropout_in_training_only(network, options):
     @jax.jit
     def outputs(key):
         variables = model.init(key)
-        losses = [
-            m.loss(key, variables, batch, ())[0] for m in (model, without, without)
-        ]
-        head = variables["params"]["head"]
-        features = model.features(variables, batch, True)
-        logits = features @ head["kernel"] + head["bias"]
-        return losses, logits, model.predict(variables, batch.x)
+        losses, trained = zip(
+            *(m.loss(key, variables, batch, ()) for m in (model, without, without)),
+            strict=True,
+        )
+        head, outside = variables["params"]["head"], model.features(variables, batch)
+        logits = outside @ head["kernel"] + head["bias"]
+        features = [t.features for t in trained]
+        return losses, features, outside, logits, model.predict(variables, batch.x)
 
-    (dropped, full, again), logits, predicted = outputs(jax.random.key(0))
+    losses, features, outside, logits, predicted = outputs(jax.random.key(0))
+    dropped, full, again = losses
     assert float(full) == float(again) != float(dropped)
-    # Features are taken without dropout, also in training.
     np.testing.assert_allclose(logits, predicted, rtol=1e-5, atol=1e-6)
+    # Features of training are those of its loss, dropout and all.
+    np.testing.assert_array_equal(features[1], outside)
+    assert np.any(features[0] != outside)
 
 
 def test_squeezenets_pool_cuts_windows_off_at_the_far_edges():
@@ -308,7 +312,7 @@ def test_squeezenets_classifier_is_a_mean_over_positions():
     def outputs(key):
         variables = model.init(key)
         batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
-        features = model.features(variables, batch, False)
+        features = model.features(variables, batch)
         return variables["params"]["head"], features, model.predict(variables, x)
 
     head, features, logits = outputs(jax.random.key(0))
