@@ -103,4 +103,5 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
         if single
         else {name: changed(client) for name, client in alg.client.items()}
     )
-    return Algorithm(alg.server._replace(update=server_update), clients)
+    server = alg.server._replace(update=server_update)
+    return alg._replace(server=server, client=clients, exact=())

@@ -167,8 +167,13 @@ class Algorithm(NamedTuple):
     Where models differ between clients, `client` is a mapping from the name of a family
     of clients to what they do, and the server takes and gives mappings with the same
     keys (of cohorts, downlinks and uplinks), for any subset of the families.
+
+    Where a round has two exchanges, `opening` is a method on the same state of server
+    and clients: its exchange with the whole cohort comes first in every round, also in
+    rounds that otherwise deal with one client after another. Its messages are exact.
     """
 
     server: ServerSide
     client: Any  # ClientSide, or Mapping[str, ClientSide]
     exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches
+    opening: "Algorithm | None" = None

@@ -103,8 +103,10 @@ EXTRA = {
 # that need programs of their own are slow tests, as all laws are for the last three.
 THOROUGH = ("fedavg", "fedfomo")
 SLOW = ("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round")
+# What opens a round is a method of its own, under the same laws.
+OPENING = "+opening"
 METHODS = sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
-STACKS = [*METHODS, *EXTRA]
+STACKS = [*METHODS, *EXTRA, "mh_pfedhngd" + OPENING]
 
 
 def make_local(**options):
@@ -119,6 +121,8 @@ def make_local(**options):
 @functools.cache
 def method(stack: str) -> Algorithm:
     """Builds a method, or an extra stack, on the tiny model."""
+    if stack.endswith(OPENING):
+        return method(stack.removesuffix(OPENING)).opening
     name, options = EXTRA.get(stack, (stack, {}))
     factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
     accepted = factories.options_of(factory)

@@ -15,7 +15,7 @@ from federated import make_local, method, normed, tiny
 from hyperjax import models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
-from hyperjax.algorithms.mh_pfedhngd import Uplink, mh_pfedhngd
+from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
 from hyperjax.channels import topk, with_uplink
 from hyperjax.engine import comm, families
 from hyperjax.models import zoo
@@ -131,25 +131,12 @@ def test_families_are_updated_as_if_by_hand():
     assert changed.server.downlink is alg.server.downlink
 
 
-def test_what_a_method_wants_exact_is_sent_as_it_is():
+def test_what_opens_a_round_is_sent_as_it_is():
     # MH-pFedHNGD's changes of the global model, which is as large as "line".
     alg = heterogeneous(mh_pfedhngd)
-    server = jax.jit(alg.server.init)(jax.random.key(0))
-    ones = jnp.ones(2)
-    who = Cohort(jnp.arange(2), ones, ones, jnp.int32(0), jnp.float32(4))
-    cohorts = dict.fromkeys(SIZES, who)
-    own, copy = (
-        {k: jnp.float32(DRAW.normal(size=(2, n))) for k, n in sizes.items()}
-        for sizes in (SIZES, dict.fromkeys(SIZES, SIZES["line"]))
-    )
-    encode = jax.vmap(topk(0.3).encode)
-    wires = {k: ({"copy": copy[k]}, encode({"own": own[k]})) for k in SIZES}
-    found, _ = jax.jit(sparse(alg, 0.3).server.update)(None, server, wires, cohorts)
-    masked = {
-        k: Uplink(jnp.stack([largest(x, 0.3) for x in own[k]]), copy[k]) for k in SIZES
-    }
-    expected, _ = jax.jit(alg.server.update)(None, server, masked, cohorts)
-    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
+    changed = sparse(alg, 0.3)
+    assert changed.opening is alg.opening is not None
+    assert changed.client["line"].update is not alg.client["line"].update
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -1,27 +1,22 @@
 """MH-pFedHNGD: MH-pFedHN whose clients also learn from a small global model.
 
 Zhang, Li, Liu, Jiang, Wang 2025 (arXiv:2507.22330), after the authors' code. The
-global model theta_g comes out of the same hypernetwork, from embeddings of its own.
-Every round each client is sent theta_g, trains a copy (plain cross-entropy, no clip),
-and trains its own network with
+global model theta_g comes out of the same hypernetwork, from embeddings of its own. A
+round has two exchanges, in the order of the code:
 
-    lambda T^2 KL(softmax(z_g / T) || softmax(z / T)) + (1 - lambda) CE(z, y)
+1. All clients are sent theta_g and train a copy of it (plain cross-entropy, no clip).
+   The server takes one step on the changes of the copies, averaged by samples.
+2. A round of MH-pFedHN on the hypernetwork as it now is, where each client trains its
+   own network with
 
-where the teacher z_g is theta_g as received. The server takes one step on the changes
-of the copies, averaged by samples. Deviation: it does so when the round is over (that
-is, when the next one begins), where the code does so before the clients' own steps of
-the same round.
+       lambda T^2 KL(softmax(z_g / T) || softmax(z / T)) + (1 - lambda) CE(z, y)
 
-A teacher that has learned from the copies of the same round (`teacher="fresh"`) would
-have to wait for the last of them, and clients are visited once a round. So it learns
-from those that are there: a client is sent, beside theta_g, what a global step on the
-changes received so far would make of it. That is another teacher for every client of a
-sequential round, nearly the round's own for the last, and costs K_g more numbers down;
-clients that train at the same time all get theta_g, as with "stale".
+   and the teacher z_g is theta_g as it was received in 1.
+
+A client that has never been sent theta_g, but is evaluated, fine-tunes on labels alone.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +24,7 @@ import jax.numpy as jnp
 from hyperjax import mixing, tree
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.types import (
@@ -45,24 +40,8 @@ from hyperjax.types import (
 
 GLOBAL = "~global"  # the global model as a family of one; sorts last
 NAME = "teacher"  # among a client's statistics
+KNOWN = "known"  # 1 once the client has been sent its teacher
 TEACHERS = ("stale", "fresh")
-
-
-class State(NamedTuple):
-    """MH-pFedHN's state, and what the round under way has for the global model."""
-
-    inner: PyTree
-    teacher: Array  # [K_g], theta_g of this round
-    change: Array  # [K_g], sum of weight times change
-    weight: Array  # []
-    round: Array  # [] int32
-
-
-class Uplink(NamedTuple):
-    """Changes of the client's own network [K] and of its copy of theta_g [K_g]."""
-
-    own: Array
-    copy: Array
 
 
 def mh_pfedhngd(
@@ -85,7 +64,8 @@ def mh_pfedhngd(
       family_sizes: clients of each family.
       lam: lambda; 0 gives the networks of MH-pFedHN the gradients of MH-pFedHN.
       temperature: T.
-      teacher: "stale", theta_g as the round began, or "fresh", see above.
+      teacher: "stale", theta_g as the round began, or "fresh", as the hypernetwork has
+        it when the client trains its own network: then it is sent once more.
       global_step_touches_idle: the global step hands the optimizer zero gradients for
         all clients' embeddings and all heads, as the authors' code does: momentum moves
         them. Otherwise what has no part in theta_g keeps its value and moments.
@@ -97,11 +77,8 @@ def mh_pfedhngd(
         statistics, or `keep` is given.
     """
     check_choice("teacher", teacher, TEACHERS)
-    if not 0 <= lam <= 1 or not temperature > 0:
-        raise ValueError(
-            f"lam={lam} must lie in [0, 1], temperature={temperature} be positive"
-        )
-    fresh = teacher == "fresh"
+    check_number(at_least=0, at_most=1, lam=lam)
+    check_number(above=0, temperature=temperature)
     small = mixing.smallest(models)
     if jax.tree.leaves(jax.eval_shape(small.init, jax.random.key(0))["stats"]):
         raise ValueError(
@@ -135,60 +112,46 @@ def mh_pfedhngd(
         down = inner.server.downlink(no_key, state, _cohorts(alone, round))
         return down[GLOBAL].own[0]
 
-    def init(common):
-        state = inner.server.init(common)
-        teacher = theta_g(state, jnp.int32(0))
-        zero = jnp.zeros(flat.size)
-        return State(state, teacher, zero, jnp.float32(0), jnp.int32(0))
+    def send_global(key, state, cohorts):
+        theta = theta_g(state, _round(cohorts))
+        return {name: Downlink(shared=theta) for name in cohorts}
 
-    def stepped(server):
-        """MH-pFedHN's state after the global step on the changes received so far."""
+    def global_step(key, state, copies, cohorts):
+        share = {
+            name: cohort.weight * cohort.active for name, cohort in cohorts.items()
+        }
+        weight = sum(jnp.sum(x) for x in share.values())
+        change = sum(mixing.combine(share[name], copies[name]) for name in cohorts)
+        mean = change / jnp.maximum(weight, 1e-12)
         moved = everybody if global_step_touches_idle else alone
-        who = _cohorts(moved, server.round)
-        mean = server.change / jnp.maximum(server.weight, 1e-12)
-        downs = inner.server.downlink(no_key, server.inner, who)
+        who = _cohorts(moved, _round(cohorts))
+        downs = inner.server.downlink(no_key, state, who)
         uplinks = {name: jnp.zeros_like(down.own) for name, down in downs.items()}
         # MH-pFedHN divides by the number of clients that step together.
         uplinks[GLOBAL] = sum(moved.values()) * mean[None]
-        after, _ = inner.server.update(no_key, server.inner, uplinks, who)
-        some = server.weight > 0
-        return jax.tree.map(lambda x, y: jnp.where(some, x, y), after, server.inner)
+        after, info = inner.server.update(no_key, state, uplinks, who)
+        return jax.tree.map(
+            lambda x, y: jnp.where(weight > 0, x, y), after, state
+        ), info
 
-    def settled(server, round):
-        """The state after the global step, if a new round begins."""
+    def send_own_and_global(key, state, cohorts):
+        downs = inner.server.downlink(key, state, cohorts)
+        theta = theta_g(state, _round(cohorts))
+        return {name: Downlink(theta, down.own) for name, down in downs.items()}
 
-        def begin(server):
-            state = stepped(server)
-            zero = jnp.zeros_like(server.change)
-            return State(state, theta_g(state, round), zero, jnp.float32(0), round)
-
-        return jax.lax.cond(server.round == round, lambda s: s, begin, server)
-
-    def downlink(key, server, cohorts):
-        server = settled(server, _round(cohorts))
-        downs = inner.server.downlink(key, server.inner, cohorts)
-        sent = server.teacher
-        if fresh:
-            sent = jnp.stack([sent, theta_g(stepped(server), server.round)])
-        return {name: Downlink(sent, down.own) for name, down in downs.items()}
-
-    def update(key, server, uplinks, cohorts):
-        server = settled(server, _round(cohorts))
-        own = {name: uplink.own for name, uplink in uplinks.items()}
-        state, info = inner.server.update(key, server.inner, own, cohorts)
-        change, weight = server.change, server.weight
-        for name, cohort in cohorts.items():
-            share = cohort.weight * cohort.active
-            change = change + mixing.combine(share, uplinks[name].copy)
-            weight = weight + jnp.sum(share)
-        return State(state, server.teacher, change, weight, server.round), info
-
-    sides = {
-        name: _with_copy(inner.client[name], inner.client[GLOBAL], flat, fresh)
-        for name in models
-    }
-    # A sparse uplink is of the clients' own networks (arXiv:2507.22330).
-    return Algorithm(ServerSide(init, downlink, update), sides, exact=(r"copy",))
+    server, clients = inner.server, {name: inner.client[name] for name in models}
+    copies = inner.client[GLOBAL]
+    opening = Algorithm(
+        ServerSide(server.init, send_global, global_step),
+        {
+            name: _copying(clients[name], copies, flat, model)
+            for name, model in models.items()
+        },
+    )
+    if teacher == "fresh":
+        server = server._replace(downlink=send_own_and_global)
+        clients = {name: _informed(client, flat) for name, client in clients.items()}
+    return Algorithm(server, clients, opening=opening)
 
 
 def _round(cohorts) -> Array:
@@ -205,30 +168,39 @@ def _cohorts(sizes: Mapping[str, int], round: Array) -> dict[str, Cohort]:
     }
 
 
-def _with_copy(
-    client: ClientSide, copies: ClientSide, flat: mixing.Flat, fresh: bool
+def _entry(flat: mixing.Flat, theta_g: Array) -> PyTree:
+    """What a client remembers of its teacher."""
+    return {NAME: {**flat.cut(theta_g), KNOWN: jnp.float32(1)}}
+
+
+def _copying(
+    client: ClientSide, copies: ClientSide, flat: mixing.Flat, model: Model
 ) -> ClientSide:
-    """MH-pFedHN's client, which is told its teacher and trains a copy of theta_g."""
+    """MH-pFedHN's client as a round opens: it is told theta_g and trains a copy."""
+    size = tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
 
-    def taught(down, state):
-        teacher = down.shared[1] if fresh else down.shared
-        return told(state, {NAME: flat.cut(teacher)})
-
-    # Fine-tuning learns from the teacher of today, on a first visit too.
-    side = mixing.through(
-        client, lambda down: Downlink(own=down.own, round=down.round), taught
-    )
+    def init(key, common, down):
+        # What it keeps does not depend on the network that it has yet to be sent.
+        not_yet = Downlink(own=jnp.zeros(size), round=down.round)
+        return client.init(key, common, not_yet)
 
     def update(key, down, state, data):
-        sent, state, info = side.update(key, down, state, data)
-        theta_g = down.shared[0] if fresh else down.shared
-        received = Downlink(own=theta_g, round=down.round)
-        key_init, key_train = jax.random.split(jax.random.fold_in(key, 1))
+        received = Downlink(own=down.shared, round=down.round)
+        key_init, key_train = jax.random.split(key)
         start = copies.init(key_init, key_init, received)
-        change, _, _ = copies.update(key_train, received, start, data)
-        return Uplink(sent, change), state, info
+        change, _, info = copies.update(key_train, received, start, data)
+        return change, told(state, _entry(flat, down.shared)), info
 
-    return side._replace(update=update)
+    return client._replace(init=init, update=update)
+
+
+def _informed(client: ClientSide, flat: mixing.Flat) -> ClientSide:
+    """MH-pFedHN's client, which is told its teacher with every network of its own."""
+    return mixing.through(
+        client,
+        lambda down: Downlink(own=down.own, round=down.round),
+        lambda down, state: told(state, _entry(flat, down.shared)),
+    )
 
 
 def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model:
@@ -236,14 +208,19 @@ def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model
     check_gives(model, "logits")
     template = jax.eval_shape(small.init, jax.random.key(0))
     whole = tree.splitter(template, r".*").merge
-    inner = beside(model, NAME, lambda key, _: tree.by_path(small.init(key)))
+
+    def nobody(key, _):
+        return {**tree.by_path(small.init(key)), KNOWN: jnp.float32(0)}
+
+    inner = beside(model, NAME, nobody)
 
     def loss(key, variables, batch, context):
         value, trained = inner.loss(key, variables, batch, context)
         z_teacher = small.predict(whole(trained.stats[NAME], {}), batch.x)
         z_teacher = jax.lax.stop_gradient(z_teacher)
         kl = distillation(trained.logits, z_teacher, batch, temperature)
+        share = lam * trained.stats[NAME][KNOWN]
         info = {**trained.info, "distillation": kl}
-        return lam * kl + (1 - lam) * value, trained._replace(info=info)
+        return share * kl + (1 - share) * value, trained._replace(info=info)
 
     return inner._replace(loss=loss)

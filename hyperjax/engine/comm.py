@@ -1,4 +1,4 @@
-"""What one exchange sends, in numbers and bytes, from the messages themselves."""
+"""What a visit sends, in numbers and bytes, from the messages themselves."""
 
 import functools
 from typing import NamedTuple
@@ -18,10 +18,11 @@ class Messages(NamedTuple):
     own: PyTree
     client: PyTree
     uplink: PyTree
+    opening: "Messages | None" = None  # of the exchange that opens a round
 
 
 class Cost(NamedTuple):
-    """Per client and exchange; `down` is the shared part plus the client's own."""
+    """Per client and round; `down` is the shared part plus the client's own."""
 
     down_numbers: int
     up_numbers: int
@@ -36,6 +37,7 @@ def describe(alg: Algorithm) -> Messages:
     The server's update is part of it, so that what a method cannot do is known before
     any work.
     """
+    opening = alg.opening and describe(alg.opening)
     shape = alg.client.model.sample_shape
     channels = shape[-1]
 
@@ -59,15 +61,14 @@ def describe(alg: Algorithm) -> Messages:
         alg.server.update(root, server, jax.tree.map(lambda x: x[None], uplink), cohort)
         return Messages(server, shared, own, client, uplink)
 
-    return jax.eval_shape(once, jax.random.key(0))
+    return jax.eval_shape(once, jax.random.key(0))._replace(opening=opening)
 
 
 def cost(messages: Messages) -> Cost:
-    """Counts a client's messages of one exchange."""
-    down = (messages.shared, messages.own)
+    """Counts a client's messages of one round."""
+    every = [messages, messages.opening] if messages.opening else [messages]
+    down = [(one.shared, one.own) for one in every]
+    up = [one.uplink for one in every]
     return Cost(
-        tree.count(down),
-        tree.count(messages.uplink),
-        tree.num_bytes(down),
-        tree.num_bytes(messages.uplink),
+        tree.count(down), tree.count(up), tree.num_bytes(down), tree.num_bytes(up)
     )

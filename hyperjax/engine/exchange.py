@@ -66,11 +66,13 @@ def make_joint_exchange(
     mapper: str | int = "map",
     mesh: Any = None,
     alone: bool = False,
+    stage: str = "",
 ) -> Callable:
     """Builds the exchange of a method with families; see `make_exchange`.
 
     Rows, seen, data and cohort are mappings by family, for all or some of them; with
-    `alone` for the single family of the single client.
+    `alone` for the single family of the single client. Exchanges of one round that
+    differ in `stage` draw from different keys.
     """
 
     def mapped_update(client):
@@ -103,6 +105,8 @@ def make_joint_exchange(
     def exchange(root, server, rows, seen, data, cohorts: dict[str, Cohort]):
         one, cohort = next(iter(cohorts.items()))
         key = jax.random.fold_in(root, cohort.round)
+        if stage:
+            key = rng.stream(key, stage)
         if alone:
             key = jax.random.fold_in(rng.stream(key, one), cohort.ids[0])
         downs = server_side.downlink(rng.stream(key, "downlink"), server, cohorts)

@@ -129,7 +129,8 @@ def view(alg: Algorithm, name: str) -> Algorithm:
         return alg.server.update(key, state, {name: uplink}, {name: cohort})
 
     one = alg.server._replace(downlink=downlink, update=update)
-    return Algorithm(one, _member(alg.client[name], name))
+    opening = alg.opening and view(alg.opening, name)
+    return Algorithm(one, _member(alg.client[name], name), alg.exact, opening)
 
 
 def pack(alg: Algorithm, by_name: dict):

@@ -100,7 +100,7 @@ def simulator(
       sampler: "full" or "uniform".
       sequential: the clients of a round come one after another, in random order, each
         in an exchange of its own, so that the server steps after every client; then
-        several devices are no use.
+        several devices are no use. An exchange that opens the round is with all.
       mapper: see `sharding.map_clients`.
       mesh: see `sharding.client_mesh`.
       store: "device" keeps the state and the row numbers of all clients on the
@@ -163,6 +163,8 @@ def simulator(
         visits=visits,
         draw=draw,
         exchange=exchange.make_joint_exchange(alg, mapper, mesh, alone=sequential),
+        opening=alg.opening
+        and exchange.make_joint_exchange(alg.opening, mapper, mesh, stage="opening"),
         sequential=sequential,
         groups=groups,
         table=table,
@@ -180,6 +182,7 @@ class _Parts(NamedTuple):
     visits: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
     exchange: Callable
+    opening: Callable | None
     sequential: bool
     groups: Families
     table: Table
@@ -218,6 +221,11 @@ def _one_by_one(cohort: Cohort) -> Cohort:
     )
 
 
+def _round_info(opened: dict, info: dict) -> dict:
+    """What a round reports: what its opening does has names of its own."""
+    return {**info, **{f"opening_{name}": x for name, x in opened.items()}}
+
+
 def _on_device(parts: _Parts) -> Simulator:
     """All rounds of a call are one program; client state is part of its carry."""
     program, groups = compiled.Compiled(parts.mesh), parts.groups
@@ -236,7 +244,7 @@ def _on_device(parts: _Parts) -> Simulator:
         return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
     def many_rounds(root, carry, rounds, table, pool, weight):
-        def one_exchange(carry, cohorts):
+        def one_exchange(carry, cohorts, run=parts.exchange):
             server, rows, seen = carry
             data, state, was_seen = {}, {}, {}
             for name, places in parts.members(cohorts).items():
@@ -244,9 +252,7 @@ def _on_device(parts: _Parts) -> Simulator:
                 state[name], was_seen[name] = stores.gather(
                     rows[name], seen[name], cohorts[name].ids
                 )
-            server, state, info = parts.exchange(
-                root, server, state, was_seen, data, cohorts
-            )
+            server, state, info = run(root, server, state, was_seen, data, cohorts)
             rows, seen = dict(rows), dict(seen)
             for name, cohort in cohorts.items():
                 rows[name], seen[name] = stores.scatter(
@@ -270,11 +276,15 @@ def _on_device(parts: _Parts) -> Simulator:
             return jax.lax.switch(family, [branch(n) for n in groups.names], carry)
 
         def body(carry, round):
-            cohort = parts.draw(root, round, weight)
+            cohort, opened = parts.draw(root, round, weight), {}
+            if parts.opening:
+                carry, opened = one_exchange(carry, parts.split(cohort), parts.opening)
             if not parts.sequential:
-                return one_exchange(carry, parts.split(cohort))
-            carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
-            return carry, exchange.round_info(infos)
+                carry, info = one_exchange(carry, parts.split(cohort))
+            else:
+                carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
+                info = exchange.round_info(infos)
+            return carry, _round_info(opened, info)
 
         start = (carry.server, *(families.unpack(parts.alg, x) for x in carry[1:]))
         (server, *rest), infos = jax.lax.scan(body, start, rounds)
@@ -315,9 +325,14 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
 
     def one_round(root, carry, round):
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
-        if not parts.sequential:
+        opened: dict[str, Array] = {}
+        if parts.opening or not parts.sequential:
             cohorts = program("split", parts.split, (cohort,))
-            return one_exchange(root, carry, cohorts)
+        if parts.opening:
+            carry, opened = one_exchange(root, carry, cohorts, "opening")
+        if not parts.sequential:
+            carry, info = one_exchange(root, carry, cohorts)
+            return carry, _round_info(opened, info)
         infos, turns = [], _one_by_one(cohort)
         for turn, client in enumerate(np.asarray(cohort.ids)):
             one = jax.tree.map(lambda x, turn=turn: x[turn], turns)
@@ -326,9 +341,10 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             carry, info = one_exchange(root, carry, {name: one})
             infos.append(info)
         infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
-        return carry, jax.device_get(exchange.round_info(infos))
+        info = jax.device_get(exchange.round_info(infos))
+        return carry, _round_info(opened, info)
 
-    def one_exchange(root, carry, cohorts):
+    def one_exchange(root, carry, cohorts, stage="exchange"):
         rows, seen = (families.unpack(parts.alg, x) for x in carry[1:])
         data, state, was_seen = {}, {}, {}
         for name, members in parts.members(cohorts).items():
@@ -339,7 +355,8 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             data[name] = ClientData(table.rows[place], table.size[place], parts.pool)
         inputs = (root, carry.server, state, was_seen, data, cohorts)
         inputs = sharding.replicate(inputs, parts.mesh)
-        server, state, info = program("exchange", parts.exchange, inputs, donate=(1,))
+        run = getattr(parts, stage)
+        server, state, info = program(stage, run, inputs, donate=(1,))
         for name, cohort in cohorts.items():
             ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0
             stores.host_scatter(rows[name], seen[name], ids, state[name], alive)

@@ -67,9 +67,9 @@ def table():
 
 
 @functools.cache
-def simulator(store="device", sequential=True, cohort_size=3):
+def simulator(store="device", sequential=True, cohort_size=3, alg=method):
     return schedule.simulator(
-        method(),
+        alg(),
         table(),
         q.pool(),
         weight=np.ones(q.N),
@@ -151,6 +151,35 @@ def test_of_several_clients_it_is_not():
 
 def test_host_and_device_agree():
     chex.assert_trees_all_equal(whole("host"), whole("device"))
+
+
+@functools.cache
+def opened() -> Algorithm:
+    """The same, whose rounds open with an exchange that the diary marks by its size."""
+    alg = method()
+
+    def update(key, state, uplink, cohort):
+        inner, info = alg.server.update(key, state, uplink, cohort)
+        ids = jnp.where(
+            inner.ids == state.ids, inner.ids, 100 + jnp.int32(jnp.sum(cohort.active))
+        )
+        return inner._replace(ids=ids), info
+
+    opening = alg._replace(server=alg.server._replace(update=update))
+    return alg._replace(opening=opening)
+
+
+def test_a_round_may_open_with_everybody():
+    found = {}
+    for store in ("device", "host"):
+        found[store], infos = rounds(simulator(store, alg=opened), 0, 2)
+        for number, info in enumerate(infos):
+            plain = order(whole()[0], number)
+            assert order(found[store], number) == [103, *plain]
+            assert info["opening_samples"] == info["samples"] > 0
+    chex.assert_trees_all_close(found["host"], found["device"], rtol=1e-6, atol=1e-7)
+    at_once, _ = rounds(simulator(sequential=False, alg=opened), 0, 1)
+    assert order(at_once, 0) == [103, min(order(whole()[0], 0))]
 
 
 @pytest.mark.parametrize("store", ["device", "host"])
