@@ -2,12 +2,14 @@
 
 Every partitioner takes `(rng, y, num_clients, **options)` and returns one index array
 per client: int64, disjoint, never empty, in an order drawn from `rng`. Equal generators
-give equal partitions.
+give equal partitions. "iid" and "dirichlet" deal out every sample; the others may leave
+some to nobody, which whoever asks for a partition should say (`federate` does).
 
 References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per-class
 form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
 (arXiv:2102.02079); a few classes per client, McMahan et al. 2017 (arXiv:1602.05629);
-uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628).
+uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628);
+a few classes drawn by each client, the code of Zhang et al. 2025 (arXiv:2507.22330).
 """
 
 import math
@@ -219,8 +221,7 @@ def class_shares(
     y = _check(y, num_clients)
     classes, sizes = np.unique(y, return_counts=True)
     _check_classes(classes_per_client, len(classes))
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"low={low} and high={high} must be 0 < low <= high, finite")
+    _check_weights(low, high)
     num_shares = num_clients * classes_per_client // len(classes) + 1
     left = np.full(len(classes), num_shares)
     held = _hold(rng, num_clients, left, classes_per_client)
@@ -230,13 +231,54 @@ def class_shares(
         holders = np.flatnonzero(held[:, k])
         shares = weights[: len(holders)] / weights.sum()
         counts[holders, k] = np.floor(size * shares)
-    if (held & (counts == 0)).any():
-        k = np.flatnonzero((held & (counts == 0)).any(axis=0))[0]
-        raise ValueError(
-            f"class {classes[k]} has {sizes[k]} samples for {num_shares} shares, one "
-            f"of them without a sample; lower num_clients={num_clients} or "
-            f"classes_per_client={classes_per_client}"
-        )
+    _check_shares(classes, sizes, held, counts)
+    return _deal(rng, y, counts)
+
+
+def class_draws(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    classes_per_client: int,
+    low: float = 0.4,
+    high: float = 0.6,
+) -> list[np.ndarray]:
+    """Lets every client draw a fixed number of classes, whatever the others draw.
+
+    Each client draws its classes uniformly, without replacement. A class is divided
+    completely among those who drew it, in proportion to weights uniform in [low, high);
+    shares are rounded down, and the crumbs go to the first holder. A class that nobody
+    drew is nobody's: (1 - classes_per_client / K)**N of the classes on average.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N.
+      classes_per_client: classes of each client, 1 to K.
+      low: smallest weight of a share, before they are scaled to sum to one.
+      high: largest weight.
+
+    Returns:
+      N arrays of indices into `y`, int64; together all samples of the drawn classes.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, there are more
+        clients than samples, or a client's share of a class is less than one sample.
+    """
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    _check_classes(classes_per_client, len(classes))
+    _check_weights(low, high)
+    ranked = rng.random((num_clients, len(classes))).argsort(axis=1)
+    held = np.zeros((num_clients, len(classes)), bool)
+    np.put_along_axis(held, ranked[:, :classes_per_client], True, axis=1)
+    weights = np.where(held, rng.uniform(low, high, held.shape), 0.0)
+    shares = weights / np.maximum(weights.sum(axis=0), low)  # low: nobody drew it
+    counts = np.floor(sizes * shares).astype(np.int64)
+    drawn = np.flatnonzero(held.any(axis=0))
+    counts[held.argmax(axis=0)[drawn], drawn] += (sizes - counts.sum(axis=0))[drawn]
+    _check_shares(classes, sizes, held, counts)
     return _deal(rng, y, counts)
 
 
@@ -282,6 +324,7 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "dirichlet": dirichlet,
     "pathological": pathological,
     "class_shares": class_shares,
+    "class_draws": class_draws,
     "by_client_id": by_client_id,
 }
 
@@ -328,6 +371,25 @@ def _check_classes(classes_per_client: int, num_classes: int) -> None:
         raise ValueError(
             f"classes_per_client={classes_per_client} must lie between 1 and the "
             f"{num_classes} classes of the labels"
+        )
+
+
+def _check_weights(low: float, high: float) -> None:
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"low={low} and high={high} must be 0 < low <= high, finite")
+
+
+def _check_shares(
+    classes: np.ndarray, sizes: np.ndarray, held: np.ndarray, counts: np.ndarray
+) -> None:
+    """Refuses holders [N, K] of a class who get nothing of it."""
+    empty = (held & (counts == 0)).any(axis=0)
+    if empty.any():
+        k = np.argmax(empty)
+        raise ValueError(
+            f"class {classes[k]} has {sizes[k]} samples for the {held[:, k].sum()} of "
+            f"{len(held)} clients who hold it, one of them without a sample; lower "
+            "num_clients or classes_per_client"
         )
 
 
