@@ -62,6 +62,12 @@ def test_more_clients_than_samples_is_an_error(name):
         partition.partition(name, rng(), Y, 201, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("num_clients", [2.5, True, "3", float("nan")])
+def test_clients_are_a_whole_number(num_clients):
+    with pytest.raises(ValueError, match=r"num_clients=.* must be a whole number"):
+        partition.partition("iid", rng(), Y, num_clients)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("y", [Y.astype(float), Y[:, None]])
 def test_labels_must_be_a_row_of_integers(name, y):
@@ -177,14 +183,20 @@ def test_dirichlet_gives_up_with_the_best_it_saw():
     ("options", "match"),
     [
         (dict(alpha=0.0), "alpha=0.0 must be positive"),
-        (dict(alpha=float("nan")), "alpha=nan must be positive"),
+        (dict(alpha=float("nan")), "alpha=nan must be a finite number, positive"),
+        (dict(alpha=float("inf")), "alpha=inf must be a finite number, positive"),
+        (dict(alpha="0.5"), "alpha='0.5' must be a finite number"),
+        (dict(), "partition='dirichlet' needs alpha"),
+        (dict(alpha=1.0, alhpa=2.0), "'alhpa' is unknown; did you mean 'alpha'"),
         (dict(alpha=1.0, min_size=0), "min_size=0 must be at least 1"),
+        (dict(alpha=1.0, min_size=float("nan")), "min_size=nan must be a whole number"),
+        (dict(alpha=1.0, max_redraws=-1), "max_redraws=-1 must be at least 0"),
         (dict(alpha=1.0, min_size=21), "takes 210 samples; there are 200"),
     ],
 )
 def test_dirichlet_refuses_what_cannot_be(options, match):
     with pytest.raises(ValueError, match=match):
-        partition.dirichlet(rng(), Y, 10, **options)
+        partition.partition("dirichlet", rng(), Y, 10, **options)
 
 
 @given(
@@ -268,8 +280,9 @@ def test_equal_class_shares_by_hand():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(low=0.0), "low=0.0 and high=0.6"),
-        (dict(low=0.7), "low=0.7 and high=0.6"),
+        (dict(low=0.0), "low=0.0 must be positive"),
+        (dict(low=0.7), "low=0.7 must not exceed high=0.6"),
+        (dict(low=float("nan")), "low=nan"),
         (dict(high=float("inf")), "high=inf"),
     ],
 )
@@ -281,7 +294,7 @@ def test_weights_of_class_shares_are_checked(options, match):
 
 def test_class_shares_need_a_sample_in_every_share():
     y = np.array([0] * 30 + [7] * 2)
-    with pytest.raises(ValueError, match="class 7 has 2 samples for the 3 of 3 clients"):
+    with pytest.raises(ValueError, match="class 7 has 2 samples for the 3 of 3"):
         partition.class_shares(rng(), y, 3, classes_per_client=2)
 
 
@@ -351,6 +364,12 @@ def test_client_ids_group_samples():
     assert [sorted(part) for part in parts] == [[1, 4], [3], [0, 2, 5]]
 
 
+def test_client_ids_may_be_names():
+    names = np.array(["kim", "ada", "kim", "lee", "ada", "kim"])
+    parts = partition.by_client_id(rng(), np.zeros(6, int), 3, client_ids=names)
+    assert [sorted(part) for part in parts] == [[1, 4], [0, 2, 5], [3]]
+
+
 def test_client_ids_are_drawn_if_there_are_more():
     ids = OPTIONS["by_client_id"]["client_ids"]
     parts = partition.by_client_id(rng(), Y, 4, client_ids=ids)
@@ -364,8 +383,12 @@ def test_client_ids_are_drawn_if_there_are_more():
     ("ids", "match"),
     [
         (np.zeros(200, int), "num_clients=2, but client_ids has only 1"),
-        (np.zeros(199, int), r"client_ids must be 200 integers.*\(199,\)"),
-        (np.zeros(200), "client_ids must be 200 integers.*float64"),
+        (np.zeros(199, int), "199 client ids given for the 200 samples"),
+        (np.zeros((200, 1), int), r"client_ids has the shape \(200, 1\)"),
+        (np.zeros(200), r"client_ids is float64.*ids.astype\(int\)"),
+        (np.array(["a"] * 200, object), r"client_ids is object.*ids.astype\(str\)"),
+        (Y > 2, "client_ids is bool; ids must be integers or names"),
+        (np.ma.masked_equal(Y, 3), "client_ids is a masked array"),
     ],
 )
 def test_client_ids_must_fit(ids, match):
