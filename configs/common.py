@@ -55,12 +55,12 @@ def defaults() -> ml_collections.ConfigDict:
         num_novel=5,  # M, never seen in training; 0: none
         newcomers=False,  # these M take part instead of the others
         pooled=False,  # centralised training: one client has all participants' samples
-        # iid, dirichlet, pathological, class_shares, by_client_id
+        # iid, dirichlet, pathological, class_shares, class_draws, by_client_id
         partition="dirichlet",
         alpha=1.0,  # dirichlet
         min_size=10,  # dirichlet: samples of the smallest client
         capped=False,  # dirichlet: whoever has a fair share gets no further class
-        classes_per_client=2,  # pathological, class_shares
+        classes_per_client=2,  # pathological, class_shares, class_draws
         client_ids=config_dict.placeholder(str),  # by_client_id: ids.npy or f.npz:key
         test_fraction=0.2,  # global test set; 0: none
         eval_fraction=0.2,  # held out by each client
