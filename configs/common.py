@@ -1,6 +1,7 @@
 """What every config shares: parsing of `config.py:name=value` and default fields."""
 
 import ast
+import re
 from typing import Any
 
 import ml_collections
@@ -138,6 +139,19 @@ def zero_shot(arg: str | None, **more) -> tuple[Any, Any]:
     config.data.update(name=args.data, alpha=args.alpha)
     config.rounds = 2 if args.smoke else 100
     return config, args
+
+
+# Classes a client in the experiments of pFedHN (arXiv:2103.04628) and MH-pFedHN
+# (arXiv:2507.22330), by the data set's name without configuration and version.
+_CLASSES = {"cifar10": 2, "cifar100": 10, "tiny_imagenet": 20, "emnist": 6}
+
+
+def classes_per_client(data: str) -> int:
+    """Returns how many classes a client holds where each holds a few, as published.
+
+    2 for sets that nothing is published for: a run warns if that leaves images out.
+    """
+    return _CLASSES.get(re.split("[/:]", data)[0], 2)
 
 
 # Network, rounds, and clients of HyperFedNet's experiments, by data set. "mnist5k" is

@@ -241,6 +241,7 @@ class _Run:
             dataset=config.data.name,
             rounds=config.rounds,
             seed=config.seed,
+            unassigned=experiment.federation.unassigned,
             **self.metrics,
             **self.cost._asdict(),
             **self.totals(round),
