@@ -7,6 +7,7 @@ own, 0 to N_f - 1, which is what `Cohort.ids` holds there. A method without fami
 one family called "" whose members are everybody.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -118,18 +119,26 @@ def server(alg: Algorithm) -> ServerSide:
 
 
 def view(alg: Algorithm, name: str) -> Algorithm:
-    """Returns a method as one of its families sees it."""
+    """Returns a method as one of its families sees it.
+
+    The same for the same sides, so that what is remembered of a method, such as
+    `comm.describe`, is remembered of its views.
+    """
     if isinstance(alg.client, ClientSide):
         return alg
+    return _view(alg.server, alg.client[name], name)
 
+
+@functools.lru_cache(maxsize=64)
+def _view(server: ServerSide, client: ClientSide, name: str) -> Algorithm:
     def downlink(key, state, cohort):
-        return alg.server.downlink(key, state, {name: cohort})[name]
+        return server.downlink(key, state, {name: cohort})[name]
 
     def update(key, state, uplink, cohort):
-        return alg.server.update(key, state, {name: uplink}, {name: cohort})
+        return server.update(key, state, {name: uplink}, {name: cohort})
 
-    one = alg.server._replace(downlink=downlink, update=update)
-    return Algorithm(one, _member(alg.client[name], name))
+    one = server._replace(downlink=downlink, update=update)
+    return Algorithm(one, _member(client, name))
 
 
 def pack(alg: Algorithm, by_name: dict):
