@@ -71,10 +71,10 @@ def measure(
             cohort_size=cohort,
             sampler="uniform",
             store=store,
-            store_dir=folder,
+            store_dir=folder if store == "host" else None,
         )
         root = jax.random.key(0)
-        carry, _ = sim.run(root, sim.init(root), 0, exchanges)
+        carry, _ = sim.run(root, sim.init(root), 0, exchanges, donate=True)
         jax.block_until_ready(carry)
         peak = round_time.peak_mb()
         on_device = sum(x.nbytes for x in jax.live_arrays())

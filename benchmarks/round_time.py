@@ -164,7 +164,7 @@ def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
 
     def call(t: int):
         nonlocal carry
-        carry, info = sim.run(root, carry, t, work.rounds_per_call)
+        carry, info = sim.run(root, carry, t, work.rounds_per_call, donate=True)
         return jax.block_until_ready((carry, info))[1]
 
     return call, lambda: sim.program.seconds

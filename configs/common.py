@@ -1,6 +1,7 @@
 """What every config shares: parsing of `config.py:name=value` and default fields."""
 
 import ast
+import re
 from typing import Any
 
 import ml_collections
@@ -55,12 +56,12 @@ def defaults() -> ml_collections.ConfigDict:
         num_novel=5,  # M, never seen in training; 0: none
         newcomers=False,  # these M take part instead of the others
         pooled=False,  # centralised training: one client has all participants' samples
-        # iid, dirichlet, pathological, class_shares, by_client_id
+        # iid, dirichlet, pathological, class_shares, class_draws, by_client_id
         partition="dirichlet",
         alpha=1.0,  # dirichlet
         min_size=10,  # dirichlet: samples of the smallest client
         capped=False,  # dirichlet: whoever has a fair share gets no further class
-        classes_per_client=2,  # pathological, class_shares
+        classes_per_client=2,  # pathological, class_shares, class_draws
         client_ids=config_dict.placeholder(str),  # by_client_id: ids.npy or f.npz:key
         test_fraction=0.2,  # global test set; 0: none
         eval_fraction=0.2,  # held out by each client
@@ -138,6 +139,19 @@ def zero_shot(arg: str | None, **more) -> tuple[Any, Any]:
     config.data.update(name=args.data, alpha=args.alpha)
     config.rounds = 2 if args.smoke else 100
     return config, args
+
+
+# Classes a client in the experiments of pFedHN (arXiv:2103.04628) and MH-pFedHN
+# (arXiv:2507.22330), by the data set's name without configuration and version.
+_CLASSES = {"cifar10": 2, "cifar100": 10, "tiny_imagenet": 20, "emnist": 6}
+
+
+def classes_per_client(data: str) -> int:
+    """Returns how many classes a client holds where each holds a few, as published.
+
+    2 for sets that nothing is published for: a run warns if that leaves images out.
+    """
+    return _CLASSES.get(re.split("[/:]", data)[0], 2)
 
 
 # Network, rounds, and clients of HyperFedNet's experiments, by data set. "mnist5k" is

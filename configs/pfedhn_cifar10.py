@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
         num_clients=args.clients,
         num_novel=0,
         partition="class_shares",
-        classes_per_client=10 if args.data == "cifar100" else 2,
+        classes_per_client=common.classes_per_client(args.data),
         test_fraction=0.0,
         eval_fraction=1 / 6,
         validation_fraction=0.2,

@@ -4,7 +4,6 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from hyperjax import (
 )
 from hyperjax.algorithms import hyperfednet
 from hyperjax.data import federation as federations
-from hyperjax.data import partition, sources
+from hyperjax.data import files, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
@@ -242,6 +241,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         "dirichlet": dict(alpha=data.alpha, min_size=data.min_size, capped=data.capped),
         "pathological": dict(classes_per_client=data.classes_per_client),
         "class_shares": dict(classes_per_client=data.classes_per_client),
+        "class_draws": dict(classes_per_client=data.classes_per_client),
         "by_client_id": {},
     }[data.partition]
     client_ids = None
@@ -278,15 +278,7 @@ def _load_ids(given: str | None) -> np.ndarray:
             "data.partition='by_client_id' needs data.client_ids: ids.npy, or "
             "file.npz:key, one id per sample"
         )
-    path, _, key = given.partition(".npz:")
-    path = path + ".npz" if key else path
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"data.client_ids={given!r}: there is no file {path!r}")
-    content = np.load(path)
-    if not key:
-        return content
-    check_choice("key of data.client_ids", key, content.files)
-    return content[key]
+    return files.read_array(given, "data.client_ids")
 
 
 def populations(federation: Federation) -> dict[str, evaluate.Population]:

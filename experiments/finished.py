@@ -25,6 +25,7 @@ class Run(NamedTuple):
     summary: Row
     clients: list[Row]
     partition: tuple[np.ndarray, np.ndarray, list[str]] | None
+    unassigned: int = 0  # samples that the partition left to no client
 
 
 def read(folder: str) -> Run:
@@ -48,11 +49,12 @@ def read(folder: str) -> Run:
         with np.load(os.path.join(folder, "partition.npz"), allow_pickle=False) as file:
             names = [str(name) for name in file["label_names"]]
             partition = (file["counts"], file["participating"].astype(bool), names)
+            unassigned = int(file["unassigned"]) if "unassigned" in file else 0
     except FileNotFoundError:
-        partition = None
+        partition, unassigned = None, 0
     summary = _read_json(folder, "summary.json") or {}
     clients = _read_json(folder, "clients.json") or []
-    return Run(folder, about, metrics, summary, clients, partition)
+    return Run(folder, about, metrics, summary, clients, partition, unassigned)
 
 
 def _read_json(folder: str, name: str) -> Any:

@@ -216,10 +216,11 @@ def partition(run: Run) -> str:
         f"Samples of {counts.shape[1]} classes over {counts.shape[0]} clients, "
         f"{int(participating.sum())} of them participating"
     )
+    nobodys = f" {run.unassigned:,} more belong to no client." if run.unassigned else ""
     wide = " wide" if len(counts) > _WIDE_CLIENTS else ""
     return pages.section(
         "Partition",
-        f"<p>{name}; {int(counts.sum()):,} samples in all.</p>",
+        f"<p>{name}; {int(counts.sum()):,} samples in all.{nobodys}</p>",
         f'<div class="picture{wide}" role="img" aria-label="{name}">',
         picture.figure_svg(figure),
         "</div>",

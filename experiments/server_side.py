@@ -7,9 +7,9 @@ pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, t
   1,000 visits of one client, about 100 of each, where the paper has 5,000; a visit is
   50 local steps. Where all clients take part in a round there are 100 rounds.
 families: two MLPs and a CNN over Fashion-MNIST at 14x14, 20 clients with two classes
-  each (arXiv:2507.22330's protocol), 120 rounds of one epoch. Then five clients that
-  were never seen join the runs of the methods that can embed them, with known and with
-  new networks.
+  each (arXiv:2507.22330's protocol, but for `class_shares`, which deals classes out
+  evenly), 120 rounds of one epoch. Then five clients that were never seen join the runs
+  of the methods that can embed them, with known and with new networks.
 heads: MH-pFedHN when two of these networks share a head, and when they do not.
 
 A study that was stopped continues. Local training is the published one, the same for
@@ -107,6 +107,7 @@ def configure(
             shrink=2,
             num_clients=20,
             num_novel=NEWCOMERS,
+            partition="class_shares",
             validation_fraction=0.2,
         )
     config.seed, config.data.data_dir = seed, scale.data_dir

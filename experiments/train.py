@@ -160,7 +160,9 @@ class _Run:
     def train_rounds(self, carry, round: int, num_rounds: int):
         program = self.experiment.simulator.program
         began, compiled = time.perf_counter(), program.seconds
-        carry, info = self.experiment.simulator.run(self.root, carry, round, num_rounds)
+        carry, info = self.experiment.simulator.run(
+            self.root, carry, round, num_rounds, donate=True
+        )
         info = jax.device_get(info)
         compiling = program.seconds - compiled
         self.seconds += time.perf_counter() - began - compiling
@@ -241,6 +243,7 @@ class _Run:
             dataset=config.data.name,
             rounds=config.rounds,
             seed=config.seed,
+            unassigned=experiment.federation.unassigned,
             **self.metrics,
             **self.cost._asdict(),
             **self.totals(round),

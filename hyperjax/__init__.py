@@ -7,7 +7,7 @@ so from a config.
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedzero import hyperfedzero
 from hyperjax.data.federation import federate
-from hyperjax.data.sources import load
+from hyperjax.data.sources import Source, load
 from hyperjax.engine.comm import cost, describe
 from hyperjax.engine.schedule import simulator
 from hyperjax.local import Phase, trainer
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Phase",
     "ServerSide",
+    "Source",
     "cost",
     "describe",
     "fedavg",

@@ -231,7 +231,7 @@ def simulator(stack, **options) -> schedule.Simulator:
 
 def two_rounds(stack, **options):
     sim = simulator(stack, **options)
-    return jax.device_get(sim.run(ROOT, sim.init(ROOT), 0, 2))
+    return jax.device_get(sim.run(ROOT, sim.init(ROOT), 0, 2, donate=True))
 
 
 @every_method_at_length

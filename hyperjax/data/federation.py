@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hyperjax.data import clients, partition
+from hyperjax.data import clients, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.sources import Source
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Pool
 
 TABLES = (
@@ -35,6 +35,9 @@ TABLES = (
 # Tables are as wide as a multiple of this, so that federations of nearly equal sizes
 # (other seeds of one experiment) find their programs in the compilation cache.
 _WIDTH = 32
+
+# A larger share of samples that belong to nobody is worth a warning.
+_MANY_UNASSIGNED = 0.01
 
 
 class Federation(NamedTuple):
@@ -55,6 +58,7 @@ class Federation(NamedTuple):
     trainers: Table  # [T, ...], what each client that trains trains on
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
+    unassigned: int = 0  # samples that the partition left to nobody
 
     @property
     def num_clients(self) -> int:
@@ -132,10 +136,10 @@ def federate(
     client_ids: np.ndarray | None = None,
     **options: Any,
 ) -> Federation:
-    """Deals a data set out.
+    """Deals a data set out; warns if much of it becomes nobody's.
 
     Args:
-      source: all samples.
+      source: all samples; checked by `sources.checked`.
       num_clients: N.
       num_novel: M; 0 for none.
       partition_name: a key of `partition.PARTITIONERS`.
@@ -149,15 +153,21 @@ def federate(
         h n_k / n rounded down; the samples missing to h are of the classes that lost
         most, ties by label. Otherwise samples are held out at random. Likewise for
         validation.
-      client_ids: [n] given ids, for "by_client_id".
+      client_ids: [n] given ids, integers or names, for "by_client_id" alone.
       **options: of the partitioner.
 
     Raises:
-      ValueError: a size or fraction is out of range, there are more clients than
-        samples, or a client has fewer than two samples.
+      ValueError: arrays that are no labelled images, a size or fraction out of range,
+        more clients than samples, or a client with fewer than two samples.
     """
+    source = sources.checked(source)
     check_at_least(1, num_clients=num_clients)
-    check_at_least(0, num_novel=num_novel)
+    check_at_least(0, num_novel=num_novel, seed=seed)
+    check_number(
+        test_fraction=test_fraction,
+        eval_fraction=eval_fraction,
+        validation_fraction=validation_fraction,
+    )
     if not 0 <= test_fraction < 1:
         raise ValueError(
             f"test_fraction={test_fraction} must lie between 0 and 1, 1 exclusive; 0 "
@@ -178,12 +188,8 @@ def federate(
     num_test = max(1, round(test_fraction * total)) if test_fraction else 0
     test, rest = order[:num_test], order[num_test:]
     if client_ids is not None:
-        if len(client_ids) != total:
-            raise ValueError(
-                f"{len(client_ids)} client ids given for the {total} samples of "
-                f"{source.name!r}"
-            )
-        options = {**options, "client_ids": np.asarray(client_ids)[rest]}
+        ids = partition.check_ids(client_ids, total)
+        options = {**options, "client_ids": ids[rest]}
     everyone = num_clients + num_novel
     y = source.y[rest]
     places = partition.partition(partition_name, rng, y, everyone, **options)
@@ -195,6 +201,11 @@ def federate(
                 "train and one to hold out: lower num_clients or num_novel, or raise "
                 "min_size"
             )
+
+    counts = partition.class_counts(source.y, parts, source.num_classes)
+    unassigned = len(rest) - int(counts.sum())
+    if unassigned > _MANY_UNASSIGNED * len(rest):
+        _warn(source, y, counts, partition_name)
 
     def split(parts, fraction):
         labels = (source.y[part] if stratified else None for part in parts)
@@ -224,8 +235,9 @@ def federate(
         novel_held_out=clients.table(held_out[others], _WIDTH) if num_novel else None,
         test=clients.table([test], _WIDTH) if num_test else None,
         trainers=own_train,
-        counts=partition.class_counts(source.y, parts, source.num_classes),
+        counts=counts,
         label_names=source.label_names,
+        unassigned=unassigned,
     )
 
 
@@ -248,6 +260,7 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         participating=participating,
         num_trainers=federation.num_trainers,
         label_names=np.array(federation.label_names),
+        unassigned=federation.unassigned,
         sample_shape=np.array(federation.pool.x.shape[1:]),
         mean=np.asarray(federation.pool.mean),
         std=np.asarray(federation.pool.std),
@@ -255,6 +268,25 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         **tables,
     )
     os.replace(part, path)
+
+
+def _warn(source: Source, y: np.ndarray, counts: np.ndarray, name: str) -> None:
+    """Says how much of the samples with labels `y` belongs to no client."""
+    from absl import logging
+
+    dealt, there = counts.sum(axis=0), np.bincount(y, minlength=source.num_classes)
+    left = there.sum() - dealt.sum()
+    unused = [source.label_names[k] for k in np.flatnonzero((dealt == 0) & (there > 0))]
+    classes = ""
+    if unused:
+        shown = ", ".join(map(str, unused[:5])) + ", ..." * (len(unused) > 5)
+        classes = f"; no client has any of {len(unused)} classes ({shown})"
+    logging.warning(
+        "%s of the %s samples of %r that partition=%r could deal out (%.1f %%) belong "
+        "to no client%s.",
+        *(f"{left:,}", f"{there.sum():,}", source.name, name),
+        *(100 * left / there.sum(), classes),
+    )
 
 
 def _parts(table: Table) -> list[np.ndarray]:

@@ -2,21 +2,23 @@
 
 Every partitioner takes `(rng, y, num_clients, **options)` and returns one index array
 per client: int64, disjoint, never empty, in an order drawn from `rng`. Equal generators
-give equal partitions.
+give equal partitions. "iid" and "dirichlet" deal out every sample; the others may leave
+some to nobody, which whoever asks for a partition should say (`federate` does).
 
 References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per-class
 form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
 (arXiv:2102.02079); a few classes per client, McMahan et al. 2017 (arXiv:1602.05629);
-uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628).
+uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628);
+a few classes drawn by each client, the code of Zhang et al. 2025 (arXiv:2507.22330).
 """
 
-import math
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 
 
 def partition(
@@ -35,7 +37,8 @@ def partition(
       N arrays of indices into `y`, int64.
 
     Raises:
-      ValueError: unknown name, or what the partitioner raises.
+      ValueError: unknown name, unknown or missing options, or what the partitioner
+        raises.
 
     Example:
       >>> parts = partition("iid", np.random.default_rng(0), np.zeros(5, int), 2)
@@ -43,7 +46,14 @@ def partition(
       [3, 2]
     """
     check_choice("partition", name, PARTITIONERS)
-    return PARTITIONERS[name](rng, y, num_clients, **kwargs)
+    partitioner = PARTITIONERS[name]
+    options = dict(list(inspect.signature(partitioner).parameters.items())[3:])
+    for given in kwargs:
+        check_choice(f"option of {name}", given, options)
+    for needed, option in options.items():
+        if option.default is option.empty and kwargs.get(needed) is None:
+            raise ValueError(f"partition={name!r} needs {needed}")
+    return partitioner(rng, y, num_clients, **kwargs)
 
 
 def iid(rng: np.random.Generator, y: np.ndarray, num_clients: int) -> list[np.ndarray]:
@@ -104,13 +114,9 @@ def dirichlet(
         samples, or no draw gave every client `min_size` samples.
     """
     y = _check(y, num_clients)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha} must be positive and finite")
-    if min_size < 1 or max_redraws < 0:
-        raise ValueError(
-            f"min_size={min_size} must be at least 1 and max_redraws={max_redraws} at "
-            "least 0"
-        )
+    check_number(above=0, alpha=alpha)
+    check_at_least(1, min_size=min_size)
+    check_at_least(0, max_redraws=max_redraws)
     if min_size * num_clients > len(y):
         raise ValueError(
             f"min_size={min_size} for each of {num_clients} clients takes "
@@ -219,8 +225,7 @@ def class_shares(
     y = _check(y, num_clients)
     classes, sizes = np.unique(y, return_counts=True)
     _check_classes(classes_per_client, len(classes))
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"low={low} and high={high} must be 0 < low <= high, finite")
+    _check_weights(low, high)
     num_shares = num_clients * classes_per_client // len(classes) + 1
     left = np.full(len(classes), num_shares)
     held = _hold(rng, num_clients, left, classes_per_client)
@@ -230,13 +235,54 @@ def class_shares(
         holders = np.flatnonzero(held[:, k])
         shares = weights[: len(holders)] / weights.sum()
         counts[holders, k] = np.floor(size * shares)
-    if (held & (counts == 0)).any():
-        k = np.flatnonzero((held & (counts == 0)).any(axis=0))[0]
-        raise ValueError(
-            f"class {classes[k]} has {sizes[k]} samples for {num_shares} shares, one "
-            f"of them without a sample; lower num_clients={num_clients} or "
-            f"classes_per_client={classes_per_client}"
-        )
+    _check_shares(classes, sizes, held, counts)
+    return _deal(rng, y, counts)
+
+
+def class_draws(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    classes_per_client: int,
+    low: float = 0.4,
+    high: float = 0.6,
+) -> list[np.ndarray]:
+    """Lets every client draw a fixed number of classes, whatever the others draw.
+
+    Each client draws its classes uniformly, without replacement. A class is divided
+    completely among those who drew it, in proportion to weights uniform in [low, high);
+    shares are rounded down, and the crumbs go to the first holder. A class that nobody
+    drew is nobody's: (1 - classes_per_client / K)**N of the classes on average.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N.
+      classes_per_client: classes of each client, 1 to K.
+      low: smallest weight of a share, before they are scaled to sum to one.
+      high: largest weight.
+
+    Returns:
+      N arrays of indices into `y`, int64; together all samples of the drawn classes.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, there are more
+        clients than samples, or a client's share of a class is less than one sample.
+    """
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    _check_classes(classes_per_client, len(classes))
+    _check_weights(low, high)
+    ranked = rng.random((num_clients, len(classes))).argsort(axis=1)
+    held = np.zeros((num_clients, len(classes)), bool)
+    np.put_along_axis(held, ranked[:, :classes_per_client], True, axis=1)
+    weights = np.where(held, rng.uniform(low, high, held.shape), 0.0)
+    shares = weights / np.maximum(weights.sum(axis=0), low)  # low: nobody drew it
+    counts = np.floor(sizes * shares).astype(np.int64)
+    drawn = np.flatnonzero(held.any(axis=0))
+    counts[held.argmax(axis=0)[drawn], drawn] += (sizes - counts.sum(axis=0))[drawn]
+    _check_shares(classes, sizes, held, counts)
     return _deal(rng, y, counts)
 
 
@@ -249,8 +295,9 @@ def by_client_id(
       rng: the only source of randomness.
       y: [n] integer labels.
       num_clients: number of clients, N.
-      client_ids: [n] integers; samples with equal ids belong together. N of the
-        distinct ids are drawn if there are more.
+      client_ids: [n] integers or names; samples with equal ids belong together. N of
+        the distinct ids are drawn if there are more; the samples of the others are
+        nobody's.
 
     Returns:
       N arrays of indices into `y`, int64, by increasing id.
@@ -260,12 +307,7 @@ def by_client_id(
         than N distinct ids.
     """
     y = _check(y, num_clients)
-    client_ids = np.asarray(client_ids)
-    if client_ids.shape != y.shape or not np.issubdtype(client_ids.dtype, np.integer):
-        raise ValueError(
-            f"client_ids must be {len(y)} integers like the labels, got "
-            f"{client_ids.dtype} {client_ids.shape}"
-        )
+    client_ids = check_ids(client_ids, len(y))
     distinct, owner = np.unique(client_ids, return_inverse=True)
     if len(distinct) < num_clients:
         raise ValueError(
@@ -282,8 +324,33 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "dirichlet": dirichlet,
     "pathological": pathological,
     "class_shares": class_shares,
+    "class_draws": class_draws,
     "by_client_id": by_client_id,
 }
+
+
+def check_ids(client_ids: Any, num: int) -> np.ndarray:
+    """Returns the ids of who made each of `num` samples, integers or names [n].
+
+    Raises:
+      ValueError: another type, shape or number of ids.
+    """
+    if isinstance(client_ids, np.ma.MaskedArray):
+        raise ValueError("client_ids is a masked array: give every sample an id")
+    ids = np.asarray(client_ids)
+    if ids.ndim != 1:
+        raise ValueError(f"client_ids has the shape {ids.shape}, not [{num}]")
+    if len(ids) != num:
+        raise ValueError(
+            f"client_ids: {len(ids)} client ids given for the {num} samples"
+        )
+    if ids.dtype.kind not in "iuUS":
+        hint = {"f": "ids.astype(int)", "O": "ids.astype(str)"}.get(ids.dtype.kind, "")
+        raise ValueError(
+            f"client_ids is {ids.dtype}; ids must be integers or names"
+            + (f": {hint}" if hint else "")
+        )
+    return ids
 
 
 def class_counts(
@@ -316,6 +383,7 @@ def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
     y = np.asarray(y)
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"y must be integer labels [n], got {y.dtype} {y.shape}")
+    check_number(whole=True, num_clients=num_clients)
     if not 1 <= num_clients <= len(y):
         raise ValueError(
             f"num_clients={num_clients} must lie between 1 and the {len(y)} samples"
@@ -324,10 +392,31 @@ def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
 
 
 def _check_classes(classes_per_client: int, num_classes: int) -> None:
+    check_number(whole=True, classes_per_client=classes_per_client)
     if not 1 <= classes_per_client <= num_classes:
         raise ValueError(
             f"classes_per_client={classes_per_client} must lie between 1 and the "
             f"{num_classes} classes of the labels"
+        )
+
+
+def _check_weights(low: float, high: float) -> None:
+    check_number(above=0, low=low, high=high)
+    if low > high:
+        raise ValueError(f"low={low} must not exceed high={high}")
+
+
+def _check_shares(
+    classes: np.ndarray, sizes: np.ndarray, held: np.ndarray, counts: np.ndarray
+) -> None:
+    """Refuses holders [N, K] of a class who get nothing of it."""
+    empty = (held & (counts == 0)).any(axis=0)
+    if empty.any():
+        k = np.argmax(empty)
+        raise ValueError(
+            f"class {classes[k]} has {sizes[k]} samples for the {held[:, k].sum()} of "
+            f"{len(held)} clients who hold it, one of them without a sample; lower "
+            "num_clients or classes_per_client"
         )
 
 

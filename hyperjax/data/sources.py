@@ -16,17 +16,139 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hyperjax.errors import check_at_least, first_line
+
 _READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
 
 
 class Source(NamedTuple):
-    """A labelled image set in memory."""
+    """A labelled image set in memory.
+
+    A set of your own is `Source("mine", x, y, 10, tuple("0123456789"))`; `federate`
+    checks it, see `checked`.
+    """
 
     name: str
     x: np.ndarray  # uint8 [n, H, W, C]
     y: np.ndarray  # int32 [n], in [0, num_classes)
     num_classes: int
     label_names: tuple[str, ...]  # num_classes of them
+
+
+def checked(source: Source) -> Source:
+    """Returns a set whose arrays are what `Source` says, labels in int32.
+
+    Nothing is guessed: images that may mean two things are refused, with what to write.
+
+    Args:
+      source: arrays, or what NumPy makes arrays of; labels of any integer type.
+
+    Raises:
+      ValueError: naming the array, what it is and what is accepted.
+    """
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"source is {type(source).__name__}; accepted: what hyperjax.load returns, "
+            "or hyperjax.Source(name, x, y, num_classes, label_names)"
+        )
+    check_at_least(1, num_classes=source.num_classes)
+    x = check_images(source.x, "x")
+    y = check_labels(source.y, "y", len(x), source.num_classes)
+    names = source.label_names
+    if isinstance(names, str) or not hasattr(names, "__len__"):
+        raise ValueError(f"label_names={names!r} must be a tuple of names")
+    if len(names) != source.num_classes:
+        raise ValueError(
+            f"label_names has {len(names)} name(s) for num_classes="
+            f"{source.num_classes}; accepted: one for each class"
+        )
+    return Source(str(source.name), x, y, int(source.num_classes), tuple(names))
+
+
+def check_images(images: Any, name: str) -> np.ndarray:
+    """Returns images as an array, uint8 [n, H, W, C] with n of at least 1.
+
+    Raises:
+      ValueError: another type, number of axes or order of them; see `checked`.
+    """
+    x = _array(images, name)
+    if x.dtype != np.uint8:
+        hint = {
+            "f": "images between 0 and 1 are np.rint(255 * x).astype(np.uint8)",
+            "b": "images of False and True are np.uint8(255) * x",
+        }.get(x.dtype.kind, "scale them to 0 to 255, then x.astype(np.uint8)")
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255: "
+            f"{hint}"
+        )
+    if x.ndim != 4:
+        hint = "write x[..., None] for grey images" if x.ndim == 3 else "x.reshape"
+        raise ValueError(
+            f"{name} has the shape {x.shape}; images must be [n, height, width, "
+            f"channels]: {hint}"
+        )
+    if 0 in x.shape:
+        raise ValueError(f"{name} has the shape {x.shape}: there are no pixels in it")
+    height, width, channels = x.shape[1:]
+    # [n, 1, 28, 28], [n, 3, 4, 4]: all but surely pictures whose channels come first.
+    first = height <= 4 < channels
+    square = height in (1, 3) and height != width == channels
+    if first or square:
+        raise ValueError(
+            f"{name} has the shape {x.shape}, which reads as {channels} channels of "
+            f"{height}x{width} pixels. Images must be [n, height, width, channels]: "
+            "write np.moveaxis(x, 1, -1) if channels come first here, or "
+            "x.swapaxes(1, 2) if pictures are really that flat"
+        )
+    return x
+
+
+def check_labels(labels: Any, name: str, num: int, num_classes: int) -> np.ndarray:
+    """Returns the labels of `num` images as int32 [n], in [0, num_classes).
+
+    Raises:
+      ValueError: another type, shape or number of labels, or one out of range.
+    """
+    y = _array(labels, name)
+    if y.ndim != 1:
+        hint = ""
+        if y.ndim == 2:
+            hint = ": write y[:, 0]" if y.shape[1] == 1 else ": one-hot is y.argmax(1)"
+        raise ValueError(
+            f"{name} has the shape {y.shape}; labels must be [n], one for each of the "
+            f"{num} images{hint}"
+        )
+    if len(y) != num:
+        raise ValueError(f"there are {num} images and {len(y)} labels {name}")
+    if y.dtype.kind not in "iu":
+        hint = "y.astype(int)"
+        if y.dtype.kind in "OUS":
+            hint = "names, y = np.unique(y, return_inverse=True)"
+        raise ValueError(
+            f"{name} is {y.dtype}; labels must be integers from 0 to "
+            f"{num_classes - 1}: {hint}"
+        )
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(
+            f"{name} has labels from {y.min()} to {y.max()}; num_classes="
+            f"{num_classes} takes 0 to {num_classes - 1}"
+        )
+    return y.astype(np.int32)
+
+
+def _array(given: Any, name: str) -> np.ndarray:
+    """Returns an array, unless NumPy would leave something out or make objects."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: leave the masked ones out first")
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(
+            f"{name} is no array, its parts differ in shape: {first_line(error)}"
+        ) from error
+    if array.ndim == 0:
+        raise ValueError(f"{name}={given!r} is no array")
+    return array
 
 
 def load(
@@ -69,6 +191,8 @@ def load(
       (1797, 8, 8, 1)
     """
     if data_dir is not None:
+        if not str(data_dir):
+            raise ValueError("data_dir='' is no folder; None means TFDS's own choice")
         data_dir = str(Path(data_dir).expanduser())
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f"data_dir={data_dir!r} is not an existing folder")
@@ -106,11 +230,10 @@ def shrink(source: Source, factor: int) -> Source:
 
 
 def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:
-    """Adds a channel axis to images [n, H, W] and settles dtypes."""
+    """Adds a channel axis to images [n, H, W] that are known to have none."""
     x = x[..., None] if x.ndim == 3 else x
-    return Source(
-        name, x.astype(np.uint8), y.astype(np.int32), len(names), tuple(map(str, names))
-    )
+    found = Source(name, x.astype(np.uint8), y, len(names), tuple(map(str, names)))
+    return checked(found)
 
 
 def _mnist5k() -> Source:
@@ -206,7 +329,17 @@ def _load_tfds(name: str, data_dir: str | None, split: str, download: bool) -> S
         raise ValueError(
             f"cannot read split={split!r} of {name!r} from {builder.data_path}: {error}"
         ) from error
-    x, y = _read(name, split, records, image_key, label_key)
+    try:
+        x, y = _read(records, image_key, label_key)
+    except _NotImages as error:
+        raise ValueError(f"split={split!r} of {name!r} {error}") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # readers and decoders raise what they like
+        raise ValueError(
+            f"{name!r} cannot be read: {first_line(error)}. "
+            f"{_damaged(builder.data_path)}"
+        ) from error
     return _source(name, x, y, builder.info.features[label_key].names)
 
 
@@ -226,9 +359,11 @@ def _builder(name: str, data_dir: str | None) -> Any:
         # Builders raise anything, assertions included, for a bad config or version.
         known = tfds.list_builders(with_community_datasets=False)
         stem = re.split("[/:]", name)[0].lower()
-        if stem in known:
-            raise ValueError(f"TFDS cannot open {name!r}: {error}") from error
         folder = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+        copied = any(folder.glob(f"{stem}/**/dataset_info.json"))
+        if stem in known or copied:
+            hint = f". {_damaged(folder / stem)}" if copied else ""
+            raise ValueError(f"TFDS cannot open {name!r}: {error}{hint}") from error
         local = [path.name for path in folder.glob("*/")]
         near = difflib.get_close_matches(stem, {*known, *local, *_EMBEDDED} - {name})
         raise ValueError(
@@ -236,6 +371,13 @@ def _builder(name: str, data_dir: str | None) -> Any:
             f"prepared copy of it; nearest names: {', '.join(near) or 'none'}; "
             f"embedded sets: {', '.join(_EMBEDDED)}"
         ) from None
+
+
+def _damaged(folder: Any) -> str:
+    return (
+        f"Files in {folder} may be damaged or incomplete: remove that folder and "
+        "prepare the set again (download=True), or copy it anew"
+    )
 
 
 def _prepare(name: str, builder: Any, download: bool) -> None:
@@ -280,14 +422,18 @@ def _keys(name: str, info: Any) -> tuple[str, str]:
     )
 
 
+class _NotImages(Exception):
+    """What a set has instead of labelled images."""
+
+
 def _read(
-    name: str, split: str, records: Any, image_key: str, label_key: str
+    records: Any, image_key: str, label_key: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes all records into images [n, H, W, C] uint8 and labels [n] int32."""
     num_records = len(records)
     first = records[0][image_key]
     if first.dtype != np.uint8:
-        raise ValueError(f"{name!r} has images of {first.dtype}, not uint8")
+        raise _NotImages(f"has images of {first.dtype}, not uint8")
     x = np.empty((num_records, *first.shape), np.uint8)
     y = np.empty(num_records, np.int32)
     for start in range(0, num_records, _READ_BATCH):
@@ -295,11 +441,11 @@ def _read(
         for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
             # Assigning would broadcast a grey image to three channels.
             if record[image_key].shape != first.shape:
-                raise ValueError(
-                    f"{name!r} has images of different shapes: {first.shape} and "
+                raise _NotImages(
+                    f"has images of different shapes: {first.shape} and "
                     f"{record[image_key].shape}"
                 )
             x[i], y[i] = record[image_key], record[label_key]
     if y.min() < 0:
-        raise ValueError(f"split={split!r} of {name!r} has records without a label")
+        raise _NotImages("has records without a label")
     return x, y

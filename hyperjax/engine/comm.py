@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import rng, tree
-from hyperjax.types import Algorithm, ClientData, Cohort, Pool, PyTree
+from hyperjax.types import Algorithm, ClientData, ClientSide, Cohort, Pool, PyTree
 
 
 class Messages(NamedTuple):
@@ -30,13 +30,25 @@ class Cost(NamedTuple):
     up_bytes: int
 
 
-@functools.lru_cache(maxsize=16)
 def describe(alg: Algorithm) -> Messages:
     """Runs one exchange with one client by abstract evaluation; computes nothing.
 
     The server's update is part of it, so that what a method cannot do is known before
-    any work.
+    any work. A method is described once; that of `families.view` for each family.
+
+    Raises:
+      ValueError: a method with families.
     """
+    if not isinstance(alg.client, ClientSide):
+        raise ValueError(
+            f"the method has the families {sorted(alg.client)}; describe one by one: "
+            "describe(hyperjax.engine.families.view(method, name))"
+        )
+    return _describe(alg)
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(alg: Algorithm) -> Messages:
     opening = alg.opening and describe(alg.opening)
     shape = alg.client.model.sample_shape
     channels = shape[-1]

@@ -250,6 +250,7 @@ def evaluator(
         return map_tune((*mapped, train, inputs), (*down, pools, epochs))
 
     def score_all(name, block, whom, root, carry: schedule.Carry, round, epochs):
+        root = rng.root_key(root)
         return {
             metric: score_population(
                 name, block, _Shape.of(whom), root, carry, round, epochs, population

@@ -7,6 +7,7 @@ own, 0 to N_f - 1, which is what `Cohort.ids` holds there. A method without fami
 one family called "" whose members are everybody.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -118,19 +119,33 @@ def server(alg: Algorithm) -> ServerSide:
 
 
 def view(alg: Algorithm, name: str) -> Algorithm:
-    """Returns a method as one of its families sees it."""
+    """Returns a method as one of its families sees it.
+
+    The same for the same sides, so that what is remembered of a method, such as
+    `comm.describe`, is remembered of its views.
+    """
     if isinstance(alg.client, ClientSide):
         return alg
+    opening = alg.opening and view(alg.opening, name)
+    return _view(alg.server, alg.client[name], name, alg.exact, opening)
 
+
+@functools.lru_cache(maxsize=64)
+def _view(
+    server: ServerSide,
+    client: ClientSide,
+    name: str,
+    exact: tuple[str, ...],
+    opening: Algorithm | None,
+) -> Algorithm:
     def downlink(key, state, cohort):
-        return alg.server.downlink(key, state, {name: cohort})[name]
+        return server.downlink(key, state, {name: cohort})[name]
 
     def update(key, state, uplink, cohort):
-        return alg.server.update(key, state, {name: uplink}, {name: cohort})
+        return server.update(key, state, {name: uplink}, {name: cohort})
 
-    one = alg.server._replace(downlink=downlink, update=update)
-    opening = alg.opening and view(alg.opening, name)
-    return Algorithm(one, _member(alg.client[name], name), alg.exact, opening)
+    one = server._replace(downlink=downlink, update=update)
+    return Algorithm(one, _member(client, name), exact, opening)
 
 
 def pack(alg: Algorithm, by_name: dict):

@@ -12,7 +12,7 @@ from hyperjax import rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Algorithm, Array, ClientData, Cohort, Key, Pool, PyTree
 
 SAMPLERS = ("full", "uniform")
@@ -57,11 +57,15 @@ def sample(name: str, key: Key, num_clients: int, cohort_size: int) -> Array:
 class Simulator(NamedTuple):
     """A method bound to its clients' data.
 
+    A root is a key or an integer seed, see `rng.root_key`.
+
     Attributes:
       init: `(root) -> Carry`.
       load: `(carry of host arrays) -> Carry`, to go on from a checkpoint.
-      run: `(root, carry, start, num_rounds) -> (carry, info)`: rounds start,
-        start + 1, ... with info leaves [num_rounds]. The given carry is consumed.
+      run: `(root, carry, start, num_rounds, donate=False) -> (carry, info)`: rounds
+        start, start + 1, ... with info leaves [num_rounds]. The given carry can be
+        used again; with `donate` it is consumed, and its memory is that of the result.
+        A memory-mapped store has one copy of its rows, so there it must be donated.
       visits: `(root, num_rounds) -> {family: int}`, exchanges of all clients so far.
       program: the compiler; its `seconds` says how long compilation took so far.
     """
@@ -94,7 +98,7 @@ def simulator(
       alg: the method.
       table: pool rows of the N participating clients.
       pool: the samples.
-      weight: [N] aggregation weights, registered once.
+      weight: [N] aggregation weights, not negative and not all zero, registered once.
       cohort_size: C; ignored by the sampler "full".
       members: who belongs to which family, for methods with families.
       sampler: "full" or "uniform".
@@ -109,12 +113,15 @@ def simulator(
       store_dir: folder of the host store's memory-mapped files; None for memory.
 
     Raises:
-      ValueError: unknown sampler or store, a cohort size outside 1..N, or members
-        that are not the method's families of these N.
+      ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, weights
+        that are none, or members that are not the method's families of these N.
     """
     num_clients = len(table.size)
     check_choice("sampler", sampler, SAMPLERS)
     check_choice("store", store, STORES)
+    if store_dir is not None and store != "host":
+        raise ValueError(f"store_dir={store_dir!r} goes with store='host'")
+    check_number(whole=True, cohort_size=cohort_size)
     if not 1 <= cohort_size <= num_clients:
         raise ValueError(
             f"cohort_size={cohort_size} must be between 1 and the "
@@ -131,7 +138,7 @@ def simulator(
             ids = jax.random.permutation(rng.stream(key, "order"), ids)
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
-    groups = members or families.families(num_clients)
+    groups = families.families(num_clients) if members is None else members
     if set(groups.names) != set(families.clients(alg)):
         raise ValueError(
             f"the method has the families {sorted(families.clients(alg))}, the clients "
@@ -158,6 +165,7 @@ def simulator(
         counts = jax.jit(lambda r: jax.lax.map(count, r))(jnp.arange(num_rounds))
         return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
 
+    _check_data(alg, table, pool)
     parts = _Parts(
         alg=alg,
         visits=visits,
@@ -169,10 +177,84 @@ def simulator(
         groups=groups,
         table=table,
         pool=sharding.replicate(pool, mesh),
-        weight=sharding.replicate(jnp.asarray(weight, jnp.float32), mesh),
+        weight=sharding.replicate(_checked_weight(weight, num_clients), mesh),
         mesh=mesh,
     )
-    return _on_device(parts) if store == "device" else _on_host(parts, store_dir)
+    built = _on_device(parts) if store == "device" else _on_host(parts, store_dir)
+    return _with_checks(built, must_donate=store_dir is not None)
+
+
+def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
+    """Refuses images that a network does not take, and rows that a pool lacks."""
+    for name, client in families.clients(alg).items():
+        if pool.x.shape[1:] != tuple(client.model.sample_shape):
+            of = f" of the family {name!r}" if name else ""
+            raise ValueError(
+                f"pool has images of shape {pool.x.shape[1:]}; the network{of} takes "
+                f"{tuple(client.model.sample_shape)}"
+            )
+    rows, size = np.asarray(table.rows), np.asarray(table.size)
+    if rows.ndim != 2 or size.shape != rows.shape[:1]:
+        raise ValueError(
+            f"table has rows of shape {rows.shape} and sizes of shape {size.shape}; "
+            "accepted: [N, n_max] and [N]"
+        )
+    if size.min() < 0 or size.max() > rows.shape[1]:
+        raise ValueError(
+            f"table has clients of {size.min()} to {size.max()} samples; its rows have "
+            f"room for 0 to {rows.shape[1]}"
+        )
+    if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(pool.x):
+        raise ValueError(
+            f"table names rows {rows.min()} to {rows.max()} of a pool of "
+            f"{len(pool.x)} samples"
+        )
+
+
+def _checked_weight(weight: Any, num_clients: int) -> Array:
+    """Returns aggregation weights, [N] float32."""
+    given = np.asarray(weight)
+    if given.shape != (num_clients,) or given.dtype.kind not in "iuf":
+        raise ValueError(
+            f"weight is {given.dtype} of shape {given.shape}; accepted: a number for "
+            f"each of the {num_clients} clients"
+        )
+    bad = np.flatnonzero(~(np.isfinite(given) & (given >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"weight of client {bad[0]} is {given[bad[0]]}; weights must be finite and "
+            "not negative"
+        )
+    if not given.any():
+        raise ValueError("weight is zero for all clients; one at least must count")
+    return jnp.asarray(given, jnp.float32)
+
+
+def _with_checks(simulator: "Simulator", must_donate: bool) -> "Simulator":
+    """Roots become keys, rounds are counted, carries survive unless donated."""
+
+    def run(root, carry, start, num_rounds, donate=False):
+        check_at_least(0, start=start)
+        check_at_least(1, num_rounds=num_rounds)
+        if must_donate and not donate:
+            raise ValueError(
+                "a memory-mapped store is changed in place: say donate=True, and go on "
+                "with the carry that comes back"
+            )
+        if not isinstance(carry, Carry):
+            raise ValueError(
+                f"carry is {type(carry).__name__}; accepted: what init, load or run "
+                "returned"
+            )
+        if not donate:
+            carry = jax.tree.map(lambda x: x.copy(), carry)
+        return simulator.run(rng.root_key(root), carry, start, num_rounds)
+
+    return simulator._replace(
+        init=lambda root: simulator.init(rng.root_key(root)),
+        run=run,
+        visits=lambda root, rounds: simulator.visits(rng.root_key(root), rounds),
+    )
 
 
 class _Parts(NamedTuple):

@@ -66,7 +66,19 @@ def map_clients(fn: Callable, mapper: str | int, mesh: Mesh | None) -> Callable:
 
     Returns:
       `mapped_fn(mapped, shared) -> outputs [C, ...]`.
+
+    Raises:
+      ValueError: another mapper.
     """
+    if mapper not in ("map", "vmap"):
+        kind = {"block": "a block size instead", "auto": "see resolve_mapper"}
+        if isinstance(mapper, str):
+            hint = f" ({kind[mapper]})" if mapper in kind else ""
+            raise ValueError(
+                f"mapper={mapper!r} is unknown{hint}; accepted: 'map', 'vmap', or the "
+                "number of clients in a block"
+            )
+        check_at_least(1, mapper=mapper)
 
     def local_map(mapped, shared):
         if mapper == "vmap":

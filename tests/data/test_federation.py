@@ -250,15 +250,61 @@ def test_given_ids_make_the_clients():
     assert len({ids[part[0]] for part in [*whole, *parts(found.novel)]}) == 9
 
 
+SKEWED = dict(num_clients=2, num_novel=0, partition_name="class_draws")
+
+
+@pytest.mark.parametrize("name", sorted(federations.partition.PARTITIONERS))
+def test_what_belongs_to_nobody_is_counted(name):
+    options = {
+        "dirichlet": dict(alpha=0.5),
+        "by_client_id": dict(client_ids=np.arange(600) % 20),
+        "iid": {},
+    }.get(name, dict(classes_per_client=1))
+    found = deal(partition_name=name, num_clients=3, num_novel=1, **options)
+    rows = np.concatenate([everything(getattr(found, name)) for name in TABLES])
+    assert found.unassigned == 600 - len(rows)
+    assert (found.unassigned > 0) == (name not in ("iid", "dirichlet"))
+    assert found.pooled().unassigned == found.unassigned
+
+
+def test_samples_of_nobody_are_warned_of_and_saved(caplog, tmp_path):
+    # 480 samples to deal out, of which two clients with one class each take a part.
+    found = deal(**SKEWED, classes_per_client=1)
+    held = (found.counts > 0).any(axis=0)
+    missed = ", ".join(str(k) for k in np.flatnonzero(~held))
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert f"{found.unassigned} of the 480 samples of 'synthetic'" in message
+    assert "partition='class_draws'" in message
+    assert f"({100 * found.unassigned / 480:.1f} %) belong to no client" in message
+    assert f"no client has any of {5 - held.sum()} classes ({missed})" in message
+    federations.save_tables(found, tmp_path / "partition.npz")
+    with np.load(tmp_path / "partition.npz") as saved:
+        assert saved["unassigned"] == found.unassigned
+
+
+def test_crumbs_are_not_warned_of(caplog):
+    found = deal(partition_name="pathological", num_clients=5, classes_per_client=5)
+    assert found.unassigned == 0
+    deal()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         (dict(num_clients=0), "num_clients=0 must be at least 1"),
         (dict(num_novel=-1), "num_novel=-1 must be at least 0"),
+        (dict(num_clients=2.0), "num_clients=2.0 must be a whole number"),
+        (dict(seed=-1), "seed=-1 must be at least 0"),
+        (dict(seed=0.5), "seed=0.5 must be a whole number"),
+        (dict(test_fraction="0.2"), "test_fraction='0.2' must be a finite number"),
+        (dict(validation_fraction=float("inf")), "validation_fraction=inf must be"),
+        (dict(client_ids=np.arange(600)), "option of iid='client_ids' is unknown"),
+        (dict(partition_name="by_client_id"), "'by_client_id' needs client_ids"),
         (dict(test_fraction=-0.1), r"test_fraction=-0.1 must lie between 0 and 1"),
         (dict(test_fraction=1.0), r"test_fraction=1.0 must lie between 0 and 1"),
         (dict(eval_fraction=0.0), r"eval_fraction=0.0 must lie between 0 and 1"),
-        (dict(eval_fraction=float("nan")), "eval_fraction=nan must lie between"),
+        (dict(eval_fraction=float("nan")), "eval_fraction=nan must be a finite number"),
         (dict(validation_fraction=1.0), "validation_fraction=1.0 must lie between 0"),
         (
             dict(num_clients=200, num_novel=0, validation_fraction=0.5),
@@ -278,7 +324,7 @@ def test_given_ids_make_the_clients():
         ),
         (
             dict(partition_name="by_client_id", client_ids=np.arange(7)),
-            "7 client ids given for the 600 samples of 'synthetic'",
+            "7 client ids given for the 600 samples",
         ),
     ],
     ids=str,

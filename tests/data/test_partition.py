@@ -13,6 +13,7 @@ OPTIONS = {
     "dirichlet": dict(alpha=0.5),
     "pathological": dict(classes_per_client=2),
     "class_shares": dict(classes_per_client=2),
+    "class_draws": dict(classes_per_client=2),
     "by_client_id": dict(client_ids=np.arange(200) % 10),
 }
 
@@ -43,6 +44,7 @@ def test_all_samples_are_dealt_once_and_seeds_decide(name):
     )
     dealt = len(check(first, 200, 10))
     # Of 5 shares of each class one is nobody's: at most 0.6 / (0.6 + 4 * 0.4) of it.
+    # All 5 classes are drawn here: one is missed with probability 0.03 for each seed.
     assert 5 * 29 - 20 <= dealt < 200 if name == "class_shares" else dealt == 200
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
@@ -58,6 +60,12 @@ def test_clients_are_shuffled(name):
 def test_more_clients_than_samples_is_an_error(name):
     with pytest.raises(ValueError, match=r"num_clients=201 .*200 samples"):
         partition.partition(name, rng(), Y, 201, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("num_clients", [2.5, True, "3", float("nan")])
+def test_clients_are_a_whole_number(num_clients):
+    with pytest.raises(ValueError, match=r"num_clients=.* must be a whole number"):
+        partition.partition("iid", rng(), Y, num_clients)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -175,14 +183,20 @@ def test_dirichlet_gives_up_with_the_best_it_saw():
     ("options", "match"),
     [
         (dict(alpha=0.0), "alpha=0.0 must be positive"),
-        (dict(alpha=float("nan")), "alpha=nan must be positive"),
+        (dict(alpha=float("nan")), "alpha=nan must be a finite number, positive"),
+        (dict(alpha=float("inf")), "alpha=inf must be a finite number, positive"),
+        (dict(alpha="0.5"), "alpha='0.5' must be a finite number"),
+        (dict(), "partition='dirichlet' needs alpha"),
+        (dict(alpha=1.0, alhpa=2.0), "'alhpa' is unknown; did you mean 'alpha'"),
         (dict(alpha=1.0, min_size=0), "min_size=0 must be at least 1"),
+        (dict(alpha=1.0, min_size=float("nan")), "min_size=nan must be a whole number"),
+        (dict(alpha=1.0, max_redraws=-1), "max_redraws=-1 must be at least 0"),
         (dict(alpha=1.0, min_size=21), "takes 210 samples; there are 200"),
     ],
 )
 def test_dirichlet_refuses_what_cannot_be(options, match):
     with pytest.raises(ValueError, match=match):
-        partition.dirichlet(rng(), Y, 10, **options)
+        partition.partition("dirichlet", rng(), Y, 10, **options)
 
 
 @given(
@@ -215,7 +229,7 @@ def test_pathological_leaves_out_classes_without_a_place():
     assert sorted(counts.sum(axis=0)) == [0, 0, 40, 40, 40]
 
 
-@pytest.mark.parametrize("name", ["pathological", "class_shares"])
+@pytest.mark.parametrize("name", ["pathological", "class_shares", "class_draws"])
 @pytest.mark.parametrize("each", [0, 6])
 def test_classes_per_client_are_checked(name, each):
     with pytest.raises(ValueError, match=f"classes_per_client={each} .*5 classes"):
@@ -266,26 +280,94 @@ def test_equal_class_shares_by_hand():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(low=0.0), "low=0.0 and high=0.6"),
-        (dict(low=0.7), "low=0.7 and high=0.6"),
+        (dict(low=0.0), "low=0.0 must be positive"),
+        (dict(low=0.7), "low=0.7 must not exceed high=0.6"),
+        (dict(low=float("nan")), "low=nan"),
         (dict(high=float("inf")), "high=inf"),
     ],
 )
 def test_weights_of_class_shares_are_checked(options, match):
-    with pytest.raises(ValueError, match=match):
-        partition.class_shares(rng(), Y, 10, classes_per_client=2, **options)
+    for name in ("class_shares", "class_draws"):
+        with pytest.raises(ValueError, match=match):
+            partition.partition(name, rng(), Y, 10, classes_per_client=2, **options)
 
 
 def test_class_shares_need_a_sample_in_every_share():
     y = np.array([0] * 30 + [7] * 2)
-    with pytest.raises(ValueError, match="class 7 has 2 samples for 4 shares"):
+    with pytest.raises(ValueError, match="class 7 has 2 samples for the 3 of 3"):
         partition.class_shares(rng(), y, 3, classes_per_client=2)
+
+
+@given(
+    num_clients=st.integers(1, 12),
+    num_classes=st.integers(1, 9),
+    each=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_drawn_classes_are_divided_completely(num_clients, num_classes, each, seed):
+    each = min(each, num_classes)
+    y = rng(seed).permutation(np.repeat(np.arange(num_classes), 1000))
+    parts = partition.class_draws(rng(seed), y, num_clients, classes_per_client=each)
+    check(parts, len(y), num_clients)
+    counts = partition.class_counts(y, parts, num_classes)
+    assert ((counts > 0).sum(axis=1) == each).all()
+    holders = (counts > 0).sum(axis=0)
+    assert set(counts.sum(axis=0)[holders > 0]) == {1000}
+    for k in np.flatnonzero(holders):
+        shares = counts[counts[:, k] > 0, k]
+        least = 1000 * 0.4 / (0.4 + (holders[k] - 1) * 0.6)
+        most = 1000 * 0.6 / (0.6 + (holders[k] - 1) * 0.4)
+        assert shares.min() >= np.floor(least)
+        # Every holder may lose up to one sample, and the first takes them all.
+        assert shares.max() <= most + holders[k] and (shares[1:] <= most).all()
+
+
+def test_equal_class_draws_by_hand():
+    # All hold both classes of 11 samples: 3 each, and the 2 left over to the first.
+    y = np.repeat([0, 1], 11)
+    parts = partition.class_draws(rng(), y, 3, classes_per_client=2, low=0.5, high=0.5)
+    counts = partition.class_counts(y, parts, 2)
+    assert counts.tolist() == [[5, 5], [3, 3], [3, 3]]
+
+
+def test_clients_draw_classes_whatever_the_others_draw():
+    # 1000 clients with 3 of 10 classes: a class has Binomial(1000, 0.3) holders,
+    # deviation 14.5, and two given classes meet at a client with probability 1/15.
+    y = np.repeat(np.arange(10), 5000)
+    parts = partition.class_draws(rng(), y, 1000, classes_per_client=3)
+    held = partition.class_counts(y, parts, 10) > 0
+    holders = held.sum(axis=0)
+    assert (abs(holders - 300) < 60).all() and holders.std() > 3
+    assert abs((held[:, 0] & held[:, 1]).mean() - 1 / 15) < 0.04
+
+
+def test_a_class_that_nobody_draws_is_nobodys():
+    # 400 times a client with 2 of 5 classes: a class is missed with probability 3/5.
+    missed = 0
+    for seed in range(400):
+        part = partition.class_draws(rng(seed), Y, 1, classes_per_client=2)[0]
+        assert len(part) == 80
+        missed += 0 not in Y[part]
+    assert abs(missed / 400 - 3 / 5) < 0.1
+
+
+def test_class_draws_need_a_sample_in_every_share():
+    y = np.array([0] * 30 + [7] * 2)
+    with pytest.raises(ValueError, match="class 7 has 2 samples for the 3 of 3"):
+        partition.class_draws(rng(), y, 3, classes_per_client=2)
 
 
 def test_client_ids_group_samples():
     ids = np.array([30, 10, 30, 20, 10, 30])
     parts = partition.by_client_id(rng(), np.zeros(6, int), 3, client_ids=ids)
     assert [sorted(part) for part in parts] == [[1, 4], [3], [0, 2, 5]]
+
+
+def test_client_ids_may_be_names():
+    names = np.array(["kim", "ada", "kim", "lee", "ada", "kim"])
+    parts = partition.by_client_id(rng(), np.zeros(6, int), 3, client_ids=names)
+    assert [sorted(part) for part in parts] == [[1, 4], [0, 2, 5], [3]]
 
 
 def test_client_ids_are_drawn_if_there_are_more():
@@ -301,8 +383,12 @@ def test_client_ids_are_drawn_if_there_are_more():
     ("ids", "match"),
     [
         (np.zeros(200, int), "num_clients=2, but client_ids has only 1"),
-        (np.zeros(199, int), r"client_ids must be 200 integers.*\(199,\)"),
-        (np.zeros(200), "client_ids must be 200 integers.*float64"),
+        (np.zeros(199, int), "199 client ids given for the 200 samples"),
+        (np.zeros((200, 1), int), r"client_ids has the shape \(200, 1\)"),
+        (np.zeros(200), r"client_ids is float64.*ids.astype\(int\)"),
+        (np.array(["a"] * 200, object), r"client_ids is object.*ids.astype\(str\)"),
+        (Y > 2, "client_ids is bool; ids must be integers or names"),
+        (np.ma.masked_equal(Y, 3), "client_ids is a masked array"),
     ],
 )
 def test_client_ids_must_fit(ids, match):

@@ -2,13 +2,16 @@
 
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hyperjax.data import sources
+from hyperjax.data.federation import federate
 
 TFDS = Path(__file__).parents[3] / "shared" / "data" / "tfds"
 
@@ -74,6 +77,118 @@ def check(source, shape, num_classes):
     assert source.num_classes == len(source.label_names) == num_classes
     assert source.y.min() >= 0 and source.y.max() < num_classes
     assert all(type(name) is str for name in source.label_names)
+
+
+def own(**fields):
+    """A set of one's own: 12 grey images of 4x4, three classes."""
+    x = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), np.uint8)
+    good = sources.Source("own", x, np.arange(12) % 3, 3, ("a", "b", "c"))
+    return good._replace(
+        **{k: v(good) if callable(v) else v for k, v in fields.items()}
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64])
+def test_own_labels_may_have_any_integer_type(dtype):
+    found = sources.checked(own(y=lambda s: s.y.astype(dtype)))
+    check(found, (12, 4, 4, 1), 3)
+    assert np.array_equal(found.x, own().x) and np.array_equal(found.y, own().y)
+
+
+def test_own_arrays_may_be_lists_and_jax_arrays():
+    images = jnp.asarray(own().x)
+    check(sources.checked(own(x=images, y=lambda s: s.y.tolist())), (12, 4, 4, 1), 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (3, 3, 3), (1, 16, 1), (5, 3, 8)])
+def test_channels_may_be_many_and_pictures_flat(shape):
+    x = np.zeros((12, *shape), np.uint8)
+    assert sources.checked(own(x=x)).x.shape == x.shape
+
+
+def of_floats(value):
+    return lambda s: np.where(s.x > 99, np.float32(value), 0)
+
+
+OWN_FAULTS = {
+    "no channel axis": (
+        dict(x=lambda s: s.x[..., 0]),
+        r"x has the shape.*\[\.\.\., None",
+    ),
+    "rows of features": (
+        dict(x=lambda s: s.x.reshape(12, 16)),
+        "shape .12, 16.; images",
+    ),
+    "one image": (dict(x=lambda s: s.x[0, ..., 0]), "shape .4, 4.; images must be"),
+    "a video": (dict(x=lambda s: s.x[:, None]), "shape .12, 1, 4, 4, 1.; images must"),
+    "grey, channels first": (
+        dict(x=lambda s: np.moveaxis(s.x, -1, 1)),
+        r"4 channels of 1x4 pixels.*np.moveaxis\(x, 1, -1\)",
+    ),
+    "colours first": (
+        dict(x=np.zeros((12, 3, 32, 32), np.uint8)),
+        r"32 channels of 3x32 pixels.*np.moveaxis\(x, 1, -1\)",
+    ),
+    "small colours first": (dict(x=np.zeros((12, 3, 4, 4), np.uint8)), "np.moveaxis"),
+    "RGBA first": (dict(x=np.zeros((12, 4, 9, 7), np.uint8)), "np.moveaxis"),
+    "no pixels": (dict(x=lambda s: s.x[:, :0]), "there are no pixels in it"),
+    "no images": (dict(x=lambda s: s.x[:0], y=[]), "there are no pixels in it"),
+    "floats": (dict(x=of_floats(1.0)), r"x is float32.*must be uint8.*rint\(255 \* x"),
+    "nan": (dict(x=of_floats(np.nan)), "x is float32.*must be uint8"),
+    "truth": (dict(x=lambda s: s.x > 99), r"x is bool.*uint8\(255\) \* x"),
+    "uint16": (dict(x=lambda s: s.x.astype(np.uint16)), "x is uint16.*scale them"),
+    "int8": (dict(x=lambda s: s.x.view(np.int8)), "x is int8.*must be uint8"),
+    "objects": (dict(x=lambda s: s.x.astype(object)), "x is object.*must be uint8"),
+    "ragged images": (
+        dict(x=[[[[1]]], [[[1], [2]]]]),
+        "x is no array, its parts differ",
+    ),
+    "masked images": (
+        dict(x=lambda s: np.ma.masked_less(s.x, 9)),
+        "x is a masked array",
+    ),
+    "a number": (dict(x=7), "x=7 is no array"),
+    "too few labels": (dict(y=lambda s: s.y[:-5]), "12 images and 7 labels"),
+    "too many labels": (dict(x=lambda s: s.x[:-5]), "7 images and 12 labels"),
+    "labels from 1": (dict(y=lambda s: s.y + 1), "labels from 1 to 3; num_classes=3"),
+    "negative labels": (dict(y=lambda s: s.y - 1), "labels from -1 to 1"),
+    "names as labels": (
+        dict(y=lambda s: np.array(s.label_names)[s.y]),
+        "y is <U1; labels must be integers from 0 to 2: names, y = np.unique",
+    ),
+    "objects as labels": (dict(y=lambda s: s.y.astype(object)), "y is object"),
+    "float labels": (dict(y=lambda s: s.y / 1), r"y is float64.*y.astype\(int\)"),
+    "truth as labels": (dict(y=lambda s: s.y > 1), "y is bool"),
+    "column of labels": (dict(y=lambda s: s.y[:, None]), r"\(12, 1\).*y\[:, 0\]"),
+    "one-hot labels": (dict(y=lambda s: np.eye(3)[s.y]), r"\(12, 3\).*y.argmax\(1\)"),
+    "a name missing": (
+        dict(label_names=("a", "b")),
+        "label_names has 2 name.*classes=3",
+    ),
+    "no names": (dict(label_names=None), "label_names=None must be a tuple"),
+    "one string": (dict(label_names="abc"), "label_names='abc' must be a tuple"),
+    "classes in words": (
+        dict(num_classes="3"),
+        "num_classes='3' must be a whole number",
+    ),
+    "no classes": (dict(num_classes=0), "num_classes=0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("fault", OWN_FAULTS)
+def test_own_sets_are_read_rightly_or_refused(fault):
+    fields, match = OWN_FAULTS[fault]
+    with pytest.raises(ValueError, match=match):
+        federate(
+            own(**fields), num_clients=2, num_novel=0, partition_name="iid", seed=0
+        )
+
+
+def test_what_is_no_source_is_refused():
+    with pytest.raises(ValueError, match=r"source is tuple; accepted.*hyperjax.Source"):
+        federate(
+            (own().x, own().y), num_clients=2, num_novel=0, partition_name="iid", seed=0
+        )
 
 
 def test_mnist5k_has_500_images_of_each_digit():
@@ -268,6 +383,50 @@ def test_a_made_set_is_among_the_nearest_names(made_dir):
 def test_unfit_records_are_refused(name, match, made_dir):
     with pytest.raises(ValueError, match=match):
         sources.load(name, data_dir=made_dir)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("*array_record*", b""),
+        ("*array_record*", b"records of another kind " * 10_000),
+        ("*array_record*", None),
+        ("dataset_info.json", b""),
+        ("dataset_info.json", b'{"name": "made'),
+        ("features.json", b""),
+    ],
+)
+def test_a_damaged_set_names_its_folder_and_what_to_do(
+    file, content, made_dir, tmp_path
+):
+    copy = tmp_path / "made_tiny"
+    shutil.copytree(Path(made_dir) / "made_tiny", copy)
+    for path in (copy / "1.0.0").glob(file):
+        if content is None:
+            path.write_bytes(path.read_bytes()[:-50_000])
+        else:
+            path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"made_tiny.* remove that folder") as caught:
+        sources.load("made_tiny", data_dir=str(tmp_path), split="validation")
+    assert str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("start", ["~/", "./", "{}/", "{}"])
+def test_data_dirs_are_found_as_people_type_them(
+    start, made_dir, tmp_path, monkeypatch
+):
+    folder = tmp_path / "with spaces"
+    shutil.copytree(made_dir, folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    given = start.format(folder)
+    found = sources.load("made_tiny", data_dir=given, split="validation[:5]")
+    assert found.y.tolist() == list(range(5))
+
+
+def test_an_empty_data_dir_is_refused():
+    with pytest.raises(ValueError, match="data_dir='' is no folder"):
+        sources.load("digits", data_dir="")
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ def rounds(sim, start, num, carry=None):
     """Runs rounds one by one, so that all runs share one program."""
     carry, infos = sim.init(ROOT) if carry is None else carry, []
     for number in range(start, start + num):
-        carry, info = sim.run(ROOT, carry, number, 1)
+        carry, info = sim.run(ROOT, carry, number, 1, donate=True)
         infos.append(info)
     return jax.device_get((carry, infos))
 

@@ -23,7 +23,7 @@ from experiments import build, factories
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
-from hyperjax.data.sources import load
+from hyperjax.data.sources import Source, load
 from hyperjax.engine import comm, families
 from hyperjax.types import Cohort
 
@@ -343,7 +343,7 @@ def test_every_config_builds_and_its_options_are_known(name, monkeypatch):
     data = found.data
     assert experiment.federation.num_clients == data.num_clients
     # pFedHN's experiments: nobody unseen, rounds of one client or of all.
-    published = data.partition == "class_shares"
+    published = data.partition in ("class_shares", "class_draws")
     assert (
         experiment.federation.num_novel == data.num_novel > 0
         or data.num_clients == 100
@@ -357,6 +357,36 @@ def test_every_config_builds_and_its_options_are_known(name, monkeypatch):
         view = families.view(experiment.algorithm, family)
         cost = comm.cost(comm.describe(view))
         assert cost.down_numbers > 0 or found.method.name == "local_only"
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "num_clients", "most"),
+    [
+        # 50 clients who draw 10 of 100 classes miss a class with probability 0.9**50.
+        ("cifar10", 2, 50, 0.0),
+        ("cifar100", 10, 50, 0.03),
+        ("cifar100:3.0.2", 10, 50, 0.03),
+        ("tiny_imagenet", 20, 50, 0.03),
+        ("emnist/byclass", 6, 50, 0.07),
+        ("digits", 2, 50, 0.0),
+    ],
+)
+def test_published_classes_a_client_use_the_images(data, classes, num_clients, most):
+    num_classes = {10: 100, 20: 200, 6: 62}.get(classes, 10)
+    for name in ("mh_pfedhn_cifar10", "local_only_cifar10", "pfedhn_cifar10"):
+        config = importlib.import_module(f"configs.{name}").get_config(f"data={data}")
+        assert config.data.classes_per_client == classes, name
+        config.data.num_clients = num_clients
+        y = np.arange(50 * 6 * num_classes, dtype=np.int32) % num_classes
+        x = np.zeros((len(y), 1, 1, 1), np.uint8)
+        names = tuple(map(str, range(num_classes)))
+        source = Source(data, x, y, num_classes, names)
+        found = build.federate(source, config)
+        if config.data.partition == "class_draws":
+            assert found.unassigned / len(y) <= most
+        else:  # pFedHN's own: one share of each class is nobody's
+            shares = num_clients * classes // num_classes + 1
+            assert found.unassigned / len(y) < 1.5 / shares
 
 
 def test_all_configs_have_the_common_fields():

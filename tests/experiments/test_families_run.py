@@ -109,6 +109,15 @@ def test_the_summary_has_everybodys_scores(finished):
     assert "mh_pfedhn" in (finished / "report.html").read_text()
 
 
+def test_what_belongs_to_no_client_is_said(finished):
+    # 7 clients with 2 of 10 classes each leave some classes of the digits to nobody.
+    summary, page = read(finished, "summary.json"), (finished / "report.html")
+    with np.load(finished / "partition.npz") as tables:
+        dealt = int(tables["counts"].sum() + tables["test_size"].sum())
+    assert summary["unassigned"] == 1797 - dealt > 0
+    assert f"{1797 - dealt:,} more belong to no client." in page.read_text()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL where the rest of the process would not matter."""
 

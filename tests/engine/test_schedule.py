@@ -1,0 +1,225 @@
+"""The simulator as a notebook uses it: nothing of the caller's is destroyed."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from federated import NUM_CLIENTS, make_local, method, tiny, weights
+
+from hyperjax import tree
+from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
+from hyperjax.data.clients import Table
+from hyperjax.engine import comm, families, schedule, sharding
+
+ROOT = jax.random.key(3)
+# "fedrep" keeps a part on its clients; see the laws for all others.
+METHOD = "fedrep"
+
+
+def build(**options):
+    given = dict(table=tiny().table, pool=tiny().pool)
+    given |= {k: options.pop(k) for k in tuple(options) if k in given}
+    options = dict(weight=weights(), cohort_size=3, sampler="uniform") | options
+    return schedule.simulator(method(METHOD), **given, **options)
+
+
+@functools.cache
+def simulator(kind):
+    options = {
+        "device": {},
+        "mesh": dict(mesh=sharding.client_mesh(4)),
+        "host": dict(store="host"),
+    }
+    return build(**options[kind])
+
+
+def digest(carry):
+    return tree.sha256(jax.device_get(carry))
+
+
+@pytest.mark.parametrize("kind", ["device", "mesh", "host"])
+def test_a_cell_may_be_run_twice(kind):
+    sim = simulator(kind)
+    start = sim.init(ROOT)
+    before = digest(start)
+    once, info = sim.run(ROOT, start, 0, 2)
+    assert digest(start) == before != digest(once)
+    again, info_again = sim.run(ROOT, start, 0, 2)
+    assert digest(again) == digest(once)
+    chex.assert_trees_all_equal(info, info_again)
+    # And with another state in between, from where the first left off.
+    sim.run(ROOT, once, 2, 1)
+    assert digest(once) == digest(again)
+
+
+@pytest.mark.parametrize("kind", ["device", "mesh", "host"])
+def test_donating_gives_the_same_bits_from_the_same_program(kind):
+    sim = simulator(kind)
+    kept, _ = sim.run(ROOT, sim.init(ROOT), 0, 2)
+    seconds = sim.program.seconds
+    start = sim.init(ROOT)
+    given, _ = sim.run(ROOT, start, 0, 2, donate=True)
+    assert digest(given) == digest(kept)
+    assert sim.program.seconds == seconds
+    # A carry that was not kept is gone, as its caller asked.
+    arrays = [x for x in jax.tree.leaves(start.server) if isinstance(x, jax.Array)]
+    assert all(x.is_deleted() for x in arrays)
+
+
+def test_a_state_of_host_arrays_is_a_state():
+    sim = simulator("device")
+    start = jax.device_get(sim.init(ROOT))
+    before = digest(start)
+    found, _ = sim.run(ROOT, start, 0, 2)
+    assert digest(start) == before
+    assert digest(found) == digest(sim.run(ROOT, sim.init(ROOT), 0, 2)[0])
+
+
+def test_a_memory_mapped_store_is_never_changed_unasked(tmp_path):
+    sim = build(store="host", store_dir=str(tmp_path))
+    start = sim.init(ROOT)
+    before = digest(start)
+    with pytest.raises(ValueError, match=r"memory-mapped store .* donate=True"):
+        sim.run(ROOT, start, 0, 1)
+    assert digest(start) == before
+
+
+def test_a_seed_stands_for_the_root_everywhere():
+    sim = simulator("device")
+    assert digest(sim.init(3)) == digest(sim.init(ROOT))
+    found, _ = sim.run(3, sim.init(3), 0, 2)
+    raw, _ = sim.run(jax.random.PRNGKey(3), sim.init(jax.random.PRNGKey(3)), 0, 2)
+    assert digest(found) == digest(raw) == digest(sim.run(ROOT, sim.init(3), 0, 2)[0])
+    assert sim.visits(3, 2) == sim.visits(ROOT, 2)
+    for call in (sim.init, lambda root: sim.run(root, sim.init(3), 0, 1)):
+        with pytest.raises(ValueError, match=r"root=0\.5 is no key"):
+            call(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0, 0), "num_rounds=0 must be at least 1"),
+        ((0, 1.5), "num_rounds=1.5 must be a whole number"),
+        ((-1, 1), "start=-1 must be at least 0"),
+    ],
+)
+def test_rounds_are_whole_numbers(arguments, match):
+    sim = simulator("device")
+    with pytest.raises(ValueError, match=match):
+        sim.run(ROOT, sim.init(ROOT), *arguments)
+    with pytest.raises(ValueError, match="carry is tuple; accepted: what init"):
+        sim.run(ROOT, (1, 2), 0, 1)
+
+
+def table(**fields):
+    good = Table(*(np.array(x) for x in tiny().table))
+    return good._replace(
+        **{k: change(getattr(good, k)) for k, change in fields.items()}
+    )
+
+
+ONES = np.ones(NUM_CLIENTS)
+FAULTS = {
+    "weights of others": (
+        dict(weight=np.ones(3)),
+        r"weight is float64 of shape \(3,\)",
+    ),
+    "a scalar weight": (dict(weight=1.0), r"weight .* of shape \(\)"),
+    "a column of weights": (dict(weight=ONES[:, None]), r"weight .* of shape \(8, 1\)"),
+    "negative": (dict(weight=ONES - 2 * np.eye(8)[3]), r"weight of client 3 is -1\.0"),
+    "nan": (dict(weight=ONES / np.r_[np.ones(7), np.nan]), "weight of client 7 is nan"),
+    "infinite": (dict(weight=ONES * np.inf), "weight of client 0 is inf"),
+    "all zero": (dict(weight=0 * ONES), "weight is zero for all clients"),
+    "words": (dict(weight=["1"] * 8), "weight is <U1 of shape"),
+    "truth": (dict(weight=ONES > 0), "weight is bool of shape"),
+    "none": (dict(weight=None), "weight is object of shape"),
+    "mapper": (
+        dict(mapper="pmap"),
+        "mapper='pmap' is unknown; accepted: 'map', 'vmap'",
+    ),
+    "mapper auto": (
+        dict(mapper="auto"),
+        "mapper='auto' is unknown .see resolve_mapper",
+    ),
+    "mapper block": (dict(mapper="block"), "mapper='block' .*a block size instead"),
+    "block of none": (dict(mapper=0), "mapper=0 must be at least 1"),
+    "truth as block": (dict(mapper=True), "mapper=True must be a whole number"),
+    "part of a client": (dict(mapper=1.5), r"mapper=1\.5 must be a whole number"),
+    "no mapper": (dict(mapper=None), "mapper=None must be a whole number"),
+    "nobody": (dict(cohort_size=0), "cohort_size=0 must be between 1 and the 8"),
+    "more than all": (dict(cohort_size=9), "cohort_size=9 must be between 1 and the 8"),
+    "half a client": (
+        dict(cohort_size=2.5),
+        r"cohort_size=2\.5 must be a whole number",
+    ),
+    "sampler": (dict(sampler="unifrom"), "sampler='unifrom' .* mean 'uniform'"),
+    "store": (dict(store="disk"), "store='disk' is unknown"),
+    "files of no store": (dict(store_dir="x"), "store_dir='x' goes with store='host'"),
+    "other images": (
+        dict(pool=tiny().pool._replace(x=jnp.zeros((44, 28, 28, 1), jnp.uint8))),
+        r"pool has images of shape \(28, 28, 1\); the network takes \(4, 4, 1\)",
+    ),
+    "rows of others": (
+        dict(table=table(rows=lambda x: x + 40)),
+        "rows 40 to 83 of a pool",
+    ),
+    "negative rows": (
+        dict(table=table(rows=lambda x: x - 1)),
+        "rows -1 to 42 of a pool",
+    ),
+    "too large": (
+        dict(table=table(size=lambda x: x + 1)),
+        "3 to 10 samples; .* 0 to 9",
+    ),
+    "sizes of others": (
+        dict(table=table(size=lambda x: x[:3])),
+        r"sizes of shape \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_makes_no_sense_is_refused_by_name(fault):
+    fields, match = FAULTS[fault]
+    with pytest.raises(ValueError, match=match):
+        build(**fields)
+
+
+@pytest.mark.parametrize("weight", [[1] * NUM_CLIENTS, weights(), np.eye(8)[2]])
+def test_weights_may_be_any_numbers(weight):
+    assert build(weight=weight).init(ROOT)
+
+
+# What is remembered of a method ------------------------------------------------------
+
+
+def test_a_view_of_a_family_is_one_and_is_described_once():
+    network = tiny().model
+    traced = []
+
+    def init(key):
+        traced.append(key)
+        return network.init(key)
+
+    alg = mh_pfedhn(
+        {"a": network._replace(init=init), "b": network},
+        local=make_local(),
+        family_sizes={"a": 5, "b": 3},
+        output_size=32,
+        embedding_size=4,
+        hidden_size=4,
+        num_layers=1,
+    )
+    assert families.view(alg, "a") is families.view(alg, "a")
+    assert families.view(alg, "a") is not families.view(alg, "b")
+    first = comm.describe(families.view(alg, "a"))
+    count = len(traced)
+    schedule.abstract_carry(alg, families.families({"a": range(5), "b": range(5, 8)}))
+    assert comm.describe(families.view(alg, "a")) is first
+    assert len(traced) == count
+    with pytest.raises(ValueError, match=r"families \['a', 'b'\].*families.view"):
+        comm.describe(alg)
