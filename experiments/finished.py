@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import plots
+from experiments import plots, workdir
+from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import read_lines
 
 Row = Mapping[str, Any]
@@ -45,9 +44,10 @@ def read(folder: str) -> Run:
         {"seconds": seconds.get(row["round"]), **row} for row in records
     ]
     try:
-        with np.load(os.path.join(folder, "partition.npz"), allow_pickle=False) as file:
-            names = [str(name) for name in file["label_names"]]
-            partition = (file["counts"], file["participating"].astype(bool), names)
+        named = ("label_names", "counts", "participating")
+        file = read_npz(Path(folder) / workdir.PARTITION, workdir.AGAIN, named, named)
+        names = [str(name) for name in file["label_names"]]
+        partition = (file["counts"], file["participating"].astype(bool), names)
     except FileNotFoundError:
         partition = None
     summary = _read_json(folder, "summary.json") or {}
@@ -57,9 +57,9 @@ def read(folder: str) -> Run:
 
 def _read_json(folder: str, name: str) -> Any:
     """The content of a file, or None if there is none."""
+    kind = list if name == "clients.json" else dict
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(Path(folder) / name, workdir.AGAIN, kind)
     except FileNotFoundError:
         return None
 
