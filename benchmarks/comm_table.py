@@ -368,7 +368,7 @@ def cost_rows(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def define_flags() -> None:
     """Defines the command line."""
     flags.DEFINE_list("networks", list(NETWORKS), "Networks to count.")
-    flags.DEFINE_string("json", None, "File for the records.")
+    cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:

@@ -102,7 +102,7 @@ def measure(data: str) -> list[dict[str, Any]]:
 def define_flags() -> None:
     """Defines the command line."""
     flags.DEFINE_string("data", "cifar100", "cifar10 or cifar100.")
-    flags.DEFINE_string("json", None, "File for the records.")
+    cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:

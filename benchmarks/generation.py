@@ -157,7 +157,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("programs", list(PROGRAMS), "Programs to measure.")
     flags.DEFINE_integer("calls", 3, "Calls, of which the fastest counts.")
-    flags.DEFINE_string("json", None, "File for the records.")
+    cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:

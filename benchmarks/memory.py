@@ -105,7 +105,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("cohort", 10, "Clients per exchange.")
     flags.DEFINE_integer("samples", 60, "Samples of a client.")
     flags.DEFINE_integer("exchanges", 3, "Exchanges.")
-    flags.DEFINE_string("json", None, "File for the records.")
+    cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:

@@ -249,7 +249,7 @@ def seconds(fn: Callable, *args: Any) -> np.ndarray:
 def write(path: str | None, records: list[dict[str, Any]]) -> None:
     """Writes records as JSON, if a path is given."""
     if path:
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(records, file, indent=2)
             file.write("\n")
 
@@ -268,7 +268,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("block_size", 5, "Clients per block of the mapper 'block'.")
     flags.DEFINE_list("devices", ["1", "0"], "Devices to use; 0: every core or device.")
     flags.DEFINE_bool("peer_lenet", True, "Small LeNet (6, 16), or (20, 50) if not.")
-    flags.DEFINE_string("json", None, "File for the records.")
+    cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:

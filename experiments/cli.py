@@ -1,14 +1,19 @@
 """Flags of the launchers, and one readable message instead of a stack trace."""
 
+import contextlib
+import hashlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from hyperjax.engine.compiled import setting
 from hyperjax.errors import check_choice
 
 
@@ -21,6 +26,10 @@ def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
     """
     flags.DEFINE_bool("debug", False, "Show stack traces.")
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a locale may not have all of Unicode
+            stream.reconfigure(errors="backslashreplace")
+    sys.argv[1:] = map(_expand_config, sys.argv[1:])
 
     def parse(argv: list[str]) -> list[str]:
         try:
@@ -39,6 +48,7 @@ def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
     def guarded(argv: list[str]) -> None:
         del argv
         logging.set_verbosity(logging.WARNING)
+        keep_programs()
         try:
             code = main()
         except KeyboardInterrupt:
@@ -56,6 +66,36 @@ def define_config() -> flags.FlagHolder:
     """Defines --config=file.py[:argument] and --config.field=value."""
     return config_flags.DEFINE_config_file(
         "config", None, "A file with get_config(), as in configs/.", lock_config=True
+    )
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """Defines a flag for a file or folder; `~` is the home folder."""
+    return flags.DEFINE(
+        _PathParser(), name, default, help, serializer=flags.ArgumentSerializer()
+    )
+
+
+class _PathParser(flags.ArgumentParser):
+    """Expands `~`, which shells leave alone after "="."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument.strip():
+            raise ValueError("it is empty; give a path")
+        return os.path.expanduser(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def _expand_config(argument: str) -> str:
+    """Expands `~` in --config=~/file.py."""
+    return re.sub(
+        r"^(--?config=)(~[^/]*)",
+        lambda found: found[1] + os.path.expanduser(found[2]),
+        argument,
     )
 
 
@@ -107,5 +147,70 @@ def use_cores(devices: int) -> None:
 
 
 def num_cores() -> int:
-    """Returns the number of cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Returns the number of cores this process may use, or else of all there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# Compiled programs ------------------------------------------------------------------
+
+_CACHE_BYTES = 4 * 2**30  # above which the oldest programs go
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in a folder of the user's that all launchers share.
+
+    It is $XDG_CACHE_HOME/hyperjax, by default ~/.cache/hyperjax. JAX's own settings go
+    before: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Where no folder can be written to
+    programs are compiled anew.
+    """
+    asked = setting("jax_enable_compilation_cache")
+    if not asked or setting("jax_compilation_cache_dir"):
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base).expanduser().absolute() / "hyperjax" / _processor()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return
+        _drop_oldest(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _processor() -> str:
+    """Returns a folder name for this kind of processor.
+
+    Programs for the CPU use all that it can do, and a home folder may be shared by
+    machines of several kinds.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        kinds = {
+            line
+            for line in lines.splitlines()
+            if line.startswith(("model name", "flags", "Features", "CPU part"))
+        }
+    except OSError:
+        kinds = {platform.processor()}
+    digest = hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()
+    return f"{platform.machine() or 'unknown'}-{digest[:12]}"
+
+
+def _drop_oldest(folder: Path, most: int = _CACHE_BYTES) -> None:
+    """Removes the oldest files of a folder while it holds more than so many bytes."""
+    files = sorted(
+        (status.st_mtime, status.st_size, entry.path)
+        for entry in os.scandir(folder)
+        if entry.is_file() and (status := entry.stat())
+    )
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if total <= most:
+            break
+        with contextlib.suppress(OSError):  # another process was faster
+            os.unlink(path)
+        total -= size

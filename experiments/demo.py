@@ -89,6 +89,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the runs.")
+    _WORKDIR = cli.define_path("workdir", "runs/demo", "Folder of the runs.")
     _SMOKE = flags.DEFINE_bool("smoke", False, "Two rounds a method.")
     cli.run(main)

@@ -61,7 +61,6 @@ def main() -> int:
     sizes = grid.whole_numbers("sizes", _SIZES.value, least=1)
     tried = grid.positive_numbers("rates", _RATES.value)
     grid.make_room(_JSON.value, _PICTURE.value)
-    grid.share_programs(root)
     base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
     rates = personalised.search("HFN", _DATA.value, base, root, tried)
     record = grid.record(
@@ -93,15 +92,15 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/embedding_sizes", "Folder of runs.")
-    _PICTURE = flags.DEFINE_string("picture", "runs/embedding_sizes.svg", "Picture.")
+    _WORKDIR = cli.define_path("workdir", "runs/embedding_sizes", "Folder of runs.")
+    _PICTURE = cli.define_path("picture", "runs/embedding_sizes.svg", "Picture.")
     _DATA = flags.DEFINE_string("data", "mnist", "Data set.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
     _SIZES = flags.DEFINE_list("sizes", [str(2**i) for i in range(8)], "n.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _RATES = flags.DEFINE_list(
         "rates", [str(r) for r in personalised.RATES], "Learning rates."
     )
     _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
-    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    _JSON = cli.define_path("json", None, "File for the results.")
     cli.run(grid.guarded(main))

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, factories, saved
+from experiments import build, cli, factories, saved, workdir
 from experiments.saved import Run
 from hyperjax import rng, tree
 from hyperjax.engine import checkpoint, evaluate, exchange, log
-from hyperjax.errors import check_choice
 from hyperjax.types import AdaptData, ClientData, ClientSide, Cohort, Pool, PyTree
 
 
@@ -106,12 +105,8 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data={path!r}: there is no such file")
-    try:
-        content = np.load(path)
-        names = content.files
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"data={path!r} is not an .npz file") from error
-    check_choice(f"array of {path}", "image", names)
+    what = "save a client's images as numpy.savez(file, image=uint8 array) does"
+    content = checkpoint.read_npz(path, what, ("image", "label"), ("image",))
     images = content["image"]
     shape = tuple(int(n) for n in run.facts["sample_shape"])
     if images.ndim == len(shape) and shape[-1] == 1:
@@ -121,7 +116,7 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
             f"data={path!r}: `image` is {images.dtype}{images.shape}; this run takes "
             f"uint8(n, {', '.join(map(str, shape))}) with n of at least 1"
         )
-    if "label" not in names:
+    if "label" not in content:
         return images, None
     labels, num_classes = content["label"], len(run.facts["label_names"])
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
@@ -145,6 +140,15 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
             f"client={client}: unseen clients of this run: {first}..{last}"
         )
     source = build.load_source(run.config.data)
+    if (
+        tuple(run.facts["sample_shape"]) != source.x.shape[1:]
+        or run.facts["novel_rows"].max() >= len(source.y)
+        or run.pixels not in (None, tree.sha256(source.x))
+    ):
+        raise ValueError(
+            f"the data set {run.config.data.name!r} is not what it was when the run "
+            f"{str(run.folder)!r} began: client={client} cannot be found in it"
+        )
     size = run.facts["novel_size"][client - first]
     rows = run.facts["novel_rows"][client - first, :size]
     return source.x[rows], source.y[rows]
@@ -152,7 +156,6 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dict:
     """Writes the three files; returns the content of result.json."""
-    out.mkdir(parents=True, exist_ok=True)
     arrays = jax.tree.leaves(served.classifier)
     named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
     np.savez(str(out / "classifier.npz"), **named)
@@ -189,8 +192,9 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
     else:
         name = f"client_{client}"
         images, labels = own_client(run, int(client or 0))
-    folder = Path(out) if out else Path(path) / "served" / name
-    result = write(folder, serve(run, images), labels, run)
+    folder = Path(out or run.folder / "served" / name).expanduser()
+    with workdir.room_for("out", folder):
+        result = write(folder, serve(run, images), labels, run)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "
@@ -200,10 +204,10 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-    _DATA = flags.DEFINE_string("data", None, "A client's file.npz: image, label.")
+    _WORKDIR = cli.define_path("workdir", None, "Folder of a run.")
+    _DATA = cli.define_path("data", None, "A client's file.npz: image, label.")
     _CLIENT = flags.DEFINE_integer("client", None, "An unseen client of the run.")
-    _OUT = flags.DEFINE_string("out", None, "Folder to write to.")
+    _OUT = cli.define_path("out", None, "Folder to write to.")
     cli.run(
         lambda: main(str(_WORKDIR.value), _DATA.value, _CLIENT.value, _OUT.value),
         needs=("workdir",),

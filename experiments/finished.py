@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import plots
+from experiments import plots, workdir
+from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import read_lines
 
 Row = Mapping[str, Any]
@@ -46,10 +45,12 @@ def read(folder: str) -> Run:
         {"seconds": seconds.get(row["round"]), **row} for row in records
     ]
     try:
-        with np.load(os.path.join(folder, "partition.npz"), allow_pickle=False) as file:
-            names = [str(name) for name in file["label_names"]]
-            partition = (file["counts"], file["participating"].astype(bool), names)
-            unassigned = int(file["unassigned"]) if "unassigned" in file else 0
+        named = ("label_names", "counts", "participating")
+        path, wanted = Path(folder) / workdir.PARTITION, (*named, "unassigned")
+        file = read_npz(path, workdir.AGAIN, wanted, named)
+        names = [str(name) for name in file["label_names"]]
+        partition = (file["counts"], file["participating"].astype(bool), names)
+        unassigned = int(file.get("unassigned", 0))
     except FileNotFoundError:
         partition, unassigned = None, 0
     summary = _read_json(folder, "summary.json") or {}
@@ -59,9 +60,9 @@ def read(folder: str) -> Run:
 
 def _read_json(folder: str, name: str) -> Any:
     """The content of a file, or None if there is none."""
+    kind = list if name == "clients.json" else dict
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(Path(folder) / name, workdir.AGAIN, kind)
     except FileNotFoundError:
         return None
 

@@ -33,7 +33,7 @@ from experiments import cli, grid, workdir
 from experiments.pages import text_table
 from hyperjax import attacks, models, rng
 from hyperjax.data import picture, sources
-from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
 from hyperjax.types import Array, Key, Model, PyTree
@@ -157,8 +157,7 @@ def inverted(
     """Runs one attack on every image, or reads what it found."""
     path = folder / f"{grid.short(label)}.npz"
     if path.exists():
-        with np.load(path) as file:
-            return dict(file)
+        return read_npz(path, "remove it: the same command writes it anew")
     order = np.random.default_rng(scale.seed).permutation(len(source.y))
     rows = order[: scale.images]
     x = jnp.asarray(source.x[rows], jnp.float32) / 255.0
@@ -254,7 +253,7 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, "remove the folder, or give a new one")
         other = [k for k in settings if before.get(k) != settings[k]]
         if other:
             raise ValueError(
@@ -288,7 +287,6 @@ def main() -> int:
     grid.make_room(_JSON.value, _PICTURE.value)
     settings = {"data": _DATA.value, **scale._asdict()}
     check(folder, settings)
-    grid.share_programs(folder)
     record = grid.record(commit=workdir.commit(), **settings)
     results = {}
     for label in ATTACKS:
@@ -303,9 +301,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/inversion", "Folder of results.")
+    _WORKDIR = cli.define_path("workdir", "runs/inversion", "Folder of results.")
     _DATA = flags.DEFINE_string("data", "mnist5k", "Data set.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
     _IMAGES = flags.DEFINE_integer("images", 50, "Images that are attacked.")
     _STEPS = flags.DEFINE_integer("steps", 300, "Iterations of an attack.")
     _RESTARTS = flags.DEFINE_integer("restarts", 2, "Random starts of an attack.")
@@ -314,6 +312,6 @@ if __name__ == "__main__":
         "local_steps", 1, "Steps of the client; an attacker takes them for one."
     )
     _SEED = flags.DEFINE_integer("seed", 0, "Of images, networks and guesses.")
-    _JSON = flags.DEFINE_string("json", None, "File for the results.")
-    _PICTURE = flags.DEFINE_string("picture", None, "File for the picture.")
+    _JSON = cli.define_path("json", None, "File for the results.")
+    _PICTURE = cli.define_path("picture", None, "File for the picture.")
     cli.run(main)

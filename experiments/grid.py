@@ -8,19 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from experiments import cli, train, workdir
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
-
-
-def share_programs(root: Path) -> None:
-    """Keeps compiled programs under a folder: seeds have the same shapes."""
-    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def whole_numbers(flag: str, given: Sequence[str], least: int = 0) -> list[int]:
@@ -73,7 +66,7 @@ def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | 
         return None
     records = log.read_lines(folder / log.METRICS)
     curve = {r["round"]: r["pacc"] for r in records if r["round"] > 0}
-    made_by = json.loads((folder / workdir.CONFIG).read_text())
+    made_by = workdir.read(folder)
     return {**summary, "last": records[-1], "curve": curve, "commit": made_by["commit"]}
 
 

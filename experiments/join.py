@@ -110,9 +110,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _RUN = flags.DEFINE_string("run", None, "Folder of the run to join.")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the newcomers' run.")
+    _RUN = cli.define_path("run", None, "Folder of the run to join.")
+    _WORKDIR = cli.define_path("workdir", None, "Folder of the newcomers' run.")
     _FAMILIES = flags.DEFINE_list("families", [], "Networks of the newcomers.")
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds; default: the run's own.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Default: the run's own.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Default: the run's own.")
     cli.run(main, needs=("run", "workdir"))

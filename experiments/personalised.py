@@ -242,7 +242,6 @@ def main() -> int:
     """Runs the grid; prints and writes the table."""
     cli.use_cores(0)
     root = Path(_WORKDIR.value)
-    grid.share_programs(root)
     labels = _METHODS.value or list(METHODS)
     for label in labels:
         check_choice("methods", label, METHODS)
@@ -313,10 +312,10 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/personalised", "Folder of runs.")
+    _WORKDIR = cli.define_path("workdir", "runs/personalised", "Folder of runs.")
     _DATA = flags.DEFINE_list("data", ["mnist", "fashion_mnist"], "Data sets.")
     _PARTITIONS = flags.DEFINE_list("partitions", ["dirichlet", "iid"], "Partitions.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
     _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _RATES = flags.DEFINE_list("rates", [str(r) for r in RATES], "Learning rates.")
@@ -325,5 +324,5 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch_size", 32, "Images of a batch.")
     _SHRINK = flags.DEFINE_integer("shrink", 2, "Factor by which images shrink.")
     _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
-    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    _JSON = cli.define_path("json", None, "File for the results.")
     cli.run(grid.guarded(main))

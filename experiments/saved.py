@@ -1,6 +1,5 @@
 """Reads back what a run left in its folder."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from absl import logging
 from experiments import build, workdir
 from hyperjax import tree
 from hyperjax.data.federation import Federation
-from hyperjax.engine import checkpoint, families, schedule
+from hyperjax.engine import checkpoint, compiled, families, schedule
 from hyperjax.types import Algorithm, PyTree
 
 
@@ -25,33 +24,59 @@ class Run(NamedTuple):
     algorithm: Algorithm
     facts: Any  # arrays of partition.npz
     restored: checkpoint.Restored
+    folder: Path
+    pixels: str | None  # digest of the data set's; old runs do not know
 
 
 def load_config(path: str, field: str) -> ml_collections.ConfigDict:
     """Reads the config of the run in a folder; `field` is what gave the folder.
 
     Raises:
-      ValueError: there is no run.
+      ValueError: there is no run, or its config.json is damaged.
     """
-    file = Path(path).expanduser() / workdir.CONFIG
-    if not file.is_file():
+    return as_config(_record(path, field))
+
+
+def as_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the config in the content of a config.json."""
+    return ml_collections.ConfigDict(workdir.as_tuples(record["config"]))
+
+
+def _record(path: str, field: str) -> dict[str, Any]:
+    """Reads the config.json of the run in a folder."""
+    folder = Path(path).expanduser()
+    if not (folder / workdir.CONFIG).is_file():
         raise ValueError(f"{field}={path!r} holds no run (no {workdir.CONFIG})")
-    made_by = json.loads(file.read_text())["config"]
-    return ml_collections.ConfigDict(workdir.as_tuples(made_by))
+    return workdir.read(folder)
 
 
 def load(path: str, field: str = "workdir") -> Run:
     """Reads a run's folder; needs neither its data set nor its clients.
 
     Raises:
-      ValueError: there is no run, or no intact checkpoint in it.
+      ValueError: there is no run, no intact checkpoint in it, or a damaged file.
     """
-    config = load_config(path, field)
-    folder = Path(path).expanduser()
-    if not (folder / "partition.npz").is_file():
+    compiled.check_jax()
+    record = _record(path, field)
+    config, folder = as_config(record), Path(path).expanduser()
+    if not (folder / workdir.PARTITION).is_file():
         raise ValueError(f"{field}={path!r} stopped before it began")
-    with np.load(folder / "partition.npz") as file:
-        facts = dict(file)
+    facts = checkpoint.read_npz(folder / workdir.PARTITION, workdir.AGAIN, need=_FACTS)
+    try:
+        algorithm, restored = _restore(config, folder, facts)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{error}{_made_by(record)}") from error
+    if restored is None:
+        raise ValueError(f"{field}={path!r} has no checkpoint yet")
+    pixels = record.get("data", {}).get("pixels")
+    return Run(config, algorithm, facts, restored, folder, pixels)
+
+
+_FACTS = ("sample_shape", "label_names", "participating", "counts", "mean", "std")
+
+
+def _restore(config: ml_collections.ConfigDict, folder: Path, facts: Any):
+    """Returns a run's method and its newest intact checkpoint, None without any."""
     shape = tuple(int(n) for n in facts["sample_shape"])
     model = build.make_model(config, shape, len(facts["label_names"]))
     algorithm = build.make_algorithm(config, model)
@@ -61,10 +86,18 @@ def load(path: str, field: str = "workdir") -> Run:
     if isinstance(model, dict):
         members = families.families(build.assigned(model, num_trainers))
     template = schedule.abstract_carry(algorithm, members)
-    restored = checkpoint.restore(folder / "checkpoints", template)
-    if restored is None:
-        raise ValueError(f"{field}={path!r} has no checkpoint yet")
-    return Run(config, algorithm, facts, restored)
+    return algorithm, checkpoint.restore(folder / workdir.CHECKPOINTS, template)
+
+
+def _made_by(record: dict[str, Any]) -> str:
+    """Returns words on the version of a run, if it is not this one; else nothing."""
+    commit, now = record.get("commit"), workdir.commit()
+    if commit == now and record.get("format", 1) == workdir.FORMAT:
+        return ""
+    return (
+        f" (the run was made by an older or another version of hyperjax, commit "
+        f"{commit}; this one is {now})"
+    )
 
 
 def common_paths(theirs: PyTree, ours: PyTree, take: Sequence[str]) -> list[str]:

@@ -191,7 +191,6 @@ def main() -> int:
     """Runs a study; prints and writes its table."""
     cli.use_cores(0)
     study, root = _STUDY.value, Path(_WORKDIR.value)
-    grid.share_programs(root)
     check_choice("study", study, STUDIES)
     labels = _METHODS.value or list(STUDIES[study])
     for label in labels:
@@ -228,12 +227,12 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     _STUDY = flags.DEFINE_string("study", "pfedhn", "pfedhn, families or heads.")
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/server_side", "Folder of runs.")
+    _WORKDIR = cli.define_path("workdir", "runs/server_side", "Folder of runs.")
     _DATA = flags.DEFINE_string("data", None, "Another data set, for a try.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
     _METHODS = flags.DEFINE_list("methods", [], "Labels of methods; default: all.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds (pfedhn: visits).")
     _IMAGES = flags.DEFINE_integer("images", 10_000, "Images, for families and heads.")
-    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    _JSON = cli.define_path("json", None, "File for the results.")
     cli.run(grid.guarded(main))

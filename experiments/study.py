@@ -123,11 +123,11 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the runs.")
+    _WORKDIR = cli.define_path("workdir", "runs/study", "Folder of the runs.")
     _DATA = flags.DEFINE_string("data", "mnist", "Data set.")
-    _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS sets.")
+    _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
     _ALPHAS = flags.DEFINE_list("alphas", ["1.0", "0.1"], "Dirichlet parameters.")
     _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     _ROUNDS = flags.DEFINE_integer("rounds", 100, "Rounds.")
-    _JSON = flags.DEFINE_string("json", None, "File for the results.")
+    _JSON = cli.define_path("json", None, "File for the results.")
     cli.run(grid.guarded(main))

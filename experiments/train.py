@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from experiments import build, cli, reach, report, results, saved, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
-from hyperjax.engine import checkpoint, comm, families, log, schedule
+from hyperjax.engine import checkpoint, comm, compiled, families, log, schedule
 
 SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
 
@@ -30,6 +30,9 @@ def train(
     config: ml_collections.ConfigDict, path: str, name: str | None = None
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
+
+    A finished run goes on if it is given more rounds, and is summed up anew if it is
+    asked for other numbers at the end.
 
     Args:
       config: see `configs.common.defaults`; its method under `config.method`.
@@ -45,12 +48,14 @@ def train(
       FloatingPointError: a loss or the state is not finite.
       Stopped: by SIGTERM or SIGINT.
     """
+    compiled.check_jax()
     build.check(config)
     with workdir.claim(path, config) as folder:
-        finished = folder / workdir.SUMMARY
-        if finished.exists():
-            summary = json.loads(finished.read_text())
+        summary = workdir.result(folder, config)
+        if summary is not None:
             logging.info("%s is finished; nothing to do.", folder)
+            if not (folder / workdir.REPORT).exists():
+                report.run_report(str(folder))
             return summary
         return _Run(config, folder, name or config.method.name).go()
 
@@ -60,7 +65,7 @@ class _Run:
 
     def __init__(self, config: ml_collections.ConfigDict, folder: Path, name: str):
         self.config, self.folder, self.name = config, folder, name
-        self.experiment = build.build(config, str(folder / "store"))
+        self.experiment = build.build(config, str(folder / workdir.STORE))
         self.root = jax.random.key(config.seed)
         self.costs = {
             name: self.cost_of(name)
@@ -76,10 +81,11 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         config, folder, experiment = self.config, self.folder, self.experiment
-        if not (folder / workdir.CONFIG).exists():
-            workdir.describe(folder, config, experiment.plan)
-        if not (folder / "partition.npz").exists():
-            federations.save_tables(experiment.federation, folder / "partition.npz")
+        digests = federations.digests(experiment.federation)
+        done = 0 if self.restored is None else self.restored.round
+        workdir.describe(folder, config, experiment.plan, digests, done)
+        if not self.tables_are_there():
+            federations.save_tables(experiment.federation, folder / workdir.PARTITION)
         round, carry = self.start()
         recorder = log.Recorder(folder, round, config.tensorboard)
         progress = log.Progress(self.name, config.rounds)
@@ -109,7 +115,18 @@ class _Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / workdir.CHECKPOINTS
+
+    def tables_are_there(self) -> bool:
+        """Whether partition.npz can be read."""
+        path = self.folder / workdir.PARTITION
+        try:
+            return bool(checkpoint.read_npz(path, "it is written anew"))
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            logging.warning("%s", error)
+            return False
 
     def ask_to_stop(self, number, frame) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:
@@ -234,7 +251,7 @@ class _Run:
         config, experiment = self.config, self.experiment
         rows = results.per_client(self.values, experiment.federation)
         checkpoint.write_atomically(
-            self.folder / "clients.json", json.dumps(log.plain(rows), indent=1) + "\n"
+            self.folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
         )
         programs = (experiment.simulator.program, experiment.evaluator.program)
         rate = self.samples / self.seconds if self.seconds else None
@@ -347,7 +364,7 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    _WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
     cli.run(
         lambda: main(_CONFIG.value, str(_WORKDIR.value)), needs=("config", "workdir")
     )

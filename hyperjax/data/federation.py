@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hyperjax import tree
 from hyperjax.data import clients, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.sources import Source
@@ -287,6 +288,13 @@ def _warn(source: Source, y: np.ndarray, counts: np.ndarray, name: str) -> None:
         *(f"{left:,}", f"{there.sum():,}", source.name, name),
         *(100 * left / there.sum(), classes),
     )
+
+
+def digests(federation: Federation) -> dict[str, str]:
+    """Returns the SHA-256 of the pixels, of the labels, and of who has which sample."""
+    tables = {name: getattr(federation, name) for name in (*TABLES, "trainers")}
+    parts = dict(pixels=federation.pool.x, labels=federation.pool.y, partition=tables)
+    return {name: tree.sha256(part) for name, part in parts.items()}
 
 
 def _parts(table: Table) -> list[np.ndarray]:

@@ -5,9 +5,11 @@ rounds, written by orbax, and a digest of it; no key, since keys follow from the
 It counts once its digest exists, which is written last and atomically.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +35,84 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a text file so that a reader sees the old content or the new."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as file:
+    # Bytes of a path that are no text ("surrogates") must not cost a report.
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
     os.replace(part, path)
+
+
+# What a file system says that has no such operation.
+_NOT_THERE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def read_json(path: str | os.PathLike, remedy: str, kind: type = dict) -> Any:
+    """Reads a JSON file.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is damaged, for the message.
+      kind: dict or list, what it holds.
+
+    Raises:
+      ValueError: it is no JSON, or holds something else.
+      FileNotFoundError: it is not there.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's errors and those of UTF-8 are such
+        raise damaged(path, error, remedy) from error
+    if not isinstance(found, kind):
+        raise damaged(path, f"it holds no {kind.__name__}", remedy)
+    return found
+
+
+def read_npz(
+    path: str | os.PathLike,
+    remedy: str,
+    names: Iterable[str] | None = None,
+    need: Iterable[str] = (),
+) -> dict[str, np.ndarray]:
+    """Reads arrays of an .npz file.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is damaged, for the message.
+      names: the arrays to read, if they are there; all by default.
+      need: those that must be there.
+
+    Raises:
+      ValueError: it is not an .npz file, is damaged, holds Python objects, or lacks
+        one that is needed.
+      FileNotFoundError: it is not there.
+    """
+    try:
+        content = np.load(path, allow_pickle=False)
+        if not isinstance(content, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, as .npy files do")
+        with content:
+            absent = [name for name in need if name not in content.files]
+            if absent:
+                raise ValueError(f"it has no array {', '.join(map(repr, absent))}")
+            wanted = content.files if names is None else names
+            return {name: content[name] for name in wanted if name in content.files}
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # zip, zlib and NumPy each have errors of their own
+        raise damaged(path, error, remedy, "an .npz file of plain arrays") from error
+
+
+def damaged(
+    path: str | os.PathLike, why: Exception | str, remedy: str, kind: str = "readable"
+) -> ValueError:
+    """Returns the error of a file that cannot be read: which, why, and what to do."""
+    reason = why if isinstance(why, str) else first_line(why)
+    return ValueError(f"{str(path)!r} is not {kind} ({reason}); {remedy}")
 
 
 def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) -> str:
@@ -64,8 +139,11 @@ def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) ->
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(path / "carry", _named(arrays))
     write_atomically(path / DIGEST, json.dumps({"round": round, "sha256": digest}))
-    for old in _finished(folder)[: -max(keep, 2)]:
-        shutil.rmtree(old)
+    for old in finished(folder)[: -max(keep, 2)]:
+        # Without its digest it does not count. Network file systems may refuse to
+        # remove a folder with files that somebody has open.
+        (old / DIGEST).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
     return digest
 
 
@@ -81,8 +159,8 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
     Raises:
       ValueError: there are checkpoints, and every one is damaged.
     """
-    finished = _finished(Path(folder).absolute())
-    for path in reversed(finished):
+    found = finished(Path(folder).absolute())
+    for path in reversed(found):
         try:
             return _read(path, template)
         except Exception as error:  # any sign of damage, from orbax or our own check
@@ -91,10 +169,11 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
                 path,
                 first_line(error),
             )
-    if finished:
+    if found:
         raise ValueError(
-            f"every checkpoint in {folder} is damaged; nothing was changed. Start "
-            "again in a new workdir, or remove that folder to start from round 0"
+            f"every checkpoint in {folder} is damaged, or was written by a version "
+            "with another state; nothing was changed. Start again in a new workdir, "
+            "or remove that folder to start from round 0"
         )
     return None
 
@@ -102,7 +181,7 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
 def _read(path: Path, template: PyTree) -> Restored:
     import orbax.checkpoint as ocp
 
-    record = json.loads((path / DIGEST).read_text())
+    record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
     with ocp.PyTreeCheckpointer() as checkpointer:
         named = checkpointer.restore(path / "carry")
     leaves, structure = jax.tree.flatten(template)
@@ -119,8 +198,8 @@ def _read(path: Path, template: PyTree) -> Restored:
     return Restored(record["round"], carry)
 
 
-def _finished(folder: Path) -> list[Path]:
-    """Checkpoints with a digest file, oldest first."""
+def finished(folder: Path) -> list[Path]:
+    """Returns the checkpoints that count, those with a digest file, oldest first."""
     return sorted(path.parent for path in folder.glob(f"round_*/{DIGEST}"))
 
 

@@ -7,21 +7,72 @@ from typing import Any
 import jax
 
 from hyperjax.engine import sharding
+from hyperjax.errors import first_line
+
+# Settings of JAX under which nothing here can run, and the values that it can.
+_ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "jax_enable_x64": (
+        (False,),
+        "states, messages and data are float32 and int32 throughout",
+    ),
+    "jax_numpy_dtype_promotion": (
+        ("standard",),
+        "products of counts and float32 numbers rely on promotion",
+    ),
+    "jax_numpy_rank_promotion": (
+        ("allow", "warn"),
+        "biases and masks rely on broadcasting",
+    ),
+}
+
+
+def setting(name: str) -> Any:
+    """Returns a setting of JAX in this process; None if this JAX has no such one."""
+    return getattr(jax.config, name, None)
+
+
+def check_jax() -> None:
+    """Finds out whether JAX, as it is set up in this process, can run programs.
+
+    Raises:
+      ValueError: a setting has a value that programs cannot be traced under, or JAX
+        finds none of the devices that it was told to use.
+    """
+    for name, (accepted, reason) in _ACCEPTED.items():
+        value = setting(name)
+        if value not in accepted:
+            raise ValueError(
+                f"{name.upper()}={value} (a setting of JAX, of the environment or of "
+                f"jax.config): {reason}; accepted: {', '.join(map(str, accepted))}"
+            )
+    try:
+        jax.local_devices()
+    except Exception as error:  # for cuda an AssertionError without words
+        raise ValueError(
+            f"JAX finds no device: {first_line(error)}. "
+            f"JAX_PLATFORMS={setting('jax_platforms') or ''} asks for one that is not "
+            "there, or whose plugin is not installed; unset it, or give "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 class Compiled:
     """Compiles functions on first use and keeps the seconds that took.
 
     Calls with the same name, structure and shapes reuse the program. With a mesh,
-    every output is replicated, so that it can be the next call's input.
+    every output is replicated, so that it can be the next call's input. Under
+    JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
     """
 
     def __init__(self, mesh: Any = None):
+        check_jax()
         self.seconds = 0.0
         self._mesh = mesh
         self._programs: dict[Any, Callable] = {}
 
     def __call__(self, name: str, fn: Callable, args: tuple, donate: tuple = ()):
+        if setting("jax_disable_jit"):
+            return sharding.replicate(fn(*args), self._mesh)
         leaves, structure = jax.tree.flatten(args)
         key = (name, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.errors import first_line
 
 METRICS, TIMING, EVENTS = "metrics.jsonl", "timing.jsonl", "events"
 
@@ -40,14 +41,21 @@ def read_lines(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "round" not in record:
+                raise ValueError("it names no round")
+            records.append(record)
+        except ValueError as error:  # JSON's errors and those of UTF-8 are such
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON") from error
+                raise ValueError(
+                    f"{str(path)!r}: line {number} is not JSON of a round "
+                    f"({first_line(error)}); put a copy back, or start again in a new "
+                    "workdir"
+                ) from error
     return records
 
 
@@ -93,7 +101,7 @@ class Recorder:
             self._events.close()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with open(self._workdir / name, "a") as file:
+        with open(self._workdir / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
