@@ -8,6 +8,7 @@ import numpy as np
 from hyperjax.data.federation import Federation
 from hyperjax.engine.evaluate import summarise
 
+NOT_FINITE = "_not_finite"  # how many clients have no accuracy; missing if none
 VARIANTS = ("em", "oracle", "swapped")
 PREFIXES = ("pacc", "vacc", "zacc", "gacc")
 
@@ -25,13 +26,13 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
     Returns:
       Percentages: "<metric>", with "_mean", "_std", "_p10" over clients, and
       "_em", "_oracle", "_swapped" for the controls; "<metric>_distance"; and the
-      collapse metric of embeddings, in nats.
+      collapse metric of embeddings, in nats. NaN where the outputs for a client are
+      not finite, with the number of such clients as "<metric>_not_finite".
     """
     found: dict[str, float] = {}
     for metric, clients in values.items():
         size = clients["size"]
-        for suffix, value in summarise(clients["accuracy"], size).items():
-            found[metric + suffix] = value
+        found |= scores(metric, clients)
         for variant in VARIANTS:
             # One client has no neighbour to swap with.
             if f"accuracy_{variant}" in clients and not (
@@ -47,6 +48,25 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
     return found
 
 
+def scores(metric: str, clients: Values) -> dict[str, float]:
+    """Returns a population's accuracy with its spread, and who has none, by name."""
+    share = summarise(clients["accuracy"], clients["size"])
+    found = {metric + suffix: value for suffix, value in share.items()}
+    if bad := int(np.isnan(clients["accuracy"]).sum()):
+        found[metric + NOT_FINITE] = bad
+    return found
+
+
+def not_finite(values: Mapping[str, Values], suffix: str = "") -> str | None:
+    """Says which accuracies there are not, and of how many clients; None if none."""
+    said = []
+    for metric, clients in values.items():
+        if bad := int(np.isnan(clients["accuracy"]).sum()):
+            num = len(clients["accuracy"])
+            said.append(f"{metric}{suffix} (outputs for {bad} of {num} clients)")
+    return f"not finite, so without a value: {', '.join(said)}" if said else None
+
+
 def collapse(clients: Values) -> float:
     """Returns I = H(mean e) - mean H(e) in nats, over all inputs of some clients.
 
@@ -55,8 +75,9 @@ def collapse(clients: Values) -> float:
     weight = clients["size"] / clients["size"].sum()
     mean = weight @ np.asarray(clients["embedding"], np.float64)
     of_mean = -np.sum(mean * np.log(mean + 1e-12))
+    use = float(of_mean - weight @ clients["embedding_entropy"])
     # Entropies are float32, so equal ones may differ by rounding; I is never negative.
-    return max(0.0, float(of_mean - weight @ clients["embedding_entropy"]))
+    return max(use, 0.0)  # in this order, which keeps NaN
 
 
 def per_client(

@@ -5,6 +5,9 @@ Every client is deployed the same way: `client.adapt` on its labelled training s
 the plain accuracy each client gets that of two controls which need nothing but the
 model's own outputs: label-shift EM, and its oracle.
 
+A client has no accuracy, which is NaN here and null in files, if the outputs for any of
+its samples are not finite: the class of NaN would be class 0, and right now and then.
+
 Saerens, Latinne, Decaestecker 2002, "Adjusting the Outputs of a Classifier to New a
 Priori Probabilities", Neural Computation 14(1): `prior_em` is their equation 2.4.
 """
@@ -74,22 +77,42 @@ def prior_em(probs: Array, mask: Array, source: Array) -> Array:
     return jnp.where(jnp.sum(mask) > 0, prior, source)
 
 
-def _correct(logits, labels, mask, prior, source):
-    """Number of right answers after moving logits from prior `source` to `prior`."""
+def _accuracy(logits, labels, mask, prior, source):
+    """Share of right answers after moving logits from prior `source` to `prior`, [].
+
+    NaN if the logits of any real sample are not finite.
+    """
     # Floored: a class the client does not hold must lose, yet stay finite.
     shift = jnp.log(jnp.maximum(prior, 1e-30)) - jnp.log(source)
     right = jnp.argmax(logits + shift, -1) == labels
-    return jnp.sum(jnp.where(mask > 0, right, False).astype(jnp.float32))
+    return _mean_if_finite(right, logits, mask)
+
+
+def _loss(logits, labels, mask):
+    """Mean negative log-likelihood of the real samples, []; NaN as accuracies are."""
+    log_probs = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
+    return _mean_if_finite(nll, logits, mask)
+
+
+def _mean_if_finite(values, logits, mask):
+    """Mean of real samples' values [n], 0 without any; NaN if a logit is not finite."""
+    finite = jnp.all(jnp.isfinite(logits) | (mask[:, None] <= 0))
+    total = jnp.sum(jnp.where(mask > 0, values.astype(jnp.float32), 0.0))
+    return jnp.where(finite, total / jnp.maximum(jnp.sum(mask), 1.0), jnp.nan)
 
 
 def predict_all(
     model: Model, variables: PyTree, data: ClientData, num_classes: int, batch_size: int
 ) -> Array:
-    """Returns logits [n_max, K] in stored order; n_max a multiple of the batch size."""
+    """Returns logits [n_max, K] in stored order; n_max a multiple of the batch size.
+
+    They are float32, in whatever precision the model computes.
+    """
 
     def step(state, batch):
         i, logits = state
-        new = model.predict(variables, batch.x)
+        new = model.predict(variables, batch.x).astype(logits.dtype)
         return i + 1, jax.lax.dynamic_update_slice(logits, new, (i * batch_size, 0))
 
     empty = jnp.zeros((data.rows.shape[0], num_classes), jnp.float32)
@@ -100,7 +123,8 @@ class Evaluator(NamedTuple):
     """Scores of the clients of every population: {population: {name: [n] values}}.
 
     `evaluate(root, carry, round)` deploys as the method does. Names: "size",
-    "accuracy" (a share), "accuracy_em", "accuracy_oracle", "loss", for methods whose
+    "accuracy" (a share), "accuracy_em", "accuracy_oracle", "loss" (these four NaN for a
+    client for one of whose samples the outputs are not finite), for methods whose
     deployment differs between clients "accuracy_swapped" (with the next client's
     adapted state) and "distance_swapped" (relative distance between the two deployed
     networks), and whatever `model.inspect` reports.
@@ -183,10 +207,10 @@ def evaluator(
         last = jnp.maximum(shared[1] - 1, 0)  # whose learning rate training ended with
         variables = alg.client.tune(key, variables, data, last, epochs)
         all_logits, labels, mask, source = prediction(inputs, shared[2])
-        logits, count = all_logits(variables), jnp.maximum(inputs[1], 1)
+        logits = all_logits(variables)
         return {
-            "accuracy": _correct(logits, labels, mask, source, source) / count,
-            "loss": _loss(jax.nn.log_softmax(logits), labels, mask),
+            "accuracy": _accuracy(logits, labels, mask, source, source),
+            "loss": _loss(logits, labels, mask),
         }
 
     def score_one(mapped, shared):
@@ -197,21 +221,23 @@ def evaluator(
         all_logits, labels, mask, source = prediction(inputs, pools)
         logits = all_logits(variables)
         count = jnp.maximum(inputs[1], 1)
-        log_probs = jax.nn.log_softmax(logits)
         truth = jnp.zeros_like(source).at[labels].add(mask) / count
-        estimate = prior_em(jnp.exp(log_probs), mask, source)
+        estimate = prior_em(jax.nn.softmax(logits), mask, source)
         result = {
-            "accuracy": _correct(logits, labels, mask, source, source) / count,
-            "accuracy_em": _correct(logits, labels, mask, estimate, source) / count,
-            "accuracy_oracle": _correct(logits, labels, mask, truth, source) / count,
-            "loss": _loss(log_probs, labels, mask),
+            "accuracy": _accuracy(logits, labels, mask, source, source),
+            "accuracy_em": _accuracy(logits, labels, mask, estimate, source),
+            "accuracy_oracle": _accuracy(logits, labels, mask, truth, source),
+            "loss": _loss(logits, labels, mask),
         }
         if jax.tree.leaves((own, adapted)):
             swapped = alg.client.deploy(Downlink(common, other_own, round), other)
-            right = _correct(all_logits(swapped), labels, mask, source, source)
+            borrowed = all_logits(swapped)
             mine, theirs = model.export(variables), model.export(swapped)
             distance = tree.norm(tree.sub(mine, theirs)) / tree.norm(mine)
-            result |= {"accuracy_swapped": right / count, "distance_swapped": distance}
+            result |= {
+                "accuracy_swapped": _accuracy(borrowed, labels, mask, source, source),
+                "distance_swapped": distance,
+            }
         return result
 
     map_inspect = sharding.map_clients(inspect_one, "map", mesh)
@@ -317,12 +343,6 @@ class _Shape(NamedTuple):
         )
 
 
-def _loss(log_probs: Array, labels: Array, mask: Array) -> Array:
-    """Mean negative log-likelihood of the real samples, []."""
-    nll = -jnp.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
-    return jnp.sum(jnp.where(mask > 0, nll, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
-
-
 def _stored(carry: schedule.Carry, ids: np.ndarray):
     """The stored state of clients; those from N on have none."""
     num_clients = len(carry.seen)
@@ -339,7 +359,8 @@ def _pick(table: Table, place: np.ndarray, alive: np.ndarray, length: int):
 def summarise(values: np.ndarray, size: np.ndarray) -> dict[str, float]:
     """Returns percentages of per-client accuracies [n], shares in [0, 1].
 
-    "" is weighted by samples; "_mean", "_std" and "_p10" are over clients.
+    "" is weighted by samples; "_mean", "_std" and "_p10" are over clients. All are NaN
+    if a client has no accuracy (NaN): a mean of the others would be one of the lucky.
     """
     percent = 100.0 * np.asarray(values, np.float64)
     return {

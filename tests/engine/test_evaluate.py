@@ -184,6 +184,54 @@ def test_calls_of_few_clients_swap_with_the_same_neighbours():
     )
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_outputs_that_are_not_finite_have_no_accuracy(bad):
+    """One sample is enough; padding and other clients do not matter."""
+    alg, pool, table = method("fedavg"), tiny().pool, tiny().table
+    size = len(pool.y)
+    mark = int(table.rows[4, table.size[4] - 1])  # a sample that client 4 holds
+    held = {
+        c for c in range(NUM_CLIENTS) if mark in table.rows[c, : table.size[c]].tolist()
+    }
+    assert 4 in held and len(held) < NUM_CLIENTS
+
+    def predict(variables, x):
+        logits = tiny().model.predict(variables, x)
+        marked = jnp.all(x == shown, axis=tuple(range(1, x.ndim)))
+        return jnp.where(marked[:, None], bad, logits)
+
+    # All other samples differ from the marked one.
+    x = jnp.zeros_like(pool.x).at[jnp.arange(size), 0].set(1).at[mark].set(0)
+    pool = pool._replace(x=x)
+    shown = clients.gather(pool, jnp.array([mark]), jnp.ones(1)).x[0]
+    client = alg.client._replace(model=alg.client.model._replace(predict=predict))
+    evaluator = evaluate.evaluator(
+        *(alg._replace(client=client), pool, {"pacc": populations()["pacc"]}),
+        tuned={"pacc": populations()["pacc"]},
+        source_prior=SOURCE,
+        batch_size=4,
+    )
+    names = ("accuracy", "accuracy_em", "accuracy_oracle", "loss")
+    scored = evaluator.evaluate(ROOT, trained("fedavg"), 2)["pacc"]
+    tuned = evaluator.tune(ROOT, trained("fedavg"), 2, 0)["pacc"]
+    for found, columns in ((scored, names), (tuned, ("accuracy", "loss"))):
+        for name in columns:
+            assert set(np.flatnonzero(np.isnan(found[name]))) == held, name
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_outputs_of_low_precision_are_scored_as_float32(dtype):
+    variables, table = tiny().model.init(jax.random.key(1)), tiny().table
+    data = ClientData(jnp.asarray(table.rows[4, :4]), jnp.int32(4), tiny().pool)
+    low = tiny().model._replace(
+        predict=lambda *args: tiny().model.predict(*args).astype(dtype)
+    )
+    found = evaluate.predict_all(low, variables, data, NUM_CLASSES, 4)
+    exact = evaluate.predict_all(tiny().model, variables, data, NUM_CLASSES, 4)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, exact.astype(dtype).astype(jnp.float32))
+
+
 def test_all_predictions_in_stored_order_and_once():
     table, pool, model = tiny().table, tiny().pool, tiny().model
     variables = model.init(jax.random.key(1))
@@ -348,6 +396,11 @@ def test_summary_by_hand():
     found = evaluate.summarise(np.array([1.0, 0.5]), np.array([1, 3]))
     # (1 * 100 + 3 * 50) / 4; the 10th percentile of 50 and 100 is 50 + 0.1 * 50.
     assert found == pytest.approx({"": 62.5, "_mean": 75, "_std": 25, "_p10": 55})
+
+
+def test_summary_of_who_has_no_accuracy():
+    found = evaluate.summarise(np.array([1.0, np.nan]), np.array([1, 3]))
+    assert np.isnan(list(found.values())).all()
 
 
 def test_summary_of_one_client_and_of_clients_without_samples():

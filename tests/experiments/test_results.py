@@ -42,6 +42,22 @@ def test_what_a_federation_does_not_have_is_not_reported(missing):
     assert results.record(some) == expected
 
 
+def test_a_client_without_an_accuracy_leaves_its_population_without():
+    nan = float("nan")
+    found = results.record(values(accuracy=np.array([nan, 0.5])))
+    assert np.isnan([found[f"zacc{k}"] for k in ("", "_mean", "_std", "_p10")]).all()
+    assert found["zacc_not_finite"] == found["pacc_not_finite"] == 1
+    assert found["gacc_not_finite"] == 1
+    several = values()
+    several["zacc"]["accuracy"] = np.array([1.0, nan])
+    found = results.record(several)
+    assert found["pacc"] == 62.5 and "pacc_not_finite" not in found
+    assert results.not_finite(several, "_ft4") == (
+        "not finite, so without a value: zacc_ft4 (outputs for 1 of 2 clients)"
+    )
+    assert results.not_finite(values()) is None
+
+
 def test_controls_are_weighted_alike():
     found = results.record(
         values(
@@ -92,6 +108,13 @@ def embedded(embedding, entropy):
 def test_collapse_by_hand(embedding, entropy, expected):
     found = results.collapse(embedded(embedding, entropy))
     assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_collapse_of_embeddings_that_are_not_finite_is_not_nothing():
+    nan = float("nan")
+    for entropy in ([nan, 0.0], [0.0, 0.0]):
+        embedding = [[1.0, 0.0], [0.0, 1.0]] if entropy[0] else [[nan, nan], [0, 1.0]]
+        assert math.isnan(results.collapse(embedded(embedding, entropy)))
 
 
 def test_collapse_is_reported_for_participants_and_unseen_clients():
