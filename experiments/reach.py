@@ -1,29 +1,39 @@
 """What a run sent before it reached an accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
 class Reach(NamedTuple):
     """When a threshold was first met, and numbers sent by and to one client until then.
 
+    What happens between two evaluations is not seen. So there are two rounds: `round`,
+    which is charged, was the first found at the threshold, and the first to reach it
+    may be any after `missed`. They are neighbours, and nothing is open, if every round
+    is evaluated. (An accuracy that was reached and lost again before `missed` stays
+    unseen.)
+
     Attributes:
       threshold: the accuracy asked for.
-      round: zero-based index of the round, None if it was never met.
+      round: zero-based index of the first evaluated round that meets it, None if none.
+      missed: index of the last evaluated round before that; -1 is the start.
       cost: round x numbers per round trip, as arXiv:2402.18445 counts in its Table III:
-        what is reached in the first round is free.
+        what is reached in the first round is free. An upper bound.
+      least_cost: the same for the round after `missed`, a lower bound.
       full_cost: (round + 1) x numbers per round trip, what was really sent.
     """
 
     threshold: float
-    round: int | None
-    cost: int | None
-    full_cost: int | None
+    round: int | None = None
+    missed: int | None = None
+    cost: int | None = None
+    least_cost: int | None = None
+    full_cost: int | None = None
 
 
 def cost_to_reach(
     rounds: Sequence[int],
-    accuracies: Sequence[float],
+    accuracies: Sequence[float | None],
     cpr: int,
     thresholds: Sequence[float],
 ) -> list[Reach]:
@@ -32,7 +42,8 @@ def cost_to_reach(
     Args:
       rounds: zero-based indices of evaluated rounds, in increasing order; a record
         taken after t rounds has index t - 1.
-      accuracies: of the model after each of them, in the unit of `thresholds`.
+      accuracies: of the model after each of them, in the unit of `thresholds`; None
+        or NaN where there is none, as if that round had not been evaluated.
       cpr: numbers per client and round trip, down and up.
       thresholds: an accuracy equal to one meets it.
 
@@ -40,8 +51,8 @@ def cost_to_reach(
       ValueError: lengths differ, or rounds are negative or do not increase.
 
     Example:
-      >>> cost_to_reach([0, 1, 2], [10.0, 25.0, 20.0], 100, [20])
-      [Reach(threshold=20, round=1, cost=100, full_cost=200)]
+      >>> cost_to_reach([0, 1, 2], [10.0, 25.0, 20.0], 100, [20])[0].cost
+      100
     """
     if len(rounds) != len(accuracies):
         raise ValueError(f"{len(rounds)} rounds with {len(accuracies)} accuracies")
@@ -50,13 +61,27 @@ def cost_to_reach(
         if index <= previous:
             raise ValueError(f"rounds={list(rounds)} must increase from 0 or more")
         previous = index
+    curve = [
+        (index, accuracy)
+        for index, accuracy in zip(rounds, accuracies, strict=True)
+        if accuracy is not None and accuracy == accuracy
+    ]
     found = []
     for threshold in thresholds:
-        reached = zip(rounds, accuracies, strict=True)
-        first = next((i for i, accuracy in reached if accuracy >= threshold), None)
-        found.append(
-            Reach(threshold, None, None, None)
-            if first is None
-            else Reach(threshold, first, first * cpr, (first + 1) * cpr)
-        )
+        missed, reach = -1, Reach(threshold)
+        for index, accuracy in curve:
+            if accuracy >= threshold:
+                costs = (index * cpr, (missed + 1) * cpr, (index + 1) * cpr)
+                reach = Reach(threshold, index, missed, *costs)
+                break
+            missed = index
+        found.append(reach)
     return found
+
+
+def of_curve(
+    curve: Mapping[int, float | None], cpr: int, thresholds: Sequence[float]
+) -> list[Reach]:
+    """Returns `cost_to_reach` of {rounds trained: accuracy}, in increasing order."""
+    after = {t - 1: accuracy for t, accuracy in curve.items() if t > 0}
+    return cost_to_reach(list(after), list(after.values()), cpr, thresholds)
