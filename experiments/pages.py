@@ -13,6 +13,7 @@ import numpy as np
 from hyperjax.engine import log
 
 Columns = Sequence[tuple[str, str]]
+NOTHING = "–"  # in pages, where there is no value; "-" on terminals of any locale
 
 STYLE = """
 :root{--ink:#3d4450;--muted:#7b8494;--line:#e3e7ed;--accent:#2a6f97}
@@ -116,13 +117,18 @@ def is_numeric(values: Sequence[object]) -> bool:
     )
 
 
+def accuracy(value: float | None) -> str:
+    """An accuracy for a terminal, "-" if there is none."""
+    return plain(None if value is None else float(value))
+
+
 def percent(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f} %"
+    return NOTHING if value is None else f"{value:.2f} %"
 
 
 def num_bytes(value: Any) -> str:
     """Bytes in decimal units, such as 1.23 MB."""
-    return "-" if value is None else log.size(value)
+    return NOTHING if value is None else log.size(value)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -161,6 +167,8 @@ class Html(str):
 
 
 def cell(value: object) -> str:
+    if value is None:
+        return NOTHING
     return value if isinstance(value, Html) else escape(plain(value))
 
 

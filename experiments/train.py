@@ -14,12 +14,13 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments import build, cli, reach, report, results, saved, workdir
+from experiments import build, cli, pages, reach, report, results, saved, workdir
 from hyperjax import tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, compiled, families, log, schedule
+from hyperjax.engine.progress import Progress
 
-SHOWN: tuple[str, ...] = ("gacc", "pacc", "zacc")  # in progress lines
+SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # in progress lines
 
 
 class Stopped(Exception):
@@ -57,15 +58,21 @@ def train(
             if not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
-        return _Run(config, folder, name or config.method.name).go()
+        with Progress(name or config.method.name, config.rounds) as progress:
+            return _Run(config, folder, progress).go()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, config: ml_collections.ConfigDict, folder: Path, name: str):
-        self.config, self.folder, self.name = config, folder, name
+    def __init__(
+        self, config: ml_collections.ConfigDict, folder: Path, progress: Progress
+    ):
+        self.config, self.folder, self.progress = config, folder, progress
+        progress.stage(f"reading {config.data.name}, building {config.method.name}")
         self.experiment = build.build(config, str(folder / workdir.STORE))
+        for part in (self.experiment.simulator, self.experiment.evaluator):
+            part.program.watcher = progress.compiling
         self.root = jax.random.key(config.seed)
         self.costs = {
             name: self.cost_of(name)
@@ -88,12 +95,11 @@ class _Run:
             federations.save_tables(experiment.federation, folder / workdir.PARTITION)
         round, carry = self.start()
         recorder = log.Recorder(folder, round, config.tensorboard)
-        progress = log.Progress(self.name, config.rounds)
         handlers = {s: signal.signal(s, self.ask_to_stop) for s in _signals()}
         try:
             if round < 0:
                 round = 0
-                self.evaluate(round, carry, {}, recorder, progress)
+                self.evaluate(round, carry, {}, recorder)
                 checkpoint.save(self.checkpoints, 0, carry, config.checkpoint.keep)
             while round < config.rounds:
                 if self.stop_signal is not None:
@@ -102,15 +108,15 @@ class _Run:
                 carry, info = self.train_rounds(carry, round, num_rounds)
                 recorder.rounds(round, info)
                 round += num_rounds
+                last = {k: v[-1] for k, v in info.items()}
+                self.show(round, last, {}, {})
                 if round % config.evaluation.every == 0 or round == config.rounds:
-                    last = {k: v[-1] for k, v in info.items()}
-                    self.evaluate(round, carry, last, recorder, progress)
+                    self.evaluate(round, carry, last, recorder)
                 checkpoint.save(self.checkpoints, round, carry, config.checkpoint.keep)
             return self.finish(round, carry)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            progress.close()
             recorder.close()
 
     @property
@@ -176,6 +182,7 @@ class _Run:
 
     def train_rounds(self, carry, round: int, num_rounds: int):
         program = self.experiment.simulator.program
+        self.progress.stage("training")
         began, compiled = time.perf_counter(), program.seconds
         carry, info = self.experiment.simulator.run(
             self.root, carry, round, num_rounds, donate=True
@@ -202,21 +209,36 @@ class _Run:
             "local.learning_rate or local.clip_norm=1.0 often helps"
         )
 
-    def evaluate(self, round: int, carry, info, recorder, progress) -> None:
+    def evaluate(self, round: int, carry, info, recorder) -> None:
+        self.progress.stage("evaluating")
         self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
         metrics = results.record(self.values)
+        self.warn(round, self.values)
         totals = self.totals(round)
         record = dict(round=round, loss=info.get("loss"), **metrics, **totals)
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
         self.metrics = log.plain(metrics)
         recorder.evaluation(record, time.perf_counter() - self.began)
-        shown = {m: f"{metrics[m]:.2f}" for m in SHOWN if m in metrics}
-        if "loss" in info:
-            shown = {"loss": f"{info['loss']:.4f}", **shown}
+        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
+        self.show(round, info, self.metrics, {"sent": log.size(sent)})
+
+    def show(self, round: int, info, metrics, more) -> None:
+        """Shows where training is, and what there is of an evaluation."""
+        shown = {"loss": f"{info['loss']:.4f}"} if "loss" in info else {}
+        shown |= {
+            label: pages.accuracy(metrics[m])
+            for m, label in SHOWN.items()
+            if m in metrics
+        }
         if self.seconds:
             shown["samples/s"] = f"{self.samples / self.seconds:,.0f}"
-        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        progress.update(round, {**shown, "sent": log.size(sent)})
+        self.progress.update(round, shown | more)
+
+    def warn(self, round: int, values, suffix: str = "") -> None:
+        """Warns of accuracies that there are not."""
+        without = results.not_finite(values, suffix)
+        if without is not None:
+            logging.warning("%s, round %d: %s", self.folder, round, without)
 
     def totals(self, round: int) -> dict[str, int]:
         """Bytes of all clients in all rounds so far, in Python integers."""
@@ -246,6 +268,7 @@ class _Run:
 
     def finish(self, round: int, carry) -> dict[str, Any]:
         if not hasattr(self, "values"):  # continued after the last evaluation
+            self.progress.stage("evaluating")
             self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
             self.metrics = log.plain(results.record(self.values))
         config, experiment = self.config, self.experiment
@@ -286,34 +309,41 @@ class _Run:
         checkpoint.write_atomically(
             self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
         )
+        self.progress.stage("writing the report")
         report.run_report(str(self.folder))
         return summary
 
     def fine_tuned(self, round: int, carry) -> dict[str, float]:
         """Accuracies of copies after epochs of local fine-tuning."""
-        found = {}
+        found: dict[str, float] = {}
         for epochs in self.config.evaluation.finetune_epochs:
-            logging.info("Fine-tuning every client for %d epochs.", epochs)
-            scores = self.experiment.evaluator.tune(self.root, carry, round, epochs)
-            for metric, values in scores.items():
-                share = results.summarise(values["accuracy"], values["size"])
-                found[f"{metric}_ft{epochs}"] = share[""]
-                found[f"{metric}_ft{epochs}_mean"] = share["_mean"]
+            self.progress.stage(f"fine-tuning every client, {epochs} epochs")
+            tuned = self.experiment.evaluator.tune(self.root, carry, round, epochs)
+            suffix = f"_ft{epochs}"
+            for metric, values in tuned.items():
+                scores = results.scores(metric + suffix, values)
+                kept = (metric + suffix + k for k in ("", "_mean", results.NOT_FINITE))
+                found |= {name: scores[name] for name in kept if name in scores}
+            self.warn(round, tuned, suffix)
         return found
 
     def reached(self) -> list[dict[str, Any]]:
         """What a client had sent and received when pACC first met each threshold."""
         records = log.read_lines(self.folder / log.METRICS)
-        curve = [(r["round"] - 1, r["pacc"]) for r in records if r["round"] > 0]
+        curve = {r["round"]: r["pacc"] for r in records}
         cpr = self.cost.down_numbers + self.cost.up_numbers
-        rounds, accuracies = zip(*curve, strict=True) if curve else ((), ())
-        thresholds = self.config.evaluation.thresholds
-        found = reach.cost_to_reach(rounds, accuracies, cpr, thresholds)
+        found = reach.of_curve(curve, cpr, self.config.evaluation.thresholds)
         return [r._asdict() for r in found if r.round is not None]
 
-    def best(self) -> dict[str, Any]:
-        """Accuracies of the round whose validation accuracy was highest, the first."""
+    def best(self) -> dict[str, Any] | None:
+        """Accuracies of the round whose validation accuracy was highest, the first.
+
+        None if no round has one.
+        """
         records = log.read_lines(self.folder / log.METRICS)
+        records = [r for r in records if r["vacc"] is not None]
+        if not records:
+            return None
         best = max(records, key=lambda r: r["vacc"])
         found = {
             k: v for k, v in best.items() if k.partition("_")[0] in results.PREFIXES
@@ -354,12 +384,25 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
     except Stopped as stop:
         print(f"Stopped after round {stop}; the same command continues.")
         return 0
-    scores = ", ".join(f"{m} {summary[m]:.2f}" for m in SHOWN if m in summary)
-    print(
-        f"{summary['method']} on {summary['dataset']}: {scores}; "
-        f"report: {Path(path) / 'report.html'}"
-    )
+    print(f"{summary['method']} on {summary['dataset']}: {outcome(summary)}")
+    print(f"report: {Path(path) / 'report.html'}")  # alone: a path to click or copy
     return 0
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    """Returns the accuracies of a run in words."""
+    by_samples = [
+        f"{label} {pages.accuracy(summary[m])}"
+        for m, label in SHOWN.items()
+        if m in summary
+    ]
+    means = [
+        f"{label} {pages.accuracy(summary[f'{m}_mean'])}"
+        for m, label in SHOWN.items()
+        if m != "gacc" and f"{m}_mean" in summary  # the global test set is one client
+    ]
+    means = [f"as means of clients {', '.join(means)}"] if means else []
+    return "; ".join([", ".join(by_samples), *means])
 
 
 if __name__ == "__main__":

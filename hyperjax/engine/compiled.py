@@ -62,11 +62,13 @@ class Compiled:
     Calls with the same name, structure and shapes reuse the program. With a mesh,
     every output is replicated, so that it can be the next call's input. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
+    `watcher` is told the name of what is being compiled, and None when that is done.
     """
 
     def __init__(self, mesh: Any = None):
         check_jax()
         self.seconds = 0.0
+        self.watcher: Callable[[str | None], object] = lambda name: None
         self._mesh = mesh
         self._programs: dict[Any, Callable] = {}
 
@@ -77,9 +79,11 @@ class Compiled:
         key = (name, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
             start = time.perf_counter()
+            self.watcher(name)
             options: dict[str, Any] = {"donate_argnums": donate}
             if self._mesh is not None:
                 options["out_shardings"] = sharding.everywhere(self._mesh)
             self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
+            self.watcher(None)
             self.seconds += time.perf_counter() - start
         return self._programs[key](*args)

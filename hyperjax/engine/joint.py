@@ -1,6 +1,6 @@
 """Evaluation of methods with families: each family on its own, results put together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -102,10 +102,9 @@ def evaluator(
 
 
 class _Programs(Compiled):
-    """The compile time of several compilers."""
+    """Several compilers: their compile time, and one watcher of all."""
 
     def __init__(self, programs: list[Compiled]):
-        super().__init__()
         self._all = programs
 
     @property
@@ -115,3 +114,12 @@ class _Programs(Compiled):
     @seconds.setter
     def seconds(self, value: float) -> None:
         del value
+
+    @property
+    def watcher(self) -> Callable[[str | None], object]:
+        return self._all[0].watcher
+
+    @watcher.setter
+    def watcher(self, value: Callable[[str | None], object]) -> None:
+        for program in self._all:
+            program.watcher = value

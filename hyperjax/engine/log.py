@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines, TensorBoard events, progress on the terminal.
+"""What a run leaves to read: JSON lines and TensorBoard events.
 
 `metrics.jsonl` holds results only and is the same however often a run was interrupted;
 wall-clock times are in `timing.jsonl`.
@@ -6,11 +6,9 @@ wall-clock times are in `timing.jsonl`.
 
 import json
 import math
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -110,50 +108,6 @@ def _event_writer(workdir: Path, finished_rounds: int):
 
     purge = finished_rounds + 1 if finished_rounds >= 0 else None
     return SummaryWriter(str(workdir / EVENTS), purge_step=purge)
-
-
-class Progress:
-    """One live line on a terminal, plain lines elsewhere."""
-
-    def __init__(
-        self,
-        name: str,
-        total_rounds: int,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self._name, self._total = name, total_rounds
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
-        self._clock = clock
-        self._start: tuple[int, float] | None = None
-        self._printed = -math.inf
-        self._width = 0
-
-    def update(self, round: int, values: Mapping[str, str]) -> None:
-        """Shows finished rounds, time left, and `values` in order."""
-        now = self._clock()
-        if self._start is None:
-            self._start = (round, now)
-        first, began = self._start
-        left = "?"
-        if round > first:
-            left = duration((now - began) / (round - first) * (self._total - round))
-        fields = " | ".join(f"{key} {value}" for key, value in values.items())
-        line = f"{self._name} | round {round}/{self._total} | {fields} | left {left}"
-        if self._live:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-        elif now - self._printed >= 2.0 or round >= self._total:
-            self._stream.write(line + "\n")
-            self._printed = now
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Ends the live line."""
-        if self._live and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

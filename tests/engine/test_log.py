@@ -1,6 +1,5 @@
-"""Records that survive kills, and lines for people."""
+"""Records that survive kills, and numbers for people."""
 
-import io
 import json
 
 import numpy as np
@@ -92,67 +91,6 @@ def test_events_are_written(tmp_path):
     assert content.count(b"train/loss") == 2 and content.count(b"eval/zacc") == 1
     assert b"image" not in content and b"eval/loss" not in content
     assert b"eval/round" not in content
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_a_plain_stream_gets_lines_at_most_every_two_seconds():
-    stream, clock = io.StringIO(), Clock()
-    progress = log.Progress("fedavg", 20, stream, clock)
-    # Ten seconds a round: twenty rounds take 200 in all.
-    for round, seconds in ((0, 0), (1, 10), (2, 11), (3, 30), (20, 30.5)):
-        clock.now = 100.0 + seconds
-        progress.update(round, {"loss": f"{round}.5", "zacc": "50.00"})
-    progress.close()
-    assert stream.getvalue() == (
-        "fedavg | round 0/20 | loss 0.5 | zacc 50.00 | left ?\n"
-        "fedavg | round 1/20 | loss 1.5 | zacc 50.00 | left 3m10s\n"
-        "fedavg | round 3/20 | loss 3.5 | zacc 50.00 | left 2m50s\n"
-        "fedavg | round 20/20 | loss 20.5 | zacc 50.00 | left 0s\n"
-    )
-
-
-def test_a_terminal_gets_one_line_that_is_overwritten():
-    stream, clock = Terminal(), Clock()
-    progress = log.Progress("run", 10, stream, clock)
-    progress.update(0, {"loss": "12.3456789"})
-    clock.now += 1.0
-    progress.update(5, {"loss": "1.5"})
-    progress.update(6, {"loss": "1.4"})
-    progress.close()
-    first, second, third = stream.getvalue().rstrip("\n").split("\r")[1:]
-    assert first == "run | round 0/10 | loss 12.3456789 | left ?"
-    # Blanks wipe out the rest of a longer line.
-    assert second == "run | round 5/10 | loss 1.5 | left 1s".ljust(len(first))
-    assert third.startswith("run | round 6/10 | loss 1.4 | left 1s")
-    assert stream.getvalue().endswith("\n") and stream.getvalue().count("\n") == 1
-
-
-def test_a_continued_run_counts_its_own_rounds_only():
-    stream, clock = io.StringIO(), Clock()
-    progress = log.Progress("run", 100, stream, clock)
-    progress.update(50, {})
-    clock.now += 10.0
-    progress.update(60, {})
-    assert stream.getvalue().splitlines()[-1].endswith("left 40s")
-
-
-def test_nothing_shown_nothing_ended():
-    stream = Terminal()
-    log.Progress("run", 1, stream).close()
-    assert stream.getvalue() == ""
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """From per-client values to reported numbers, by hand."""
 
+import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments import results
+import configs.common
+from experiments import results, train
 
 
 def values(**extra):
@@ -150,3 +153,62 @@ def test_rows_of_clients():
     }
     alone = {"pacc": values(loss=np.array([1.5, 2.5]))["pacc"]}
     assert [row["client"] for row in results.per_client(alone, federation)] == [0, 1]
+
+
+# What a run makes of them -------------------------------------------------------------
+
+
+def test_rounds_without_an_accuracy_are_passed_over(tmp_path):
+    records = [
+        dict(round=0, vacc=90.0, pacc=90.0),
+        dict(round=5, vacc=None, pacc=None),
+        dict(round=10, vacc=91.0, pacc=96.0, loss=0.5),
+        dict(round=15, vacc=91.0, pacc=97.0),
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    config = configs.common.defaults()
+    cost = SimpleNamespace(down_numbers=60, up_numbers=40)
+    run: Any = SimpleNamespace(folder=tmp_path, config=config, cost=cost)
+    assert train._Run.best(run) == dict(round=10, vacc=91.0, pacc=96.0)
+    (first, *_, last) = train._Run.reached(run)
+    assert first["threshold"] == 50 and first["round"] == last["round"] == 9
+    # Round 5 (index 4) says nothing, and the start is not counted.
+    assert (first["missed"], first["least_cost"], first["cost"]) == (-1, 0, 900)
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "vacc": null}\n')
+    assert train._Run.best(run) is None
+
+
+def test_the_outcome_in_words():
+    summary = dict(pacc=62.5, pacc_mean=75.0, zacc=None, zacc_mean=None, gacc=1.0)
+    assert train.outcome(summary) == (
+        "gACC 1.00, pACC 62.50, zACC -; as means of clients pACC 75.00, zACC -"
+    )
+    assert train.outcome(dict(pacc=50.0)) == "pACC 50.00"
+
+
+def test_copies_that_diverge_while_fine_tuned_have_no_accuracy(tmp_path, caplog):
+    config = configs.common.defaults()
+    config.method = dict(name="fedavg", keep=())
+    config.rounds, config.tensorboard = 0, False
+    config.data.update(name="synthetic", num_clients=2, num_novel=1, min_size=4)
+    config.model.hidden = (4,)
+    config.engine.devices = 1
+    config.local.update(batch_size=8, learning_rate=1e30)
+    config.evaluation.finetune_epochs = (0, 3)
+    with caplog.at_level("WARNING", logger="absl"):
+        summary = train.train(config, str(tmp_path / "run"))
+    whole = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for found in (summary, whole):
+        assert found["pacc"] is not None and found["pacc_ft0"] is not None
+        for name in ("pacc_ft3", "pacc_ft3_mean", "zacc_ft3", "zacc_ft3_mean"):
+            assert found[name] is None
+        assert found["pacc_ft3_not_finite"] == 2 and found["zacc_ft3_not_finite"] == 1
+    (warning,) = [
+        r.getMessage() for r in caplog.records if "not finite" in r.msg % r.args
+    ]
+    assert "round 0" in warning
+    assert "pacc_ft3 (outputs for 2 of 2 clients)" in warning
+    assert "zacc_ft3 (outputs for 1 of 1 clients)" in warning
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td" in page and "None" not in page and "nan" not in page.lower().split()

@@ -211,9 +211,15 @@ def without(record: dict, names) -> dict:
 
 def test_the_result_is_printed_and_progress_goes_to_stderr(story):
     alone, summary = story.results["alone"], read(story.whole, "summary.json")
-    (line,) = alone.out.splitlines()
-    assert line.startswith(f"hyperfedzero on digits: gacc {summary['gacc']:.2f}, ")
-    assert line.endswith(f"report: {story.whole / 'report.html'}")
+    first, last = alone.out.splitlines()
+    assert first.startswith(f"hyperfedzero on digits: gACC {summary['gacc']:.2f}, ")
+    means = ", ".join(
+        f"{m[:1]}ACC {summary[f'{m}_mean']:.2f}" for m in ("pacc", "zacc")
+    )
+    assert first.endswith(f"; as means of clients {means}")
+    assert last == f"report: {story.whole / 'report.html'}"  # a path to click
+    assert "hyperfedzero | reading digits, building hyperfedzero\n" in alone.err
+    assert "\x1b" not in alone.err and "\r" not in alone.err
     assert "hyperfedzero | round 6/6 | loss " in alone.err
 
 
@@ -394,7 +400,7 @@ def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
     before = contents(run)
     assert train.main(small(), str(run)) == 0
     assert contents(run) == before
-    assert capsys.readouterr().out.startswith("fedavg on digits: gacc ")
+    assert capsys.readouterr().out.startswith("fedavg on digits: gACC ")
     assert train.train(small(), str(run)) == read(run, "summary.json")
 
 
