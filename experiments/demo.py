@@ -7,7 +7,6 @@ finished only shows its table again.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -18,7 +17,7 @@ from configs import (
     hyperfedzero_mnist,
     opt1_mnist,
 )
-from experiments import cli, pages, report, train
+from experiments import cli, outputs, pages, report, train
 
 RUNS = (
     ("FedAvg", "fedavg", fedavg_mnist, ""),
@@ -32,6 +31,7 @@ COLUMNS = (
     ("gacc", "gACC"),
     ("pacc", "pACC"),
     ("zacc", "zACC"),
+    ("zacc_mean", "zACC, mean"),
     ("down_numbers", "numbers down"),
     ("up_numbers", "numbers up"),
     ("bytes", "bytes/client/round"),
@@ -49,19 +49,20 @@ def rows_of(label: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
         ("oracle", "+ true prior (oracle)"),
     ):
         scores = {m: summary.get(f"{m}_{suffix}") for m in ("gacc", "pacc", "zacc")}
+        scores["zacc_mean"] = None  # of controls there is none
         if any(score is not None for score in scores.values()):
             variants.append({**row, **scores, "method": f"  {name}", "seconds": None})
     return variants
 
 
-def main() -> int:
+def main(workdir: str, is_smoke: bool) -> int:
     """Runs or continues every method; returns the exit code."""
     cli.use_cores(0)
     began = time.perf_counter()
-    root = Path(_WORKDIR.value)
+    root = outputs.folder("workdir", workdir)
     rows, folders = [], []
     for label, name, module, arg in RUNS:
-        smoke = "smoke" if _SMOKE.value else ""
+        smoke = "smoke" if is_smoke else ""
         config = module.get_config(",".join(filter(None, (arg, smoke))))
         folder = str(root / name)
         try:
@@ -74,7 +75,8 @@ def main() -> int:
     print(
         "\nMNIST (5,000 images), 10 participating and 5 unseen clients, Dirichlet 1.0. "
         "Accuracy in percent:\ngACC on the global test set, pACC on participants, zACC "
-        "on unseen clients, without fine-tuning.\n"
+        'on unseen clients, without fine-tuning; weighted by samples, "mean" over '
+        "clients.\n"
     )
     there = [key for key, _ in COLUMNS if any(r.get(key) is not None for r in rows)]
     print(pages.text_table(rows, [(k, name) for k, name in COLUMNS if k in there]))
@@ -84,11 +86,11 @@ def main() -> int:
         "HyperFedZero and its controls on MNIST",
         labels=[label for label, *_ in RUNS],
     )
-    print(f"\n{time.perf_counter() - began:.0f} seconds. Report: {page}")
+    print(f"\n{time.perf_counter() - began:.0f} seconds.\nreport: {page}")
     return 0
 
 
 if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "runs/demo", "Folder of the runs.")
     _SMOKE = flags.DEFINE_bool("smoke", False, "Two rounds a method.")
-    cli.run(main)
+    cli.run(lambda: main(_WORKDIR.value, _SMOKE.value))

@@ -9,14 +9,13 @@ trip, which grow with n squared. The learning rate is that of n = 64.
 """
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from configs import common
-from experiments import cli, grid, personalised, plots
+from experiments import cli, grid, outputs, personalised, plots
 from experiments.pages import text_table
 from hyperjax.engine.checkpoint import write_atomically
 
@@ -34,7 +33,7 @@ def picture(rows: list[Mapping[str, Any]]) -> str:
     lines = [
         plots.Line(
             label,
-            [(math.log2(row["cpr"]), row[key][0]) for row in rows if key in row],
+            [(math.log2(row["cpr"]), row[key][0]) for row in rows if row.get(key)],
             color,
             style,
         )
@@ -52,42 +51,46 @@ def picture(rows: list[Mapping[str, Any]]) -> str:
     return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
-def main() -> int:
+def main(
+    workdir: str,
+    data: str,
+    base: personalised.Scale,
+    sizes: Sequence[str],
+    seeds: Sequence[str],
+    rates: Sequence[str],
+    json: str | None,
+    svg: str,
+) -> int:
     """Runs the sweep; prints the table, writes record and picture."""
     cli.use_cores(0)
-    root = Path(_WORKDIR.value)
-    common.personalised(f"data={_DATA.value}")  # refuses others
-    seeds = grid.whole_numbers("seeds", _SEEDS.value)
-    sizes = grid.whole_numbers("sizes", _SIZES.value, least=1)
-    tried = grid.positive_numbers("rates", _RATES.value)
-    grid.make_room(_JSON.value, _PICTURE.value)
-    base = personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value)
-    rates = personalised.search("HFN", _DATA.value, base, root, tried)
+    common.personalised(f"data={data}")  # refuses others
+    numbers = grid.whole_numbers("seeds", seeds)
+    widths = grid.whole_numbers("sizes", sizes, least=1)
+    tried = grid.positive_numbers("rates", rates)
+    root = outputs.folder("workdir", workdir)
+    files = outputs.files(json=json, picture=svg)
+    searched = personalised.search("HFN", data, base, root, tried)
+    rate = grid.best(searched)
     record = grid.record(
-        data=_DATA.value,
-        rounds=_ROUNDS.value,
-        seeds=seeds,
-        learning_rate=grid.best(rates),
+        data=data, rounds=base.rounds, seeds=numbers, learning_rate=rate
     )
-    for size in sizes:
+    for size in widths:
         scale = base._replace(embedding_size=size)
         found = [
             grid.result(
-                personalised.scaled(
-                    "HFN", _DATA.value, False, seed, grid.best(rates), scale
-                ),
+                personalised.scaled("HFN", data, False, seed, rate, scale),
                 root / f"n{size}_{seed}",
             )
-            for seed in seeds
+            for seed in numbers
         ]
-        row = personalised.row_of("HFN", _DATA.value, False, rates, found)
+        row = personalised.row_of("HFN", data, False, searched, found)
         kept = (TUNED, "pacc_ft0", "cpr", "per_seed", "diverged", "commits")
         record["rows"].append({"size": size} | {k: row[k] for k in kept if k in row})
-        grid.write(record, _JSON.value)
+        grid.write(record, files.get("json"))
     shown = [{k: grid.shown(row.get(k)) for k, _ in COLUMNS} for row in record["rows"]]
     print(text_table(shown, COLUMNS))
-    write_atomically(_PICTURE.value, picture(record["rows"]) + "\n")
-    print(f"picture: {_PICTURE.value}")
+    write_atomically(files["picture"], picture(record["rows"]) + "\n")
+    print(f"picture: {files['picture']}")
     return 0
 
 
@@ -103,4 +106,17 @@ if __name__ == "__main__":
     )
     _ROUNDS = flags.DEFINE_integer("rounds", 30, "Rounds.")
     _JSON = cli.define_path("json", None, "File for the results.")
-    cli.run(grid.guarded(main))
+    cli.run(
+        grid.guarded(
+            lambda: main(
+                _WORKDIR.value,
+                _DATA.value,
+                personalised.Scale(data_dir=_DATA_DIR.value, rounds=_ROUNDS.value),
+                sizes=_SIZES.value,
+                seeds=_SEEDS.value,
+                rates=_RATES.value,
+                json=_JSON.value,
+                svg=_PICTURE.value,
+            )
+        )
+    )

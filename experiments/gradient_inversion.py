@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, grid, workdir
+from experiments import cli, grid, outputs, workdir
 from experiments.pages import text_table
 from hyperjax import attacks, models, rng
 from hyperjax.data import picture, sources
 from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
+from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
 from hyperjax.types import Array, Key, Model, PyTree
@@ -167,14 +168,14 @@ def inverted(
     # Images draw keys of their own: the first ten are the same among fifty.
     keys = rng.client_keys(jax.random.key(scale.seed), jnp.arange(scale.images))
     parts = []
-    for first in range(0, scale.images, CHUNK):
-        part = slice(first, first + CHUNK)
-        parts.append(jax.device_get(every(keys[part], x[part], y[part])))
-        done = np.concatenate([found[1] for found in parts])
-        print(
-            f"{label} | image {len(done)}/{scale.images} | PSNR {done.mean():.1f} dB",
-            flush=True,
-        )
+    with Progress(label, scale.images, unit="image") as progress:
+        progress.stage("compiling the attack, and attacking the first images")
+        for first in range(0, scale.images, CHUNK):
+            part = slice(first, first + CHUNK)
+            parts.append(jax.device_get(every(keys[part], x[part], y[part])))
+            done = np.concatenate([found[1] for found in parts])
+            progress.stage("attacking")
+            progress.update(len(done), {"PSNR": f"{done.mean():.1f} dB"})
     names = ("found", "psnr", "mismatch", "label_right")
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     result = dict(zip(names, columns, strict=True)) | {"x": np.asarray(x)}
@@ -266,35 +267,32 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
-def main() -> int:
+def main(
+    path: str,
+    scale: Scale,
+    data: str,
+    data_dir: str | None,
+    record_path: str | None,
+    svg: str | None,
+) -> int:
     """Runs the attacks; prints and writes the table, writes the picture."""
-    scale = Scale(
-        images=_IMAGES.value,
-        steps=_STEPS.value,
-        restarts=_RESTARTS.value,
-        embedding_size=_EMBEDDING.value,
-        local_steps=_LOCAL_STEPS.value,
-        seed=_SEED.value,
-    )
     check_at_least(0, seed=scale.seed)
     check_at_least(1, **{k: v for k, v in scale._asdict().items() if k != "seed"})
-    source = sources.load(_DATA.value, data_dir=_DATA_DIR.value)
+    folder = outputs.folder("workdir", path)
+    source = sources.load(data, data_dir=data_dir)
     if scale.images > len(source.y):
-        raise ValueError(
-            f"images={scale.images}: {_DATA.value!r} has only {len(source.y)}"
-        )
-    folder = Path(_WORKDIR.value)
-    grid.make_room(_JSON.value, _PICTURE.value)
-    settings = {"data": _DATA.value, **scale._asdict()}
+        raise ValueError(f"images={scale.images}: {data!r} has only {len(source.y)}")
+    files = outputs.files(json=record_path, picture=svg)
+    settings = {"data": data, **scale._asdict()}
     check(folder, settings)
     record = grid.record(commit=workdir.commit(), **settings)
     results = {}
     for label in ATTACKS:
         results[label] = inverted(label, source, scale, folder)
         record["rows"].append(row_of(label, results[label]))
-        grid.write(record, _JSON.value)
+        grid.write(record, files.get("json"))
     print(as_text(record))
-    shown = _PICTURE.value or str(folder / "inversion.svg")
+    shown = files.get("picture") or folder / "inversion.svg"
     write_atomically(shown, gallery(results) + "\n")
     print(f"picture: {shown}")
     return 0
@@ -314,4 +312,20 @@ if __name__ == "__main__":
     _SEED = flags.DEFINE_integer("seed", 0, "Of images, networks and guesses.")
     _JSON = cli.define_path("json", None, "File for the results.")
     _PICTURE = cli.define_path("picture", None, "File for the picture.")
-    cli.run(main)
+    cli.run(
+        lambda: main(
+            _WORKDIR.value,
+            Scale(
+                images=_IMAGES.value,
+                steps=_STEPS.value,
+                restarts=_RESTARTS.value,
+                embedding_size=_EMBEDDING.value,
+                local_steps=_LOCAL_STEPS.value,
+                seed=_SEED.value,
+            ),
+            data=_DATA.value,
+            data_dir=_DATA_DIR.value,
+            record_path=_JSON.value,
+            svg=_PICTURE.value,
+        )
+    )

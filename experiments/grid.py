@@ -47,12 +47,6 @@ def positive_numbers(flag: str, given: Sequence[str]) -> list[float]:
     return numbers
 
 
-def make_room(*paths: str | None) -> None:
-    """Makes the folders of output files, before anything is trained."""
-    for path in filter(None, paths):
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-
-
 def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
     """Runs one config, or reads what it gave; None if it diverged.
 
@@ -72,13 +66,19 @@ def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | 
 
 def over_seeds(
     summaries: Iterable[Mapping[str, Any]], names: Iterable[str]
-) -> dict[str, list[float]]:
-    """Returns [mean, standard deviation (n - 1)] of the metrics that are there."""
+) -> dict[str, list[float] | None]:
+    """Returns [mean, standard deviation (n - 1)] of the metrics that are there.
+
+    None for a metric that some seeds have no value of: a mean of the others would be
+    one of those where nothing went wrong.
+    """
     summaries = list(summaries)
-    found = {}
+    found: dict[str, list[float] | None] = {}
     for name in names:
         values = [s[name] for s in summaries if s.get(name) is not None]
-        if values:
+        if values and len(values) < len(summaries):
+            found[name] = None
+        elif values:
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             found[name] = [float(np.mean(values)), spread]
     return found
@@ -102,10 +102,16 @@ def record(**settings: Any) -> dict[str, Any]:
     )
 
 
-def write(found: Mapping[str, Any], path: str | None) -> None:
+def write(found: Mapping[str, Any], path: Path | None) -> None:
     """Writes a record as JSON, if there is a path."""
     if path:
-        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        write_atomically(path, json.dumps(log.plain(found), indent=1) + "\n")
+
+
+def named(row: Mapping[str, Any]) -> str:
+    """Returns the method of a row, and of how many runs it is not, if any."""
+    diverged = row.get("diverged")
+    return row["method"] + (f" ({diverged} diverged)" if diverged else "")
 
 
 def short(label: str) -> str:

@@ -97,15 +97,20 @@ def continued(folder: str, families: list[str], rounds: int | None) -> Any:
     return config
 
 
-def main() -> int:
+def main(
+    run: str,
+    folder: str,
+    families: list[str],
+    rounds: int | None,
+    data_dir: str | None,
+) -> int:
     """Trains the newcomers; returns the exit code."""
-    run, folder = str(_RUN.value), str(_WORKDIR.value)
-    config = continued(folder, _FAMILIES.value, _ROUNDS.value)
+    config = continued(folder, families, rounds)
     if config is None:
         cli.use_cores(saved.load_config(run, "run").engine.devices)
-        config = joining(run, _FAMILIES.value, _ROUNDS.value)
-    if _DATA_DIR.value:
-        config.data.data_dir = _DATA_DIR.value
+        config = joining(run, families, rounds)
+    if data_dir:
+        config.data.data_dir = data_dir
     return train.main(config, folder)
 
 
@@ -115,4 +120,13 @@ if __name__ == "__main__":
     _FAMILIES = flags.DEFINE_list("families", [], "Networks of the newcomers.")
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds; default: the run's own.")
     _DATA_DIR = cli.define_path("data_dir", None, "Default: the run's own.")
-    cli.run(main, needs=("run", "workdir"))
+    cli.run(
+        lambda: main(
+            str(_RUN.value),
+            str(_WORKDIR.value),
+            _FAMILIES.value,
+            _ROUNDS.value,
+            _DATA_DIR.value,
+        ),
+        needs=("run", "workdir"),
+    )

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from configs import common
-from experiments import cli, grid, reach
+from experiments import cli, grid, outputs, reach
 from experiments.pages import text_table
 from hyperjax.errors import check_choice
 
@@ -225,60 +225,59 @@ def row_of(
     keys = [f"{m}_ft{k}" for m in ("pacc", "zacc") for k in (0, TUNED)]
     row |= grid.over_seeds(done, [*keys, f"pacc_ft{TUNED}_mean"])
     row["cpr"] = first["up_numbers"] + first["down_numbers"]
-    curve = np.mean(np.array([list(s["curve"].values()) for s in done]), axis=0)
-    indices = [int(t) - 1 for t in first["curve"]]
-    row["reach"] = [
-        r._asdict()
-        for r in reach.cost_to_reach(indices, curve.tolist(), row["cpr"], THRESHOLDS)
-    ]
-    row["curve"] = {i: round(x, 2) for i, x in zip(indices, curve, strict=True)}
+    # NaN where a seed has no accuracy.
+    every = np.array([list(s["curve"].values()) for s in done], float).mean(0).tolist()
+    curve = {int(t): x for t, x in zip(first["curve"], every, strict=True)}
+    row["reach"] = [r._asdict() for r in reach.of_curve(curve, row["cpr"], THRESHOLDS)]
+    row["curve"] = {t - 1: round(x, 2) for t, x in curve.items()}
     row["per_seed"] = [s[f"pacc_ft{TUNED}"] for s in done]
     row["seconds"] = [s["seconds"] for s in done]
     row["commits"] = grid.commits(done)
     return row
 
 
-def main() -> int:
+def main(
+    workdir: str,
+    scale: Scale,
+    data_sets: Sequence[str],
+    partitions: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[str],
+    rates: Sequence[str],
+    json: str | None,
+) -> int:
     """Runs the grid; prints and writes the table."""
     cli.use_cores(0)
-    root = Path(_WORKDIR.value)
-    labels = _METHODS.value or list(METHODS)
+    labels = methods or list(METHODS)
     for label in labels:
         check_choice("methods", label, METHODS)
-    for name in _PARTITIONS.value:
+    for name in partitions:
         check_choice("partitions", name, ("dirichlet", "iid"))
-    for name in _DATA.value:
+    for name in data_sets:
         common.personalised(f"data={name}")  # refuses others
-    seeds = grid.whole_numbers("seeds", _SEEDS.value)
-    tried = grid.positive_numbers("rates", _RATES.value)
-    grid.make_room(_JSON.value)
-    scale = Scale(
-        rounds=_ROUNDS.value,
-        images=_IMAGES.value,
-        batch_size=_BATCH.value,
-        shrink=_SHRINK.value,
-        embedding_size=_EMBEDDING.value,
-        data_dir=_DATA_DIR.value,
-    )
+    numbers = grid.whole_numbers("seeds", seeds)
+    tried = grid.positive_numbers("rates", rates)
+    root = outputs.folder("workdir", workdir)
+    file = outputs.files(json=json).get("json")
     record = grid.record(
-        **scale._asdict(), seeds=seeds, rates=tried, search_seed=SEARCH_SEED
+        **scale._asdict(), seeds=numbers, rates=tried, search_seed=SEARCH_SEED
     )
     del record["settings"]["data_dir"]  # says nothing to others
-    first = _DATA.value[0]
+    first = data_sets[0]
     searched = {label: search(label, first, scale, root, tried) for label in labels}
-    parts = [name == "iid" for name in _PARTITIONS.value]
-    for data, iid in itertools.product(_DATA.value, parts):
-        for label, rates in searched.items():
+    parts = [name == "iid" for name in partitions]
+    for data, iid in itertools.product(data_sets, parts):
+        for label, found in searched.items():
             name = f"{grid.short(label)}_{data}_{'iid' if iid else 'dir'}"
             summaries = [
                 grid.result(
-                    scaled(label, data, iid, seed, grid.best(rates), scale),
+                    scaled(label, data, iid, seed, grid.best(found), scale),
                     root / f"{name}_{seed}",
                 )
-                for seed in seeds
+                for seed in numbers
             ]
-            record["rows"].append(row_of(label, data, iid, rates, summaries))
-            grid.write(record, _JSON.value)
+            record["rows"].append(row_of(label, data, iid, found, summaries))
+            grid.write(record, file)
     print(as_text(record))
     return 0
 
@@ -303,12 +302,17 @@ def as_text(record: Mapping[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         shown = {k: grid.shown(row.get(k)) for k, _ in COLUMNS}
-        costs = [r["cost"] for r in row.get("reach", ()) if r["threshold"] == 50]
-        if costs and costs[0] is not None:
-            shown["reached"] = f"{costs[0] / 1e6:.2f}"
+        shown["method"] = grid.named(row)
+        for r in row.get("reach", ()):
+            if r["threshold"] == 50 and r["cost"] is not None:
+                least, most = (f"{r[k] / 1e6:.2f}" for k in ("least_cost", "cost"))
+                shown["reached"] = most if least == most else f"{least} to {most}"
         rows.append(shown)
     rows.sort(key=lambda row: (row["data"], row["partition"]))
-    return text_table(rows, COLUMNS)
+    return (
+        f"{text_table(rows, COLUMNS)}\n\nmillions to 50 %: as if reached in the round "
+        "after the last evaluation that was below,\nto the first that was not."
+    )
 
 
 if __name__ == "__main__":
@@ -325,4 +329,24 @@ if __name__ == "__main__":
     _SHRINK = flags.DEFINE_integer("shrink", 2, "Factor by which images shrink.")
     _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
     _JSON = cli.define_path("json", None, "File for the results.")
-    cli.run(grid.guarded(main))
+    cli.run(
+        grid.guarded(
+            lambda: main(
+                _WORKDIR.value,
+                Scale(
+                    rounds=_ROUNDS.value,
+                    images=_IMAGES.value,
+                    batch_size=_BATCH.value,
+                    shrink=_SHRINK.value,
+                    embedding_size=_EMBEDDING.value,
+                    data_dir=_DATA_DIR.value,
+                ),
+                data_sets=_DATA.value,
+                partitions=_PARTITIONS.value,
+                methods=_METHODS.value,
+                seeds=_SEEDS.value,
+                rates=_RATES.value,
+                json=_JSON.value,
+            )
+        )
+    )

@@ -17,7 +17,7 @@ all methods; no learning rate was searched.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import ml_collections
 from absl import flags
 
 from configs import pfedhn_cifar10
-from experiments import cli, grid, join
+from experiments import cli, grid, join, outputs
 from experiments.pages import text_table
 from hyperjax import models
 from hyperjax.errors import check_choice
@@ -138,7 +138,7 @@ def row_of(study: str, label: str, found: list[dict | None]) -> dict[str, Any]:
     """Returns the record of one method over seeds."""
     done = [s for s in found if s is not None]
     for summary in done:
-        best = summary.get("best_by_validation", {})
+        best = summary.get("best_by_validation") or {}
         summary |= {"best": best.get("pacc"), "vacc": best.get("vacc")}
     row: dict[str, Any] = dict(study=study, method=label)
     row["paper"] = PUBLISHED.get(label) if study == "pfedhn" else None
@@ -187,22 +187,28 @@ def rows_of(
     return rows
 
 
-def main() -> int:
+def main(
+    workdir: str,
+    study: str,
+    scale: Scale,
+    methods: Sequence[str],
+    seeds: Sequence[str],
+    json: str | None,
+) -> int:
     """Runs a study; prints and writes its table."""
     cli.use_cores(0)
-    study, root = _STUDY.value, Path(_WORKDIR.value)
     check_choice("study", study, STUDIES)
-    labels = _METHODS.value or list(STUDIES[study])
+    labels = methods or list(STUDIES[study])
     for label in labels:
         check_choice("methods", label, STUDIES[study])
-    seeds = grid.whole_numbers("seeds", _SEEDS.value)
-    grid.make_room(_JSON.value)
-    scale = Scale(_ROUNDS.value, _IMAGES.value, _DATA.value, _DATA_DIR.value)
+    numbers = grid.whole_numbers("seeds", seeds)
+    root = outputs.folder("workdir", workdir)
+    file = outputs.files(json=json).get("json")
     settings = scale._asdict() | {"data_dir": None}  # says nothing to others
-    record = grid.record(study=study, seeds=seeds, **settings)
+    record = grid.record(study=study, seeds=numbers, **settings)
     for label in labels:
-        record["rows"] += rows_of(study, label, root, seeds, scale)
-        grid.write(record, _JSON.value)
+        record["rows"] += rows_of(study, label, root, numbers, scale)
+        grid.write(record, file)
     print(as_text(record))
     return 0
 
@@ -221,7 +227,10 @@ COLUMNS = (
 
 def as_text(record: Mapping[str, Any]) -> str:
     """Returns the table: mean and deviation over seeds."""
-    rows = [{k: grid.shown(row.get(k)) for k, _ in COLUMNS} for row in record["rows"]]
+    rows = [
+        {k: grid.shown(row.get(k)) for k, _ in COLUMNS} | {"method": grid.named(row)}
+        for row in record["rows"]
+    ]
     return text_table(rows, COLUMNS)
 
 
@@ -235,4 +244,15 @@ if __name__ == "__main__":
     _ROUNDS = flags.DEFINE_integer("rounds", None, "Rounds (pfedhn: visits).")
     _IMAGES = flags.DEFINE_integer("images", 10_000, "Images, for families and heads.")
     _JSON = cli.define_path("json", None, "File for the results.")
-    cli.run(grid.guarded(main))
+    cli.run(
+        grid.guarded(
+            lambda: main(
+                _WORKDIR.value,
+                _STUDY.value,
+                Scale(_ROUNDS.value, _IMAGES.value, _DATA.value, _DATA_DIR.value),
+                _METHODS.value,
+                _SEEDS.value,
+                _JSON.value,
+            )
+        )
+    )

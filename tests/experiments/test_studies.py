@@ -1,12 +1,95 @@
 """Studies: their configs are sound, their tables are what the runs gave."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
-from experiments import build, embedding_sizes, grid, personalised, server_side, train
+from configs import fedavg_mnist
+from experiments import (
+    build,
+    embedding_sizes,
+    grid,
+    outputs,
+    personalised,
+    server_side,
+    study,
+    train,
+)
 
 SCALE = personalised.Scale(rounds=4, data_dir="somewhere")
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = [
+    p for folder in ("experiments", "benchmarks") for p in ROOT.glob(f"{folder}/*.py")
+]
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_functions_take_arguments_not_flags_of_a_launch(path):
+    """What is defined where a module is launched is not there when it is imported."""
+    parts = ast.parse(path.read_text()).body
+    launch = [
+        p for p in parts if isinstance(p, ast.If) and "__main__" in ast.dump(p.test)
+    ]
+    assert len(launch) <= 1
+
+    def names(trees, context):
+        nodes = (node for tree in trees for node in ast.walk(tree))
+        return {
+            node.id
+            for node in nodes
+            if isinstance(node, ast.Name) and isinstance(node.ctx, context)
+        }
+
+    rest = [part for part in parts if part not in launch]
+    only_there = names(launch, ast.Store) - names(rest, ast.Store)
+    assert not only_there & names(rest, ast.Load)
+
+
+def test_a_study_is_configured_from_a_notebook():
+    scale = study.Scale("digits", None, 4)
+    config = study.configure(fedavg_mnist.get_config, 0.5, 7, scale, 0.25)
+    build.check(config)
+    assert (config.seed, config.rounds, config.data.name) == (7, 4, "digits")
+    assert (config.data.alpha, config.local.learning_rate) == (0.5, 0.25)
+
+
+def test_outputs_are_judged_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "file").write_text("")
+    found = outputs.files(json="~/new/x.json", picture=str(tmp_path / "file"), no=None)
+    assert found == {"json": tmp_path / "home/new/x.json", "picture": tmp_path / "file"}
+    assert found["json"].parent.is_dir()
+    for given in ("", str(tmp_path), f"{tmp_path}/file/x.json", f"{tmp_path}/file/a/x"):
+        with pytest.raises(ValueError, match=r"--json=.* is not a f"):
+            outputs.files(picture=f"{tmp_path}/other/x.svg", json=given)
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(outputs.os, "access", lambda *_: False)  # root may write all
+    with pytest.raises(ValueError, match=r"--json='.*x': '.*' cannot be written to"):
+        outputs.files(json=str(tmp_path / "other/x"))
+    with pytest.raises(ValueError, match=r"--workdir='.*other' *: '.*' cannot be wri"):
+        outputs.folder("workdir", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (study, (study.Scale(), ["1.0"], ["0"])),
+        (personalised, (SCALE, ["mnist"], ["iid"], ["HFN"], ["0"], ["0.1"])),
+        (embedding_sizes, ("mnist", SCALE, ["1"], ["0"], ["0.1"])),
+        (server_side, ("pfedhn", server_side.Scale(), ["Local"], ["0"])),
+    ],
+)
+def test_studies_refuse_an_output_before_they_train(
+    module, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module.cli, "use_cores", lambda devices: None)
+    monkeypatch.setattr(train, "train", None)  # which would be a TypeError
+    rest = ["x.svg"] if module is embedding_sizes else []
+    with pytest.raises(ValueError, match=r"--json=.* is not a file"):
+        module.main(str(tmp_path / "runs"), *arguments, str(tmp_path), *rest)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_lists_of_whole_numbers():
@@ -31,9 +114,10 @@ def test_a_single_rate_is_not_searched(tmp_path):
 
 
 def test_means_and_deviations_over_seeds():
-    found = grid.over_seeds([{"a": 1.0, "b": None}, {"a": 4.0}], ("a", "b", "c"))
-    # Mean 2.5; deviation with n - 1: sqrt(2 x 1.5^2).
-    assert found == {"a": [2.5, pytest.approx(2.1213203)]}
+    seeds = [{"a": 1.0, "b": None, "d": 1.0}, {"a": 4.0, "d": None}]
+    found = grid.over_seeds(seeds, ("a", "b", "c", "d"))
+    # Mean 2.5; deviation with n - 1: sqrt(2 x 1.5^2). One seed has no "d", so no mean.
+    assert found == {"a": [2.5, pytest.approx(2.1213203)], "d": None}
     assert grid.over_seeds([{"a": 1.0}], ("a",)) == {"a": [1.0, 0.0]}
     assert grid.shown([2.5, 0.123]) == "2.50 ± 0.12"
     assert grid.shown(7) == 7 and grid.shown(None) is None
@@ -96,7 +180,7 @@ def summary(pacc, **more):
     )
 
 
-def test_a_row_of_the_personalised_table():
+def test_a_row_of_the_personalised_table(tmp_path):
     rates = {0.1: 60.0, 0.03: None}
     row = personalised.row_of(
         "FedAvg", "mnist", True, rates, [summary(50.0), None, summary(60.0)]
@@ -105,12 +189,39 @@ def test_a_row_of_the_personalised_table():
     assert row["paper"] == 98.96  # iid
     assert row["pacc_ft4"] == [59.0, pytest.approx(7.0710678)]
     assert row["cpr"] == 30 and row["curve"] == {1: 35.0, 3: 55.0}
-    reached = {r["threshold"]: r["cost"] for r in row["reach"]}
-    assert (reached[30], reached[50], reached[60]) == (30, 90, None)
-    assert "59.00 ± 7.07" in personalised.as_text({"rows": [row]})
+    reached = {r["threshold"]: (r["least_cost"], r["cost"]) for r in row["reach"]}
+    assert reached[30] == (0, 30) and reached[60] == (None, None)
+    assert reached[50] == (60, 90)  # rounds were evaluated two by two
+    row["cpr"], row["reach"][2] = (
+        30e6,
+        {**row["reach"][2], "least_cost": 60e6, "cost": 90e6},
+    )
+    text = personalised.as_text({"rows": [row]})
+    assert "59.00 ± 7.07" in text and "60.00 to 90.00" in text
+    assert "FedAvg (1 diverged)" in text
     assert json.loads(json.dumps(row)) == json.loads(json.dumps(row))
+    lost = summary(60.0) | {"curve": {2: None, 4: 60.0}, "pacc_ft4": None}
+    row = personalised.row_of("FedAvg", "mnist", True, rates, [summary(50.0), lost])
+    assert row["pacc_ft4"] is None
+    assert [r["missed"] for r in row["reach"] if r["round"]] == [-1, -1, -1]
+    grid.write({"rows": [row]}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["curve"] == {
+        "1": None,
+        "3": 55.0,
+    }
     empty = personalised.row_of("FedAvg", "mnist", True, rates, [None])
     assert empty["diverged"] == 1 and "pacc_ft4" not in empty
+
+
+def test_the_table_of_the_study_compares_means_with_the_paper():
+    row = dict(alpha=1.0, method="HyperFedZero", published_zacc=95.49, diverged=2)
+    row |= dict(zacc=[93.94, 0.31], zacc_mean=[94.0, 0.3], noise_scale=None)
+    heading, _, line, *note = study.as_text({"rows": [row]}).splitlines()
+    assert heading.split("  ")[-1] == "seconds"
+    assert '("mean"), which' in " ".join(note)
+    assert heading.index("zACC, mean") < heading.index("paper")
+    assert "93.94 ± 0.31  " in line and "HyperFedZero (2 diverged)" in line
+    assert line.index("94 ± 0.3 ") < line.index("95.49")
 
 
 def test_a_row_of_the_server_side_table():
@@ -119,6 +230,8 @@ def test_a_row_of_the_server_side_table():
     assert row["paper"] == 90.83 and row["diverged"] == 1
     assert row["pacc"] == [50.0, 0.0] and row["best"] == [58.0, 0.0]
     assert "58.00 ± 0.00" in server_side.as_text({"rows": [row]})
+    none = summary(50.0) | dict(best_by_validation=None)
+    assert "best" not in server_side.row_of("pfedhn", "pFedHN", [none])
 
 
 def test_the_picture_has_a_point_for_every_size():
