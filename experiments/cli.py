@@ -17,12 +17,15 @@ from hyperjax.engine.compiled import setting
 from hyperjax.errors import check_choice
 
 
-def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
+def run(
+    main: Callable, needs: tuple[str, ...] = ("workdir",), takes_arguments: bool = False
+) -> None:
     """Runs `main() -> exit code` under absl, turning mistakes into messages.
 
     Args:
       main: reads `flags.FLAGS`.
       needs: flags that must be given.
+      takes_arguments: `main` is called with what is given beside flags.
     """
     flags.DEFINE_bool("debug", False, "Show stack traces.")
     debug = "--debug" in sys.argv
@@ -37,7 +40,7 @@ def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
             for name in needs:
                 if flags.FLAGS[name].value is None:
                     raise ValueError(f"--{name} is required; see --help")
-            if len(rest) > 1:
+            if len(rest) > 1 and not takes_arguments:
                 raise ValueError(f"unexpected argument {rest[1]!r}; see --help")
             return rest
         except Exception as error:
@@ -46,11 +49,10 @@ def run(main: Callable, needs: tuple[str, ...] = ("workdir",)) -> None:
             sys.exit(complain(explain(error)))
 
     def guarded(argv: list[str]) -> None:
-        del argv
         logging.set_verbosity(logging.WARNING)
         keep_programs()
         try:
-            code = main()
+            code = main(*argv[1:])
         except KeyboardInterrupt:
             code = 130
         except Exception as error:

@@ -63,7 +63,7 @@ def _read_json(folder: str, name: str) -> Any:
     kind = list if name == "clients.json" else dict
     try:
         return read_json(Path(folder) / name, workdir.AGAIN, kind)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

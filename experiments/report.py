@@ -1,19 +1,26 @@
 """Self-contained HTML pages about finished and running experiments.
 
-A page holds its own style and pictures, so it opens anywhere and can be sent as it is.
-The same files give the same page.
+python -m experiments.report RUN_FOLDER... [--out=page.html]
+
+One run gets its page anew (report.html in its folder), several a page that compares
+them (comparison.html in the folder they share). They may be finished or not. A page
+holds its own style and pictures, so it opens anywhere and can be sent as it is. The
+same files give the same page.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from absl import flags
 
-from experiments import finished, pages, plots
+from experiments import cli, finished, outputs, pages, plots
 from experiments import report_sections as sections
 from experiments.finished import Row, Run
 from hyperjax.engine.checkpoint import write_atomically
@@ -25,7 +32,9 @@ _SUMMARY_COLUMNS: pages.Columns = (
     ("rounds", "rounds"),
     ("gacc", "gACC %"),
     ("pacc", "pACC %"),
+    ("pacc_mean", "pACC, mean of clients %"),
     ("zacc", "zACC %"),
+    ("zacc_mean", "zACC, mean of clients %"),
     ("zacc_em", "zACC EM %"),
     ("zacc_oracle", "zACC oracle %"),
     ("zacc_p10", "zACC p10 %"),
@@ -36,17 +45,19 @@ _SUMMARY_COLUMNS: pages.Columns = (
 )
 
 
-def run_report(workdir: str) -> str:
-    """Writes `report.html` about one run, finished or not.
+def run_report(workdir: str, path: str | None = None) -> str:
+    """Writes a page about one run, finished or not.
 
     Args:
       workdir: the run's folder; files other than `config.json` may be missing.
+      path: where the page goes; `report.html` in the run's folder if None.
 
     Returns:
       The path of the page. It is replaced as a whole, never seen half written.
 
     Raises:
       FileNotFoundError: the folder holds no `config.json`.
+      ValueError: a file of the run is damaged.
     """
     run = finished.read(workdir)
     latest = finished.latest_of(run)
@@ -64,7 +75,7 @@ def run_report(workdir: str) -> str:
         sections.communication(latest),
         sections.configuration(run, latest),
     ]
-    path = os.path.join(workdir, "report.html")
+    path = path or os.path.join(workdir, "report.html")
     write_atomically(path, pages.page(heading, body))
     return path
 
@@ -80,7 +91,8 @@ def comparison_report(
 
     Args:
       workdirs: run folders.
-      path: where the page goes; links to the runs' own pages are relative to it.
+      path: where the page goes; links to the runs' own pages, where these are there,
+        are relative to it.
       title: heading of the page.
       labels: a name per run; the folders' names if None.
       rows: a mapping per run with further columns of the table, heading to value, such
@@ -125,8 +137,10 @@ def _comparison_table(
     table = []
     for run, label, row, value in zip(runs, labels, rows, values, strict=True):
         own = os.path.join(os.path.abspath(run.folder), "report.html")
-        link = os.path.relpath(own, os.path.dirname(os.path.abspath(path)))
-        name = f'<a href="{quote(link.replace(os.sep, "/"))}">{escape(label)}</a>'
+        name = escape(label)
+        if os.path.exists(own):
+            link = os.path.relpath(own, os.path.dirname(os.path.abspath(path)))
+            name = f'<a href="{quote(link.replace(os.sep, "/"))}">{name}</a>'
         cells: list[object] = [pages.Html(name), *(row.get(key) for key in extra)]
         cells += [value.get(key) for key, _ in columns]
         table.append(cells)
@@ -180,3 +194,40 @@ def _shared_partition(runs: Sequence[Run]) -> str:
     if shared and len(partitions) == len(runs):
         return sections.partition(runs[0])
     return pages.section("Partition", "<p>The runs do not share one partition.</p>")
+
+
+def main(folders: Sequence[str], out: str | None) -> int:
+    """Writes the page of one run or several; returns the exit code.
+
+    Raises:
+      ValueError: no folders, one of them holds no run, or `out` cannot be written.
+    """
+    if not folders:
+        raise ValueError(
+            "give the folder of a run, or of several to be compared: "
+            "python -m experiments.report RUN_FOLDER... [--out=page.html]"
+        )
+    # By their real paths, each once.
+    runs = list(dict.fromkeys(Path(f).expanduser().resolve() for f in folders))
+    for run in runs:
+        finished.read(str(run))  # refuses what is none
+    shared = Path(os.path.commonpath([run.parent for run in runs]))
+    usual = runs[0] / "report.html" if len(runs) == 1 else shared / "comparison.html"
+    path = outputs.files(out=str(usual) if out is None else out)["out"]
+    if len(runs) == 1:
+        print(f"report: {run_report(str(runs[0]), str(path))}")
+        return 0
+    for run in runs:
+        if not (run / "report.html").exists():
+            with contextlib.suppress(OSError):  # others' runs may be read only
+                run_report(str(run))
+    labels = [str(run.relative_to(shared)) for run in runs]
+    folders = [str(run) for run in runs]
+    title = f"{len(runs)} runs"
+    print(f"report: {comparison_report(folders, str(path), title, labels)}")
+    return 0
+
+
+if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "File for the page.")
+    cli.run(lambda *folders: main(folders, _OUT.value), needs=(), takes_arguments=True)

@@ -28,7 +28,7 @@ MEANINGS = {
     "zacc": "clients never trained on",
     "vacc": "what they set aside for validation",
 }
-_FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean)?")
+_FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean|_not_finite)?")
 _FINE_TUNED_COLUMNS = {
     ("pacc", ""): "participants, %",
     ("pacc", "_mean"): "participants, mean over clients, %",
@@ -66,28 +66,34 @@ def cards(latest: Row) -> str:
     """The main numbers, a card each."""
     cards = []
     for key, name in METRICS.items():
+        bad = latest.get(f"{key}_not_finite")
+        if bad:
+            line = f"outputs of the network for {bad} of them are not finite"
+            cards.append(_card(name, pages.NOTHING, MEANINGS[key], line))
         if key not in latest:
             continue
-        lines = [MEANINGS[key]]
+        # The global test set is one client.
+        weighted = "" if key == "gacc" else ", weighted by samples"
+        lines = [MEANINGS[key] + weighted]
         controls = [
             f"{label} {latest[key + suffix]:.2f}"
             for suffix, (label, _) in _CONTROLS.items()
             if key + suffix in latest
         ]
         lines += [" · ".join(controls)] if controls else []
-        # The global test set is one client, so there is no spread.
         if key != "gacc" and f"{key}_mean" in latest:
-            spread = f"mean {latest[f'{key}_mean']:.2f}"
+            spread = f"mean over clients {latest[f'{key}_mean']:.2f}"
             if f"{key}_std" in latest:
                 spread += f" ± {latest[f'{key}_std']:.2f}"
             if f"{key}_p10" in latest:
                 spread += f", tenth percentile {latest[f'{key}_p10']:.2f}"
-            lines.append(f"over clients: {spread}")
+            lines.append(spread)
         cards.append(_card(name, pages.percent(latest[key]), *lines))
     best = latest.get("best_by_validation")
     if best:
         line = f"round {best['round']}, where vACC was {best['vacc']:.2f}"
-        cards.append(_card("pACC, best by validation", f"{best['pacc']:.2f} %", line))
+        value = pages.percent(best["pacc"])
+        cards.append(_card("pACC, best by validation", value, line))
     if "up_bytes" in latest and "down_bytes" in latest:
         up, down = latest["up_bytes"], latest["down_bytes"]
         line = f"up {pages.num_bytes(up)} · down {pages.num_bytes(down)}"
@@ -181,12 +187,18 @@ def _further_quantities(run: Run) -> str:
 
 def fine_tuning(latest: Row) -> str:
     """Accuracy before and after local epochs on a client's own labelled samples."""
-    found: dict[int, dict[tuple[str, str], float]] = {}
+    found: dict[int, dict[tuple[str, str], float | None]] = {}
+    bad = False
     for key, value in latest.items():
         match = _FINE_TUNED.fullmatch(key)
         if match:
             metric, epochs, suffix = match.groups(default="")
-            found.setdefault(int(epochs), {})[metric, suffix] = value
+            row = found.setdefault(int(epochs), {})
+            if suffix == "_not_finite":
+                bad = True
+                row |= {(metric, ""): None, (metric, "_mean"): None}
+            else:
+                row[metric, suffix] = value
     if not found:
         return ""
     columns = [
@@ -201,6 +213,11 @@ def fine_tuning(latest: Row) -> str:
         "other samples, from what the server deploys. Weighted by samples, unless it "
         "is the mean over clients.</p>"
     )
+    if bad:
+        note += (
+            f'<p class="note">{pages.NOTHING}: for some clients the outputs of the '
+            "fine-tuned network are not finite, so there is no accuracy.</p>"
+        )
     return pages.section("Fine-tuning", note, f'<div class="scroll">{table}</div>')
 
 
@@ -378,7 +395,34 @@ def communication(latest: Row) -> str:
         "",
     )
     table = pages.table(headings, rows)
-    return pages.section("Communication", f'<div class="scroll">{table}</div>')
+    return pages.section(
+        "Communication", f'<div class="scroll">{table}</div>', _reached(latest)
+    )
+
+
+def _reached(latest: Row) -> str:
+    """What reaching an accuracy cost, as far as evaluations tell."""
+    rows = [
+        (
+            r["threshold"],
+            _between(r.get("missed", r["round"] - 1) + 1, r["round"]),
+            _between(r.get("least_cost", r["cost"]), r["cost"]),
+        )
+        for r in latest.get("reach", ())
+    ]
+    if not rows:
+        return ""
+    note = (
+        "<p>Rounds are counted from 0, and what is reached in round 0 is free. Between "
+        "evaluations nothing is seen: the first number is for the round after the last "
+        "evaluation below the accuracy, the second for the first evaluation at it.</p>"
+    )
+    table = pages.table(("pACC, %", "reached in round", "numbers until then"), rows)
+    return f'<h3>Cost to an accuracy</h3>{note}<div class="scroll">{table}</div>'
+
+
+def _between(least: int, most: int) -> str:
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def configuration(run: Run, latest: Row) -> str:

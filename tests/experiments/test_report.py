@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -162,6 +164,8 @@ def test_run_report_shows_everything(tmp_path: Path) -> None:
         "hyperfednet on digits",
         "seed 0 · 40 rounds · finished",
         "EM control 75.70 · oracle 82.70",
+        "clients never trained on, weighted by samples",
+        "mean over clients 79.20 ± 4.20, tenth percentile 70.70",
         "up 4 kB · down 8 kB",
         "61.2 s",
         "12,346",
@@ -295,10 +299,108 @@ def test_fine_tuning_is_a_table(tmp_path: Path) -> None:
         "unseen clients",
     ]
     assert cells[1:] == [
-        ["0", "40.00", "41.50", "-"],
+        ["0", "40.00", "41.50", "–"],
         ["8", "48.00", "49.50", "33.00"],
-        ["16", "56.00", "57.50", "-"],
+        ["16", "56.00", "57.50", "–"],
     ]
+
+
+def test_what_is_not_finite_is_a_dash_and_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = tmp_path / "run/summary.json"
+    summary = json.loads(path.read_text())
+    none = {k: None for k in summary if k.startswith("zacc")}
+    tuned = {"pacc_ft4": None, "pacc_ft4_mean": None, "pacc_ft4_not_finite": 2}
+    best = dict(round=3, vacc=61.5, pacc=None)
+    bad = dict(zacc_not_finite=3, best_by_validation=best)
+    _write_json(path, summary | none | tuned | bad)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) | none
+    (tmp_path / "run/metrics.jsonl").write_text(
+        "\n".join([*lines[:-1], json.dumps(last)])
+    )
+    text, _ = _read(report.run_report(folder))
+    assert "zACC<b>–</b>" in text
+    assert "outputs of the network for 3 of them are not finite" in text
+    assert "<td>4</td><td>–</td><td>–</td>" in re.sub(' class="num"', "", text)
+    assert "the outputs of the fine-tuned network are not finite" in text
+    assert "pACC, best by validation<b>–</b>" in text
+    assert "None" not in text and "nan" not in text
+    page = report.comparison_report([folder], str(tmp_path / "all.html"), "All")
+    assert "None" not in _read(page)[0]
+
+
+def test_cost_to_an_accuracy_has_its_resolution(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = tmp_path / "run/summary.json"
+    reach = [
+        dict(threshold=50, round=4, missed=-1, cost=400, least_cost=0, full_cost=500),
+        dict(threshold=60, round=5, missed=4, cost=500, least_cost=500, full_cost=600),
+        dict(threshold=70, round=9, cost=900, full_cost=1000),  # as runs had it before
+    ]
+    _write_json(path, json.loads(path.read_text()) | {"reach": reach})
+    text, _ = _read(report.run_report(folder))
+    for part in ("<td>0 to 4</td><td>0 to 400</td>", "<td>5</td><td>500</td>"):
+        assert part in text
+    assert "<td>9</td><td>900</td>" in text
+
+
+def test_the_launcher_makes_the_page_of_one_run_or_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_run(tmp_path / "a/one")
+    make_run(tmp_path / "a/two", finished=False)
+    for folders, out, page in (
+        (["~/a/one"], None, "a/one/report.html"),
+        (["~/a/one/", "~/a/one"], "~/new/x.html", "new/x.html"),
+        (["~/a/one", "~/a/two"], None, "a/comparison.html"),
+    ):
+        assert report.main(folders, out) == 0
+        assert capsys.readouterr().out == f"report: {tmp_path / page}\n"
+        assert (tmp_path / page).exists()
+    # The unfinished run had no page yet; the link would lead nowhere.
+    _, links = _read(tmp_path / "a/comparison.html")
+    assert [x for x in links if x[0] != "#"] == ["one/report.html", "two/report.html"]
+    assert (tmp_path / "a/two/report.html").exists()
+
+
+def test_the_launcher_refuses_what_is_no_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="give the folder of a run"):
+        report.main([], None)
+    for other in (str(tmp_path), f"{run}/config.json", str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=re.escape(other)):
+            report.main([run, other], None)
+    with pytest.raises(ValueError, match=r"--out=.* is not a file"):
+        report.main([run], str(tmp_path))
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_the_launcher_takes_folders_from_the_command_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "experiments.report"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 2 and done.stderr.startswith("error: give the folder")
+    done = subprocess.run(
+        [*command, run, f"--out={tmp_path / 'x.html'}"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert done.returncode == 0 and (tmp_path / "x.html").exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "summary.json", "clients.json", "partition.npz"]
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*(damaged|remove it)"):
+        report.run_report(run)
 
 
 def test_rows_of_the_demo_leave_out_controls_that_are_not_there() -> None:
@@ -379,6 +481,8 @@ def test_hundred_clients_and_classes_stay_small(tmp_path: Path) -> None:
 def test_comparison_of_two_runs(tmp_path: Path) -> None:
     first = make_run(tmp_path / "runs/one & two", "fedavg")
     second = make_run(tmp_path / "runs/other", "pfedhn", shift=-5.0)
+    for folder in (first, second):
+        report.run_report(folder)
     path = str(tmp_path / "pages.html")
     rows = [{"rate": 0.1}, {"rate": 0.2}]
     assert report.comparison_report([first, second], path, "Sweep", rows=rows) == path
