@@ -156,6 +156,7 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dict:
     """Writes the three files; returns the content of result.json."""
+    out.mkdir(parents=True, exist_ok=True)
     arrays = jax.tree.leaves(served.classifier)
     named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
     np.savez(str(out / "classifier.npz"), **named)

@@ -1,8 +1,9 @@
 """Shared settings: four CPU devices, a compilation cache, one small federation."""
 
 import gc
-import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,18 +17,33 @@ _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# These emitters make programs that run faster and compile twice as long. A compiler
-# that does not know the flag would refuse to start.
+# These emitters make programs that run faster and compile twice as long.
 _EMITTERS = "xla_cpu_use_fusion_emitters"
-_COMPILER = Path(jaxlib.__file__).parent / "libjax_common.so"
-if _COMPILER.exists() and _EMITTERS not in os.environ.get("XLA_FLAGS", ""):
-    with (
-        _COMPILER.open("rb") as _file,
-        mmap.mmap(_file.fileno(), 0, access=mmap.ACCESS_READ) as _code,
-    ):
-        if _code.find(_EMITTERS.encode()) >= 0:
-            _flags = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"
-            os.environ["XLA_FLAGS"] = _flags.strip()
+
+
+def takes_flag(flag: str) -> bool:
+    """Whether the compiler knows a flag, which others end the process for.
+
+    Its name occurs in the library also where the flag is gone, so a process of its own
+    tries it, once for every version.
+    """
+    answer = _CACHE.parent / "flags" / f"{flag}-{jaxlib.__version__}"
+    if not answer.exists():
+        trial = "import jax; jax.devices()"
+        given = {"XLA_FLAGS": f"--{flag}=false", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", trial], env=os.environ | given, capture_output=True
+        )
+        answer.parent.mkdir(parents=True, exist_ok=True)
+        part = answer.with_name(f"{answer.name}.{os.getpid()}")
+        part.write_text("no" if done.returncode else "yes", encoding="utf-8")
+        part.replace(answer)
+    return answer.read_text(encoding="utf-8") == "yes"
+
+
+if _EMITTERS not in os.environ.get("XLA_FLAGS", "") and takes_flag(_EMITTERS):
+    _flags = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"
+    os.environ["XLA_FLAGS"] = _flags.strip()
 # Programs started by tests do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

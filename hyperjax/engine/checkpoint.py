@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +168,7 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
             logging.warning(
                 "Checkpoint %s is damaged (%s); trying the one before.",
                 path,
-                first_line(error),
+                textwrap.shorten(first_line(error), 300),  # orbax has 2,000 letters
             )
     if found:
         raise ValueError(

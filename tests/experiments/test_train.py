@@ -5,6 +5,7 @@ costs its own work only; they run `experiments/train.py` as `__main__` with flag
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -24,7 +26,7 @@ import numpy as np
 import pytest
 
 from configs import fedavg_mnist
-from experiments import build, train, workdir
+from experiments import build, saved, train, workdir
 from hyperjax.engine import checkpoint, log
 
 # One worker runs everything that starts processes, and starts the server once.
@@ -447,7 +449,7 @@ def test_a_run_with_no_intact_checkpoint_is_left_as_it_is(run):
     for path in (run / "checkpoints").iterdir():
         flip(path)
     before = contents(run)
-    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged; nothing"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged, or"):
         train.train(small(), str(run))
     assert contents(run) == before
 
@@ -522,14 +524,264 @@ def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
 def test_another_config_is_refused_by_its_fields(run):
     (run / "summary.json").unlink()
     before = contents(run)
-    config = small(rounds=5, local__learning_rate=0.5)
+    config = small(rounds=2, local__learning_rate=0.5)
     with pytest.raises(ValueError, match="made by another config") as error:
         train.train(config, str(run))
     message = str(error.value)
-    assert "rounds: 3 there, 5 given" in message
+    assert "rounds: 3 there, 2 given" in message
     assert "local.learning_rate: 0.01 there, 0.5 given" in message
     assert message.count(" there, ") == 2
     assert contents(run) == before
+
+
+def test_a_finished_run_goes_on_with_more_rounds_and_other_evaluations(run, tmp_path):
+    """It ends in the bits of a run that had these rounds from the start."""
+    train.train(small(rounds=5), str(tmp_path / "whole"))
+    fields = dict(evaluation__every=1, evaluation__thresholds=(1,), checkpoint__keep=3)
+    longer = small(rounds=5, **fields)
+    train.train(longer, str(run))
+    summaries = [read(path, "summary.json") for path in (run, tmp_path / "whole")]
+    assert summaries[0]["state_sha256"] == summaries[1]["state_sha256"]
+    assert summaries[0]["rounds"] == 5 and summaries[0]["reach"][0]["threshold"] == 1
+    metrics = log.read_lines(run / "metrics.jsonl")
+    assert [r["round"] for r in metrics] == [0, 2, 3, 4, 5]
+    record = read(run, "config.json")
+    assert (
+        record["config"]["rounds"] == 5 and record["config"]["evaluation"]["every"] == 1
+    )
+    (change,) = record["history"]
+    assert change["round"] == 3
+    assert (
+        change["changed"].items()
+        >= {
+            "config.rounds": [3, 5],
+            "config.evaluation.every": [2, 1],
+            "config.checkpoint.keep": [2, 3],
+        }.items()
+    )
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"rounds: 5 there, 4 given"):
+        train.train(small(rounds=4, **fields), str(run))
+    train.train(longer, str(run))
+    assert contents(run) == before
+
+
+def test_a_finished_run_is_summed_up_as_it_is_asked_for_now(run, finished):
+    before = contents(run)
+    # Where the data are, and what is written on the way, changes nothing at the end.
+    same = small(data__download=True, evaluation__every=1, tensorboard=True)
+    train.train(same, str(run))
+    assert contents(run) == before
+    summary = train.train(small(evaluation__thresholds=(1, 2)), str(run))
+    assert [r["threshold"] for r in summary["reach"]] == [1, 2]
+    same_result(run, finished)
+
+
+def test_a_run_that_would_have_been_another_one_is_not_made_longer(run):
+    plan = read(run, "config.json")["plan"] | {"marks": {"local.milestones": [2, 4]}}
+    data = read(run, "config.json")["data"]
+    workdir.describe(run, small(), plan, data, 1)  # as if it had been so all along
+    before = contents(run)
+    longer = small(rounds=6)
+    with pytest.raises(ValueError, match=r"3 rounds .*local.milestones: \[2\] there"):
+        marks = {"local.milestones": [4, 8]}
+        workdir.describe(run, longer, plan | dict(marks=marks), data, 3)
+    assert contents(run) == before
+    marks = {"local.milestones": [2, 5]}  # not yet reached
+    workdir.describe(run, longer, plan | dict(marks=marks), data, 3)
+    assert read(run, "config.json")["config"]["rounds"] == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "was"),
+    [
+        ("jax_default_prng_impl", "rbg", "threefry2x32"),
+        ("jax_threefry_partitionable", False, "True"),
+        ("jax_default_matmul_precision", "bfloat16", "None"),
+        ("jax_random_seed_offset", 1, "0"),
+    ],
+)
+def test_other_random_numbers_or_products_are_refused(setting, value, was, run):
+    (run / "summary.json").unlink()
+    before, now = contents(run), getattr(jax.config, setting)
+    jax.config.update(setting, value)
+    try:
+        words = f"{setting}: {was} there, {value} now.*{setting.upper()}={was}"
+        with pytest.raises(ValueError, match=words):
+            train.train(small(), str(run))
+    finally:
+        jax.config.update(setting, now)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("part", ["pixels", "labels", "partition"])
+def test_other_data_are_refused(part, run):
+    record, before = read(run, "config.json"), contents(run)
+    other = {**record["data"], part: "0" * 64}
+    with pytest.raises(ValueError, match=f"other data: {part} differ"):
+        workdir.describe(run, small(), record["plan"], other, 3)
+    assert contents(run) == before
+
+
+def test_other_circumstances_are_told_and_kept(run, caplog):
+    record = read(run, "config.json")
+    record["versions"]["jax"], record["commit"] = "0.0.1", "abc"
+    (run / "config.json").write_text(json.dumps(record))
+    plan = record["plan"] | dict(device="H100", rounds_per_call=1)
+    with caplog.at_level(logging.WARNING):
+        workdir.describe(run, small(), plan, record["data"], 3)
+    (message,) = [r.getMessage() for r in caplog.records]
+    for words in ("versions.jax: 0.0.1 there", "commit: abc there", "H100 now"):
+        assert words in message
+    assert "rounds_per_call" not in message
+    after = read(run, "config.json")
+    assert after["versions"]["jax"] == jax.__version__
+    assert after["history"][-1]["changed"]["versions.jax"] == ["0.0.1", jax.__version__]
+
+
+def test_a_run_of_an_older_version_goes_on_with_defaults(run):
+    record = read(run, "config.json")
+    for name in ("format", "settings", "data", "flags", "history"):
+        del record[name]
+    del record["config"]["uplink"], record["config"]["data"]["stratified"]
+    (run / "config.json").write_text(json.dumps(record))
+    with workdir.claim(run, small()):
+        pass
+    assert saved.load_config(str(run), "run").data.stratified is False
+    with pytest.raises(ValueError, match=r"data.stratified: False there, True"):
+        train.train(small(data__stratified=True), str(run))
+    workdir.describe(run, small(), record["plan"], {"labels": "0"}, 3)
+    assert read(run, "config.json")["data"] == {"labels": "0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'.*config.json' is not readable .*put a copy back"),
+        ('{"config"', "'.*config.json' is not readable"),
+        ("[1]", "it holds no dict"),
+        ('{"format": 99}', "newer version of hyperjax, format 99"),
+        ('{"config": {"rounds": 3}}', "config.json' is not that of a run"),
+    ],
+)
+def test_a_damaged_or_foreign_config_json_is_named(text, words, run):
+    (run / "config.json").write_text(text)
+    before = contents(run)
+    for read_it in (
+        lambda: train.train(small(), str(run)),
+        lambda: saved.load(str(run), "run"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){words}"):
+            read_it()
+    assert contents(run) == before
+
+
+def test_other_damaged_files_are_named_or_written_anew(run, finished, caplog):
+    (run / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary.json' is not readable .*remove it"):
+        train.train(small(), str(run))
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").write_bytes(b"\xff\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl': line 1 is not JSON"):
+        train.train(small(), str(run))
+    shutil.copy(finished / "metrics.jsonl", run)
+    (run / "partition.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match=r"partition.npz' is not an .npz.*remove it"):
+        saved.load(str(run), "run")
+    with caplog.at_level(logging.WARNING):
+        train.train(small(), str(run))
+    assert "partition.npz' is not an .npz file" in caplog.text
+    same_result(run, finished)
+    tables = [np.load(path / "partition.npz") for path in (run, finished)]
+    assert tables[0].files == tables[1].files
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (train.report, "run_report"),
+        (train.results, "per_client"),
+        (train._Run, "fine_tuned"),
+        (train._Run, "reached"),
+    ],
+)
+def test_what_fails_after_the_last_round_is_repaired(
+    owner, name, run, finished, monkeypatch
+):
+    for file in ("summary.json", "clients.json", "report.html"):
+        (run / file).unlink()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(OSError, match="No space left"):
+            train.train(small(), str(run))
+    train.train(small(), str(run))
+    same_result(run, finished)
+    assert read(run, "clients.json") == read(finished, "clients.json")
+    assert (run / "report.html").exists()
+
+
+def test_files_that_are_missing_at_the_end_are_written_anew(run, finished):
+    for name in ("clients.json", "partition.npz", "report.html"):
+        (run / name).unlink()
+        train.train(small(), str(run))
+        assert (run / name).exists()
+        same_result(run, finished)
+
+
+def test_a_refusal_leaves_nothing_however_late(tmp_path, monkeypatch):
+    """Of folders and files; what was there before stays."""
+
+    def refuse(*args):
+        raise ValueError("not like this")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for method in ("newest", "start", "evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train._Run, method, refuse)
+            for name in ("a/b/run", "mine", "locked"):
+                with pytest.raises(ValueError, match="not like this"):
+                    train.train(small(tensorboard=True), str(tmp_path / name))
+                assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refusal_of_a_run_that_was_there_leaves_it(run, monkeypatch):
+    """Also of one that has no checkpoint yet."""
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    before = contents(run)
+
+    def refuse(*args):
+        raise ValueError("not like this")
+
+    monkeypatch.setattr(train._Run, "newest", refuse)
+    with pytest.raises(ValueError, match="not like this"):
+        train.train(small(), str(run))
+    assert contents(run) == before
+
+
+def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize(
+    ("flock", "words"), [(None, "has no fcntl"), (no_locks, "No locks available")]
+)
+def test_where_there_are_no_locks_a_warning_must_do(flock, words, tmp_path, caplog):
+    locks = (
+        None if flock is None else SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workdir, "fcntl", locks)
+        with caplog.at_level(logging.WARNING), workdir.claim(tmp_path / "x", small()):
+            assert (tmp_path / "x").is_dir()
+    assert words in caplog.text and "cannot be locked" in caplog.text
 
 
 def test_a_field_that_only_one_config_has_is_named(run):
