@@ -32,12 +32,11 @@ def read_array(given: str, field: str) -> np.ndarray:
             array = arrays[key] if key in names else None
     except Exception as error:  # NumPy, zip and zlib raise what they like
         raise ValueError(
-            f"{field}={given!r}: {path!r} cannot be read as .npy or .npz "
-            f"({first_line(error)}); write it anew with np.save or np.savez, without "
-            "objects"
+            f"{field}={given!r} cannot be read as .npy or .npz ({first_line(error)}); "
+            "write it anew with np.save or np.savez, without objects"
         ) from error
     if alone and key:
-        raise ValueError(f"{field}={given!r}: {path!r} is one array and has no keys")
+        raise ValueError(f"{field}={given!r} is one array and has no keys")
     if not alone and not key:
         accepted = ", ".join(f"{path}:{name}" for name in names)
         raise ValueError(

@@ -8,7 +8,6 @@ copy, which needs neither TensorFlow nor a network. Records keep their stored or
 
 import difflib
 import importlib.util
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hyperjax.errors import check_at_least, first_line
+from hyperjax.errors import check_at_least, check_number, first_line
 
 _READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
 
@@ -62,7 +61,9 @@ def checked(source: Source) -> Source:
             f"label_names has {len(names)} name(s) for num_classes="
             f"{source.num_classes}; accepted: one for each class"
         )
-    return Source(str(source.name), x, y, int(source.num_classes), tuple(names))
+    return Source(
+        str(source.name), x, y, int(source.num_classes), tuple(map(str, names))
+    )
 
 
 def check_images(images: Any, name: str) -> np.ndarray:
@@ -190,6 +191,11 @@ def load(
       >>> load("digits").x.shape
       (1797, 8, 8, 1)
     """
+    if not isinstance(name, str):
+        raise ValueError(
+            f"name is {type(name).__name__}, not text; arrays of your own need no "
+            "loading: hyperjax.Source(name, x, y, num_classes, label_names)"
+        )
     if data_dir is not None:
         if not str(data_dir):
             raise ValueError("data_dir='' is no folder; None means TFDS's own choice")
@@ -217,7 +223,8 @@ def shrink(source: Source, factor: int) -> Source:
       ValueError: the factor is below 1 or does not divide height and width.
     """
     n, height, width, channels = source.x.shape
-    if factor < 1 or height % factor or width % factor:
+    check_at_least(1, factor=factor)
+    if height % factor or width % factor:
         raise ValueError(
             f"images of {height}x{width} cannot be averaged over squares of "
             f"{factor}x{factor}: the factor must divide both"
@@ -262,15 +269,17 @@ def _synthetic(
     seed: int = 0,
 ) -> Source:
     """One random image per class, plus Gaussian noise; classes of equal size."""
-    if not 1 <= num_classes <= num_samples:
+    check_at_least(1, num_samples=num_samples, num_classes=num_classes)
+    check_at_least(0, seed=seed)
+    check_number(at_least=0, noise=noise)
+    if num_classes > num_samples:
         raise ValueError(
-            f"num_classes={num_classes} must lie between 1 and "
-            f"num_samples={num_samples}"
+            f"num_classes={num_classes} must not exceed num_samples={num_samples}"
         )
-    if len(shape) not in (2, 3) or min(shape) < 1:
+    if len(shape) not in (2, 3):
         raise ValueError(f"shape={shape} must be (height, width) or (H, W, channels)")
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise={noise} must be finite and not negative")
+    for size in shape:
+        check_at_least(1, shape=size)
     rng = np.random.default_rng(seed)
     prototypes = rng.uniform(size=(num_classes, *shape))
     y = rng.permutation(np.arange(num_samples) % num_classes)
@@ -369,7 +378,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
         raise ValueError(
             f"unknown data set {name!r}: TFDS does not know it and {folder} holds no "
             f"prepared copy of it; nearest names: {', '.join(near) or 'none'}; "
-            f"embedded sets: {', '.join(_EMBEDDED)}"
+            f"embedded sets: {', '.join(_EMBEDDED)}; arrays of your own are a "
+            "hyperjax.Source"
         ) from None
 
 

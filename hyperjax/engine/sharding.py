@@ -35,7 +35,12 @@ def client_mesh(cohort_size: int, max_devices: int = 0) -> Mesh | None:
 
     Uses the fewest local devices that minimise clients per device, so that 8 clients
     on 6 devices take 4 devices with 2 clients each. `max_devices` = 0 means all.
+
+    Raises:
+      ValueError: a cohort size below 1, or a negative number of devices.
     """
+    check_at_least(1, cohort_size=cohort_size)
+    check_at_least(0, max_devices=max_devices)
     devices = jax.local_devices()[: max_devices or None]
     rows = -(-cohort_size // len(devices))
     used = -(-cohort_size // rows)

@@ -184,6 +184,17 @@ def test_own_sets_are_read_rightly_or_refused(fault):
         )
 
 
+def test_names_of_classes_may_be_anything_with_a_name():
+    found = sources.checked(own(label_names=(0, None, "c"), num_classes=np.int64(3)))
+    assert found.label_names == ("0", "None", "c") and type(found.num_classes) is int
+
+
+@pytest.mark.parametrize("name", [(1, 2), np.zeros(3), None, {}])
+def test_arrays_are_not_loaded(name):
+    with pytest.raises(ValueError, match=r"not text; arrays of your own.*Source"):
+        sources.load(name)
+
+
 def test_what_is_no_source_is_refused():
     with pytest.raises(ValueError, match=r"source is tuple; accepted.*hyperjax.Source"):
         federate(
@@ -246,6 +257,11 @@ def test_synthetic_can_be_learnt_from_half_of_it():
         dict(shape=(8,)),
         dict(noise=-1.0),
         dict(noise=float("nan")),
+        dict(shape=(8, 0, 1)),
+        dict(shape=(8, 2.5, 1)),
+        dict(shape=(1, 8, 8)),
+        dict(seed=-1),
+        dict(num_samples=10.5),
     ],
 )
 def test_synthetic_refuses_what_it_cannot_make(options):

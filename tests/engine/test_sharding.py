@@ -88,3 +88,16 @@ def test_copies_go_to_every_device():
     assert len(copy["x"].sharding.device_set) == 4
     same = {"x": 1}
     assert sharding.replicate(same, None) is same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0, 0), "cohort_size=0 must be at least 1"),
+        ((2.5, 0), r"cohort_size=2\.5 must be a whole number"),
+        ((4, -1), "max_devices=-1 must be at least 0"),
+    ],
+)
+def test_devices_are_for_whole_numbers_of_clients(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        sharding.client_mesh(*arguments)
