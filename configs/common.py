@@ -78,6 +78,7 @@ def defaults() -> ml_collections.ConfigDict:
         epochs=1,
         steps=config_dict.placeholder(int),  # instead of epochs
         batch_size=128,
+        batches="passes",  # or fresh: every step draws from all samples
         optimizer="sgd",  # any of optax, with options: "sgd(momentum=0.9)"
         learning_rate=0.01,
         learning_rate_decay=0.99,  # factor per round

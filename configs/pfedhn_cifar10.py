@@ -40,6 +40,7 @@ def get_config(arg: str = ""):
     config.local.update(
         steps=50,
         batch_size=64,
+        batches="fresh",
         optimizer="sgd(momentum=0.9)",
         learning_rate=5e-3,
         learning_rate_decay=1.0,
@@ -61,7 +62,7 @@ def get_config(arg: str = ""):
         weight_decay=1e-3,
         clip_norm=50.0,
         freeze=(),  # patterns of paths in the hypernetwork that do not move
-        faithful=False,  # as the authors' code, decay and momentum of absent clients
+        faithful=False,  # True: embeddings of absent clients move, heads aren't clipped
         keep=(),  # patterns of what stays on the clients
         persist_optimizer="none",  # or kept, all
     )

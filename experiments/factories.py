@@ -155,6 +155,7 @@ def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
         local.trainer,
         optimizer=local_optimizer(config),
         batch_size=config.batch_size,
+        batches=config.get("batches", "passes"),  # runs of older versions have none
         phases=(phase,),
         clip_norm=config.clip_norm,
         schedule=schedule_fn,

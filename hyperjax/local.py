@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hyperjax import rng, tree
 from hyperjax.data import clients
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Array, ClientData, Model, PyTree
+
+BATCHES = ("passes", "fresh")
 
 
 class Phase(NamedTuple):
@@ -23,7 +26,7 @@ class Phase(NamedTuple):
 
     Attributes:
       epochs: passes over the client's samples; or
-      steps: minibatch steps, cycling through reshuffled passes.
+      steps: minibatch steps.
       train: patterns on paths of trained leaves ("params/..."); None trains all. The
         rest is absent from gradient and optimizer: neither momentum nor decay moves it.
       freeze: patterns on paths of leaves that are not trained, whatever `train` says.
@@ -43,14 +46,17 @@ class Trainer(NamedTuple):
         `adjust(grads, params) -> grads` adds corrections (both are dicts from path to
         leaf, of the leaves being trained). `epochs` [] int32, traced, takes the place
         of the length of every phase. Entries of `variables` beyond "params" and
-        "stats" pass through, but "opt", which is an optimizer state to go on with.
+        "stats" pass through, but "opt", which has optimizer states to go on with.
         Info holds sample-weighted means over the visit of what `model.loss` reports,
         with "steps" and "samples" [] float32.
-      init_optimizer: `(variables) -> state`, what `variables["opt"]` holds.
+      init_optimizer: `(variables) -> states`, of which `variables["opt"]` holds all or
+        some: {"all": state}, or {"apart": state, "others": state}.
+      batch_size: B.
     """
 
     train: Callable
     init_optimizer: Callable
+    batch_size: int
 
     def __call__(self, *args, **options):
         return self.train(*args, **options)
@@ -63,7 +69,10 @@ def trainer(
     batch_size: int,
     phases: Sequence[Phase] = (Phase(epochs=1),),
     freeze: Sequence[str] | str | None = None,
+    apart: Sequence[str] | str | None = None,
     clip_norm: float | None = None,
+    clip_apart: bool = True,
+    batches: str = "passes",
     schedule: Callable[[Array], Array] = lambda round: jnp.float32(1.0),
     probe: bool = False,
 ) -> Trainer:
@@ -73,34 +82,41 @@ def trainer(
       model: what is trained.
       optimizer: made anew at every visit, unless its state is one of the variables;
         its learning rate is that of round 0.
-      batch_size: B; the last batch of a pass is masked, not dropped.
+      batch_size: B; a batch with fewer samples is masked, not dropped.
       phases: run in order.
       freeze: patterns of leaves that no phase trains which does not set its own.
+      apart: patterns of leaves with an optimizer of their own, of the same kind, with
+        a state of its own.
       clip_norm: bound on the global norm of the (corrected) gradient.
+      clip_apart: whether leaves that are apart are clipped, together with the others.
+      batches: "passes" through reshuffled samples, of which the last batch may be
+        short, or "fresh": every step draws B from all samples (all, if there are less).
       schedule: round [] int32 -> factor [] on every update, which is a factor on the
         learning rate for all optimizers that end in a multiplication by it.
       probe: also report info["displacement"] [] float32, how far the visit's steps
         move a parameter whose gradient is always -1. For SGD with any momentum and
         schedule it is the sum of the weights that the change of a parameter gives to
-        the gradients of all steps.
+        the gradients of all steps, before they are clipped; other optimizers give none.
 
     Raises:
-      ValueError: a size is not positive, a phase has not exactly one length, or a
-        `probe` is asked of phases that train different leaves (so is an optimizer state
-        by `init_optimizer`).
+      ValueError: a number is out of range, an unknown choice, a phase has not exactly
+        one length, or a `probe` is asked of phases that train different leaves (so is
+        an optimizer state by `init_optimizer`) or of an optimizer whose steps are not
+        linear in the gradients.
     """
-    check_at_least(1, batch_size=batch_size)
-    unclipped = optimizer
+    # Above, counting samples would overflow.
+    check_number(at_least=1, at_most=2**30, whole=True, batch_size=batch_size)
+    check_choice("batches", batches, BATCHES)
+    clip = optax.identity()
     if clip_norm is not None:
-        if clip_norm <= 0:
-            raise ValueError(f"clip_norm={clip_norm} must be positive, or None")
-        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+        check_number(above=0, clip_norm=clip_norm)
+        clip = optax.clip_by_global_norm(clip_norm)
     for phase in phases:
-        lengths = [n for n in (phase.epochs, phase.steps) if n is not None]
-        if len(lengths) != 1 or lengths[0] < 0:
-            raise ValueError(
-                f"a phase has either epochs or steps, 0 or more; got {phase}"
-            )
+        lengths = {k: n for k, n in phase._asdict().items() if k in ("epochs", "steps")}
+        given = {k: n for k, n in lengths.items() if n is not None}
+        if len(given) != 1:
+            raise ValueError(f"a phase has either epochs or steps; got {phase}")
+        check_at_least(0, **given)
 
     def check_alike(what):
         trained = {
@@ -114,6 +130,28 @@ def trainer(
 
     if probe:
         check_alike("the displacement that SCAFFOLD and FedNova measure")
+        _check_linear(optimizer)
+
+    def by_optimizer(leaves):
+        """Paths -> leaves, by which optimizer they belong to."""
+        if apart is None:
+            return {"all": leaves}
+        theirs = {k: x for k, x in leaves.items() if tree.matches(apart, k)}
+        ours = {k: x for k, x in leaves.items() if k not in theirs}
+        return {"apart": theirs, "others": ours}
+
+    def descend(grads, opt, active):
+        """The updates of all leaves, and the optimizers' states."""
+        whole = clip_apart or apart is None
+        clipped = grads if whole else by_optimizer(grads)["others"]
+        grads = {**grads, **clip.update(clipped, clip.init(clipped))[0]}
+        updates: dict[str, Array] = {}
+        after = {}
+        for name, params in by_optimizer(active).items():
+            mine = {k: grads[k] for k in params}
+            moved, after[name] = optimizer.update(mine, opt[name], params)
+            updates |= moved
+        return updates, after
 
     def cut(phase, variables):
         """Paths -> leaves of what a phase trains, and the splitter."""
@@ -126,8 +164,8 @@ def trainer(
 
     def init_optimizer(variables):
         check_alike("an optimizer state that is kept between visits")
-        _, active, _ = cut(phases[0], variables)
-        return optimizer.init(active)
+        active = cut(phases[0], variables)[1]
+        return {k: optimizer.init(params) for k, params in by_optimizer(active).items()}
 
     def train(key, variables, data: ClientData, round, adjust, epochs=None):
         context = model.context(variables, data)
@@ -159,22 +197,29 @@ def trainer(
 
         def step(i, carry, order, key):
             active, stats, opt, totals, probed = carry
-            batch = clients.take(data, order, i, batch_size)
+            if batches == "fresh":
+                drawn = clients.shuffled(jax.random.fold_in(order, i), data)
+                batch = clients.take(data, drawn, 0, batch_size)
+            else:
+                batch = clients.take(data, order, i, batch_size)
             (_, trained), grads = jax.value_and_grad(loss, has_aux=True)(
                 active, stats, jax.random.fold_in(key, i), batch
             )
             stats, info = trained.stats, trained.info
-            updates, opt = optimizer.update(adjust(grads, active), opt, active)
+            updates, opt = descend(adjust(grads, active), opt, active)
             active = optax.apply_updates(active, tree.scale(updates, factor))
             totals = _count(totals, info, batch)
             if probe:
-                moved, state = unclipped.update(jnp.float32(-1), *probed)
+                moved, state = optimizer.update(jnp.float32(-1), *probed)
                 probed = (state, probed[1] + factor * moved)
             return active, stats, opt, totals, probed
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
-            order = clients.shuffled(key_order, data)
+            # An order of all samples, or the key of one for every step.
+            order = key_order
+            if batches == "passes":
+                order = clients.shuffled(key_order, data)
             length = per_pass
             if phase.steps is not None:
                 length = jnp.minimum(per_pass, phase.steps - epoch * per_pass)
@@ -189,18 +234,20 @@ def trainer(
             full = clients.num_batches(phase.steps, jnp.maximum(per_pass, 1))
             passes = jnp.where(per_pass > 0, full, 0)
         zero = jnp.float32(0)
-        probed = (unclipped.init(zero), zero) if probe else ()
-        opt = variables["opt"] if "opt" in variables else optimizer.init(active)
+        probed = (optimizer.init(zero), zero) if probe else ()
+        kept = variables.get("opt", {})
+        opt = {k: optimizer.init(params) for k, params in by_optimizer(active).items()}
+        opt |= kept
         carry = (active, variables["stats"], opt, totals, probed)
         carry = jax.lax.fori_loop(0, passes, one_pass, carry)
         active, stats, opt, totals, probed = carry
         if probe:
             totals["displacement"] += probed[1]
         if "opt" in variables:
-            variables = {**variables, "opt": opt}
+            variables = {**variables, "opt": {name: opt[name] for name in kept}}
         return {**variables, **split.merge(active, frozen), "stats": stats}, totals
 
-    return Trainer(train, init_optimizer)
+    return Trainer(train, init_optimizer, batch_size)
 
 
 def tuner(
@@ -234,6 +281,44 @@ def tuner(
         return after
 
     return tune
+
+
+def _check_linear(optimizer: optax.GradientTransformation) -> None:
+    """Refuses an optimizer whose steps are no weighted sums of gradients, by trying it.
+
+    Raises:
+      ValueError: they are not, or differ between parameters with equal gradients.
+    """
+    num_steps, size = 4, 3
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(size=(2, num_steps, size)).astype(np.float32)
+
+    @jax.jit
+    def moved(grads):
+        """Where each step of descent from zero arrives, [num_steps, size]."""
+        params = jnp.zeros(size)
+        state, places = optimizer.init(params), []
+        for gradient in grads:
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            places.append(params)
+        return jnp.stack(places)
+
+    with jax.ensure_compile_time_eval():
+        together = moved(2 * first - 3 * second)
+        apart = 2 * moved(first) - 3 * moved(second)
+        alike = moved(np.full_like(first, -1))
+    scale = np.max(np.abs(apart))
+    if not (
+        np.allclose(together, apart, rtol=0, atol=1e-4 * scale)
+        and np.allclose(alike, alike[:, :1], rtol=1e-4)
+    ):
+        raise ValueError(
+            "SCAFFOLD and FedNova weigh the gradients of a visit as the local "
+            "optimizer does, which is defined for steps that are weighted sums of "
+            "gradients: sgd, with any momentum, Nesterov's or weight decay. This "
+            "optimizer's are not (as those of adam and its kin)"
+        )
 
 
 def _zero_totals(model, variables, data, batch_size, context) -> PyTree:

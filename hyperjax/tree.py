@@ -102,10 +102,14 @@ def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
 
 
+def matches(patterns: Sequence[str] | str | None, path: str) -> bool:
+    """Returns whether a path matches one of the patterns in full."""
+    return any(re.fullmatch(pattern, path) for pattern in as_patterns(patterns))
+
+
 def hold(patterns: Sequence[str] | str | None, before: PyTree, after: PyTree) -> PyTree:
     """Returns `after`, but `before` where a leaf's path matches one of the patterns."""
-    patterns = as_patterns(patterns)
-    held = (any(re.fullmatch(p, name) for p in patterns) for name in paths(before))
+    held = (matches(patterns, name) for name in paths(before))
     leaves, structure = jax.tree.flatten(before)
     every = zip(held, leaves, jax.tree.leaves(after), strict=True)
     return jax.tree.unflatten(structure, [x if h else y for h, x, y in every])
@@ -142,17 +146,14 @@ def splitter(
     names = paths(template)
     structure: Any = jax.tree.structure(template)
     for pattern in (*patterns, *without):
-        if names and not any(re.fullmatch(pattern, name) for name in names):
+        if names and not any(matches(pattern, name) for name in names):
             raise ValueError(
                 f"pattern {pattern!r} matches no variable; paths are: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
 
-    def matches(name, patterns):
-        return any(re.fullmatch(p, name) for p in patterns)
-
     chosen_names = {
-        n for n in names if matches(n, patterns) and not matches(n, without)
+        n for n in names if matches(patterns, n) and not matches(without, n)
     }
 
     def split(tree):

@@ -1,6 +1,7 @@
 """Local training, against steps worked out by hand."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from hyperjax.models.linen import masked_mean
 from hyperjax.types import AdaptData, ClientData, Model, Pool, Trained
 
 LR = 0.1
+NAN = float("nan")
 PLAIN = optax.sgd(LR)
 DECAYING = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(LR, 0.9))
 
@@ -212,6 +214,40 @@ def test_steps_are_taken_exactly(steps):
     assert float(after["stats"]["seen"]) == float(info["samples"])
 
 
+@pytest.mark.parametrize("length", [dict(steps=7), dict(epochs=2)])
+def test_every_step_may_draw_a_fresh_full_batch(length):
+    # 5 samples in batches of 3: of passes every other batch would hold 2.
+    def mean(seed):
+        options = dict(batch_size=3, batches="fresh", phases=(Phase(**length),))
+        _, info = run(data_of([1, 2, 4, 8, 16]), seed=seed, **options)
+        steps = length.get("steps", 4)
+        assert float(info["steps"]) == steps
+        assert float(info["samples"]) == 3 * steps
+        return float(info["mean_x"]) * 3 * steps
+
+    # Sums of steps draws of three different numbers, which differ from step to step.
+    sums = [mean(seed) for seed in range(6)]
+    assert len({round(total) for total in sums}) > 3
+    assert any(total % 7 for total in sums)
+    # Of fewer samples than a batch every step sees all.
+    _, info = run(
+        data_of([1, 2]), batch_size=3, batches="fresh", phases=(Phase(steps=4),)
+    )
+    assert float(info["samples"]) == 8 and float(info["mean_x"]) == 1.5
+
+
+def test_a_batch_takes_no_more_rows_than_there_are():
+    def widest(batch_size):
+        args = (jax.random.key(0), quadratic().init(None), data_of([1, 2, 6]))
+        train = compiled(PLAIN, batch_size=batch_size)
+        text = str(jax.make_jaxpr(train)(*args, jnp.int32(0)))
+        return max(int(n) for n in re.findall(r"[a-z0-9]\[(\d+)[\],]", text))
+
+    assert widest(2**30) == widest(8) <= 9
+    many, _ = run(data_of([1, 2, 6]), batch_size=2**30)
+    chex.assert_trees_all_equal(many, run(data_of([1, 2, 6]), batch_size=8)[0])
+
+
 def test_zero_epochs_change_nothing():
     start = quadratic().init(None)
     after, info = run(data_of([1, 2]), batch_size=2, phases=(Phase(epochs=0),))
@@ -383,6 +419,66 @@ def test_optimizer_state_among_the_variables_goes_on():
     assert "opt" not in visit(forgetful)
 
 
+@pytest.mark.parametrize("optimizer", [optax.adam(0.5), optax.sgd(0.1, 0.9)])
+def test_what_is_apart_has_an_optimizer_of_its_own(optimizer):
+    # Over two visits: that of a starts anew, counter and all, that of b goes on.
+    train = local.trainer(
+        quadratic(),
+        optimizer=optimizer,
+        batch_size=3,
+        phases=(Phase(epochs=3),),
+        apart=r"params/b/.*",
+    )
+    start = quadratic().init(None)
+    opt = {"apart": train.init_optimizer(start)["apart"]}
+
+    @jax.jit
+    def visit(variables):
+        key, data = jax.random.key(0), data_of([1, 2, 6])
+        return train(key, variables, data, jnp.int32(0), local.no_adjustment)[0]
+
+    found = visit(visit({**start, "opt": opt}))
+    a, b = jnp.float32(10), jnp.float32(-4)
+    state_b = optimizer.init(b)
+    for _ in range(2):
+        state_a = optimizer.init(a)
+        for _ in range(3):
+            moved, state_a = optimizer.update(a - 3, state_a)
+            a = a + moved
+            moved, state_b = optimizer.update(b - 6, state_b)
+            b = b + moved
+    assert weights(found) == pytest.approx({"a": a, "b": b}, rel=1e-5)
+    kept = [*jax.tree.leaves(found["opt"])], jax.tree.leaves(state_b)
+    chex.assert_trees_all_close(*kept, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("clip_apart", "b"), [(True, -4 + 10 / 149**0.5), (False, 6)])
+def test_what_is_apart_may_escape_the_clip(clip_apart, b):
+    # Gradient (7, -10): clipped to 1 together, or a's alone.
+    options = dict(optimizer=optax.sgd(1.0), batch_size=3, apart=r"params/b/.*")
+    after, _ = run(data_of([1, 2, 6]), clip_norm=1.0, clip_apart=clip_apart, **options)
+    a = 10 - (7 / 149**0.5 if clip_apart else 1)
+    assert weights(after) == pytest.approx({"a": a, "b": b}, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(LR),
+        optax.adamw(LR, weight_decay=0.1),
+        optax.rmsprop(LR),
+        optax.sign_sgd(LR),
+        optax.lars(LR),
+        optax.chain(optax.clip(0.5), PLAIN),
+    ],
+    ids=["adam", "adamw", "rmsprop", "sign", "lars", "clip"],
+)
+def test_what_weighs_no_gradients_has_no_displacement(optimizer):
+    with pytest.raises(ValueError, match=r"SCAFFOLD and FedNova.*: sgd, with any"):
+        local.trainer(quadratic(), optimizer=optimizer, batch_size=1, probe=True)
+    local.trainer(quadratic(), optimizer=optimizer, batch_size=1)
+
+
 @pytest.mark.parametrize("train", [None, (), r"params/a/.*"])
 def test_tuner_trains_on_the_clients_samples(train):
     # Neither the phases nor the frozen parts of a method matter, but its optimizer.
@@ -512,7 +608,7 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=0), "batch_size=0 must be at least 1"),
+        (dict(batch_size=0), "batch_size=0 must be at least 1 and"),
         (dict(batch_size=1, clip_norm=0.0), "clip_norm=0.0 must be positive"),
         (dict(batch_size=1, clip_norm=-1.0), "clip_norm=-1.0 must be positive"),
         (dict(batch_size=1, phases=(Phase(),)), "either epochs or steps"),
@@ -520,7 +616,17 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
             dict(batch_size=1, phases=(Phase(epochs=1, steps=3),)),
             "either epochs or steps",
         ),
-        (dict(batch_size=1, phases=(Phase(epochs=-1),)), "0 or more"),
+        (
+            dict(batch_size=1, phases=(Phase(epochs=-1),)),
+            "epochs=-1 must be at least 0",
+        ),
+        (dict(batch_size=2.5), "batch_size=2.5 must be a whole number"),
+        (dict(batch_size=1, clip_norm=NAN), "clip_norm=nan must be a finite number"),
+        (
+            dict(batch_size=1, phases=(Phase(steps=NAN),)),
+            "steps=nan must be a whole number",
+        ),
+        (dict(batch_size=1, batches="frehs"), "did you mean 'fresh'"),
     ],
 )
 def test_bad_arguments_fail_when_built(options, message):

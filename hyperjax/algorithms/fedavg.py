@@ -69,6 +69,7 @@ def fedavg(
     keep=None,
     bn_stats: str = "average",
     persist_optimizer: str = "none",
+    clip_kept: bool = True,
     server_opt: optax.GradientTransformation | None = None,
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
@@ -85,7 +86,10 @@ def fedavg(
       keep: patterns on paths of variables that stay on the client; None shares all.
       bn_stats: "average" running statistics like parameters, or keep them "local".
       persist_optimizer: what of its optimizer's state a client keeps between visits:
-        "none", that of the "kept" parameters, or "all".
+        "none", that of the "kept" parameters, which then have an optimizer of their
+        own, or "all".
+      clip_kept: whether the local training's clip bounds the kept parameters' gradient
+        too, together with that of the shared ones.
       server_opt: descends along minus the mean change; default: adds the mean.
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
@@ -112,12 +116,17 @@ def fedavg(
             f"persist_optimizer={persist_optimizer!r} does not go with SCAFFOLD or "
             "FedNova: they assume a local optimizer that starts anew at every visit"
         )
-    train = local(model, probe=True) if correction.probe else local(model)
+    options: dict[str, Any] = {"probe": True} if correction.probe else {}
+    if persist_optimizer == "kept" or not clip_kept:
+        options |= dict(apart=tree.as_patterns(keep), clip_apart=clip_kept)
+    train = local(model, **options)
 
     def start(common):
         variables = model.init(common)
         if persist_optimizer != "none":
-            variables["opt"] = train.init_optimizer(variables)
+            states = train.init_optimizer(variables)
+            kept = ("apart",) if persist_optimizer == "kept" else tuple(states)
+            variables["opt"] = {name: states[name] for name in kept}
         return variables
 
     template = jax.eval_shape(start, jax.random.key(0))
@@ -190,9 +199,6 @@ def fedavg(
             return {**grads, **adjusted}
 
         before = model.visit(home.merge(client.kept, anchor))
-        if persist_optimizer == "kept":
-            fresh = train.init_optimizer(before)
-            before["opt"] = _of_kept(before["opt"], fresh, client.kept)
         after, info = train(key, before, data, down.round, adjust)
         kept, theta = home.split(model.leave(after))
         params, _ = _split_stats(theta)
@@ -247,20 +253,6 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
         patterns += (r"stats/.*",)
     has_state = jax.tree.leaves(template.get("opt", ()))
     return patterns + ((r"opt/.*",) if has_state else ())
-
-
-def _of_kept(stored: PyTree, fresh: PyTree, kept: PyTree) -> PyTree:
-    """Returns a new optimizer state, but for what belongs to kept parameters."""
-    names = tree.paths(stored)
-    leaves, structure = jax.tree.flatten(fresh)
-    pairs = zip(names, jax.tree.leaves(stored), leaves, strict=True)
-
-    def is_kept(name):
-        return any(name.endswith("/" + path) for path in kept)
-
-    return jax.tree.unflatten(
-        structure, [old if is_kept(name) else new for name, old, new in pairs]
-    )
 
 
 def _plain_means(uplink: Uplink, cohort) -> corrections.Means:

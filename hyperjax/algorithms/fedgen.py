@@ -163,6 +163,7 @@ def fedgen(
         }
 
     plain = beside(model, NAME, beginning)
+    full = local(model).batch_size
 
     def loss(key, variables, batch, context):
         value, trained = plain.loss(key, variables, batch, context)
@@ -177,8 +178,8 @@ def fedgen(
         generated = optax.softmax_cross_entropy_with_integer_labels(
             classify(params, z), labels
         )
-        # B counts padding too: a short last batch must not weigh these more.
-        share = generator_batch_size / batch.mask.shape[0]
+        # B is not the batch's own size: a short last one must not weigh these more.
+        share = generator_batch_size / full
         a, b = (_falling(start, extra["decay"]) for start in (alpha, beta))
         # The generator normalises over a batch, and of one sample nothing is left.
         b = jnp.where(jnp.sum(batch.mask) > 1, b, 0.0)

@@ -51,7 +51,7 @@ def perfedavg(
       **fedavg_options: of `fedavg`.
 
     Raises:
-      ValueError: a rate is negative, or an unknown choice.
+      ValueError: a rate is negative, an unknown choice, or batches are too small.
     """
     check_choice("order", order, ORDERS)
     check_choice("draws", draws, DRAWS)
@@ -88,6 +88,9 @@ def perfedavg(
         aux = aux._replace(logits=(), features=())
         return sum(jax.tree.leaves(products), jax.lax.stop_gradient(value)), aux
 
+    size = local(model).batch_size
+    if draws == "thirds" and size < 3:
+        raise ValueError(f"batches of {size} cannot be cut in three; use draws='same'")
     alg = fedavg(model._replace(loss=loss), local=local, **fedavg_options)
     plain = functools.partial(
         local,
@@ -106,9 +109,10 @@ def _draws(batch: Batch, draws: str) -> list[Batch]:
     """
     if draws == "same":
         return [batch] * 3
-    size = batch.mask.shape[0]
-    if size < 3:
-        raise ValueError(f"batches of {size} cannot be cut in three; use draws='same'")
+    missing = max(0, 3 - len(batch.mask))  # of a client with fewer samples
+    batch = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, missing), *(((0, 0),) * (x.ndim - 1)))), batch
+    )
     first, *others = (jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3))
 
     def filled(draw):

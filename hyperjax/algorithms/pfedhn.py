@@ -12,8 +12,7 @@ clips g and takes an optimizer step on phi and v_i. As published a round is one 
 algorithm, which wants a larger learning rate.
 
 pFedHN-PC, whose clients keep their classifier and the state of its optimizer, is
-`keep=r"params/head/.*"` with `persist_optimizer="kept"` (section 3.3). There the local
-gradient clip bounds the whole network; the authors' code clips the body alone.
+`keep=r"params/head/.*"` with `persist_optimizer="kept"` (section 3.3).
 
 Clients may have different networks (a mapping of models): the hypernetwork emits the
 parameters of all of them, and each client is sent the slice of its own, which alone
@@ -21,8 +20,10 @@ passes a gradient back; decay and momentum move the others' too.
 
 Newcomers are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 
-Deviation: momentum and decay do not move embeddings of clients that are absent
-(`faithful=True` has one dense table, as the authors' code). A client without an
+Deviations, which `faithful=True` undoes: momentum and decay do not move embeddings of
+clients that are absent (the authors' code has one dense table), and the local gradient
+clip bounds what a client keeps too (the authors' code clips the body alone). The code's
+local steps draw fresh batches: the trainer's `batches="fresh"`. A client without an
 embedding is sent the network of the mean embedding.
 """
 
@@ -87,7 +88,8 @@ def pfedhn(
       server_opt: default SGD at 0.01 with momentum 0.9.
       weight_decay: added to the server's gradient.
       clip_norm: bound on its norm, over all that received gradient.
-      faithful: momentum and decay move all embeddings at every step.
+      faithful: momentum and decay move all embeddings at every step, and what a client
+        keeps is not clipped.
       freeze: patterns of paths in phi that do not move.
       **fedavg_options: of `fedavg`, for the clients: `keep`, `persist_optimizer`, ...
 
@@ -103,7 +105,7 @@ def pfedhn(
             "negative"
         )
     size = embedding_size or published_size(num_clients)
-    options = {"bn_stats": "local", **fedavg_options}
+    options = {"bn_stats": "local", "clip_kept": not faithful, **fedavg_options}
     models = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping):
         mixing.check_families(models, family_sizes, num_clients)

@@ -73,8 +73,12 @@ def num_batches(size: Array | int, batch_size: Array | int) -> Array | int:
 
 
 def take(data: ClientData, order: Array, step: Array | int, batch_size: int) -> Batch:
-    """Returns batch number `step` of an epoch that visits rows in `order` [n_max]."""
-    position = step * batch_size + jnp.arange(batch_size)
+    """Returns batch number `step` of an epoch that visits rows in `order` [n_max].
+
+    It has no more rows than there are: min(batch_size, n_max).
+    """
+    width = min(batch_size, order.shape[0])
+    position = step * batch_size + jnp.arange(width)
     inside = position < data.size
     # Clipped: positions past the end are masked, whatever row they show.
     place = order.at[position].get(mode="clip")

@@ -191,13 +191,14 @@ def evaluator(
         """A function from variables to logits, labels, mask, all [n], and prior [K]."""
         rows, size = inputs
         n_max = rows.shape[0]
-        length = -(-n_max // batch_size) * batch_size
+        width = min(batch_size, n_max)
+        length = -(-n_max // width) * width
         data = ClientData(jnp.pad(rows, (0, length - n_max)), size, pools[1])
         mask = (jnp.arange(length) < size).astype(jnp.float32)
 
         def all_logits(variables):
             model, num_classes = alg.client.model, len(source_prior)
-            return predict_all(model, variables, data, num_classes, batch_size)
+            return predict_all(model, variables, data, num_classes, width)
 
         return all_logits, pools[0].y[data.rows], mask, pools[2]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quadratics as q
 
 from hyperjax import corrections, local, rng, tree
 from hyperjax.algorithms.fedavg import Uplink, fedavg
@@ -313,6 +314,38 @@ def test_keep_without_match():
 def test_fine_tuning_without_match():
     with pytest.raises(ValueError, match=r"params/haed.*paths are.*Dense_0"):
         fedavg(MODEL, local=FULL, finetune=("params/haed/.*",))
+
+
+def test_optimizers_of_kept_parts_go_on_with_their_counters():
+    # Adam for the head remembers its moments and how many steps they are of; that of
+    # the body is new at every visit.
+    adam = optax.adam(0.3)
+    alg = fedavg(
+        q.model(), local=q.training(adam), keep=q.HEAD, persist_optimizer="kept"
+    )
+    state = q.play(alg, (3,), (3,), (2,), (3,))
+    theta, heads = np.float32(q.START), {}
+    for k in (3, 3, 2, 3):
+        head, of_head = heads.get(k, (jnp.float32(q.START[1]), None))
+        body, of_body = jnp.float32(theta[0]), adam.init(jnp.float32(0))
+        of_head = of_head or adam.init(jnp.float32(0))
+        for _ in range(q.SIZES[k]):
+            slope = jnp.float32(q.gradient(k, np.array([body, head])))
+            moved, of_body = adam.update(slope[0], of_body)
+            body += moved
+            moved, of_head = adam.update(slope[1], of_head)
+            head += moved
+        theta, heads[k] = (body, head), (head, of_head)
+    np.testing.assert_allclose(state.server.theta["params/body/w"], theta[0], rtol=1e-4)
+    for k, (head, of_head) in heads.items():
+        kept = jax.tree.map(lambda x, k=k: x[k], state.rows.kept)
+        np.testing.assert_allclose(kept["params/head/w"], head, rtol=1e-4)
+        # Of the head alone: two moments, and the count of all its steps.
+        opt = {path: x for path, x in kept.items() if path.startswith("opt/")}
+        assert len(opt) == 3
+        assert [int(x) for x in opt.values() if x.dtype == jnp.int32] == [
+            int(of_head[0].count)
+        ]
 
 
 # Corrections -----------------------------------------------------------------------

@@ -172,7 +172,8 @@ Z = np.array([0.5, -1.0, 2.0, 0.25])
 
 @functools.cache
 def _loss(**options):
-    alg = ours(generator_batch_size=6, **options)
+    train = functools.partial(FULL, batch_size=3)
+    alg = fedgen(MODEL, local=train, generator_batch_size=6, **(SMALL | options))
 
     def value(theta, extra, batch):
         variables = nest(theta)
@@ -233,9 +234,10 @@ def test_classification_of_generated_features_by_hand():
         known = extra(available=np.eye(K)[label])
         value, _ = added(known, alpha=1.0, beta=0.0)
         np.testing.assert_allclose(value, 2 * wrong[label], rtol=1e-4)
-    # B is the batch's size, however few of its samples are real.
-    for mask in ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0]):
-        batch = FULL_BATCH._replace(mask=jnp.array(mask))
+    # B is that of the training, however few rows a batch has, or of them are real.
+    short = jax.tree.map(lambda x: x[:2], FULL_BATCH)
+    masks = ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0])
+    for batch in (short, *(FULL_BATCH._replace(mask=jnp.array(m)) for m in masks)):
         value, _ = added(extra(available=(0, 0, 5)), batch, alpha=1.0, beta=0.0)
         np.testing.assert_allclose(value, 2 * wrong[2], rtol=1e-4)
 

@@ -206,6 +206,5 @@ def test_bad_options(options, message):
 
 
 def test_batches_of_two_have_no_thirds():
-    alg = perfedavg(q.model(), local=q.training(batch_size=2))
     with pytest.raises(ValueError, match=r"batches of 2 cannot be cut.*draws='same'"):
-        q.play(alg, (0,))
+        perfedavg(q.model(), local=q.training(batch_size=2))

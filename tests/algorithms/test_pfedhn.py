@@ -142,6 +142,25 @@ def test_exchanges_equal_the_algorithm(pc, faithful):
         np.testing.assert_allclose(found, home[:, 1], **q.CLOSE)
 
 
+@pytest.mark.parametrize("faithful", [False, True])
+def test_a_faithful_clip_is_of_the_body_alone(faithful):
+    alg = ours(train=q.training(clip_norm=0.5), faithful=faithful, **BARE, **PC)
+    start = q.start(alg).server
+    body = np.float64(emitted(start.phi, start.table[3], True))[0]
+    theta = np.array([body, q.START[1]])
+    for _ in range(q.SIZES[3]):
+        slope = q.gradient(3, theta)
+        norm = abs(slope[0]) if faithful else np.linalg.norm(slope)
+        clipped = slope * min(1, 0.5 / norm)
+        theta = theta - q.LR * np.where([True, not faithful], clipped, slope)
+    state = q.play(alg, (3,))
+    np.testing.assert_allclose(
+        [state.uplink.delta[PATHS[0]][0], state.rows.kept[PATHS[1]][3]],
+        [theta[0] - body, theta[1]],
+        **q.CLOSE,
+    )
+
+
 def test_embeddings_of_absent_clients_stay():
     alg = ours(**MOVING)
     before = q.play(alg, q.EVERYONE)
