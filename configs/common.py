@@ -11,16 +11,22 @@ from ml_collections import config_dict
 def parse_arg(arg: str | None, **defaults) -> Any:
     """Parses the part after the colon of `--config=file.py:a=1,b`.
 
-    A bare name means True. Unknown names and values of another type than the default's
-    raise ValueError.
+    A bare name means True. Unknown, empty and repeated names, and values of another
+    type than the default's, raise ValueError.
     """
     values = dict(defaults)
-    for item in filter(None, (arg or "").split(",")):
-        name, _, text = item.partition("=")
+    seen = set()
+    for item in arg.split(",") if arg else ():
+        name, equals, text = item.strip().partition("=")
         if name not in defaults:
             raise ValueError(
                 f"unknown config argument {name!r}; accepted: {', '.join(defaults)}"
             )
+        if name in seen:
+            raise ValueError(f"config argument {name!r} is given twice in {arg!r}")
+        if equals and not text:
+            raise ValueError(f"config argument {item!r} has no value")
+        seen.add(name)
         try:
             value = ast.literal_eval(text) if text else True
         except (ValueError, SyntaxError):
@@ -75,8 +81,8 @@ def defaults() -> ml_collections.ConfigDict:
     # Networks of clients in equal blocks, for methods that take several; (): one.
     config.families = ()
     config.local = dict(
-        epochs=1,
-        steps=config_dict.placeholder(int),  # instead of epochs
+        epochs=config_dict.placeholder(int),  # None: one, or as many as make
+        steps=config_dict.placeholder(int),  # so many batches
         batch_size=128,
         batches="passes",  # or fresh: every step draws from all samples
         optimizer="sgd",  # any of optax, with options: "sgd(momentum=0.9)"
@@ -182,6 +188,8 @@ def personalised(arg: str | None, data: str = "mnist5k") -> Any:
       data: the data set if `arg` names none.
     """
     args = parse_arg(arg, data=data, iid=False, novel=-1, smoke=False)
+    if args.novel < -1:
+        raise ValueError(f"config argument novel={args.novel} must be at least 0")
     if args.data not in _NETWORKS:
         raise ValueError(
             f"data={args.data!r} is not among HyperFedNet's experiments; accepted: "

@@ -19,4 +19,5 @@ def get_config(arg: str = ""):
         bn_stats="average",  # or local
         finetune=(),  # patterns of what fine-tuning moves; (): the head
     )
+    config.local.epochs = None  # the method's own count
     return config

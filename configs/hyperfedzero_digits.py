@@ -5,11 +5,12 @@ python -m experiments.train --config=configs/hyperfedzero_digits.py --workdir=ru
 For trying things out; the numbers mean nothing.
 """
 
-from configs import hyperfedzero_mnist
+from configs import common, hyperfedzero_mnist
 
 
 def get_config(arg: str = ""):
-    """Arguments as in hyperfedzero_mnist."""
+    """Arguments: alpha (of the Dirichlet partition), smoke."""
+    common.parse_arg(arg, alpha=1.0, smoke=False)  # refuses other data
     config = hyperfedzero_mnist.get_config(arg)
     config.data.name = "digits"
     config.data.min_size = 4

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments import factories
+from experiments import factories, fields
 from hyperjax import (
     channels,
     models,
@@ -22,7 +22,7 @@ from hyperjax.data import files, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
-from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.errors import check_choice
 from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -109,46 +109,13 @@ def build(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks every number and name that needs no data to be judged."""
-    check_at_least(
-        0,
-        rounds=config.rounds,
-        seed=config.seed,
-        devices=config.engine.devices,
-        **{"data.num_novel": config.data.num_novel},
-    )
-    check_at_least(-1, **{"data.seed": config.data.seed})
-    check_at_least(
-        1,
-        **{
-            "data.num_clients": config.data.num_clients,
-            "local.batch_size": config.local.batch_size,
-            "evaluation.every": config.evaluation.every,
-            "evaluation.batch_size": config.evaluation.batch_size,
-            "evaluation.clients_per_call": config.evaluation.clients_per_call,
-            "checkpoint.keep": config.checkpoint.keep,
-        },
-    )
-    check_at_least(
-        0,
-        **{
-            "local.epochs": config.local.epochs,
-            "engine.rounds_per_call": config.engine.rounds_per_call,
-            "evaluation.finetune_epochs": min(
-                config.evaluation.finetune_epochs, default=0
-            ),
-        },
-    )
-    check_number(
-        at_least=0,
-        **{
-            "local.weight_decay": config.local.weight_decay,
-            "local.learning_rate": config.local.learning_rate,
-            "server.learning_rate": config.server.learning_rate,
-        },
-    )
-    if config.data.partition == "dirichlet" and config.data.alpha <= 0:
-        raise ValueError(f"data.alpha={config.data.alpha} must be positive")
+    """Checks every number and name that needs no data to be judged.
+
+    Raises:
+      ValueError: naming the field, what was given and what is accepted.
+    """
+    fields.check(config)
+    method = config.method.name
     check_choice("data.partition", config.data.partition, partition.PARTITIONERS)
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
@@ -193,6 +160,13 @@ def check(config: ml_collections.ConfigDict) -> None:
                 "data.pooled=True trains one network in one place; it does not go with "
                 f"families={tuple(config.families)}, newcomers="
                 f"{config.data.newcomers} and method.name={config.method.name!r}"
+            )
+    for name in ("epochs", "steps"):
+        if config.local[name] is not None and factories.has_own_phases(method):
+            raise ValueError(
+                f"local.{name}={config.local[name]} would change nothing: how long "
+                f"clients of method.name={method!r} train is among the method's "
+                "options; accepted: None"
             )
     factories.local_optimizer(config.local)
     factories.server_optimizer(config.server)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from jax.extend.backend import clear_backends
 from ml_collections import config_flags
 
 from hyperjax.engine.compiled import setting
-from hyperjax.errors import check_choice
 
 
 def run(
@@ -36,7 +36,9 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
+            sys.argv, removed = _split_none(argv)
+            rest = flags.FLAGS(sys.argv)
+            _check_config(removed)
             for name in needs:
                 if flags.FLAGS[name].value is None:
                     raise ValueError(f"--{name} is required; see --help")
@@ -101,6 +103,37 @@ def _expand_config(argument: str) -> str:
     )
 
 
+def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Takes `--config.field=None` out: no type of absl's flags has None."""
+    found = [re.fullmatch(r"--?config\.([\w.]+)=None", a) for a in argv]
+    kept = [a for a, match in zip(argv, found, strict=True) if not match]
+    return kept, [match.group(1) for match in found if match]
+
+
+def _given_fields() -> list[str]:
+    """Fields of --config.field flags."""
+    found = [re.match(r"--?config\.([\w.]+)", argument) for argument in sys.argv[1:]]
+    return [match.group(1) for match in found if match]
+
+
+def _check_config(removed: list[str]) -> None:
+    """Sets fields to None; refuses what no run could take, before JAX is asked."""
+    from experiments import fields
+
+    if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
+        return
+    if any(re.match(r"--?config=.*:$", argument) for argument in sys.argv):
+        raise ValueError("--config has nothing after the colon")
+    config = flags.FLAGS["config"].value
+    getattr(config, "rounds", None)  # raises what kept the file from being read
+    for field in removed:
+        if field not in fields.flat(config):
+            raise fields.unknown(field, list(fields.flat(config)))
+        config.update_from_flattened_dict({field: None})
+    fields.check(config)
+    fields.check_used(config, _given_fields() + removed)
+
+
 def complain(message: str) -> int:
     """Prints an error; returns the exit code."""
     print(f"error: {message}\n(--debug shows where)", file=sys.stderr)
@@ -117,24 +150,21 @@ def explain(error: Exception) -> str:
 
 def _unknown_field() -> str | None:
     """Finds the first --config.field that the config file does not have."""
-    from experiments.workdir import flatten
+    from experiments import fields
 
-    arguments = sys.argv[1:]
-    given = [re.match(r"--config\.([\w.]+)", argument) for argument in arguments]
-    paths = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    if not paths or not any(given):
+    given = _given_fields()
+    paths = [a.partition("=")[2] for a in sys.argv if a.startswith("--config=")]
+    if not paths or not given:
         return None
     try:
         parser = config_flags.config_flags.ConfigFileFlagParser("config")
-        fields = list(flatten(parser.parse(paths[-1]).to_dict()))
+        known = parser.parse(paths[-1])
+        groups = {k.rpartition(".")[0] for k in fields.flat(known)}
+        known = [*fields.flat(known), *groups]
     except Exception:  # the file itself is at fault: the parser's words must do
         return None
-    try:
-        for match in filter(None, given):
-            check_choice("config field", match.group(1), fields)
-    except ValueError as unknown:
-        return str(unknown)
-    return None
+    unknown = [field for field in given if field not in known]
+    return str(fields.unknown(unknown[0], known)) if unknown else None
 
 
 def use_cores(devices: int) -> None:
@@ -145,7 +175,12 @@ def use_cores(devices: int) -> None:
     by default there are at most 8. Accelerators are untouched. Must run before JAX
     looks for devices.
     """
-    jax.config.update("jax_num_cpu_devices", devices or min(num_cores(), 8))
+    count = devices or min(num_cores(), 8)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # a config file has computed with JAX: begin anew
+        clear_backends()
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def num_cores() -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from experiments import fields
 from hyperjax import algorithms, corrections, local, models, server_optimizers
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm, Model
@@ -38,6 +39,11 @@ def needs_families(method: str) -> bool:
     factory = find_method(method)
     found = inspect.signature(factory).parameters.get("family_sizes")
     return found is not None and found.default is inspect.Parameter.empty
+
+
+def has_own_phases(method: str) -> bool:
+    """Whether a method's options say how long clients train, not `config.local`."""
+    return "body_epochs" in inspect.signature(find_method(method)).parameters
 
 
 def embeds_newcomers(method: str) -> bool:
@@ -101,14 +107,24 @@ def own_options(method: str) -> set[str]:
 
 
 def call(field: str, factory, *args, **options):
-    """Calls a factory with a config's options; names those it does not take."""
+    """Calls a factory with a config's options; names those that it does not take.
+
+    Raises:
+      ValueError, TypeError: an unknown option, or a value that it cannot have.
+    """
     parameters = options_of(factory)
-    for option in options:
+    for option, value in options.items():
         check_choice(f"option of {field}", option, parameters)
+        fields.check_option(f"{field}.{option}", value, parameters[option].annotation)
     try:
         return factory(*args, **options)
     except TypeError as error:
         raise TypeError(f"{field}: {error}") from error
+    except ValueError as error:
+        option = str(error).partition("=")[0]
+        if option in options:  # the factory's own words, and where that was given
+            raise ValueError(f"{field}.{error}") from error
+        raise
 
 
 def milestones(
@@ -139,9 +155,8 @@ def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
       config: `config.local`.
       rounds: of the run, see `milestones`.
     """
-    phase = local.Phase(
-        epochs=config.epochs if config.steps is None else None, steps=config.steps
-    )
+    neither = config.epochs is None and config.steps is None
+    phase = local.Phase(epochs=1 if neither else config.epochs, steps=config.steps)
     falls = jnp.asarray(milestones(config, rounds) or (0,), jnp.int32)
 
     def schedule_fn(round):
@@ -212,32 +227,39 @@ def make_optimizer(
         check_choice(f"option of {field}={name}", option, parameters)
     try:
         optimizer = known[name](learning_rate=learning_rate, **options)
-        trial = {"w": jnp.zeros(2)}
+        trial = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
         jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), trial)
+    except RuntimeError:  # no device: no fault of the optimizer's
+        raise
     except Exception as error:
         raise ValueError(f"{field}={text!r}: {error}") from error
     return optimizer
 
 
 def parse_call(field: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Parses "name" or "name(option=literal, ...)"."""
+    """Parses "name" or "name(option=literal, ...)".
+
+    Raises:
+      ValueError: of another form, or a number among the values is not finite.
+    """
+    options: dict[str, Any] = {}
+    name = None
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id, {}
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and not node.args
-            and all(k.arg for k in node.keywords)
-        ):
-            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-            return node.func.id, options
+        if isinstance(node, ast.Call) and not node.args:
+            options = {k.arg or "": ast.literal_eval(k.value) for k in node.keywords}
+            node = node.func
+        if isinstance(node, ast.Name) and "" not in options:
+            name = node.id
     except (SyntaxError, ValueError):
         pass
-    raise ValueError(
-        f"{field}={text!r} is not of the form name or name(option=value, ...)"
-    )
+    if name is None:
+        raise ValueError(
+            f"{field}={text!r} is not of the form name or name(option=value, ...)"
+        )
+    for option, value in options.items():
+        fields.check_finite(f"{field}={text!r}: {option}", value)
+    return name, options
 
 
 @functools.cache

@@ -79,7 +79,7 @@ MISTAKES = [
     (dict(method__chunk_size=0), "chunk_size=0 must be at least 1"),
     (dict(method__chunk_embedding_size=0), "chunk_embedding_size=0 must be at least 1"),
     (dict(method__embedding_size=0), "embedding_size=0 must be at least 1"),
-    (dict(data__test_fraction=1.5), "test_fraction=1.5 must lie between 0 and 1"),
+    (dict(data__test_fraction=1.5), "data.test_fraction=1.5 must be at least 0 and"),
     (dict(data__eval_fraction=0.0), "eval_fraction=0.0 must lie between 0 and 1"),
     (dict(seed=-1), "seed=-1 must be at least 0"),
     # What the data set cannot give.
@@ -173,6 +173,22 @@ COMMANDS = {
     "no config": ([], "--config is required; see --help"),
     "no such config": (["--config=configs/nothing.py"], "'configs/nothing.py'"),
     "argument": ([f"{DIGITS}:colour=3"], "unknown config argument 'colour'.*alpha"),
+    "empty argument": ([f"{DIGITS}:"], "--config has nothing after the colon"),
+    "argument of no use": ([f"{DIGITS}:data=mnist5k"], "argument 'data'.*alpha"),
+    "argument without value": ([f"{DIGITS}:alpha="], "'alpha=' has no value"),
+    "argument twice": ([f"{DIGITS}:alpha=1,alpha=2"], "'alpha' is given twice"),
+    "nothing for something": (
+        [DIGITS, "--config.rounds=None"],
+        "rounds=None must be a",
+    ),
+    "of no use": (
+        [DIGITS, "--config.server.cohort_size=3"],
+        "server.cohort_size was given and would change nothing: server.sampler='full'",
+    ),
+    "two lengths": (
+        [DIGITS, "--config.local.epochs=2", "--config.local.steps=3"],
+        "local.epochs=2 and local.steps=3 are two lengths",
+    ),
     "stray word": ([DIGITS, "more"], "unexpected argument 'more'"),
     "unknown flag": ([DIGITS, "--rounds=3"], "Unknown command line flag 'rounds'"),
     "method": ([DIGITS, "--config.method.name=fedavgg"], "mean 'fedavg'"),

@@ -144,7 +144,11 @@ def test_personalised_configs_are_sound_and_alike(label, data):
     assert config.data.num_clients == other.data.num_clients == 20
     # Centralised training is one client's, of which an epoch is what a quarter of the
     # users do in four; FedDyn clips and pFedMe has plain SGD, as published.
-    apart = {"pooled", "epochs"} if label == "Centre" else {"clip_norm", "optimizer"}
+    # FedRep counts epochs itself.
+    apart = {
+        "Centre": {"pooled", "epochs"},
+        "FedRep": {"epochs"},
+    }.get(label, {"clip_norm", "optimizer"})
     for group in ("data", "local", "evaluation"):
         ours, theirs = (c[group].to_dict() for c in (config, other))
         differing = {k for k, v in ours.items() if v != theirs[k]}

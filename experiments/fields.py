@@ -1,0 +1,321 @@
+"""What the fields of a config may hold: names, types, bounds, and what goes unused."""
+
+import difflib
+import types
+import typing
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from configs import common
+from hyperjax.errors import check_number
+
+LARGEST = 2**31 - 1  # of counts: they are int32 on the device
+FLOAT32 = 3.4e38
+
+
+class Number(NamedTuple):
+    """A numeric field: type and bounds, see `check_number`."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    whole: bool = False
+    optional: bool = False  # None is a value
+    several: bool = False  # a tuple of such numbers
+
+    def check(self, field: str, value: Any) -> None:
+        """Raises ValueError, by the field's name, for a value that is none."""
+        if self.several and not isinstance(value, tuple):
+            raise ValueError(f"{field}={value!r} must be a tuple of numbers")
+        bounds = self._asdict()
+        del bounds["optional"], bounds["several"]
+        for number in value if self.several else (value,):
+            if number is None and self.optional:
+                continue
+            check_number(**bounds, **{field: number})
+            _check_representable(field, number)
+
+
+def _count(at_least: int, **more) -> Number:
+    return Number(at_least=at_least, at_most=LARGEST, whole=True, **more)
+
+
+RATE, FRACTION = Number(at_least=0), Number(at_least=0, below=1)
+SEEDS = 2**32  # of JAX's keys
+
+NUMBERS: dict[str, Number] = {
+    "seed": Number(at_least=0, below=SEEDS, whole=True),
+    "rounds": _count(0),
+    "data.shrink": _count(1),
+    "data.seed": Number(at_least=-1, below=SEEDS, whole=True),
+    "data.num_clients": _count(1),
+    "data.num_novel": _count(0),
+    "data.alpha": Number(above=0),
+    "data.min_size": _count(1),
+    "data.classes_per_client": _count(0),
+    "data.test_fraction": FRACTION,
+    "data.eval_fraction": FRACTION,
+    "data.validation_fraction": FRACTION,
+    "model.hidden": _count(1, several=True),
+    "local.epochs": _count(0, optional=True),
+    "local.steps": _count(0, optional=True),
+    "local.batch_size": _count(1),
+    "local.learning_rate": RATE,
+    "local.learning_rate_decay": RATE,
+    "local.milestones": Number(at_least=0, at_most=LARGEST, several=True),
+    "local.milestone_factor": RATE,
+    "local.weight_decay": RATE,
+    "local.clip_norm": Number(above=0, optional=True),
+    "server.learning_rate": RATE,
+    "server.cohort_size": _count(0),
+    "engine.block_size": _count(1),
+    "engine.devices": _count(0),
+    "engine.rounds_per_call": _count(0),
+    "evaluation.every": _count(1),
+    "evaluation.batch_size": _count(1),
+    "evaluation.clients_per_call": _count(1),
+    "evaluation.finetune_epochs": _count(0, several=True),
+    "evaluation.thresholds": Number(at_least=0, at_most=100, several=True),
+    "checkpoint.keep": _count(1),
+}
+# Groups with fields of their own beside the common ones.
+OPEN = ("model", "method")
+
+
+def check(config: Any) -> None:
+    """Checks names, types and bounds of a config's fields; nothing else is looked at.
+
+    NumPy's and JAX's numbers in it become Python's.
+
+    Raises:
+      ValueError: a field is unknown, missing, or holds what it cannot.
+    """
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"a config is {type(config).__name__}; get_config() must return a "
+            "ConfigDict, such as configs.common.defaults() makes"
+        )
+    expected = common.defaults()
+    expected.method = ml_collections.ConfigDict({"name": ""})
+    _check_names(expected, config, "")
+    with config.unlocked(), config.ignore_type():
+        _simplify(config, "")
+    known = flat(expected)
+    for field, value in flat(config).items():
+        if field in NUMBERS:
+            NUMBERS[field].check(field, value)
+        elif field in known:
+            _check_type(field, value, known[field])
+        else:
+            check_finite(field, value)
+    for mark in config.local.milestones:
+        if not isinstance(mark, int) and not 0 < mark < 1:
+            raise ValueError(
+                f"local.milestones has {mark!r}: a milestone must be a whole number of "
+                "rounds, or a fraction of all rounds between 0 and 1"
+            )
+    if config.local.epochs is not None and config.local.steps is not None:
+        raise ValueError(
+            f"local.epochs={config.local.epochs} and local.steps={config.local.steps} "
+            "are two lengths of local training: give one, and None for the other"
+        )
+
+
+def check_option(field: str, value: Any, annotation: Any) -> None:
+    """Checks a value against a parameter's annotation, if that is a plain type.
+
+    Raises:
+      ValueError: it is of another type, or not finite.
+    """
+    union = isinstance(annotation, types.UnionType)
+    kinds = set(typing.get_args(annotation) if union else (annotation,))
+    if not kinds <= {bool, int, float, str, type(None)}:
+        return
+    plain = {bool: bool, str: str, type(None): type(None)}
+    if any(isinstance(value, plain[kind]) for kind in kinds if kind in plain):
+        return
+    if kinds & {int, float}:
+        check_number(whole=float not in kinds, **{field: value})
+    else:
+        names = " or ".join(sorted(_WORDS[kind] for kind in kinds))
+        raise ValueError(f"{field}={value!r} must be {names}")
+
+
+_WORDS = {bool: "True or False", str: "text", type(None): "None", tuple: "a tuple"}
+
+
+def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the fields that a run would not look at, and what makes them idle."""
+    data, local, server, engine = (
+        config[group] for group in ("data", "local", "server", "engine")
+    )
+    shares = data.partition in ("pathological", "class_shares")
+    found: list[tuple[bool, str, tuple[str, ...]]] = [
+        (
+            data.partition != "dirichlet",
+            f"data.partition={data.partition!r}",
+            ("data.alpha", "data.min_size", "data.capped"),
+        ),
+        (
+            not shares,
+            f"data.partition={data.partition!r}",
+            ("data.classes_per_client",),
+        ),
+        (
+            data.partition != "by_client_id",
+            f"data.partition={data.partition!r}",
+            ("data.client_ids",),
+        ),
+        (not local.milestones, "local.milestones=()", ("local.milestone_factor",)),
+        (server.sampler == "full", "server.sampler='full'", ("server.cohort_size",)),
+        (
+            bool(server.sequential),
+            "server.sequential=True",
+            ("engine.mapper", "engine.block_size"),
+        ),
+        (
+            engine.mapper in ("map", "vmap"),
+            f"engine.mapper={engine.mapper!r}",
+            ("engine.block_size",),
+        ),
+        (
+            engine.store != "host",
+            f"engine.store={engine.store!r}",
+            ("engine.memory_map",),
+        ),
+        (not config.start.run, "start.run=''", ("start.take",)),
+        (
+            bool(config.families),
+            f"families={tuple(config.families)}",
+            ("model.name",),
+        ),
+        (
+            "deploy_granularity" not in config.method,
+            f"method.name={config.method.name!r}",
+            ("evaluation.sample_level",),
+        ),
+    ]
+    return {
+        field: reason
+        for holds, reason, fields in reversed(found)
+        if holds
+        for field in fields
+    }
+
+
+def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
+    """Raises ValueError for the first of the given fields that would change nothing."""
+    unused = idle(config)
+    for field in given:
+        if field in unused:
+            raise ValueError(
+                f"{field} was given and would change nothing: {unused[field]} does not "
+                "look at it"
+            )
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns {"a.b": value}."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def unknown(field: str, known: list[str]) -> ValueError:
+    """Returns the error for a field that is not among the known ones."""
+
+    def likeness(other: str) -> float:
+        pairs = [(field, other), (field.split(".")[-1], other.split(".")[-1])]
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    near = [k for k in sorted(known, key=likeness, reverse=True) if likeness(k) > 0.6]
+    group = field.rpartition(".")[0]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    others = near[1:5] or [k for k in known if k.rpartition(".")[0] == group][:5]
+    more = f" (near it: {', '.join(others)})" if others else ""
+    return ValueError(f"config field={field!r} is unknown{hint}{more}")
+
+
+def _check_names(expected: Any, given: Any, prefix: str) -> None:
+    """Refuses unknown and missing fields; groups must be groups."""
+    for name in given:
+        if name not in expected and prefix.rstrip(".") not in OPEN:
+            raise unknown(f"{prefix}{name}", [*flat(common.defaults()), "method.name"])
+    for name, value in expected.items():
+        field = f"{prefix}{name}"
+        is_group = isinstance(value, ml_collections.ConfigDict)
+        if name not in given:
+            names = f"{field}.{next(iter(value))}, ..." if is_group else field
+            raise ValueError(
+                f"the config has no {names}: add it, or change what "
+                "configs.common.defaults() returns instead of replacing it"
+            )
+        if is_group and not isinstance(given[name], ml_collections.ConfigDict):
+            fields = ", ".join(f"{field}.{k}" for k in list(value)[:3])
+            raise ValueError(
+                f"{field}={given[name]!r} must be a group of fields: {fields}, ..."
+            )
+        if is_group:
+            _check_names(value, given[name], f"{field}.")
+
+
+def _simplify(group: ml_collections.ConfigDict, prefix: str) -> None:
+    """Turns other libraries' numbers, and lists, into Python's numbers and tuples."""
+    for name in list(group):
+        value = group[name]
+        if isinstance(value, ml_collections.ConfigDict):
+            _simplify(value, f"{prefix}{name}.")
+            continue
+        plain = _as_python(value)
+        if plain is not value:
+            del group[name]  # and with it the type that the field had
+            group[name] = plain
+
+
+def _as_python(value: Any) -> Any:
+    """The same object if there is nothing to change."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return _as_python(value.tolist())
+    if isinstance(value, list | tuple):
+        items = tuple(_as_python(item) for item in value)
+        same = isinstance(value, tuple) and all(map(lambda a, b: a is b, items, value))
+        return value if same else items
+    return value
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+    """A field that is no number is of its default's type; None: text or None."""
+    kind = str if default is None else type(default)
+    if value is None and default is None:
+        return
+    if not isinstance(value, kind):
+        raise ValueError(f"{field}={value!r} must be {_WORDS[kind]}")
+    if kind is tuple and not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{field}={value!r} must be a tuple of text")
+
+
+def _check_representable(field: str, value: float) -> None:
+    """Finite, also in float32."""
+    if not abs(value) <= FLOAT32:
+        named: dict[str, Any] = {field: value}
+        check_number(at_least=-FLOAT32, at_most=FLOAT32, **named)
+
+
+def check_finite(field: str, value: Any) -> None:
+    """Options of models and methods: their numbers are finite; no other objects."""
+    if isinstance(value, tuple):
+        for item in value:
+            check_finite(field, item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        _check_representable(field, value)
+    elif not isinstance(value, bool | str | None):
+        raise ValueError(
+            f"{field} is {type(value).__name__}; a config holds numbers, text, True, "
+            "False, None, and tuples of these"
+        )
