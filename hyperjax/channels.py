@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
+from hyperjax.errors import check_number
 from hyperjax.types import Algorithm, ClientSide, PyTree
 
 
@@ -39,8 +40,7 @@ def topk(fraction: float) -> Channel:
     Raises:
       ValueError: the fraction is outside (0, 1].
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must lie in (0, 1]")
+    check_number(above=0, at_most=1, fraction=fraction)
 
     def encode_leaf(x):
         flat = x.reshape(-1)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
+from hyperjax.errors import check_number
 from hyperjax.types import Array, PyTree
 
 
@@ -61,7 +62,7 @@ def prox(mu: float) -> Correction:
     Raises:
       ValueError: mu is negative.
     """
-    _check_not_negative("mu", mu)
+    check_number(at_least=0, mu=mu)
 
     def adjust(grads, theta, anchor, sent, c):
         return {k: g + mu * (theta[k] - anchor[k]) for k, g in grads.items()}
@@ -80,8 +81,7 @@ def dyn(alpha: float) -> Correction:
     Raises:
       ValueError: alpha is not positive.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha} must be positive")
+    check_number(above=0, alpha=alpha)
 
     def adjust(grads, theta, anchor, sent, c):
         return {k: g - c[k] + alpha * (theta[k] - anchor[k]) for k, g in grads.items()}
@@ -110,7 +110,8 @@ def scaffold() -> Correction:
     c_k falls by c + (theta - anchor) / (steps x learning rate), and c moves by the
     participating share of clients times the mean change of their c_k. With momentum or
     a schedule the denominator is the weight that the visit's change gives to its
-    gradients, so that the quotient stays a weighted mean of gradients.
+    gradients, so that the quotient stays a weighted mean of gradients. Optimizers whose
+    change is no such sum (Adam and its kin) are refused by `local.trainer`.
     """
 
     def adjust(grads, theta, anchor, sent, c):
@@ -176,11 +177,6 @@ def chain(*corrections: Correction) -> Correction:
         absorb=absorb,
         probe=any(c.probe for c in corrections),
     )
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name}={value} must not be negative")
 
 
 # Name in a config -> correction.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -37,8 +37,10 @@ def check_table(theta: PyTree, num_clients: int, max_gb: float) -> None:
       max_gb: largest size of the table, in 10^9 bytes.
 
     Raises:
-      ValueError: it would take more than `max_gb` (the message names the sizes).
+      ValueError: it would take more than `max_gb` (the message names the sizes), or
+        that is no positive number.
     """
+    check_number(above=0, max_table_gb=max_gb)
     each = tree.num_bytes(theta)
     if num_clients * each > max_gb * 1e9:
         raise ValueError(

@@ -5,7 +5,8 @@ unlike optax's Adam and Yogi there is no bias correction, v starts at tau square
 a given `v0`), and tau is added outside the root. FedAvgM: Hsu et al. 2019
 (arXiv:1909.06335).
 
-All descend along what they are given, so a server feeds minus the mean change.
+All descend along what they are given, so a server feeds minus the mean change. A number
+that is not finite or out of range is a ValueError.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax.errors import check_number
 from hyperjax.types import PyTree
 
 
@@ -29,6 +31,8 @@ def fedavgm(
     learning_rate: float = 1.0, beta: float = 0.9, nesterov: bool = False
 ) -> optax.GradientTransformation:
     """FedAvgM: m = beta m + D, theta += learning_rate m."""
+    check_number(at_least=0, learning_rate=learning_rate)
+    check_number(at_least=0, below=1, beta=beta)
     return optax.sgd(learning_rate, momentum=beta, nesterov=nesterov)
 
 
@@ -50,6 +54,7 @@ def fedadam(
     v0: float | None = None,
 ) -> optax.GradientTransformation:
     """FedAdam: v = b2 v + (1 - b2) D^2."""
+    check_number(at_least=0, at_most=1, b2=b2)
     return _fedopt(learning_rate, b1, tau, v0, lambda v, d2: b2 * v + (1 - b2) * d2)
 
 
@@ -61,6 +66,7 @@ def fedyogi(
     v0: float | None = None,
 ) -> optax.GradientTransformation:
     """FedYogi: v -= (1 - b2) D^2 sign(v - D^2)."""
+    check_number(at_least=0, at_most=1, b2=b2)
     return _fedopt(
         learning_rate, b1, tau, v0, lambda v, d2: v - (1 - b2) * d2 * jnp.sign(v - d2)
     )
@@ -70,6 +76,9 @@ def _fedopt(
     learning_rate: float, b1: float, tau: float, v0: float | None, second: Callable
 ) -> optax.GradientTransformation:
     """m = b1 m + (1 - b1) D; theta += learning_rate m / (sqrt(v) + tau)."""
+    check_number(at_least=0, learning_rate=learning_rate, v0=v0 or 0)
+    check_number(at_least=0, below=1, b1=b1)
+    check_number(above=0, tau=tau)
 
     def init(params):
         start = tau**2 if v0 is None else v0

@@ -104,13 +104,13 @@ def test_a_missing_state_is_an_error():
 
 @pytest.mark.parametrize("mu", [-1e-3, float("nan")])
 def test_bad_mu(mu):
-    with pytest.raises(ValueError, match=f"mu={mu} must not be negative"):
+    with pytest.raises(ValueError, match=f"mu={mu} must be.* at least 0"):
         prox(mu)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_bad_alpha(alpha):
-    with pytest.raises(ValueError, match=f"alpha={alpha} must be positive"):
+    with pytest.raises(ValueError, match=f"alpha={alpha} must be.* positive"):
         dyn(alpha)
 
 

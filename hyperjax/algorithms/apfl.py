@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.types import Algorithm, Model
 
@@ -41,8 +42,7 @@ def apfl(
     Raises:
       ValueError: alpha is outside [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie in [0, 1]")
+    check_number(at_least=0, at_most=1, alpha=alpha)
     template = jax.eval_shape(model.init, jax.random.key(0))
     double = personal.doubled(model)
 

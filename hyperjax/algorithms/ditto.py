@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.types import Algorithm, Model
 
@@ -44,8 +45,7 @@ def ditto(
     Raises:
       ValueError: lam is negative.
     """
-    if not lam >= 0:
-        raise ValueError(f"lam={lam} must not be negative")
+    check_number(at_least=0, lam=lam)
     template = jax.eval_shape(model.init, jax.random.key(0))
     cut = tree.splitter(template, keep)
     double = personal.doubled(model)

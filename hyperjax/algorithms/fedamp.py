@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from hyperjax import corrections, mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 
 
@@ -51,10 +51,8 @@ def fedamp(
         weight could be negative.
     """
     check_at_least(1, num_clients=num_clients)
-    if not (alpha > 0 and sigma > 0 and lam >= 0):
-        raise ValueError(
-            f"alpha={alpha} and sigma={sigma} must be positive, lam={lam} not negative"
-        )
+    check_number(above=0, alpha=alpha, sigma=sigma)
+    check_number(at_least=0, lam=lam)
     if (num_clients - 1) * alpha > sigma:
         raise ValueError(
             f"alpha={alpha} is too large: (num_clients - 1) alpha / sigma = "

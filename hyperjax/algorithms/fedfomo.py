@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.linen import cross_entropy
 from hyperjax.types import (
     Algorithm,
@@ -90,15 +90,14 @@ def fedfomo(
       ValueError: the models would not fit, or a number is out of range.
     """
     check_at_least(1, num_clients=num_clients)
-    if not 0 <= num_models < max(num_clients, 2):
+    check_at_least(0, num_models=num_models)
+    if num_models >= max(num_clients, 2):
         raise ValueError(
-            f"num_models={num_models} must be 0 or more and less than the "
-            f"{num_clients} clients"
+            f"num_models={num_models} must be less than the {num_clients} clients"
         )
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} must lie between 0 and 1"
-        )
+    check_number(at_least=0, at_most=1, epsilon=epsilon)
+    check_number(at_least=0, epsilon_decay=epsilon_decay)
+    check_number(above=0, below=1, validation_fraction=validation_fraction)
     inner = fedavg(model, local=local, **fedavg_options)
     mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
 

@@ -32,7 +32,7 @@ from hyperjax import mixing, tree
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.beside import beside, pattern
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
@@ -120,6 +120,15 @@ def fedgen(
         generator_batch_size=generator_batch_size,
     )
     check_at_least(0, generator_steps=generator_steps)
+    check_number(
+        at_least=0,
+        alpha=alpha,
+        beta=beta,
+        generator_learning_rate=generator_learning_rate,
+        teacher_weight=teacher_weight,
+        diversity_weight=diversity_weight,
+    )
+    check_number(at_least=0, at_most=1, decay=decay)
     check_gives(model, "logits")
     template = jax.eval_shape(model.init, jax.random.key(0))
     tops, _ = tree.splitter({"params": template["params"]}, head).split(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.data import clients
+from hyperjax.errors import check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.types import (
@@ -72,8 +73,7 @@ def fedproto(
     Raises:
       ValueError: lam is negative, or features of two families differ in number.
     """
-    if not lam >= 0:
-        raise ValueError(f"lam={lam} must not be negative")
+    check_number(at_least=0, lam=lam)
     shapes = {name: sizes(model) for name, model in models.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"families differ in classes and features (K, L): {shapes}")

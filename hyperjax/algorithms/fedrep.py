@@ -11,6 +11,7 @@ import functools
 
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
+from hyperjax.errors import check_at_least
 from hyperjax.local import Phase
 from hyperjax.types import Algorithm, Model
 
@@ -35,7 +36,11 @@ def fedrep(
       body_epochs: local epochs of the body (1 for CIFAR-10, 5 for CIFAR-100).
       finetune: patterns of the parameters that fine-tuning moves; None: the head.
       **fedavg_options: of `fedavg`.
+
+    Raises:
+      ValueError: a number of epochs is no whole number of at least 0.
     """
+    check_at_least(0, head_epochs=head_epochs, body_epochs=body_epochs)
     phases = (
         Phase(epochs=head_epochs, train=head),
         Phase(epochs=body_epochs, freeze=head),

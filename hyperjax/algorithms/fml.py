@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.types import Algorithm, Model
 
@@ -43,10 +44,7 @@ def fml(
     Raises:
       ValueError: a weight is outside [0, 1].
     """
-    for name, value in dict(alpha=alpha, beta=beta).items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1]")
-
+    check_number(at_least=0, at_most=1, alpha=alpha, beta=beta)
     small = mixing.smallest(models)
 
     def one(own):

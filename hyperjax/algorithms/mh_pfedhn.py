@@ -26,6 +26,7 @@ import optax
 
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_number
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -79,6 +80,7 @@ def mh_pfedhn(
         is of other families.
     """
     mixing.check_families(models, family_sizes)
+    check_number(above=0, clip_norm=clip_norm)
     server_opt = server_opt or optax.adam(2e-4)
     options = {"bn_stats": "local", **fedavg_options}
     inner = {

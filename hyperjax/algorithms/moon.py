@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.errors import check_number
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.types import Algorithm, Array, Model
@@ -47,10 +48,8 @@ def moon(
       ValueError: mu is negative, the temperature is not positive, or the model has no
         head.
     """
-    if not mu >= 0 or not temperature > 0:
-        raise ValueError(
-            f"mu={mu} must not be negative, temperature={temperature} be positive"
-        )
+    check_number(at_least=0, mu=mu)
+    check_number(above=0, temperature=temperature)
     sizes(model)  # raises where there are no features
 
     def snapshot(ours):

@@ -19,7 +19,7 @@ import optax
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, check_number
 from hyperjax.local import tuner
 from hyperjax.types import Algorithm, Batch, Model
 
@@ -55,8 +55,7 @@ def perfedavg(
     """
     check_choice("order", order, ORDERS)
     check_choice("draws", draws, DRAWS)
-    if not inner_learning_rate >= 0:
-        raise ValueError(f"inner_learning_rate={inner_learning_rate} is negative")
+    check_number(at_least=0, inner_learning_rate=inner_learning_rate)
     rate = inner_learning_rate
 
     def loss(key, variables, batch, context):

@@ -36,7 +36,7 @@ import optax
 
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.hypernets import heads
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -99,11 +99,8 @@ def pfedhn(
     """
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, embedding_size=embedding_size)
-    if not (clip_norm > 0 and weight_decay >= 0):
-        raise ValueError(
-            f"clip_norm={clip_norm} must be positive, weight_decay={weight_decay} not "
-            "negative"
-        )
+    check_number(above=0, clip_norm=clip_norm)
+    check_number(at_least=0, weight_decay=weight_decay)
     size = embedding_size or published_size(num_clients)
     options = {"bn_stats": "local", "clip_kept": not faithful, **fedavg_options}
     models = model if isinstance(model, Mapping) else {"": model}

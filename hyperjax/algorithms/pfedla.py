@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
@@ -75,6 +75,7 @@ def pfedla(
     )
     if sign not in SIGNS:
         raise ValueError(f"sign={sign} must be 1 or -1")
+    check_number(at_least=0, generator_learning_rate=generator_learning_rate)
     inner = fedavg(model, local=local, **fedavg_options)
     theta = mixing.shared(inner)
     layers = mixing.layers(theta)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.types import Algorithm, Model
 
@@ -56,11 +56,11 @@ def pfedme(
             f"finetune={finetune!r}: pfedme cannot tune a part of its personal model, "
             "which follows from all of w; leave it empty"
         )
-    if not lam >= 0 or not 0 <= inner_learning_rate * lam < 2:
+    check_number(at_least=0, lam=lam, inner_learning_rate=inner_learning_rate)
+    if inner_learning_rate * lam >= 2:
         raise ValueError(
-            f"lam={lam} must not be negative, and inner_learning_rate="
-            f"{inner_learning_rate} times lam must be below 2, or the inner steps "
-            "diverge"
+            f"inner_learning_rate={inner_learning_rate} times lam={lam} must be below "
+            "2, or the inner steps diverge"
         )
     rate = inner_learning_rate
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.errors import check_at_least, check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import layers
 from hyperjax.models.linen import masked_mean
 from hyperjax.types import Array
@@ -145,7 +145,7 @@ def distribution_embedding(
       extractor: another linen module with the outputs of `Extractor`.
 
     Raises:
-      ValueError: an unknown choice or a size below 1.
+      ValueError: an unknown choice, a size below 1 or a weight that is not finite.
     """
     for name, value, accepted in (
         ("cv_mode", cv_mode, CV_MODES),
@@ -154,6 +154,7 @@ def distribution_embedding(
     ):
         check_choice(name, value, accepted)
     check_at_least(1, embedding_size=embedding_size)
+    check_number(alpha=alpha, beta=beta)
     module = extractor or Extractor(embedding_size, noise, noise_net)
 
     @jax.jit

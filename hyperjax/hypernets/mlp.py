@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
-from hyperjax.errors import check_at_least, check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.hypernets import layout
 from hyperjax.models import layers
 from hyperjax.types import Array, HyperNet, PyTree
@@ -68,11 +68,11 @@ def chunked_mlp(
       ValueError: a size below 1 or an unknown `out_scale`.
     """
     check_at_least(
-        1,
-        condition_size=condition_size,
-        chunk_embedding_size=chunk_embedding_size,
-        hidden=min(hidden, default=1),
+        1, condition_size=condition_size, chunk_embedding_size=chunk_embedding_size
     )
+    for width in hidden:
+        check_at_least(1, hidden=width)
+    check_number(norm_scale_offset=norm_scale_offset)
     check_at_least(0, chunk_batch_size=chunk_batch_size)
     check_choice("out_scale", out_scale, OUT_SCALES)
     chunks = layout.flat(template, chunk_size)

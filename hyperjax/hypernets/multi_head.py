@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import Dense, torch_uniform
 from hyperjax.types import Array
 
@@ -83,6 +83,7 @@ def multi_head(
         num_layers=num_layers,
         size=min(sizes),
     )
+    check_number(at_least=0, embedding_deviation=embedding_deviation)
     positions = {size: math.ceil(size / output_size) for size in sizes}
     extractor = Extractor(hidden_size, num_layers)
 

@@ -79,5 +79,5 @@ def test_personal_models_stay_off_the_wire():
 
 
 def test_lambda_is_not_negative():
-    with pytest.raises(ValueError, match=r"lam=-1\.0 must not be negative"):
+    with pytest.raises(ValueError, match=r"lam=-1\.0 must be at least 0"):
         ditto(q.model(), local=q.training(), lam=-1.0)

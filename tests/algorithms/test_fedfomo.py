@@ -339,10 +339,16 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
     ("options", "message"),
     [
         (dict(num_clients=0), r"num_clients=0 must be at least 1"),
-        (dict(num_models=4), r"num_models=4 must be 0 or more and less than the 4"),
-        (dict(num_models=-1), r"num_models=-1 must be 0 or more"),
-        (dict(validation_fraction=0.0), r"validation_fraction=0\.0 must lie between"),
-        (dict(validation_fraction=1.0), r"validation_fraction=1\.0 must lie between"),
+        (dict(num_models=4), r"num_models=4 must be less than the 4"),
+        (dict(num_models=-1), r"num_models=-1 must be at least 0"),
+        (
+            dict(validation_fraction=0.0),
+            r"validation_fraction=0\.0 must be positive and below 1",
+        ),
+        (
+            dict(validation_fraction=1.0),
+            r"validation_fraction=1\.0 must be positive and below 1",
+        ),
         (dict(max_table_gb=1e-9), r"4 clients x 2 numbers .* max_table_gb=1e-09"),
     ],
 )

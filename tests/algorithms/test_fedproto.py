@@ -244,5 +244,5 @@ def test_other_networks_of_equal_features_and_bad_weights():
     for name in both:
         costs = comm.cost(comm.describe(families.view(alg, name)))
         assert costs.up_numbers == 15
-    with pytest.raises(ValueError, match=r"lam=-1\.0 must not be negative"):
+    with pytest.raises(ValueError, match=r"lam=-1\.0 must be at least 0"):
         ours(-1.0)

@@ -40,5 +40,5 @@ def test_rate_times_mu_of_one_restarts_every_step_at_the_anchor():
 
 
 def test_mu_is_not_negative():
-    with pytest.raises(ValueError, match=r"mu=-0\.1 must not be negative"):
+    with pytest.raises(ValueError, match=r"mu=-0\.1 must be at least 0"):
         fedprox(q.model(), local=q.training(), mu=-0.1)

@@ -190,5 +190,7 @@ def test_own_statistics_stay_home():
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_weights_outside_the_unit_interval(name, value):
-    with pytest.raises(ValueError, match=rf"{name}={value} must lie in \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=rf"{name}={value} must be.* at least 0 and at most 1"
+    ):
         fml(NETWORKS, local=FULL, family_sizes=FAMILY_SIZES, **{name: value})

@@ -115,7 +115,10 @@ def test_previous_models_stay_off_the_wire():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(mu=-1.0), r"mu=-1\.0 must not"), (dict(temperature=0.0), r"ture=0\.0 be")],
+    [
+        (dict(mu=-1.0), r"mu=-1\.0 must be at least 0"),
+        (dict(temperature=0.0), r"ture=0\.0 must be positive"),
+    ],
 )
 def test_bad_numbers(options, message):
     with pytest.raises(ValueError, match=message):

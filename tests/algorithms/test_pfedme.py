@@ -125,7 +125,7 @@ def test_personal_models_stay_off_the_wire():
     ("options", "message"),
     [
         (dict(inner_steps=0), "inner_steps=0 must be at least 1"),
-        (dict(lam=-1.0), r"lam=-1\.0 must not be negative"),
+        (dict(lam=-1.0), r"lam=-1\.0 must be at least 0"),
         (dict(lam=20.0, inner_learning_rate=0.1), r"inner_learning_rate=0\.1 times"),
         (dict(inner_learning_rate=-0.1), r"inner_learning_rate=-0\.1"),
         (dict(finetune=q.HEAD), "cannot tune a part of its personal model"),

@@ -1,0 +1,65 @@
+"""Numbers that no method can mean, for every numeric option of every method."""
+
+import inspect
+import re
+
+import pytest
+from federated import METHODS, NUM_CLIENTS, ON_NORMS, SMALL, make_local, normed, tiny
+
+from experiments import factories
+from hyperjax import channels, corrections, server_optimizers
+
+INF, NAN = float("inf"), float("nan")
+KINDS = {
+    "float": (NAN, INF, -INF, "0.1"),
+    "float | None": (NAN, INF),
+    "int": (NAN, INF, 1.5, -(10**6)),
+    "int | None": (NAN, 1.5, -(10**6)),
+}
+
+
+def numbers_of(factory):
+    """Names and kinds of a factory's numeric options, handed-on ones included."""
+    found = {}
+    for name, parameter in factories.options_of(factory).items():
+        kind = inspect.formatannotation(parameter.annotation)
+        if kind in KINDS:
+            found[name] = KINDS[kind]
+    return found
+
+
+def refused(build, name, value):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}"):
+        build(**{name: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_of_every_method_is_checked_by_name(method):
+    factory = factories.find_method(method)
+    accepted = factories.options_of(factory)
+    small = {name: x for name, x in SMALL.items() if name in accepted}
+    model = normed() if method in ON_NORMS else tiny().model
+    if factories.needs_families(method):
+        model, small["family_sizes"] = {"a": model}, {"a": NUM_CLIENTS}
+
+    def build(**options):
+        factory(model, local=make_local(), **{**small, **options})
+
+    for name, values in numbers_of(factory).items():
+        for value in values:
+            refused(build, name, value)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        *corrections.CORRECTIONS.values(),
+        *channels.CHANNELS.values(),
+        *server_optimizers.FEDOPT.values(),
+    ],
+    ids=lambda factory: factory.__name__,
+)
+def test_so_are_those_of_what_a_method_is_put_together_from(factory):
+    for name, values in numbers_of(factory).items():
+        for value in values:
+            refused(factory, name, value)
