@@ -15,6 +15,6 @@ def get_config(arg: str = ""):
         name="fml",
         alpha=0.5,
         beta=0.5,
-        bn_stats="local",
+        bn_stats="average",  # of the shared network; the own one's stay at home
     )
     return config

@@ -14,6 +14,5 @@ def get_config(arg: str = ""):
     config.method = dict(
         name="lg_fedavg",
         share=r"params/head/.*",
-        bn_stats="local",
     )
     return config

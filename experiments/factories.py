@@ -90,11 +90,14 @@ def make_correction(texts: str | Sequence[str]) -> corrections.Correction:
 
 
 def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
-    """Returns what a factory takes or hands on: `**x_options` are those of x."""
+    """Returns what a factory takes or hands on: `**x_options` are those of x.
+
+    Its own defaults count, not those of what it hands the same option on to.
+    """
     found = dict(inspect.signature(factory).parameters)
     for name in [k for k, p in found.items() if p.kind is p.VAR_KEYWORD]:
         del found[name]
-        found |= options_of(find_method(name.removesuffix("_options")))
+        found = options_of(find_method(name.removesuffix("_options"))) | found
     return found
 
 

@@ -15,17 +15,20 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.types import Algorithm, Model, PyTree
 
 
-def fedbn(model: Model, *, local, **fedavg_options) -> Algorithm:
+def fedbn(
+    model: Model, *, local, bn_stats: str = "local", **fedavg_options
+) -> Algorithm:
     """Returns FedBN; without normalisation layers it is FedAvg.
 
     Args:
       model: what is trained.
       local: builds a training loop, see `fedavg`.
+      bn_stats: as in `fedavg`.
       **fedavg_options: of `fedavg`.
     """
     template = jax.eval_shape(model.init, jax.random.key(0))
-    options = {"bn_stats": "local", **fedavg_options}
-    return fedavg(model, local=local, keep=normalisation(template), **options)
+    keep = normalisation(template)
+    return fedavg(model, local=local, keep=keep, bn_stats=bn_stats, **fedavg_options)
 
 
 def normalisation(variables: PyTree) -> tuple[str, ...]:

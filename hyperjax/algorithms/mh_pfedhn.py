@@ -56,6 +56,7 @@ def mh_pfedhn(
     clip_norm: float = 50.0,
     share_heads: bool = True,
     freeze: Sequence[str] = (),
+    bn_stats: str = "local",
     **fedavg_options,
 ) -> Algorithm:
     """Returns MH-pFedHN.
@@ -73,6 +74,7 @@ def mh_pfedhn(
       clip_norm: bound on the norm of the gradient, over all that received some.
       share_heads: False gives every family a head of its own (ablation).
       freeze: patterns of paths in phi that do not move.
+      bn_stats: "local"; what a hypernetwork emits has no running statistics.
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
@@ -82,7 +84,7 @@ def mh_pfedhn(
     mixing.check_families(models, family_sizes)
     check_number(above=0, clip_norm=clip_norm)
     server_opt = server_opt or optax.adam(2e-4)
-    options = {"bn_stats": "local", **fedavg_options}
+    options = {"bn_stats": bn_stats, **fedavg_options}
     inner = {
         name: fedavg(model, local=local, **options) for name, model in models.items()
     }

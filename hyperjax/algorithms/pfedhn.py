@@ -73,6 +73,7 @@ def pfedhn(
     clip_norm: float = 50.0,
     faithful: bool = False,
     freeze: Sequence[str] = (),
+    bn_stats: str = "local",
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedHN.
@@ -91,6 +92,7 @@ def pfedhn(
       faithful: momentum and decay move all embeddings at every step, and what a client
         keeps is not clipped.
       freeze: patterns of paths in phi that do not move.
+      bn_stats: "local"; what a hypernetwork emits has no running statistics.
       **fedavg_options: of `fedavg`, for the clients: `keep`, `persist_optimizer`, ...
 
     Raises:
@@ -102,7 +104,7 @@ def pfedhn(
     check_number(above=0, clip_norm=clip_norm)
     check_number(at_least=0, weight_decay=weight_decay)
     size = embedding_size or published_size(num_clients)
-    options = {"bn_stats": "local", "clip_kept": not faithful, **fedavg_options}
+    options = {"bn_stats": bn_stats, "clip_kept": not faithful, **fedavg_options}
     models = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping):
         mixing.check_families(models, family_sizes, num_clients)
