@@ -210,17 +210,9 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
     """Deals it out."""
     data = config.data
-    options: dict[str, Any] = {
-        "iid": {},
-        "dirichlet": dict(alpha=data.alpha, min_size=data.min_size, capped=data.capped),
-        "pathological": dict(classes_per_client=data.classes_per_client),
-        "class_shares": dict(classes_per_client=data.classes_per_client),
-        "class_draws": dict(classes_per_client=data.classes_per_client),
-        "by_client_id": {},
-    }[data.partition]
-    client_ids = None
-    if data.partition == "by_client_id":
-        client_ids = _load_ids(data.client_ids)
+    options = {name: data[name] for name in fields.PARTITIONS[data.partition]}
+    if "client_ids" in options:
+        options["client_ids"] = _load_ids(data.client_ids)
     federation = federations.federate(
         source,
         num_clients=data.num_clients,
@@ -231,7 +223,6 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         eval_fraction=data.eval_fraction,
         validation_fraction=data.validation_fraction,
         stratified=data.stratified,
-        client_ids=client_ids,
         **options,
     )
     if data.newcomers:

@@ -80,6 +80,15 @@ NUMBERS: dict[str, Number] = {
     "evaluation.thresholds": Number(at_least=0, at_most=100, several=True),
     "checkpoint.keep": _count(1),
 }
+# Partition -> the fields of `data` that it takes.
+PARTITIONS: dict[str, tuple[str, ...]] = {
+    "iid": (),
+    "dirichlet": ("alpha", "min_size", "capped"),
+    "pathological": ("classes_per_client",),
+    "class_shares": ("classes_per_client",),
+    "class_draws": ("classes_per_client",),
+    "by_client_id": ("client_ids",),
+}
 # Groups with fields of their own beside the common ones.
 OPEN = ("model", "method")
 
@@ -148,61 +157,33 @@ _WORDS = {bool: "True or False", str: "text", type(None): "None", tuple: "a tupl
 
 def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the fields that a run would not look at, and what makes them idle."""
-    data, local, server, engine = (
-        config[group] for group in ("data", "local", "server", "engine")
-    )
-    shares = data.partition in ("pathological", "class_shares")
-    found: list[tuple[bool, str, tuple[str, ...]]] = [
-        (
-            data.partition != "dirichlet",
-            f"data.partition={data.partition!r}",
-            ("data.alpha", "data.min_size", "data.capped"),
-        ),
-        (
-            not shares,
-            f"data.partition={data.partition!r}",
-            ("data.classes_per_client",),
-        ),
-        (
-            data.partition != "by_client_id",
-            f"data.partition={data.partition!r}",
-            ("data.client_ids",),
-        ),
-        (not local.milestones, "local.milestones=()", ("local.milestone_factor",)),
-        (server.sampler == "full", "server.sampler='full'", ("server.cohort_size",)),
-        (
-            bool(server.sequential),
-            "server.sequential=True",
-            ("engine.mapper", "engine.block_size"),
-        ),
-        (
-            engine.mapper in ("map", "vmap"),
-            f"engine.mapper={engine.mapper!r}",
-            ("engine.block_size",),
-        ),
-        (
-            engine.store != "host",
-            f"engine.store={engine.store!r}",
-            ("engine.memory_map",),
-        ),
-        (not config.start.run, "start.run=''", ("start.take",)),
-        (
-            bool(config.families),
-            f"families={tuple(config.families)}",
-            ("model.name",),
-        ),
-        (
-            "deploy_granularity" not in config.method,
-            f"method.name={config.method.name!r}",
-            ("evaluation.sample_level",),
-        ),
-    ]
-    return {
-        field: reason
-        for holds, reason, fields in reversed(found)
-        if holds
-        for field in fields
-    }
+    server, engine = config.server, config.engine
+    taken = PARTITIONS.get(config.data.partition, ())
+    found: dict[str, str] = {}
+
+    def note(reason: str, *names: str) -> None:
+        found.update(dict.fromkeys(names, reason))
+
+    for name in {name for names in PARTITIONS.values() for name in names}:
+        if name not in taken:
+            note(f"data.partition={config.data.partition!r}", f"data.{name}")
+    if not config.local.milestones:
+        note("local.milestones=()", "local.milestone_factor")
+    if server.sampler == "full":
+        note("server.sampler='full'", "server.cohort_size")
+    if server.sequential:
+        note("server.sequential=True", "engine.mapper", "engine.block_size")
+    elif engine.mapper in ("map", "vmap"):
+        note(f"engine.mapper={engine.mapper!r}", "engine.block_size")
+    if engine.store != "host":
+        note(f"engine.store={engine.store!r}", "engine.memory_map")
+    if not config.start.run:
+        note("start.run=''", "start.take")
+    if config.families:
+        note(f"families={tuple(config.families)}", "model.name")
+    if "deploy_granularity" not in config.method:
+        note(f"method.name={config.method.name!r}", "evaluation.sample_level")
+    return found
 
 
 def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:

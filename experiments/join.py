@@ -21,7 +21,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from experiments import build, cli, factories, saved, train, workdir
+from experiments import build, cli, factories, fields, saved, train, workdir
 from hyperjax.algorithms.pfedhn import published_size
 
 PHI = "phi/"  # where methods with a hypernetwork on the server keep it
@@ -62,7 +62,7 @@ def joining(
         )
     # The same federation, but draws of their own: client 0 is another one now.
     config.data.seed = config.seed if config.data.seed < 0 else config.data.seed
-    config.seed += NEW_SEED
+    config.seed = (config.seed + NEW_SEED) % fields.SEEDS
     config.data.newcomers = True
     config.server.cohort_size = min(config.server.cohort_size, config.data.num_novel)
     config.start = dict(run=path, take=(f"{PHI}.*",))

@@ -11,6 +11,7 @@ from test_build import CONFIGS
 
 from configs import common, fedavg_mnist, hyperfedzero_mnist, pfedhn_cifar10
 from experiments import build, cli, factories, fields
+from hyperjax.data import partition
 
 NAN, INF = float("nan"), float("inf")
 
@@ -241,6 +242,14 @@ def test_given_fields_that_nothing_looks_at_are_refused():
         assert used not in fields.idle(changed(config, field, value))
     known = fields.flat(common.defaults())
     assert set(idle) <= set(known)
+
+
+def test_partitions_take_the_fields_named_after_their_options():
+    assert set(fields.PARTITIONS) == set(partition.PARTITIONERS)
+    for name, taken in fields.PARTITIONS.items():
+        parameters = inspect.signature(partition.PARTITIONERS[name]).parameters
+        needed = {k for k, p in parameters.items() if p.default is p.empty}
+        assert needed - {"rng", "y", "num_clients"} <= set(taken) <= set(parameters)
 
 
 VALUES = {
