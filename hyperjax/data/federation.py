@@ -206,7 +206,7 @@ def federate(
     counts = partition.class_counts(source.y, parts, source.num_classes)
     unassigned = len(rest) - int(counts.sum())
     if unassigned > _MANY_UNASSIGNED * len(rest):
-        _warn(source, y, counts, partition_name)
+        _warn(source, y, counts, partition_name, options.get("client_ids"), everyone)
 
     def split(parts, fraction):
         labels = (source.y[part] if stratified else None for part in parts)
@@ -271,22 +271,32 @@ def save_tables(federation: Federation, path: str | Path) -> None:
     os.replace(part, path)
 
 
-def _warn(source: Source, y: np.ndarray, counts: np.ndarray, name: str) -> None:
+def _warn(
+    source: Source,
+    y: np.ndarray,
+    counts: np.ndarray,
+    name: str,
+    client_ids: np.ndarray | None,
+    num_clients: int,
+) -> None:
     """Says how much of the samples with labels `y` belongs to no client."""
     from absl import logging
 
     dealt, there = counts.sum(axis=0), np.bincount(y, minlength=source.num_classes)
     left = there.sum() - dealt.sum()
     unused = [source.label_names[k] for k in np.flatnonzero((dealt == 0) & (there > 0))]
-    classes = ""
+    more = ""
+    if client_ids is not None:
+        distinct = len(np.unique(client_ids))
+        more += f"; {distinct - num_clients} of {distinct} client_ids are not drawn"
     if unused:
-        shown = ", ".join(map(str, unused[:5])) + ", ..." * (len(unused) > 5)
-        classes = f"; no client has any of {len(unused)} classes ({shown})"
+        shown = ", ".join(unused[:5]) + ", ..." * (len(unused) > 5)
+        more += f"; no client has any of {len(unused)} classes ({shown})"
     logging.warning(
         "%s of the %s samples of %r that partition=%r could deal out (%.1f %%) belong "
         "to no client%s.",
         *(f"{left:,}", f"{there.sum():,}", source.name, name),
-        *(100 * left / there.sum(), classes),
+        *(100 * left / there.sum(), more),
     )
 
 

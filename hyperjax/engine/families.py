@@ -74,6 +74,10 @@ def families(names_of_clients: Mapping[str, np.ndarray] | int) -> Families:
         everybody = np.arange(names_of_clients, dtype=np.int32)
         return Families((ALONE,), {ALONE: everybody}, 0 * everybody, everybody)
     names = tuple(sorted(names_of_clients))
+    for name in names:
+        kind = np.asarray(names_of_clients[name]).dtype
+        if len(names_of_clients[name]) and kind.kind not in "iu":
+            raise ValueError(f"members of family {name!r} are {kind}, not integers")
     members = {name: np.sort(names_of_clients[name]).astype(np.int32) for name in names}
     everyone = np.concatenate([members[name] for name in names])
     num = len(everyone)

@@ -1,7 +1,8 @@
 """Who takes part when, and many rounds in one compiled call."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
 
     `members` are the clients of each family, or how many there are without families.
     """
-    groups = members if isinstance(members, Families) else families.families(members)
+    groups = _groups(members)
     rows, seen = {}, {}
     for name in groups.names:
         messages = comm.describe(families.view(alg, name))
@@ -41,6 +42,10 @@ def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
             lambda s=spec, n=num: stores.zeros(s, n)
         )
     return Carry(messages.server, families.pack(alg, rows), families.pack(alg, seen))
+
+
+def _groups(members: Families | Mapping[str, np.ndarray] | int) -> Families:
+    return members if isinstance(members, Families) else families.families(members)
 
 
 def sample(name: str, key: Key, num_clients: int, cohort_size: int) -> Array:
@@ -84,7 +89,7 @@ def simulator(
     *,
     weight: np.ndarray,
     cohort_size: int,
-    members: Families | None = None,
+    members: Families | Mapping[str, np.ndarray] | None = None,
     sampler: str = "full",
     sequential: bool = False,
     mapper: str | int = "map",
@@ -100,7 +105,7 @@ def simulator(
       pool: the samples.
       weight: [N] aggregation weights, not negative and not all zero, registered once.
       cohort_size: C; ignored by the sampler "full".
-      members: who belongs to which family, for methods with families.
+      members: the clients of each family by its name, for methods with families.
       sampler: "full" or "uniform".
       sequential: the clients of a round come one after another, in random order, each
         in an exchange of its own, so that the server steps after every client; then
@@ -138,7 +143,7 @@ def simulator(
             ids = jax.random.permutation(rng.stream(key, "order"), ids)
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
-    groups = families.families(num_clients) if members is None else members
+    groups = _groups(num_clients if members is None else members)
     if set(groups.names) != set(families.clients(alg)):
         raise ValueError(
             f"the method has the families {sorted(families.clients(alg))}, the clients "
@@ -181,7 +186,7 @@ def simulator(
         mesh=mesh,
     )
     built = _on_device(parts) if store == "device" else _on_host(parts, store_dir)
-    return _with_checks(built, must_donate=store_dir is not None)
+    return _with_checks(built, alg, groups, must_donate=store_dir is not None)
 
 
 def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
@@ -230,21 +235,23 @@ def _checked_weight(weight: Any, num_clients: int) -> Array:
     return jnp.asarray(given, jnp.float32)
 
 
-def _with_checks(simulator: "Simulator", must_donate: bool) -> "Simulator":
-    """Roots become keys, rounds are counted, carries survive unless donated."""
+def _with_checks(
+    simulator: "Simulator", alg: Algorithm, groups: Families, must_donate: bool
+) -> "Simulator":
+    """Roots become keys, what is given is checked, carries survive unless donated."""
+
+    @functools.cache
+    def template():
+        return abstract_carry(alg, groups)
 
     def run(root, carry, start, num_rounds, donate=False):
         check_at_least(0, start=start)
         check_at_least(1, num_rounds=num_rounds)
+        _check_carry(carry, template())
         if must_donate and not donate:
             raise ValueError(
                 "a memory-mapped store is changed in place: say donate=True, and go on "
                 "with the carry that comes back"
-            )
-        if not isinstance(carry, Carry):
-            raise ValueError(
-                f"carry is {type(carry).__name__}; accepted: what init, load or run "
-                "returned"
             )
         if not donate:
             carry = jax.tree.map(lambda x: x.copy(), carry)
@@ -255,6 +262,26 @@ def _with_checks(simulator: "Simulator", must_donate: bool) -> "Simulator":
         run=run,
         visits=lambda root, rounds: simulator.visits(rng.root_key(root), rounds),
     )
+
+
+def _check_carry(carry: Any, template: Carry) -> None:
+    """Refuses the state of another method or population, or one that was donated."""
+    accepted = "accepted: what init, load or run of this simulator returned"
+    if not isinstance(carry, Carry):
+        raise ValueError(f"carry is {type(carry).__name__}; {accepted}")
+    structure: Any = jax.tree.structure(carry)
+    if structure != jax.tree.structure(template):
+        raise ValueError(f"carry is the state of another method; {accepted}")
+    specs = jax.tree.leaves_with_path(template)
+    for (path, spec), x in zip(specs, jax.tree.leaves(carry), strict=True):
+        where = f"carry{jax.tree_util.keystr(path)}"
+        if x.shape != spec.shape or x.dtype != spec.dtype:
+            raise ValueError(
+                f"{where} is {x.dtype} {x.shape}, not {spec.dtype} {spec.shape}: it is "
+                f"that of other clients or another network; {accepted}"
+            )
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise ValueError(f"{where} was donated to an earlier run; {accepted}")
 
 
 class _Parts(NamedTuple):

@@ -282,6 +282,17 @@ def test_samples_of_nobody_are_warned_of_and_saved(caplog, tmp_path):
         assert saved["unassigned"] == found.unassigned
 
 
+def test_writers_who_are_not_drawn_are_warned_of(caplog):
+    ids = np.arange(600) % 20
+    found = deal(
+        partition_name="by_client_id", client_ids=ids, num_clients=6, num_novel=2
+    )
+    assert found.unassigned == 480 - found.counts.sum() > 200
+    (message,) = (r.getMessage() for r in caplog.records)
+    assert f"{found.unassigned} of the 480 samples" in message
+    assert "12 of 20 client_ids are not drawn" in message
+
+
 def test_crumbs_are_not_warned_of(caplog):
     found = deal(partition_name="pathological", num_clients=5, classes_per_client=5)
     assert found.unassigned == 0

@@ -109,6 +109,11 @@ def test_everybody_belongs_somewhere_and_families_have_members(members, message)
         families.families(members)
 
 
+def test_members_are_whole_numbers():
+    with pytest.raises(ValueError, match="members of family 'a' are float64"):
+        families.families({"a": np.array([0.0, 1.7]), "b": np.array([2])})
+
+
 def test_without_families_all_are_one():
     found = families.families(3)
     cohort = cohort_of([2, 0], width=4, num=3)

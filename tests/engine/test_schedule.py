@@ -111,8 +111,22 @@ def test_rounds_are_whole_numbers(arguments, match):
     sim = simulator("device")
     with pytest.raises(ValueError, match=match):
         sim.run(ROOT, sim.init(ROOT), *arguments)
-    with pytest.raises(ValueError, match="carry is tuple; accepted: what init"):
-        sim.run(ROOT, (1, 2), 0, 1)
+
+
+def test_a_state_of_something_else_is_refused():
+    sim = simulator("device")
+    carry = sim.init(ROOT)
+    few = jax.tree.map(lambda x: x[:5], carry.rows)
+    gone = sim.init(ROOT)
+    sim.run(ROOT, gone, 0, 2, donate=True)
+    for given, match in (
+        ((1, 2), "carry is tuple; accepted: what init"),
+        (carry._replace(server=()), "carry is the state of another method"),
+        (carry._replace(rows=few), r"carry\.rows.* \(5, .*that of other clients"),
+        (gone, "was donated to an earlier run"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sim.run(ROOT, given, 0, 2)
 
 
 def table(**fields):
