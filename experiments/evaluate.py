@@ -38,9 +38,10 @@ def load_run(path: str) -> Run:
 
     Raises:
       ValueError: there is no run, no intact checkpoint in it, or its method serves
-        nobody without training.
+        nobody without training; JAX has settings with which other numbers are drawn.
     """
     run = saved.load(path)
+    workdir.check_settings(run.folder, workdir.read(run.folder))
     if not isinstance(run.algorithm.client, ClientSide):
         method = run.config.method.name
         join = "; `python -m experiments.join` trains an embedding for unseen clients"

@@ -192,8 +192,8 @@ def _undo(workdir: Path, absent: list[Path], had_lock: bool) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             _remove(path)
-    for part in workdir.glob(".*part*"):
-        _remove(part)
+    for name in (*(f".{name}.part" for name in _BEGINNINGS), f".part-{PARTITION}"):
+        _remove(workdir / name)
     if not had_lock:
         _remove(workdir / LOCK)
     _remove_empty(absent)
@@ -268,6 +268,15 @@ def compare(workdir: Path, config: ml_collections.ConfigDict) -> None:
             f"workdir={str(workdir)!r} was made by another config; give a new folder "
             f"or the same values. Differing: {_listed(refused, 'given')}"
         )
+    check_settings(workdir, record)
+
+
+def check_settings(workdir: Path, record: Mapping[str, Any]) -> None:
+    """Refuses settings of JAX that draw or multiply otherwise than a run's did.
+
+    Raises:
+      ValueError: naming the settings; `record` is the content of its config.json.
+    """
     other = _differing(record.get("settings", {}), settings(), only_known=True)
     if other:
         hints = ", ".join(f"{k.upper()}={v[0]}" for k, v in other.items())

@@ -9,20 +9,26 @@ import jax
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
 
-# Settings of JAX under which nothing here can run, and the values that it can.
-_ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
+_GUARDED = (("disallow", "disallow_explicit"), "data and results are moved as needed")
+# Settings of JAX, the values under which nothing here can run, and why.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "jax_enable_x64": (
-        (False,),
+        (True,),
         "states, messages and data are float32 and int32 throughout",
     ),
     "jax_numpy_dtype_promotion": (
-        ("standard",),
+        ("strict",),
         "products of counts and float32 numbers rely on promotion",
     ),
     "jax_numpy_rank_promotion": (
-        ("allow", "warn"),
+        ("raise",),
         "biases and masks rely on broadcasting",
     ),
+    "jax_transfer_guard": _GUARDED,
+    "jax_transfer_guard_host_to_device": _GUARDED,
+    "jax_transfer_guard_device_to_host": _GUARDED,
+    "jax_no_tracing": ((True,), "programs are traced"),
+    "jax_no_execution": ((True,), "programs are run"),
 }
 
 
@@ -38,12 +44,12 @@ def check_jax() -> None:
       ValueError: a setting has a value that programs cannot be traced under, or JAX
         finds none of the devices that it was told to use.
     """
-    for name, (accepted, reason) in _ACCEPTED.items():
+    for name, (refused, reason) in _REFUSED.items():
         value = setting(name)
-        if value not in accepted:
+        if value in refused:
             raise ValueError(
-                f"{name.upper()}={value} (a setting of JAX, of the environment or of "
-                f"jax.config): {reason}; accepted: {', '.join(map(str, accepted))}"
+                f"{name.upper()}={value}, a setting of JAX, does not go with hyperjax: "
+                f"{reason}. Unset it in the environment or in jax.config"
             )
     try:
         jax.local_devices()

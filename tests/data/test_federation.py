@@ -343,3 +343,23 @@ def test_crumbs_are_not_warned_of(caplog):
 def test_what_cannot_be_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         deal(**options)
+
+
+def test_digests_tell_pixels_labels_and_shares_apart():
+    federation = deal()
+    before = federations.digests(federation)
+    x, y = np.array(federation.pool.x), np.array(federation.pool.y)
+    x.flat[3] ^= 1
+    y[3] ^= 1
+    rows = federation.train.rows.copy()
+    rows[0, 0] ^= 1
+    pool = federation.pool
+    others = {
+        "pixels": federation._replace(pool=pool._replace(x=x)),
+        "labels": federation._replace(pool=pool._replace(y=y)),
+        "partition": federation._replace(train=federation.train._replace(rows=rows)),
+    }
+    for part, other in others.items():
+        after = federations.digests(other)
+        assert [k for k in before if before[k] != after[k]] == [part]
+    assert federations.digests(deal()) == before

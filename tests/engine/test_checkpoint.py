@@ -1,8 +1,11 @@
 """Checkpoints: exact, never half there, never trusted without a look."""
 
+import errno
+import io
 import json
 import logging
 import os
+import shutil
 
 import chex
 import jax
@@ -177,6 +180,94 @@ def test_a_kill_while_writing_leaves_the_old_text(function, tmp_path, monkeypatc
     assert all(p.name.startswith(".") for p in tmp_path.iterdir() if p != path)
     checkpoint.write_atomically(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_file_system_without_fsync_may_refuse_it(number, tmp_path, monkeypatch):
+    def refuse(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checkpoint.write_atomically(tmp_path / "a.json", "new")
+    else:
+        checkpoint.write_atomically(tmp_path / "a.json", "new")
+        assert (tmp_path / "a.json").read_text() == "new"
+
+
+def test_text_is_utf8_and_bytes_that_are_no_text_are_shown(tmp_path):
+    checkpoint.write_atomically(tmp_path / "a.html", "93 ± 1 \udcc3")
+    assert (tmp_path / "a.html").read_bytes() == b"93 \xc2\xb1 1 \\udcc3"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "reason"),
+    [
+        (b"", dict, "Expecting value"),
+        (b'{"a": 1', dict, "Expecting ',' delimiter"),
+        (b"\xff\xfe{}", dict, "can't decode byte"),
+        (b"[]", dict, "it holds no dict"),
+        (b"{}", list, "it holds no list"),
+    ],
+)
+def test_damaged_json_is_named_with_what_to_do(content, kind, reason, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a.json' is not .*{reason}.*; burn it"):
+        checkpoint.read_json(path, "burn it", kind)
+    path.write_text('{"a": "\u00b1"}', encoding="utf-8")
+    assert checkpoint.read_json(path, "burn it") == {"a": "±"}
+    with pytest.raises(FileNotFoundError):
+        checkpoint.read_json(tmp_path / "b.json", "burn it")
+
+
+def npz(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "No data left"),
+        (b"0\n1\n", "pickled"),
+        (b"PK\x03\x04 cut off", "not a zip file"),
+        (npz(a=np.arange(9000))[:9000], "not a zip file"),
+        (npz(a=np.array([1, None], dtype=object)), "Object arrays"),
+        (npz(b=np.arange(3)), "it has no array 'a'"),
+        (npy(np.arange(3)), "it holds one array"),
+    ],
+    ids=["empty", "text", "head", "half", "objects", "another", "npy"],
+)
+def test_damaged_arrays_are_named_with_what_to_do(content, reason, tmp_path):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.npz' is not .*{reason}.*; burn it"):
+        checkpoint.read_npz(path, "burn it", need=("a",))
+    whole = npz(a=np.arange(3), x=np.array([None]))
+    path.write_bytes(whole)
+    found = checkpoint.read_npz(path, "burn it", ("a", "c"), ("a",))
+    assert list(found) == ["a"] and found["a"].tolist() == [0, 1, 2]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_count(tmp_path, monkeypatch):
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, "a file is open elsewhere")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for round in (2, 4, 6):
+        checkpoint.save(tmp_path, round, carry(round), keep=2)
+    assert [p.name[-1] for p in checkpoint.finished(tmp_path)] == ["4", "6"]
+    assert (tmp_path / "round_00000002").is_dir()
 
 
 def test_the_digest_is_written_last(tmp_path, monkeypatch):

@@ -85,6 +85,94 @@ def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
         evaluate.read_images(str(tmp_path / "client.npz"), run)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "No data left"),
+        (b"PK\x03\x04 cut off", "not a zip file"),
+        (b"image,label", "pickled"),
+        (
+            dict(image=np.array([np.zeros((8, 8), np.uint8), None], object)),
+            "Object arr",
+        ),
+        (dict(image=np.zeros((2, 8, 8), np.int64)), r"int64\(2, 8, 8, 1\)"),
+        (dict(image=np.zeros((2, 8, 8, 3), np.uint8)), r"uint8\(2, 8, 8, 3\)"),
+        (dict(image=np.uint8(3)), r"uint8\(\)"),
+        (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros(2)), "float64"),
+        (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.array(["a", "b"])), "<U1"),
+        (
+            dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros((2, 1), int)),
+            "label",
+        ),
+    ],
+)
+def test_files_of_another_kind_are_named(run_folder, tmp_path, content, message):
+    run = evaluate.load_run(str(run_folder))
+    path = tmp_path / "client.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(ValueError, match=f"client.npz'.*{message}"):
+        evaluate.read_images(str(path), run)
+
+
+def test_an_unseen_client_is_not_looked_for_in_other_data(run_folder, monkeypatch):
+    run = evaluate.load_run(str(run_folder))
+    source = build.load_source(run.config.data)
+    for other in (
+        source._replace(x=255 - source.x),
+        source._replace(x=source.x[:100], y=source.y[:100]),
+        source._replace(x=np.repeat(source.x, 3, axis=-1)),
+    ):
+        monkeypatch.setattr(build, "load_source", lambda data, other=other: other)
+        with pytest.raises(ValueError, match="'digits' is not what it was"):
+            evaluate.own_client(run, 12)
+
+
+def test_a_place_that_cannot_be_written_is_named(run_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+
+    def serve(*args):
+        raise ValueError("not like this")
+
+    for out, words in (
+        ("file", "out='.*file' is no folder"),
+        ("file/below", "out='.*below' is no folder"),
+        ("new/er", "not like this"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "serve", serve)
+            with pytest.raises(ValueError, match=words):
+                evaluate.main(str(run_folder), None, 12, str(tmp_path / out))
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_of_other_random_numbers_is_not_served(run_folder):
+    now = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        with pytest.raises(ValueError, match="prng_impl: threefry2x32 there"):
+            evaluate.load_run(str(run_folder))
+    finally:
+        jax.config.update("jax_default_prng_impl", now)
+
+
+def test_what_an_older_version_cannot_know_is_filled_in(run_folder, tmp_path):
+    for name in ("partition.npz", "checkpoints"):
+        (tmp_path / name).symlink_to(run_folder / name)
+    record = json.loads((run_folder / "config.json").read_text())
+    for field in ("uplink", "families", "start"):
+        del record["config"][field]
+    record["commit"] = "abc"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert evaluate.load_run(str(tmp_path)).restored.round == 4
+    record["config"]["method"]["gone"] = 3  # an option that there is no more
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"'gone' is unknown.*older .* commit abc"):
+        evaluate.load_run(str(tmp_path))
+
+
 def test_mistakes_are_named(run_folder, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         evaluate.load_run(str(tmp_path))

@@ -235,6 +235,10 @@ def test_config_json_says_what_made_the_run(story):
     )
     assert set(workdir.PACKAGES) == set(record["versions"])
     assert record["versions"]["jax"] == jax.__version__
+    assert record["format"] == workdir.FORMAT and record["history"] == []
+    assert record["settings"]["jax_default_prng_impl"] == "threefry2x32"
+    assert record["data"].keys() == {"pixels", "labels", "partition"}
+    assert all(re.fullmatch("[0-9a-f]{64}", x) for x in record["data"].values())
     assert record["device"] == record["plan"]["device"] == "cpu"
     assert record["plan"]["mapper"] == "map"
     assert record["plan"] == read(story.whole, "summary.json")["plan"]

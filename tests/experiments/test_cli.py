@@ -1,0 +1,109 @@
+"""Flags, paths, cores, and compiled programs that are kept."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+
+from experiments import cli
+
+HOME = os.path.expanduser("~")
+SWITCHES = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--config=~/a.py:x=~", f"--config={HOME}/a.py:x=~"),
+        ("-config=~/a.py", f"-config={HOME}/a.py"),
+        ("--config=configs/a~b.py", "--config=configs/a~b.py"),
+        ("--config.data.name=~/x", "--config.data.name=~/x"),
+        ("--config=~", f"--config={HOME}"),
+    ],
+)
+def test_the_home_folder_of_a_config_is_found(given, expected):
+    assert cli._expand_config(given) == expected
+
+
+def test_path_flags_take_what_people_type(monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    monkeypatch.setattr(
+        cli.flags,
+        "DEFINE",
+        lambda *args, real=flags.DEFINE, **kw: real(*args, flag_values=values, **kw),
+    )
+    cli.define_path("place", None, "A place.")
+    values(["x"])
+    assert values.place is None
+    for given, expected in (
+        ("~/a b/ü/", f"{HOME}/a b/ü/"),
+        ("./x", "./x"),
+        ("~nobody-of-that-name/x", "~nobody-of-that-name/x"),
+    ):
+        values(["x", f"--place={given}"])
+        assert values.place == expected
+    with pytest.raises(flags.IllegalFlagValueError, match="it is empty; give a path"):
+        values(["x", "--place="])
+
+
+def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
+    assert 1 <= cli.num_cores() <= os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert cli.num_cores() == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cli.num_cores() == 1
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    """A home without programs, and JAX as a user finds it."""
+    before = {name: getattr(jax.config, name) for name in SWITCHES}
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_in_the_users_cache(no_cache, monkeypatch):
+    cli.keep_programs()
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    assert folder.parent == no_cache / ".cache" / "hyperjax" and folder.is_dir()
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_cache / "other"))
+    cli.keep_programs()
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    assert folder.parent == no_cache / "other" / "hyperjax"
+
+
+def test_a_folder_of_the_users_choice_stays_and_none_can_be_had(no_cache):
+    jax.config.update("jax_compilation_cache_dir", "/mine")
+    cli.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == "/mine"
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    cli.keep_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert list(no_cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(no_cache, monkeypatch):
+    (no_cache / ".cache").write_text("a file")
+    cli.keep_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+    (no_cache / ".cache").unlink()
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    cli.keep_programs()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_the_oldest_programs_go_first(tmp_path):
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    cli._drop_oldest(tmp_path, most=250)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
