@@ -59,6 +59,10 @@ def serve(run: Run, images: np.ndarray) -> Served:
     Args:
       run: from `load_run`.
       images: [n, H, W, c] uint8.
+
+    Raises:
+      FloatingPointError: outputs for some of them are not finite, so that they have no
+        class.
     """
     alg, facts = run.algorithm, run.facts
     n = len(images)
@@ -92,9 +96,16 @@ def serve(run: Run, images: np.ndarray) -> Served:
         logits = evaluate.predict_all(
             alg.client.model, variables, inputs, num_classes, batch_size
         )
-        return alg.client.model.export(variables), jax.nn.softmax(logits[:n])
+        finite = jnp.all(jnp.isfinite(logits[:n]), -1)
+        return alg.client.model.export(variables), jax.nn.softmax(logits[:n]), finite
 
-    classifier, probability = jax.device_get(deploy(run.restored.carry.server))
+    deployed = jax.device_get(deploy(run.restored.carry.server))
+    classifier, probability, finite = deployed
+    if not finite.all():
+        raise FloatingPointError(
+            f"the network's outputs for {int((~finite).sum())} of {n} inputs are not "
+            "finite, so these have no class; nothing is written"
+        )
     return Served(classifier, probability, probability.argmax(-1).astype(np.int32))
 
 

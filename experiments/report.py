@@ -18,7 +18,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from absl import flags
 
 from experiments import cli, finished, outputs, pages, plots
 from experiments import report_sections as sections
@@ -229,5 +228,5 @@ def main(folders: Sequence[str], out: str | None) -> int:
 
 
 if __name__ == "__main__":
-    _OUT = flags.DEFINE_string("out", None, "File for the page.")
+    _OUT = cli.define_path("out", None, "File for the page.")
     cli.run(lambda *folders: main(folders, _OUT.value), needs=(), takes_arguments=True)

@@ -6,6 +6,7 @@ python -m experiments.train --config=configs/hyperfedzero_mnist.py --workdir=run
 import json
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -390,19 +391,16 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
 
 
 def outcome(summary: dict[str, Any]) -> str:
-    """Returns the accuracies of a run in words."""
-    by_samples = [
-        f"{label} {pages.accuracy(summary[m])}"
-        for m, label in SHOWN.items()
-        if m in summary
-    ]
-    means = [
-        f"{label} {pages.accuracy(summary[f'{m}_mean'])}"
-        for m, label in SHOWN.items()
-        if m != "gacc" and f"{m}_mean" in summary  # the global test set is one client
-    ]
-    means = [f"as means of clients {', '.join(means)}"] if means else []
-    return "; ".join([", ".join(by_samples), *means])
+    """Returns the accuracies of a run in words: by samples, then means over clients."""
+
+    def line(suffix: str, names: Iterable[str]) -> str:
+        there = [name for name in names if name + suffix in summary]
+        return ", ".join(
+            f"{SHOWN[name]} {pages.accuracy(summary[name + suffix])}" for name in there
+        )
+
+    means = line("_mean", [name for name in SHOWN if name != "gacc"])  # one client
+    return line("", SHOWN) + (f"\nmeans over clients: {means}" if means else "")
 
 
 if __name__ == "__main__":

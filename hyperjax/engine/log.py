@@ -79,7 +79,8 @@ class Recorder:
         self._append(TIMING, {"round": record["round"], "seconds": round(seconds, 3)})
         if self._events is not None:
             for name, value in record.items():
-                if name != "round" and isinstance(value, (int, float, np.number)):
+                is_number = isinstance(value, (int, float, np.number))
+                if name != "round" and is_number and math.isfinite(value):
                     self._events.add_scalar(f"eval/{name}", value, record["round"])
             self._events.flush()
 

@@ -84,13 +84,15 @@ def test_reading_leaves_a_torn_line(tmp_path):
 def test_events_are_written(tmp_path):
     recorder = log.Recorder(tmp_path, -1, tensorboard=True)
     recorder.rounds(0, {"loss": np.array([1.0, 0.5]), "image": np.zeros((2, 3))})
-    recorder.evaluation({"round": 2, "zacc": 50.0, "loss": None}, 0.1)
+    values = {"zacc": 50.0, "loss": None, "pacc": float("nan"), "x": np.float32("inf")}
+    recorder.evaluation({"round": 2, **values}, 0.1)
     recorder.close()
     (file,) = (tmp_path / log.EVENTS).iterdir()
     content = file.read_bytes()
     assert content.count(b"train/loss") == 2 and content.count(b"eval/zacc") == 1
     assert b"image" not in content and b"eval/loss" not in content
     assert b"eval/round" not in content
+    assert b"eval/pacc" not in content and b"eval/x" not in content
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,14 @@ def test_the_run_is_read_without_its_data_set(run_folder, monkeypatch):
     images = np.zeros((3, 8, 8, 1), np.uint8)
     served = evaluate.serve(evaluate.load_run(str(run_folder)), images)
     assert served.probability.shape == (3, 10)
+
+
+def test_outputs_that_are_not_finite_are_not_served(run_folder, tmp_path):
+    run = evaluate.load_run(str(run_folder))
+    images, _ = evaluate.own_client(run, 10)
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), run.restored.carry.server)
+    carry = run.restored.carry._replace(server=bad)
+    run = run._replace(restored=run.restored._replace(carry=carry))
+    said = rf"outputs for {len(images)} of {len(images)} inputs are not finite"
+    with pytest.raises(FloatingPointError, match=said):
+        evaluate.serve(run, images)

@@ -182,7 +182,7 @@ def test_rounds_without_an_accuracy_are_passed_over(tmp_path):
 def test_the_outcome_in_words():
     summary = dict(pacc=62.5, pacc_mean=75.0, zacc=None, zacc_mean=None, gacc=1.0)
     assert train.outcome(summary) == (
-        "gACC 1.00, pACC 62.50, zACC -; as means of clients pACC 75.00, zACC -"
+        "gACC 1.00, pACC 62.50, zACC -\nmeans over clients: pACC 75.00, zACC -"
     )
     assert train.outcome(dict(pacc=50.0)) == "pACC 50.00"
 

@@ -213,12 +213,13 @@ def without(record: dict, names) -> dict:
 
 def test_the_result_is_printed_and_progress_goes_to_stderr(story):
     alone, summary = story.results["alone"], read(story.whole, "summary.json")
-    first, last = alone.out.splitlines()
+    first, second, last = alone.out.splitlines()
     assert first.startswith(f"hyperfedzero on digits: gACC {summary['gacc']:.2f}, ")
     means = ", ".join(
         f"{m[:1]}ACC {summary[f'{m}_mean']:.2f}" for m in ("pacc", "zacc")
     )
-    assert first.endswith(f"; as means of clients {means}")
+    assert second == f"means over clients: {means}"
+    assert max(len(first), len(second)) <= 80
     assert last == f"report: {story.whole / 'report.html'}"  # a path to click
     assert "hyperfedzero | reading digits, building hyperfedzero\n" in alone.err
     assert "\x1b" not in alone.err and "\r" not in alone.err
