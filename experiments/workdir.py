@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -79,6 +80,13 @@ def claim(path: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterato
         (the message names them).
     """
     workdir = Path(path).expanduser()
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:  # which the library that writes checkpoints refuses
+        raise ValueError(
+            f"workdir={str(path)!r} has bytes that are no text where file names are "
+            f"{sys.getfilesystemencoding()!r}; set PYTHONUTF8=1, or give another folder"
+        ) from None
     try:
         if workdir.exists() and not workdir.is_dir():
             raise ValueError(f"workdir={str(path)!r} is a file; give a folder")

@@ -807,6 +807,16 @@ def test_the_workdir_must_be_a_folder(tmp_path):
     assert file.read_text() == "mine"
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    """As a narrow locale makes of every name beyond ASCII."""
+    with pytest.raises(ValueError, match=r"no text where file names.*PYTHONUTF8=1"):
+        train.train(small(), os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "café ü").mkdir()
+    with workdir.claim(f"{tmp_path}/café ü/", small()) as folder:
+        assert folder.name == "café ü"
+
+
 def test_foreign_files_are_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):
