@@ -81,11 +81,13 @@ class Cohort(NamedTuple):
 # Sides -----------------------------------------------------------------------------
 
 
-def _cannot_rebuild(sample_shape):
+def cannot_rebuild(sample_shape):
+    """The `with_shape` of a model that has none."""
     raise ValueError("this model cannot be rebuilt for inputs of another shape")
 
 
-def _no_features(variables, batch):
+def no_features(variables, batch):
+    """The `features` of a model that has none."""
     raise ValueError("this model has no layer named 'head' to take the input of")
 
 
@@ -117,14 +119,38 @@ class Model(NamedTuple):
     condition: Callable = lambda variables, inputs: ()
     export: Callable = lambda variables: variables  # -> variables of a plain network
     inspect: Callable = lambda variables, inputs: {}  # -> logged quantities
-    with_shape: Callable = _cannot_rebuild  # (sample_shape) -> the same, rebuilt
+    with_shape: Callable = cannot_rebuild  # (sample_shape) -> the same, rebuilt
     # (variables, batch) -> [B, L], the input of the layer named "head" in `predict`
-    features: Callable = _no_features
+    features: Callable = no_features
     # What a client does to its variables on its first visit (it holds what it received
     # in the place of shared ones), before and after the training of every visit.
     arrive: Callable = lambda key, variables: variables
     visit: Callable = lambda variables: variables
     leave: Callable = lambda variables: variables
+
+    def around(self, *kept: str, **functions) -> "Model":
+        """Returns a model of other variables that has this one inside.
+
+        Every field is either given anew or named among those that are `kept`, since the
+        constructor loses and `_replace` inherits what nobody has thought of.
+
+        Raises:
+          TypeError: a field is neither given nor kept, or both.
+        """
+        named = sorted([*kept, *functions])
+        if named != sorted(self._fields):
+            missing = sorted(set(self._fields) - set(named))
+            raise TypeError(
+                f"a model around another gives each field once or keeps it; missing "
+                f"are {missing}, of {named}"
+            )
+        return self._replace(**functions)
+
+    def check_without(self, wrapper: str, *names: str) -> None:
+        """Raises ValueError if fields that a wrapper cannot carry are not plain."""
+        for name in names:
+            if getattr(self, name) is not self._field_defaults[name]:
+                raise ValueError(f"{wrapper} cannot wrap a model that has its {name!r}")
 
 
 class HyperNet(NamedTuple):

@@ -14,7 +14,7 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
-from hyperjax.types import Algorithm, Model
+from hyperjax.types import Algorithm, Model, cannot_rebuild
 
 
 def apfl(
@@ -76,15 +76,20 @@ def apfl(
         mix = jnp.clip(mix, 0.0, 1.0)
         return {**after, "params": {**after["params"], "mix": mix}}
 
-    both = double._replace(
+    both = double.around(
+        "sample_shape",
+        "context",  # of the shared set
         init=init,
         loss=loss,
         arrive=lambda key, v: with_mix(double.arrive(key, v), v),
         visit=lambda v: with_mix(double.visit(v), v),
         leave=lambda v: with_mix(double.leave(v), v),
         predict=lambda variables, x: model.predict(mixed(variables), x),
+        condition=lambda variables, inputs: model.condition(mixed(variables), inputs),
         export=lambda variables: model.export(mixed(variables)),
-        features=lambda variables, *args: model.features(mixed(variables), *args),
+        inspect=lambda variables, inputs: model.inspect(mixed(variables), inputs),
+        with_shape=cannot_rebuild,
+        features=lambda variables, batch: model.features(mixed(variables), batch),
     )
     home = (*tree.as_patterns(keep), *personal.kept(template), r"params/mix")
     return fedavg(

@@ -50,8 +50,10 @@ from hyperjax.types import (
     PyTree,
     ServerSide,
     Trained,
+    cannot_rebuild,
 )
 
+HOOKS = ("context", "condition", "arrive", "visit", "leave")  # experts have none
 GATE_BATCH = 256  # inputs ranked at a time
 
 
@@ -119,6 +121,7 @@ def fedjets(
     check_at_least(top_k, num_sent=num_sent)
     check_at_least(num_sent, num_experts=num_experts)
     check_gives(model, "logits")
+    model.check_without("fedjets", *HOOKS)
     common_expert = common_expert or model.init
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     nobody = num_experts  # where the number of an expert is asked for
@@ -167,13 +170,24 @@ def fedjets(
         total = value + jnp.where(pinned == nobody, 0.0, named)
         seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
         stats = {**stats, "experts": seen}
-        return total, Trained(stats, {"loss": value}, logits)
+        # A mixture's logits are not those of the one expert that predicts.
+        return total, Trained(stats, {"loss": value})
+
+    def by_the_best(answer, variables, batch):
+        """For each input what the expert says that the gate ranks first, [B, ...]."""
+        scores = rank(variables, batch)[:, variables["stats"]["which"]]
+        answers = jnp.stack([answer(expert) for expert in each(variables)])
+        return answers[jnp.argmax(scores, -1), jnp.arange(len(scores))]
 
     def predict(variables, x):
-        scores = rank(variables, _inputs(x))[:, variables["stats"]["which"]]
-        logits = jnp.stack([model.predict(expert, x) for expert in each(variables)])
-        best = jnp.argmax(scores, -1)
-        return jnp.take_along_axis(logits, best[None, :, None], 0)[0]
+        return by_the_best(
+            lambda expert: model.predict(expert, x), variables, _inputs(x)
+        )
+
+    def features(variables, batch):
+        return by_the_best(
+            lambda expert: model.features(expert, batch), variables, batch
+        )
 
     def shares(variables, data):
         """The gate's mean softmax over a client's inputs, [M]; labels are not read."""
@@ -184,16 +198,35 @@ def fedjets(
         total = clients.fold(step, jnp.zeros(num_experts), data, GATE_BATCH)
         return total / jnp.maximum(data.size, 1)
 
-    whole = Model(model.sample_shape, model.init, loss, predict)
+    def first_gate(common, first):
+        x = jnp.zeros((1, *model.sample_shape), jnp.float32)
+        features = model.features(first, _inputs(x))
+        return network.init(rng.stream(common, "gate"), features)["params"]
+
+    def first_mixture(key):
+        first = common_expert(key)
+        which = jnp.arange(num_sent)
+        own = Own(mixing.table(first, num_sent), which, jnp.int32(nobody))
+        return mixture(own, first_gate(key, first), first)
+
+    whole = model.around(
+        "sample_shape",
+        *HOOKS,
+        init=first_mixture,
+        loss=loss,
+        predict=predict,
+        export=lambda variables: variables,  # there is no single network to speak of
+        inspect=lambda variables, inputs: {},
+        with_shape=cannot_rebuild,
+        features=features,
+    )
     train = local(whole)
 
     # Server ----------------------------------------------------------------------
 
     def init(common):
-        first, x = common_expert(common), jnp.zeros((1, *model.sample_shape))
-        experts = mixing.table(first, num_experts)
-        features = model.features(first, _inputs(x))
-        start = network.init(rng.stream(common, "gate"), features)["params"]
+        first = common_expert(common)
+        experts, start = mixing.table(first, num_experts), first_gate(common, first)
         opt = jax.vmap(server_opt.init)(experts["params"]), server_opt.init(start)
         draw = jax.random.normal(rng.stream(common, "shares"), (num_clients, nobody))
         return State(experts, start, opt, jax.nn.softmax(draw))

@@ -10,6 +10,7 @@ each with the other's predictions fixed. Only the shared one is averaged: client
 may have different networks of their own, and the shared one is the smallest of theirs.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -19,7 +20,9 @@ from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
-from hyperjax.types import Algorithm, Model
+from hyperjax.types import Algorithm, Model, cannot_rebuild
+
+PARTS = ("params", "stats")
 
 
 def fml(
@@ -69,19 +72,20 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
         check_gives(model, "logits")
 
     def part(variables, name):
-        return {k: variables[k][name] for k in ("params", "stats")}
+        return {**variables, **{k: variables[k][name] for k in PARTS}}
+
+    def whole(variables, own, shared):
+        parts = {k: {"own": own[k], "shared": shared[k]} for k in PARTS}
+        return {**variables, **parts}
 
     def init(key):
         key_own, key_shared = jax.random.split(key)
-        parts = {"own": own.init(key_own), "shared": shared.init(key_shared)}
-        return {
-            k: {name: v[k] for name, v in parts.items()} for k in ("params", "stats")
-        }
+        return whole({}, own.init(key_own), shared.init(key_shared))
 
     def loss(key, variables, batch, context):
-        mine, theirs = part(variables, "own"), part(variables, "shared")
-        value, trained = own.loss(key, mine, batch, ())
-        other, others = shared.loss(key, theirs, batch, ())
+        first, second = context
+        value, trained = own.loss(key, part(variables, "own"), batch, first)
+        other, others = shared.loss(key, part(variables, "shared"), batch, second)
         z, z_shared = trained.logits, others.logits
         to_own = distillation(z, jax.lax.stop_gradient(z_shared), batch)
         to_shared = distillation(z_shared, jax.lax.stop_gradient(z), batch)
@@ -91,11 +95,36 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
         info = {**trained.info, "shared_loss": jnp.asarray(other)}
         return total, trained._replace(stats=stats, info=info)
 
-    return Model(
-        sample_shape=own.sample_shape,
+    def mine(hook):
+        return lambda variables, *args: hook(part(variables, "own"), *args)
+
+    def each(*hooks):
+        def run(variables):
+            parts = (part(variables, name) for name in ("own", "shared"))
+            return whole(variables, *(h(v) for h, v in zip(hooks, parts, strict=True)))
+
+        return run
+
+    def arrive(key, variables):
+        hooks = (functools.partial(model.arrive, key) for model in (own, shared))
+        return each(*hooks)(variables)
+
+    def context(variables, data):
+        theirs = shared.context(part(variables, "shared"), data)
+        return own.context(part(variables, "own"), data), theirs
+
+    return own.around(
+        "sample_shape",
         init=init,
         loss=loss,
-        predict=lambda variables, x: own.predict(part(variables, "own"), x),
-        export=lambda variables: part(variables, "own"),
-        features=lambda variables, *args: own.features(part(variables, "own"), *args),
+        predict=mine(own.predict),
+        context=context,
+        condition=mine(own.condition),
+        export=mine(own.export),
+        inspect=mine(own.inspect),
+        with_shape=cannot_rebuild,
+        features=mine(own.features),
+        arrive=arrive,
+        visit=each(own.visit, shared.visit),
+        leave=each(own.leave, shared.leave),
     )

@@ -7,7 +7,7 @@ import jax
 from hyperjax import tree
 from hyperjax.errors import check_choice
 from hyperjax.hypernets.tiles import TileNet
-from hyperjax.types import Model, PyTree
+from hyperjax.types import Model, PyTree, cannot_rebuild
 
 REGENERATE = ("every_step", "per_round")
 EMBEDDING_INITS = ("own", "common")
@@ -39,10 +39,13 @@ def hypernetworked(
         its first visit.
 
     Raises:
-      ValueError: an unknown choice.
+      ValueError: an unknown choice, or a model that changes its variables itself when
+        a client arrives, comes or goes.
     """
     check_choice("regenerate", regenerate, REGENERATE)
     check_choice("embedding_init", embedding_init, EMBEDDING_INITS)
+    # They are for variables that exist only while a network is generated.
+    model.check_without("a hypernetwork", "arrive", "visit", "leave")
     per_round = regenerate == "per_round"
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     cut = tree.splitter(template, [re.escape(path) for path in net.targets])
@@ -71,7 +74,7 @@ def hypernetworked(
         params = variables["params"]
         generated = kernels(params) if generated is None else generated
         whole = cut.merge(generated, params["network"])
-        return {"params": whole, "stats": variables["stats"]}
+        return {**variables, "params": whole}
 
     def in_training(variables):
         if not per_round:
@@ -91,13 +94,17 @@ def hypernetworked(
     def loss(key, variables, batch, context):
         return model.loss(key, in_training(variables), batch, context)
 
-    return Model(
-        sample_shape=model.sample_shape,
+    return model.around(
+        "sample_shape",
+        "leave",
         init=init,
         loss=loss,
         predict=lambda variables, x: model.predict(plain(variables), x),
         context=lambda variables, data: model.context(plain(variables), data),
-        export=plain,
+        condition=lambda variables, inputs: model.condition(plain(variables), inputs),
+        export=lambda variables: model.export(plain(variables)),
+        inspect=lambda variables, inputs: model.inspect(plain(variables), inputs),
+        with_shape=cannot_rebuild,
         features=lambda variables, batch: model.features(plain(variables), batch),
         arrive=arrive,
         visit=visit,

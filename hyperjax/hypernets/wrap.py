@@ -17,7 +17,7 @@ from hyperjax.errors import check_choice
 from hyperjax.hypernets import embedding as embeddings
 from hyperjax.hypernets.embedding import Embedding
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import Array, HyperNet, Model, PyTree, Trained
+from hyperjax.types import Array, HyperNet, Model, PyTree, Trained, cannot_rebuild
 
 GRANULARITIES = ("sample", "batch", "client")
 DEPLOYMENTS = ("client", "sample")
@@ -27,6 +27,7 @@ ENTRIES: dict[str, Callable] = {
     "centred": lambda e: e.shape[-1] * e - 1.0,
     "log_ratio": lambda e: jnp.log(e.shape[-1] * e + 0.05),
 }
+HOOKS = ("arrive", "visit", "leave")
 EMBED_BATCH = 256  # inputs embedded at a time outside training
 NETWORKS_AT_ONCE = 16  # networks generated at a time when each sample has its own
 
@@ -57,7 +58,7 @@ def conditioned(
       enter: key of `ENTRIES`.
 
     Raises:
-      ValueError: an unknown choice.
+      ValueError: an unknown choice, or a model that has a condition or hooks already.
     """
     for name, value, accepted in (
         ("embed_granularity", embed_granularity, GRANULARITIES),
@@ -66,6 +67,7 @@ def conditioned(
     ):
         check_choice(name, value, accepted)
 
+    model.check_without("a condition", "context", "condition", *HOOKS)
     stats = jax.eval_shape(model.init, jax.random.key(0))["stats"]
     if embed_granularity == "sample" and jax.tree.leaves(stats):
         raise ValueError(
@@ -154,7 +156,24 @@ def conditioned(
         mean, spread = moments(variables, inputs)
         return {"embedding": mean, "embedding_entropy": spread}
 
-    return model._replace(
+    def features(variables, batch):
+        e = variables.get("condition", ())
+        if not isinstance(e, tuple):
+            plain, x = bound(variables, e, batch.x)
+            return model.features(plain, batch._replace(x=x))
+        e, _ = embed(_noise_key(eval_noise), variables, batch.x)
+
+        def one(pair):
+            e, alone = pair
+            plain, x = bound(variables, e, alone.x)
+            return model.features(plain, alone._replace(x=x))[0]
+
+        rows = jax.tree.map(lambda leaf: leaf[:, None], batch)
+        return jax.lax.map(one, (e, rows), batch_size=min(NETWORKS_AT_ONCE, len(e)))
+
+    return model.around(
+        "sample_shape",
+        *HOOKS,
         init=init_all,
         loss=loss,
         predict=predict,
@@ -162,7 +181,8 @@ def conditioned(
         condition=condition,
         export=export,
         inspect=inspect,
-        with_shape=Model._field_defaults["with_shape"],
+        with_shape=cannot_rebuild,
+        features=features,
     )
 
 

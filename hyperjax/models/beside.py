@@ -7,7 +7,7 @@ place for what a client remembers of itself or is told by the server.
 from collections.abc import Callable
 from functools import partial
 
-from hyperjax.types import Model, PyTree
+from hyperjax.types import Model, PyTree, cannot_rebuild
 
 
 def split(variables: PyTree, name: str) -> tuple[PyTree, PyTree]:
@@ -65,7 +65,8 @@ def beside(
         value, trained = model.loss(key, ours, batch, context)
         return value, trained._replace(stats={**trained.stats, name: entry})
 
-    return model._replace(
+    return model.around(
+        "sample_shape",
         init=init,
         loss=loss,
         predict=seen(model.predict),
@@ -74,7 +75,7 @@ def beside(
         export=seen(model.export),
         inspect=seen(model.inspect),
         # The entry may depend on the shape in ways that nobody here knows.
-        with_shape=Model._field_defaults["with_shape"],
+        with_shape=cannot_rebuild,
         features=seen(model.features),
         arrive=lambda key, variables: within(partial(model.arrive, key))(variables),
         visit=within(model.visit),

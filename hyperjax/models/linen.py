@@ -1,15 +1,22 @@
 """From a flax.linen module to a `Model`."""
 
-import inspect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax import tree
 from hyperjax.errors import first_line
-from hyperjax.types import Array, Batch, ClientData, Model, Pool, Trained
+from hyperjax.models.passes import (
+    TRIAL,
+    check_samples_apart,
+    check_switches,
+    passes,
+)
+from hyperjax.types import Array, Batch, ClientData, Model, Pool, PyTree, Trained
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -85,87 +92,100 @@ def from_linen(
 ) -> Model:
     """Returns a classification `Model` of a linen module.
 
-    The module maps [B, *input_shape] float32 to logits [B, num_classes]. If its
-    `__call__` has an argument `train`, it is set accordingly; an argument `mask` is the
-    batch's [B] in training and None otherwise. Collections other than "params" become
-    `variables["stats"]`; a "dropout" stream is supplied in training. `features` is the
-    input of the module's layer "head" (path params/head).
+    The module maps [B, *input_shape] float32 to logits [B, num_classes]. Collections
+    other than "params" become `variables["stats"]`. How a module is told that it
+    trains, what its layers are told of padding, and how it draws, is told in `passes`.
+    `features` is the input of the module's layer "head" (path params/head), if it has
+    one.
 
     Raises:
-      ValueError: the module does not accept the shape, or does not return logits of
-        shape [B, num_classes].
+      ValueError: the module does not accept the shape, does not return logits of shape
+        [B, num_classes] or cannot be trained: it needs an argument that is not known,
+        has a switch by another name than those of `SWITCHES`, does not keep what it
+        keeps in one form, or mixes the samples of a batch.
     """
-    accepted = inspect.signature(type(module).__call__).parameters
-    name = type(module).__name__
-
-    def options(train, mask=None):
-        given = {"train": train, "mask": mask}
-        return {k: v for k, v in given.items() if k in accepted}
-
-    def apply(variables, x, train, mask=None, key=None):
-        rngs = {} if key is None else {"dropout": key}
-        collections = {"params": variables["params"], **variables["stats"]}
-        flags = options(train, mask)
-        if train and variables["stats"]:
-            return module.apply(
-                collections, x, rngs=rngs, mutable=list(variables["stats"]), **flags
-            )
-        return module.apply(collections, x, rngs=rngs, **flags), variables["stats"]
-
-    def init(key):
-        x = jnp.zeros((1, *input_shape))
-        collections = dict(module.init(key, x, **options(train=False)))
-        return {"params": collections.pop("params"), "stats": collections}
+    name = f"model {type(module).__name__}"
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{module!r} is not an instance of a flax.linen module")
+    found = passes(module, input_shape)
+    x = jax.ShapeDtypeStruct((*TRIAL.shape, *input_shape), jnp.float32)
+    key = jax.random.key(0)
+    with _named(f"{name} does not accept inputs of shape {tuple(input_shape)}"):
+        variables = jax.eval_shape(found.init, key)
+        predicted = jax.eval_shape(found.run, variables, x)
+    _check_logits(name, predicted.logits, x, num_classes)
+    _check_kinds(name, variables)
+    with _named(f"{name} cannot be trained"):
+        mask = jnp.asarray(TRIAL)
+        trained = jax.eval_shape(found.train, key, variables, x, mask)
+        _check_logits(name, trained.logits, x, num_classes)
+        if not type(module).__module__.startswith("hyperjax."):  # ours are tested
+            check_switches(found, variables, x)
+            check_samples_apart(found, variables, x)
 
     def loss(key, variables, batch, context):
-        found: list[Array] = []
-        with nn.intercept_methods(_inputs_of_head(found)):
-            logits, stats = apply(variables, batch.x, True, batch.mask, key)
-        value = cross_entropy(logits, batch)
-        return value, Trained(stats, {"loss": value}, logits, *found[:1])
-
-    def features(variables, batch):
-        found: list[Array] = []
-        with nn.intercept_methods(_inputs_of_head(found)):
-            predict(variables, batch.x)
-        return found[0]
-
-    def predict(variables, x):
-        return apply(variables, x, False)[0]
-
-    def trial(key):
-        variables = init(key)
-        return variables, predict(variables, jnp.zeros((2, *input_shape)))
-
-    try:
-        variables, logits = jax.eval_shape(trial, jax.random.key(0))
-    except Exception as error:  # whatever a user's module raises on a wrong shape
-        raise ValueError(
-            f"model {name} does not accept inputs of shape {tuple(input_shape)}: "
-            f"{first_line(error)}"
-        ) from error
-    if logits.shape != (2, num_classes):
-        raise ValueError(
-            f"model {name} returns {logits.shape} for a batch of 2 inputs of shape "
-            f"{tuple(input_shape)}; logits of shape (2, {num_classes}) are expected"
+        seen = found.train(key, variables, batch.x, batch.mask)
+        value = cross_entropy(seen.logits, batch)
+        return value, Trained(
+            seen.stats, {"loss": value}, seen.logits, *seen.features[:1]
         )
+
     model = Model(
         sample_shape=tuple(input_shape),
-        init=init,
+        init=found.init,
         loss=loss,
-        predict=predict,
+        predict=lambda variables, x: found.run(variables, x).logits,
         with_shape=lambda shape: from_linen(module, shape, num_classes),
     )
-    has_head = "head" in variables["params"]
-    return model._replace(features=features) if has_head else model
+    if not predicted.features:
+        return model
+    return model._replace(
+        features=lambda variables, batch: found.run(variables, batch.x).features[0]
+    )
 
 
-def _inputs_of_head(found: list[Array]) -> Callable:
-    """Returns an interceptor that puts what the layer "head" is given into a list."""
+def _check_kinds(name: str, variables: PyTree) -> None:
+    """Raises ValueError if there is nothing to train, or something to average."""
 
-    def intercept(call, args, kwargs, context):
-        if context.method_name == "__call__" and context.module.path == ("head",):
-            found.append(args[0])
-        return call(*args, **kwargs)
+    def others(kind, *accepted):
+        leaves = zip(tree.paths(variables), jax.tree.leaves(variables), strict=True)
+        return [
+            f"{path} of {leaf.dtype}"
+            for path, leaf in leaves
+            if path.startswith(kind)
+            and not any(jnp.issubdtype(leaf.dtype, a) for a in accepted)
+        ]
 
-    return intercept
+    if not jax.tree.leaves(variables["params"]):
+        raise ValueError(f"{name} has no parameters to train")
+    wrong = others("params/", jnp.floating)
+    wrong += others("stats/", jnp.floating, jnp.signedinteger)
+    if wrong:
+        raise ValueError(
+            f"{name} keeps {', '.join(wrong[:3])}; parameters must be floating-point "
+            "numbers, and all else those or integers, which can be averaged"
+        )
+
+
+def _check_logits(name: str, logits, x, num_classes: int) -> None:
+    """Raises ValueError unless a module returns logits for a batch x."""
+    expected = (x.shape[0], num_classes)
+    if isinstance(logits, jax.ShapeDtypeStruct):
+        if logits.shape == expected and logits.dtype == jnp.float32:
+            return
+        given = f"{logits.shape} of {logits.dtype}"
+    else:
+        given = f"a {type(logits).__name__}"
+    raise ValueError(
+        f"{name} returns {given} for a batch of {x.shape[0]} inputs of shape "
+        f"{x.shape[1:]}; logits of shape {expected} are expected"
+    )
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Says what could not be done, whatever a user's module raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error

@@ -82,7 +82,8 @@ def doubled(model: Model) -> Model:
     def around(hook):
         return lambda variables: join(hook(without(variables)), hook(only(variables)))
 
-    return model._replace(
+    return model.around(
+        "sample_shape",
         init=lambda key: copied(model.init(key)),
         loss=loss,
         arrive=lambda key, variables: copied(model.arrive(key, without(variables))),
@@ -93,5 +94,6 @@ def doubled(model: Model) -> Model:
         condition=lambda variables, data: model.condition(only(variables), data),
         export=lambda variables: model.export(only(variables)),
         inspect=lambda variables, data: model.inspect(only(variables), data),
-        features=lambda variables, *args: model.features(only(variables), *args),
+        with_shape=lambda shape: doubled(model.with_shape(shape)),
+        features=lambda variables, batch: model.features(only(variables), batch),
     )

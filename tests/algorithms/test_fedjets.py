@@ -14,7 +14,14 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedjets import Uplink, fedjets
 from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
-from hyperjax.types import AdaptData, Batch, ClientData, Cohort, Downlink, Model
+from hyperjax.types import (
+    AdaptData,
+    Batch,
+    ClientData,
+    Cohort,
+    Downlink,
+    no_features,
+)
 
 ROOT = jax.random.key(0)
 M, HIDDEN = 4, 4
@@ -359,6 +366,6 @@ def test_bad_input(options, message):
 
 
 def test_a_model_without_a_head():
-    model = tiny().model._replace(features=Model._field_defaults["features"])
+    model = tiny().model._replace(features=no_features)
     with pytest.raises(ValueError, match="no layer named 'head'"):
         fedjets(model, local=make_local(), num_clients=NUM_CLIENTS)

@@ -87,7 +87,7 @@ def test_gradients_by_hand(alpha, beta):
 
     def loss(params):
         full = {**variables, "params": params}
-        return both.loss(jax.random.key(0), full, BATCH, ())
+        return both.loss(jax.random.key(0), full, BATCH, both.context(full, None))
 
     grads, trained = jax.grad(loss, has_aux=True)(variables["params"])
     own, shared = (np.exp(z) / np.sum(np.exp(z)) for z in (OWN, SHARED))

@@ -10,7 +10,7 @@ import quadratics as q
 
 from hyperjax.algorithms.moon import moon
 from hyperjax.engine import comm
-from hyperjax.types import Batch, Model
+from hyperjax.types import Batch, no_features
 
 MU, TEMPERATURE = 0.8, 0.5
 TRAIN = q.training(q.DECAYING)
@@ -126,6 +126,6 @@ def test_bad_numbers(options, message):
 
 
 def test_model_without_a_head():
-    model = q.model()._replace(features=Model._field_defaults["features"])
+    model = q.model()._replace(features=no_features)
     with pytest.raises(ValueError, match="no layer named 'head'"):
         moon(model, local=TRAIN)

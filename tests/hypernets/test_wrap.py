@@ -14,7 +14,7 @@ from hyperjax.data import clients
 from hyperjax.hypernets import embedding, mlp, wrap
 from hyperjax.models import MLP, LeNet, from_linen
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import Batch, ClientData, Model
+from hyperjax.types import Batch, ClientData, cannot_rebuild
 
 SHAPE = (4, 4, 1)
 K, P, N = 3, 4, 20
@@ -440,7 +440,7 @@ def test_concatenated_inputs(module):
 
 
 def test_concatenation_of_a_model_that_cannot_be_rebuilt():
-    fixed = TARGET._replace(with_shape=Model._field_defaults["with_shape"])
+    fixed = TARGET._replace(with_shape=cannot_rebuild)
     with pytest.raises(ValueError, match="cannot be rebuilt"):
         wrap.concatenated_to_input(fixed, make_embedding())
 

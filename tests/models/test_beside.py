@@ -8,7 +8,7 @@ import pytest
 
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.models.linen import sizes
-from hyperjax.types import Batch, Model, Trained
+from hyperjax.types import Batch, Model, Trained, no_features
 
 ZEROS = np.zeros((1, 7))
 KEY = jax.random.key(0)
@@ -91,7 +91,7 @@ def test_it_may_be_what_is_deployed():
 def test_sizes_of_classes_and_features():
     model = plain()._replace(predict=lambda v, x: jnp.zeros((len(x), 5)))
     with pytest.raises(ValueError, match="no layer named 'head'"):
-        sizes(model._replace(features=Model._field_defaults["features"]))
+        sizes(model._replace(features=no_features))
     wide = model._replace(context=lambda v, data: (), features=lambda v, b: ZEROS)
 
     def loss(outputs):

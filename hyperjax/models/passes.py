@@ -1,0 +1,357 @@
+"""Any flax.linen module in training and outside it, blind to padding.
+
+A module may be told in many ways which of the two it is in, and its layers know nothing
+of padding. `passes` says what each means; what is left shows when the model is built.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperjax import rng, tree
+from hyperjax.models import layers
+from hyperjax.types import Array, PyTree
+
+# What modules call their switch, and its value in training.
+SWITCHES = {
+    **dict.fromkeys(("train", "training", "is_training", "is_train"), True),
+    **dict.fromkeys(("deterministic", "use_running_average"), False),
+    **dict.fromkeys(("inference", "is_inference", "eval", "is_eval"), False),
+}
+KNOWN = ("mask", *SWITCHES)
+# Collections that are looked at from outside, and are no state.
+OBSERVED = ("intermediates", "perturbations")
+# The trial batch: a length that axes seldom have, and padding not only at its end.
+TRIAL = np.array([1, 0, 1, 1, 1, 0, 0], np.float32)
+
+
+class Seen(NamedTuple):
+    """What a pass gives: logits [B, K], statistics, and what the layer "head" got."""
+
+    logits: Any
+    stats: PyTree
+    features: tuple[Array, ...]  # [B, L], one for each call of it
+
+
+class Passes(NamedTuple):
+    """A module as pure functions of `{"params": tree, "stats": tree}`, all float32.
+
+    Attributes:
+      init: `(key) -> variables`.
+      run: `(variables, x [B, ...], rngs) -> Seen` in training, with a `mask` [B], or
+        without one outside training. Statistics of training are as the module left
+        them. `fields` and `flags` of the module take the place of its own.
+      train: `(key, variables, x [B, ...], mask [B]) -> Seen`.
+      unknown: name -> options of `run` that turn round what might be a switch by a name
+        that is not among `SWITCHES`.
+    """
+
+    init: Callable
+    run: Callable
+    train: Callable
+    unknown: Mapping[str, dict]
+
+
+def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
+    """Returns both passes of a module.
+
+    An argument of `__call__` or a field of the module whose name is one of `SWITCHES`
+    is set accordingly, and so are layers that nobody told (`nn.Dropout(0.5)` in a
+    `nn.Sequential`); an argument `mask` is the batch's in training and None otherwise.
+    Batch normalisation, Flax's own and ours, is given the batch's mask where the module
+    gives none. Random streams of any name are supplied in training. A batch of padding
+    alone moves no statistics. Whatever number formats a module keeps and computes in,
+    its variables, logits and features are float32 outside.
+
+    Raises:
+      ValueError: `__call__` needs an argument that is not known.
+    """
+    arguments = _arguments(type(module))
+    _, *others = arguments.values()
+    for argument in others:
+        several = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        optional = several or argument.default is not argument.empty
+        if not optional and argument.name not in KNOWN:
+            raise ValueError(
+                f"model {type(module).__name__} needs an argument {argument.name!r} of "
+                f"unknown meaning; known are its inputs and "
+                f"{', '.join(map(repr, KNOWN))}"
+            )
+    own = {
+        name: getattr(module, name)
+        for name in type(module).__dataclass_fields__
+        if name not in ("parent", "name")
+    }
+    inner = {name for name in own if name in SWITCHES and isinstance(own[name], bool)}
+    outer = set(_switches(type(module))) - inner
+
+    def told(train, mask, fields, flags):
+        """The module and the arguments of its `__call__`."""
+        fields = {**{name: SWITCHES[name] == train for name in inner}, **fields}
+        flags = {**{name: SWITCHES[name] == train for name in outer}, **flags}
+        if "mask" in arguments:
+            flags["mask"] = mask
+        return module.clone(**fields) if fields else module, flags
+
+    def initial(key):
+        one, flags = told(False, None, {}, {})
+        x = jnp.zeros((1, *input_shape), jnp.float32)
+        with nn.intercept_methods(_informing(None, [])):
+            collections = one.init(key, x, **flags)
+        # Plain dicts of arrays, without boxes of axis names.
+        collections = dict(flax.core.unfreeze(nn.meta.unbox(collections)))
+        for name in OBSERVED:
+            collections.pop(name, None)
+        return {"params": collections.pop("params", {}), "stats": collections}
+
+    formats = functools.cache(lambda: jax.eval_shape(initial, jax.random.key(0)))
+
+    def run(variables, x, rngs=None, *, mask=None, fields=None, flags=None):
+        train = mask is not None
+        one, flags = told(train, mask, fields or {}, flags or {})
+        held = {name: variables[name] for name in ("params", "stats")}
+        held = jax.tree.map(_as, held, formats())
+        stats = held["stats"]
+        found: list[Array] = []
+        with nn.intercept_methods(_informing(mask, found)):
+            out = one.apply(
+                {"params": held["params"], **stats},
+                x,
+                rngs=rngs,
+                mutable=list(stats) if train else False,
+                **flags,
+            )
+        logits, moved = out if train else (out, {})
+        return Seen(*_float32((logits, {**stats, **moved}, tuple(found))))
+
+    def train(key, variables, x, mask):
+        # A stream that has no key of its own draws from "params".
+        rngs = {"dropout": key, "params": rng.stream(key, "other_draws")}
+        seen = run(variables, x, rngs, mask=mask)
+        some, stats = jnp.any(mask > 0), variables["stats"]
+        _check_alike(stats, seen.stats)
+        kept = jax.tree.map(lambda x, y: jnp.where(some, x, y), seen.stats, stats)
+        return seen._replace(stats=kept)
+
+    unknown = {
+        name: {"fields": {name: other}}
+        for name, value in own.items()
+        if name not in KNOWN
+        for other in _others(value)
+    }
+    unknown |= {
+        argument.name: {"flags": {argument.name: other}}
+        for argument in others
+        if argument.name not in KNOWN
+        for other in _others(argument.default)
+    }
+    return Passes(lambda key: _float32(initial(key)), run, train, unknown)
+
+
+# What must hold -----------------------------------------------------------------------
+
+
+def check_switches(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct) -> None:
+    """Raises ValueError if a module can train in a way that nobody tells it to.
+
+    That is, if turning round a field or an argument of unknown meaning makes it draw
+    random numbers or move statistics, which it leaves alone otherwise.
+    """
+
+    def does(options) -> set[str]:
+        done: set[str] = set()
+
+        def trial(variables, x):
+            mask = jnp.ones(len(x), jnp.float32)
+            try:
+                seen = found.run(variables, x, mask=mask, **options)
+            except flax.errors.InvalidRngError:
+                done.add("draw random numbers")
+                key = jax.random.key(0)
+                rngs = {"dropout": key, "params": key}
+                seen = found.run(variables, x, rngs, mask=mask, **options)
+            before = jax.tree.leaves(variables["stats"])
+            after = jax.tree.leaves(seen.stats)
+            if any(a is not b for a, b in zip(before, after, strict=True)):
+                done.add("move statistics")
+
+        jax.eval_shape(trial, variables, x)
+        return done
+
+    usual = does({})
+    for name, options in found.unknown.items():
+        try:
+            more = does(options) - usual
+        except Exception:  # turned round it cannot run, so it is no switch
+            continue
+        if more:
+            raise ValueError(
+                f"{name!r} makes it {' and '.join(sorted(more))}, but the name does "
+                "not say whether that is for training; known are "
+                f"{', '.join(map(repr, SWITCHES))}"
+            )
+
+
+def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct):
+    """Runs both passes on a small batch, twice, with other padding the second time.
+
+    Variables are any numbers of these shapes: what depends on what does so for all, and
+    to compile the module's own `init` would take longer than all the rest.
+
+    Raises:
+      ValueError: what a pass makes of a sample depends on what is beside it.
+    """
+    draw = np.random.default_rng(0)
+
+    def some(like):
+        # Positive where it is one a channel, as variances are; else units would die.
+        if len(like.shape) < 2:
+            return draw.uniform(0.5, 1.5, like.shape).astype(like.dtype)
+        fan_in = np.prod(like.shape[:-1])
+        return (draw.normal(size=like.shape) / np.sqrt(fan_in)).astype(like.dtype)
+
+    variables = jax.tree.map(some, variables)
+    real = TRIAL > 0
+    first, second = draw.normal(size=(2, *x.shape)).astype(np.float32)
+    second[real] = first[real]
+
+    @jax.jit
+    def outputs(variables, x):
+        seen = found.train(jax.random.key(0), variables, x, jnp.asarray(TRIAL))
+        return found.run(variables, x).logits[real], seen.logits[real], seen.stats
+
+    with jax.ensure_compile_time_eval():
+        once, again = (jax.device_get(outputs(variables, x)) for x in (first, second))
+    names = ("predictions", "logits", *tree.paths(once[2]))
+    changed = [
+        name
+        for name, a, b in zip(names, *map(jax.tree.leaves, (once, again)), strict=True)
+        if not np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+    ]
+    if "predictions" in changed:
+        raise ValueError(
+            "its predictions for a sample depend on what else is in the batch, as if "
+            "it normalised by the batch outside training"
+        )
+    if changed:
+        raise ValueError(
+            f"what fills a batch up reaches its {', '.join(changed[:3])} in training; "
+            "take an argument `mask` [B], 1 for real samples, and leave out the others"
+        )
+
+
+def _check_alike(before: PyTree, after: PyTree) -> None:
+    """Raises ValueError if statistics are not what they were, but for their values."""
+
+    def described(stats):
+        leaves = jax.tree.leaves(stats)
+        return {
+            path: f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in zip(tree.paths(stats), leaves, strict=True)
+        }
+
+    old, new = described(before), described(after)
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            raise ValueError(
+                f"a step of training turns its {path} from {old.get(path, 'nothing')} "
+                f"into {new.get(path, 'nothing')}; what a module keeps must stay "
+                "alike, and only 'intermediates' may be sown"
+            )
+
+
+# Pieces -------------------------------------------------------------------------------
+
+
+def _as(x: Array, like) -> Array:
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
+def _float32(values: PyTree) -> PyTree:
+    """Turns every floating-point leaf into float32."""
+
+    def one(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float32
+        return x.astype(jnp.float32) if floating else x
+
+    return jax.tree.map(one, values)
+
+
+def _others(value: Any) -> tuple:
+    """What a switch would be in training that is `value` otherwise."""
+    if isinstance(value, bool):
+        return (not value,)
+    return (True,) if value is None else ("train",) if isinstance(value, str) else ()
+
+
+def _informing(mask: Array | None, found: list[Array]) -> Callable:
+    """Returns an interceptor that tells layers what the module did not tell them.
+
+    It also adds what the layer "head" is given to `found`. `mask` is None outside
+    training.
+    """
+    train = mask is not None
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        if context.method_name != "__call__" or not layer.path:
+            return call(*args, **kwargs)
+        if layer.path == ("head",):
+            found.append(args[0])
+        # By name, as far as arguments have one.
+        given = dict(zip(_arguments(type(layer)), args, strict=False)) | kwargs
+        more = {
+            switch: SWITCHES[switch] == train
+            for switch in _switches(type(layer))
+            if given.get(switch) is None and getattr(layer, switch, None) is None
+            # Others have a default that the module around them may have meant.
+            if hasattr(layer, switch) or isinstance(layer.parent, nn.Sequential)
+        }
+        normalises = isinstance(layer, nn.BatchNorm | layers.BatchNorm)
+        if mask is not None and normalises and given.get("mask") is None:
+            kwargs = {**kwargs, "mask": _mask_of(layer, args[0], mask)}
+        return call(*args, **{**kwargs, **more})
+
+    return intercept
+
+
+def _mask_of(layer: nn.Module, x: Array, mask: Array) -> Array:
+    """Which entries of a layer's input are of real samples.
+
+    The first axis is the batch, or has so many entries for each sample, in order; in
+    what order they are shows in `check_samples_apart`.
+    """
+    times, rest = divmod(x.shape[0], mask.shape[0])
+    if rest or not times:
+        raise ValueError(
+            f"the first axis of what {'/'.join(layer.path)} normalises, {x.shape}, is "
+            f"not its batch of {mask.shape[0]}: give that layer a `mask`"
+        )
+    # Of a batch without real samples padding is normalised, rather than nothing.
+    entries = jnp.repeat((mask > 0) | ~jnp.any(mask > 0), times)
+    if isinstance(layer, layers.BatchNorm):
+        return entries
+    return entries.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _arguments(kind: type) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a module's `__call__`, but for itself."""
+    _, *arguments = inspect.signature(kind.__call__).parameters.values()
+    return {argument.name: argument for argument in arguments}
+
+
+def _switches(kind: type) -> tuple[str, ...]:
+    """The arguments of a module's `__call__` that say whether it trains."""
+    return tuple(
+        argument.name
+        for argument in _arguments(kind).values()
+        if argument.name in SWITCHES
+        if argument.default in (True, False, None, argument.empty)
+    )

@@ -1,0 +1,547 @@
+"""Users' modules: what they are told and keep, and what padding may not reach."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperjax.models import ZOO, from_linen, layers
+from hyperjax.models.passes import SWITCHES, check_samples_apart, passes
+from hyperjax.types import Batch
+
+SHAPE, K = (2, 3, 2), 3
+KEY = jax.random.key(0)
+MASK = jnp.array([1.0, 1, 0, 1, 0])
+X = jax.random.normal(KEY, (5, *SHAPE))
+BATCH = Batch(X, jnp.arange(5) % K, MASK)
+REAL = jax.tree.map(lambda leaf: leaf[MASK > 0], BATCH)
+
+
+def flat(x):
+    return x.reshape(len(x), -1)
+
+
+def step(model, batch, variables=None):
+    """Loss, what training gives, and gradients."""
+
+    @jax.jit
+    def run(variables, batch):
+        def loss(params):
+            new = {**variables, "params": params}
+            return model.loss(KEY, new, batch, ())
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    variables = jax.jit(model.init)(KEY) if variables is None else variables
+    (value, trained), grads = run(variables, batch)
+    return value, trained, grads
+
+
+def stats_of(trained):
+    (moved,) = trained.stats["batch_stats"].values()
+    return moved
+
+
+# Padding ----------------------------------------------------------------------------
+
+
+class Flat(nn.Module):
+    """Normalises [B, d]."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(flat(x)))
+        return nn.Dense(K)(nn.relu(x))
+
+
+class Images(nn.Module):
+    """Normalises [B, H, W, c]."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (2, 2))(x))
+        return nn.Dense(K)(flat(nn.relu(x)))
+
+
+class Positions(nn.Module):
+    """Normalises [B T, d], all positions of all samples in a row."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        rows = nn.Dense(4)(x.reshape(-1, x.shape[-1]))
+        rows = nn.BatchNorm(use_running_average=not train)(rows)
+        return nn.Dense(K)(nn.relu(rows).reshape(len(x), -1))
+
+
+class Ours(nn.Module):
+    """Our layer, without its mask."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = layers.BatchNorm()(nn.Dense(4)(flat(x)), train)
+        return nn.Dense(K)(nn.relu(x))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+
+
+class Lifted(nn.Module):
+    """Normalises under a transform of Flax's."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.remat(Block, static_argnums=(2,))(name="block")(flat(x), train)
+        return nn.Dense(K)(nn.relu(x))
+
+
+class Axes(nn.Module):
+    """Statistics for every position and channel, of samples alone."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, axis=(1, 2, 3))(x)
+        return nn.Dense(K)(flat(x))
+
+
+@pytest.mark.parametrize("module", [Flat, Images, Positions, Ours, Lifted, Axes])
+def test_normalisation_in_any_position_is_blind_to_padding(module):
+    model = from_linen(module(), SHAPE, K)
+    value, trained, grads = step(model, BATCH)
+    expected_value, expected, expected_grads = step(model, REAL)
+    close = dict(rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value, expected_value, **close)
+    np.testing.assert_allclose(trained.logits[MASK > 0], expected.logits, **close)
+    chex.assert_trees_all_close(trained.stats, expected.stats, **close)
+    chex.assert_trees_all_close(grads, expected_grads, **close)
+    before = model.init(KEY)["stats"]
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(lambda a, b: np.any(a != b), before, trained.stats)
+        )
+    )
+
+
+def test_a_batch_of_padding_alone_moves_nothing():
+    model = from_linen(Flat(), SHAPE, K)
+    value, trained, grads = step(model, BATCH._replace(mask=0 * MASK))
+    assert float(value) == 0
+    chex.assert_trees_all_equal(trained.stats, model.init(KEY)["stats"])
+    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+class Masked(nn.Module):
+    """Takes the mask and hands it on itself."""
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        real = None if mask is None else mask[:, None] > 0
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(flat(x)), mask=real)
+        return nn.Dense(K)(nn.relu(x))
+
+
+def test_a_mask_of_the_modules_own():
+    theirs, ours = (from_linen(module(), SHAPE, K) for module in (Masked, Flat))
+    variables = ours.init(KEY)
+    chex.assert_trees_all_equal(
+        step(theirs, BATCH, variables), step(ours, BATCH, variables)
+    )
+
+
+class Turned(nn.Module):
+    """Normalises with positions in front: nobody can know where the batch went."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        rows = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 0, 2)
+        rows = nn.BatchNorm(use_running_average=not train)(rows)
+        return nn.Dense(K)(flat(rows.transpose(1, 0, 2)))
+
+
+class Interleaved(Turned):
+    """Rows of a position stand together, not those of a sample."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        rows = x.reshape(len(x), -1, x.shape[-1]).swapaxes(0, 1)
+        rows = rows.reshape(-1, x.shape[-1])
+        rows = nn.BatchNorm(use_running_average=not train)(rows)
+        return nn.Dense(K)(flat(rows.reshape(-1, *x.shape[::3]).swapaxes(0, 1)))
+
+
+class Homemade(nn.Module):
+    """Centres by the batch."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = flat(x)
+        return nn.Dense(K)(x - x.mean(0) if train else x)
+
+
+class Counting(nn.Module):
+    """Keeps a mean that padding takes part in."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        centre = self.variable("ema", "centre", jnp.zeros, ())
+        if train:
+            centre.value = 0.9 * centre.value + 0.1 * x.mean()
+        return nn.Dense(K)(flat(x))
+
+
+class Always(nn.Module):
+    """Centres by the batch, also when it predicts."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(flat(x - x.mean(0)))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Turned, "BatchNorm_0 normalises.* is not its batch of 7.*`mask`"),
+        (Interleaved, "fills a batch up reaches its logits.*`mask`"),
+        (Homemade, "fills a batch up reaches its logits in training; take an arg"),
+        (Counting, "fills a batch up reaches its ema/centre in training"),
+        (Always, "predictions for a sample depend on what else is in the batch"),
+    ],
+)
+def test_what_mixes_samples_is_refused(module, message):
+    with pytest.raises(ValueError, match=f"model {module.__name__} .*{message}"):
+        from_linen(module(), SHAPE, K)
+
+
+# Switches ---------------------------------------------------------------------------
+
+
+def switched(name, as_field, heard):
+    """A module that adds what its switch says, which has any name, to `heard`.
+
+    Its batch-norm trains where the switch is turned from its default.
+    """
+    usual = not SWITCHES.get(name, True)
+
+    def forward(self, x, value):
+        heard.append(value)
+        norm = nn.BatchNorm(use_running_average=value == usual)
+        return nn.Dense(K)(norm(nn.Dense(4)(flat(x))))
+
+    if as_field:
+
+        @nn.compact
+        def call(self, x):
+            return forward(self, x, getattr(self, name))
+
+        body = {"__annotations__": {name: bool}, name: usual, "__call__": call}
+    else:
+        made: dict = {}
+        source = f"def call(self, x, {name}={usual}): return forward(self, x, {name})"
+        exec(source, {"forward": forward}, made)
+        body = {"__call__": nn.compact(made["call"])}
+    return type("Net", (nn.Module,), body)()
+
+
+@pytest.mark.parametrize("as_field", [False, True])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_by_any_known_name(name, as_field):
+    heard: list[bool] = []
+    found = passes(switched(name, as_field, heard), SHAPE)
+    variables = jax.eval_shape(found.init, KEY)
+    jax.eval_shape(found.run, variables, X)
+    assert set(heard) == {not SWITCHES[name]}
+    heard.clear()
+    jax.eval_shape(found.train, KEY, variables, X, MASK)
+    assert heard == [SWITCHES[name]]
+
+
+@pytest.mark.parametrize("as_field", [False, True])
+def test_a_switch_by_another_name_is_refused(as_field):
+    with pytest.raises(
+        ValueError, match="'fit' makes it move statistics, but the name"
+    ):
+        from_linen(switched("fit", as_field, []), SHAPE, K)
+
+
+class Shaky(nn.Module):
+    """Its noise is its own, and so is the switch's name."""
+
+    @nn.compact
+    def __call__(self, x, mode="eval", bias=True):
+        x = nn.Dense(K, use_bias=bias)(flat(x))
+        if mode == "train":
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return x
+
+
+def test_a_switch_that_is_no_truth_value_is_refused():
+    with pytest.raises(ValueError, match="'mode' makes it draw random numbers"):
+        from_linen(Shaky(), SHAPE, K)
+
+
+class Choices(nn.Module):
+    """Options that have nothing to do with training."""
+
+    use_bias: bool = False
+    kind: str = "relu"
+
+    @nn.compact
+    def __call__(self, x, *, train, scale=2.0, wide=False, extra=None):
+        x = nn.Dropout(0.5, deterministic=not train)(flat(x))
+        return nn.Dense(K, use_bias=self.use_bias)(scale * x)
+
+
+def test_other_options_stay_as_they_are():
+    model = from_linen(Choices(), SHAPE, K)
+    variables = model.init(KEY)
+    assert set(variables["params"]["Dense_0"]) == {"kernel"}
+    dense = variables["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(
+        model.predict(variables, X), 2 * flat(X) @ dense, rtol=1e-5
+    )
+
+
+class Needy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, temperature):
+        return nn.Dense(K)(flat(x)) / temperature
+
+
+def test_an_argument_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="Needy needs an argument 'temperature' of un"):
+        from_linen(Needy(), SHAPE, K)
+
+
+class Told(nn.Module):
+    """A layer with a switch of its own."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+def test_layers_in_a_row_are_told():
+    # Nothing can be handed through a Sequential.
+    network = nn.Sequential(
+        [
+            flat,
+            nn.Dense(4),
+            nn.BatchNorm(),
+            nn.relu,
+            nn.Dropout(0.5),
+            Told(),
+            nn.Dense(K),
+        ]
+    )
+    model = from_linen(network, SHAPE, K)
+    variables = model.init(KEY)
+    _, trained, _ = step(model, BATCH, variables)
+    chex.assert_trees_all_equal_shapes(trained.stats, variables["stats"])
+    assert all(np.all(x != 0) for x in jax.tree.leaves(trained.stats))
+    _, other, _ = step(model, BATCH._replace(x=X[:, ::-1]), variables)
+    assert np.any(trained.logits != other.logits)
+    np.testing.assert_array_equal(
+        model.predict(variables, X[:2]), model.predict(variables, X)[:2]
+    )
+
+
+# What a module draws, keeps and returns ---------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Two streams of its own, and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = flat(x)
+        if train:
+            first, second = (self.make_rng(name) for name in ("noise", "shift"))
+            draws = [jax.random.normal(key, x.shape) for key in (first, second)]
+            self.sow("intermediates", "draws", jnp.stack(draws))
+            x = x + draws[0] - draws[1]
+        return nn.Dense(K)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def test_streams_of_any_name_are_supplied():
+    model = from_linen(Noisy(), SHAPE, K)
+    variables = model.init(KEY)
+    assert variables["stats"] == {}
+    loss = jax.jit(model.loss)
+    values = [
+        float(loss(jax.random.key(i), variables, BATCH, ())[0]) for i in (0, 0, 1)
+    ]
+    assert values[0] == values[1] != values[2]
+    assert np.all(np.isfinite(values))
+
+
+class Random(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(K)(flat(x))
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(K)(flat(x))
+        self.sow("losses", "size", jnp.sum(x * x))
+        return x
+
+
+class Growing(nn.Module):
+    """Keeps its last inputs, whose number is the batch's."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        last = self.variable("memory", "last", lambda: flat(x))
+        if train:
+            last.value = flat(x)
+        return nn.Dense(K)(flat(x))
+
+
+class Late(nn.Module):
+    """Has parameters that only training asks for."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = flat(x)
+        return nn.Dense(K)(x) + (nn.Dense(K, name="late")(x) if train else 0)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(K, name="head")(flat(x))
+        return x, x
+
+
+class Naming(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return {"logits": nn.Dense(K)(flat(x))}
+
+
+class Rounding(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(flat(x)).astype(jnp.int32)
+
+
+class Whole(nn.Module):
+    """A parameter without a derivative."""
+
+    @nn.compact
+    def __call__(self, x):
+        start = self.param("start", lambda key: jnp.zeros((), jnp.int32))
+        return nn.Dense(K)(flat(x)) + start
+
+
+class Secret(nn.Module):
+    """Keeps random bits, which have no mean."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.variable("secret", "key", lambda: jnp.zeros(2, jnp.uint32))
+        return nn.Dense(K)(flat(x))
+
+
+class Empty(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return flat(x)[:, :K]
+
+
+class OnlyInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(K)(flat(x))
+        return (x, x) if train else x
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Random, 'needs PRNG for "noise"'),
+        (
+            Sowing,
+            "losses/size/1 from nothing into float32.*'intermediates' may be sown",
+        ),
+        (Growing, r"memory/last from float32\[1, 12\] into float32\[7, 12\]"),
+        (Late, "cannot be trained: .*late"),
+        (Pair, "returns a tuple for a batch of 7"),
+        (Naming, "returns a dict for a batch of 7"),
+        (Rounding, r"returns \(7, 3\) of int32"),
+        (Whole, "keeps params/start of int32; parameters must"),
+        (Secret, "keeps stats/secret/key of uint32"),
+        (Empty, "has no parameters to train"),
+        (OnlyInTraining, "returns a tuple for a batch of 7"),
+    ],
+)
+def test_what_has_no_clear_meaning_is_refused_by_name(module, message):
+    with pytest.raises(ValueError, match=f"(?s)model {module.__name__} .*{message}"):
+        from_linen(module(), SHAPE, K)
+
+
+def test_a_class_is_not_an_instance():
+    with pytest.raises(ValueError, match=r"Flat.*not an instance"):
+        from_linen(Flat, SHAPE, K)
+
+
+# Number formats ---------------------------------------------------------------------
+
+
+class Precise(nn.Module):
+    """Keeps parameters in one format, computes in another."""
+
+    kept: str
+    computed: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        form = dict(param_dtype=self.kept, dtype=self.computed)
+        x = nn.Dense(4, **form)(flat(x))
+        x = nn.BatchNorm(use_running_average=not train, **form)(x)
+        return nn.Dense(K, name="head", **form)(x)
+
+
+@pytest.mark.parametrize(
+    ("kept", "computed"),
+    [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")],
+)
+def test_everything_is_float32_outside(kept, computed):
+    module = Precise(kept, computed)
+    model = from_linen(module, SHAPE, K)
+
+    @jax.jit
+    def outputs(variables):
+        plain = {**variables.pop("stats"), **variables}
+        raw = module.apply(jax.tree.map(lambda x: x.astype(kept), plain), X)
+        plain = {"params": plain.pop("params"), "stats": plain}
+        (value, trained), grads = jax.value_and_grad(
+            lambda params: model.loss(KEY, {**plain, "params": params}, BATCH, ()),
+            has_aux=True,
+        )(plain["params"])
+        features = model.features(plain, BATCH)
+        return raw, model.predict(plain, X), (value, trained, grads, features, plain)
+
+    raw, predicted, others = outputs(model.init(KEY))
+    assert raw.dtype == computed
+    np.testing.assert_allclose(predicted, raw.astype(jnp.float32), rtol=0.05, atol=0.02)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((predicted, others))}
+    assert kinds == {jnp.dtype("float32")}
+    assert all(np.any(g != 0) for g in jax.tree.leaves(others[2]["head"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_our_own_networks_keep_samples_apart(name):
+    # `from_linen` takes their word for it.
+    shape = (32, 32, 3)
+    found = passes(ZOO[name](10), shape)
+    variables = jax.eval_shape(found.init, KEY)
+    check_samples_apart(found, variables, jax.ShapeDtypeStruct((7, *shape), X.dtype))
