@@ -31,7 +31,7 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli, grid
+from experiments import cli, outputs
 from experiments.pages import text_table
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.algorithms.fedper import HEAD
@@ -377,7 +377,7 @@ def main() -> int:
         raise ValueError(f"--networks= names none (accepted: {', '.join(NETWORKS)})")
     for name in f.networks:
         check_choice("network", name, NETWORKS)
-    grid.make_room(f.json)
+    outputs.files(json=f.json)
     records = []
     for name in f.networks:
         found, refused = measure(name)
