@@ -45,7 +45,9 @@ def test_gradients_are_those_of_training(model, shared):
     batch = Batch(x[None], jnp.array([2]), jnp.ones(1))
 
     def loss(params):
-        return model.loss(None, {**variables, "params": params}, batch, None)[0]
+        return model.loss(
+            jax.random.key(2), {**variables, "params": params}, batch, None
+        )[0]
 
     theirs = tree.by_path(jax.grad(loss)(variables["params"]))
     target = jax.nn.one_hot(2, CLASSES)

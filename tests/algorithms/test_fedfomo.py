@@ -179,7 +179,8 @@ def test_shares_are_scores_over_their_sum():
     assert np.all(raw > 0)
     np.testing.assert_allclose(scores, raw, rtol=1e-5)
     expected = MINE + raw / raw.sum() @ np.subtract(others, MINE)
-    np.testing.assert_allclose(theta, expected, rtol=1e-6)
+    # No better than the scores, which are differences of losses in float32.
+    np.testing.assert_allclose(theta, expected, rtol=1e-5)
 
 
 def test_the_scale_of_losses_does_not_matter(monkeypatch):
