@@ -175,9 +175,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 def marks(config: ml_collections.ConfigDict) -> dict[str, list[int]]:
     """Returns the rounds from which on a run goes on otherwise, by what says so."""
     found = {"local.milestones": factories.milestones(config.local, config.rounds)}
-    if "warmup" in config.method:
-        warm = round_at(config.method.warmup, config.rounds)
-        found["method.warmup"] = [warm]
+    for name, given in factories.options_given(config.method).items():
+        options = factories.options_of(factories.find_method(name))
+        if "warmup" in options and "num_rounds" in options:
+            warmup = given.get("warmup", options["warmup"].default)
+            found["method.warmup"] = [round_at(warmup, config.rounds)]
     return {field: rounds for field, rounds in found.items() if rounds}
 
 
@@ -187,10 +189,9 @@ def warn_of_the_end(config: ml_collections.ConfigDict) -> None:
         late = [round for round in rounds if round >= config.rounds > 0]
         if late:
             logging.warning(
-                "%s=%s begins after round %s, and the run ends after round %d: it "
-                "changes nothing.",
+                "What %s says begins after round %s, and the run ends after round %d: "
+                "it changes nothing.",
                 field,
-                config[field.split(".")[0]][field.split(".")[1]],
                 " and ".join(map(str, late)),
                 config.rounds,
             )

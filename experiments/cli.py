@@ -104,15 +104,28 @@ def _expand_config(argument: str) -> str:
 
 
 def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Takes `--config.field=None` out: no type of absl's flags has None."""
-    found = [re.fullmatch(r"--?config\.([\w.]+)=None", a) for a in argv]
-    kept = [a for a, match in zip(argv, found, strict=True) if not match]
-    return kept, [match.group(1) for match in found if match]
+    """Takes `--config.field=None`, or `None` after it, out.
+
+    No type of absl's flags has None. Of a field that is given twice the last counts.
+    """
+    kept: list[str] = []
+    removed: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        match = re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL)
+        if argument == "None" and re.fullmatch(r"--?config\.[\w.]+", before):
+            removed.append(kept.pop().lstrip("-").removeprefix("config."))
+        elif match and match[2] == "=None":
+            removed.append(match[1])
+        else:
+            kept.append(argument)
+            if match:
+                removed = [name for name in removed if name != match[1]]
+    return kept, removed
 
 
 def _given_fields() -> list[str]:
     """Fields of --config.field flags."""
-    found = [re.match(r"--?config\.([\w.]+)", argument) for argument in sys.argv[1:]]
+    found = [re.match(r"--?(?:no)?config\.([\w.]+)", text) for text in sys.argv[1:]]
     return [match.group(1) for match in found if match]
 
 

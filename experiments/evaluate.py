@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from experiments import build, cli, factories, saved, workdir
 from experiments.saved import Run
@@ -119,6 +119,14 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
         raise FileNotFoundError(f"data={path!r}: there is no such file")
     what = "save a client's images as numpy.savez(file, image=uint8 array) does"
     content = checkpoint.read_npz(path, what, ("image", "label"), ("image",))
+    with np.load(path) as file:
+        ignored = sorted({*file.files} - {*content})
+    if ignored:
+        logging.warning(
+            "%s has arrays that are not looked at: %s (image and label are).",
+            path,
+            ", ".join(ignored),
+        )
     images = content["image"]
     shape = tuple(int(n) for n in run.facts["sample_shape"])
     if images.ndim == len(shape) and shape[-1] == 1:

@@ -101,6 +101,16 @@ def options_of(factory: Callable) -> dict[str, inspect.Parameter]:
     return found
 
 
+def options_given(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
+    """Returns the options in `config.method`, by method: it, and its `base`."""
+    given = {config.name: {k: v for k, v in config.items() if k != "name"}}
+    if "base" in config:
+        name, options = parse_call("method.base", config.base)
+        if name in method_names():
+            given[name] = options
+    return given
+
+
 def own_options(method: str) -> set[str]:
     """Returns what a method takes beyond FedAvg: its hyper-parameters."""
     theirs = inspect.signature(find_method("fedavg")).parameters
@@ -146,7 +156,8 @@ def milestones(
             return mark
         if rounds is None:
             raise ValueError(f"local.milestones has {mark}: a fraction of what?")
-        return local.round_at(mark, rounds)
+        # Of a few rounds the first trains at the full rate all the same.
+        return max(1, local.round_at(mark, rounds))
 
     return [resolved(mark) for mark in config.milestones]
 
@@ -173,7 +184,7 @@ def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
         local.trainer,
         optimizer=local_optimizer(config),
         batch_size=config.batch_size,
-        batches=config.get("batches", "passes"),  # runs of older versions have none
+        batches=config.batches,
         phases=(phase,),
         clip_norm=config.clip_norm,
         schedule=schedule_fn,

@@ -61,7 +61,8 @@ NUMBERS: dict[str, Number] = {
     "model.hidden": _count(1, several=True),
     "local.epochs": _count(0, optional=True),
     "local.steps": _count(0, optional=True),
-    "local.batch_size": _count(1),
+    # More than any client's samples: as many as there are.
+    "local.batch_size": Number(at_least=1, at_most=2**30, whole=True),
     "local.learning_rate": RATE,
     "local.learning_rate_decay": RATE,
     "local.milestones": Number(at_least=0, at_most=LARGEST, several=True),
@@ -146,7 +147,8 @@ def check_option(field: str, value: Any, annotation: Any) -> None:
     if any(isinstance(value, plain[kind]) for kind in kinds if kind in plain):
         return
     if kinds & {int, float}:
-        check_number(whole=float not in kinds, **{field: value})
+        whole = float not in kinds
+        check_number(whole=whole, at_most=LARGEST if whole else None, **{field: value})
     else:
         names = " or ".join(sorted(_WORDS[kind] for kind in kinds))
         raise ValueError(f"{field}={value!r} must be {names}")

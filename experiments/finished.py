@@ -33,9 +33,12 @@ def read(folder: str) -> Run:
     Raises:
       FileNotFoundError: the folder holds no `config.json`.
     """
-    about = _read_json(folder, "config.json")
-    if about is None:
-        raise FileNotFoundError(f"no config.json in {folder!r}: not a run folder")
+    try:
+        about = workdir.read(Path(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"no {workdir.CONFIG} in {folder!r}: not a run folder"
+        ) from None
     records = read_lines(Path(folder) / "metrics.jsonl")
     seconds = {
         row["round"]: row["seconds"]

@@ -85,6 +85,7 @@ class _Run:
         self.seconds = 0.0  # of training calls
         self.samples = 0.0
         self.began = time.perf_counter()
+        self.before = self.summed_up()
         self.stop_signal: int | None = None
 
     def go(self) -> dict[str, Any]:
@@ -102,6 +103,8 @@ class _Run:
                 round = 0
                 self.evaluate(round, carry, {}, recorder)
                 checkpoint.save(self.checkpoints, 0, carry, config.checkpoint.keep)
+            elif self.is_due(round) and not self.is_recorded(round):
+                self.evaluate(round, carry, {}, recorder)  # the record was lost
             while round < config.rounds:
                 if self.stop_signal is not None:
                     raise Stopped(round)
@@ -111,7 +114,7 @@ class _Run:
                 round += num_rounds
                 last = {k: v[-1] for k, v in info.items()}
                 self.show(round, last, {}, {})
-                if round % config.evaluation.every == 0 or round == config.rounds:
+                if self.is_due(round):
                     self.evaluate(round, carry, last, recorder)
                 checkpoint.save(self.checkpoints, round, carry, config.checkpoint.keep)
             return self.finish(round, carry)
@@ -123,6 +126,13 @@ class _Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / workdir.CHECKPOINTS
+
+    def summed_up(self) -> dict[str, Any]:
+        """The summary of the run as it was, if that is finished."""
+        try:
+            return checkpoint.read_json(self.folder / workdir.SUMMARY, workdir.AGAIN)
+        except (OSError, ValueError):
+            return {}
 
     def tables_are_there(self) -> bool:
         """Whether partition.npz can be read."""
@@ -209,6 +219,14 @@ class _Run:
             f"after round {last_good} in {self.checkpoints}. A smaller "
             "local.learning_rate or local.clip_norm=1.0 often helps"
         )
+
+    def is_due(self, round: int) -> bool:
+        """Whether a round is evaluated."""
+        return round % self.config.evaluation.every == 0 or round == self.config.rounds
+
+    def is_recorded(self, round: int) -> bool:
+        records = log.read_lines(self.folder / log.METRICS)
+        return any(record["round"] == round for record in records)
 
     def evaluate(self, round: int, carry, info, recorder) -> None:
         self.progress.stage("evaluating")
@@ -306,6 +324,9 @@ class _Run:
         summary["reach"] = self.reached()
         if experiment.federation.validation is not None:
             summary["best_by_validation"] = self.best()
+        if not self.seconds:  # nothing was trained: how long that took is known
+            spent = ("seconds", "samples_per_second", "compile_seconds")
+            summary |= {k: self.before[k] for k in spent if k in self.before}
         summary = log.plain(summary)
         checkpoint.write_atomically(
             self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"

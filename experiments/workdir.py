@@ -19,6 +19,7 @@ import ml_collections
 from absl import logging
 
 from configs import common
+from experiments import factories
 from hyperjax.engine import checkpoint, log
 from hyperjax.engine.checkpoint import read_json, write_atomically
 from hyperjax.engine.compiled import setting
@@ -233,14 +234,23 @@ def read(workdir: Path) -> dict[str, Any]:
     record = read_json(
         path, "put a copy back; without it a run can be neither continued nor served"
     )
-    if record.get("format", 1) > FORMAT:
+    if not isinstance(record.get("format", 1), int) or record.get("format", 1) > FORMAT:
         raise ValueError(
             f"{str(path)!r} was written by a newer version of hyperjax, format "
             f"{record['format']}; this version knows formats up to {FORMAT}"
         )
-    if "name" not in (record.get("config") or {}).get("method", {}):
+    config = record.get("config")
+    method = config.get("method") if isinstance(config, dict) else None
+    if not isinstance(method, dict) or "name" not in method:
         raise ValueError(f"{str(path)!r} is not that of a run: it names no method")
-    return {**record, "config": _with_defaults(record["config"])}
+    if "format" not in record and isinstance(config.get("local"), dict):
+        # Of two lengths, steps counted, and a method's own phases before both.
+        own = method["name"] in factories.method_names() and factories.has_own_phases(
+            method["name"]
+        )
+        if own or config["local"].get("steps") is not None:
+            config["local"]["epochs"] = None
+    return {**record, "config": _with_defaults(config)}
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -328,11 +338,27 @@ def result(workdir: Path, config: ml_collections.ConfigDict) -> dict[str, Any] |
     if not (workdir / SUMMARY).exists():
         return None
     summary = read_json(workdir / SUMMARY, AGAIN)
-    whole = all((workdir / name).exists() for name in (CLIENTS, PARTITION))
-    if not whole and checkpoint.finished(workdir / CHECKPOINTS):
-        return None
-    asked = any(map(_SUMMED_UP.fullmatch, changes(workdir, config)))
-    return None if asked else summary
+    if not {"method", "dataset", "finished", "state_sha256"} <= summary.keys():
+        raise ValueError(f"{str(workdir / SUMMARY)!r} is not that of a run; {AGAIN}")
+    asked = [f for f in changes(workdir, config) if _SUMMED_UP.fullmatch(f)]
+    if not checkpoint.finished(workdir / CHECKPOINTS):
+        if asked:
+            raise ValueError(
+                f"workdir={str(workdir)!r} is finished and has no checkpoint left, so "
+                f"that {', '.join(asked)} can not be changed any more; give the values "
+                "it was made with, or a new folder"
+            )
+        return summary
+    return summary if not asked and _whole(workdir) else None
+
+
+def _whole(workdir: Path) -> bool:
+    """Whether the files beside a summary are there and can be read."""
+    try:
+        read_json(workdir / CLIENTS, AGAIN, list)
+    except (OSError, ValueError):
+        return False
+    return (workdir / PARTITION).exists()
 
 
 def describe(
@@ -377,7 +403,7 @@ def describe(
                 f"{', '.join(other)} differ from what it was trained on. Give back "
                 "the data set, or a new folder"
             )
-        _check_marks(workdir, before["plan"], plan, round)
+        _check_marks(workdir, before.get("plan", {}), plan, round)
         there, now = (
             flatten({k: v for k, v in r.items() if k != "history"})
             for r in (before, record)
@@ -395,6 +421,10 @@ def describe(
         if differing:
             history = [*history, dict(round=round, changed=differing)]
         record["history"] = history
+        if config.rounds == before["config"]["rounds"] == round:
+            # Nothing is trained any more: what the training was done with stays.
+            kept = ("commit", "versions", "flags", "device", "plan")
+            record |= {k: before[k] for k in kept if k in before}
         if any(map(_SUMMED_UP.fullmatch, changes(workdir, config))):
             # They belong to the run as it was.
             _remove(workdir / SUMMARY)

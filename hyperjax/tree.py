@@ -98,8 +98,20 @@ def by_path(a: PyTree) -> dict[str, Any]:
 
 
 def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Returns one pattern, several or None as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    """Returns one pattern, several or None as a tuple.
+
+    Raises:
+      ValueError: one is no regular expression.
+    """
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"pattern {pattern!r} is no regular expression on paths: {error}"
+            ) from error
+    return found
 
 
 def matches(patterns: Sequence[str] | str | None, path: str) -> bool:

@@ -193,3 +193,9 @@ def test_split_of_another_structure_fails():
     parts = tree.splitter(TREE, r"params/head/.*")
     with pytest.raises(ValueError):
         parts.split({"params": TREE["params"]})
+
+
+@pytest.mark.parametrize("patterns", ["(", ("params/.*", "*"), (3,)])
+def test_a_pattern_that_is_none_is_named(patterns):
+    with pytest.raises(ValueError, match="is no regular expression on paths"):
+        tree.splitter({"a": jnp.zeros(1)}, patterns)

@@ -154,7 +154,7 @@ def distribution_embedding(
     ):
         check_choice(name, value, accepted)
     check_at_least(1, embedding_size=embedding_size)
-    check_number(alpha=alpha, beta=beta)
+    check_number(at_least=0, alpha=alpha, beta=beta)
     module = extractor or Extractor(embedding_size, noise, noise_net)
 
     @jax.jit

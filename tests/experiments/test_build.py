@@ -163,6 +163,7 @@ def test_milestones_may_be_fractions_of_the_rounds():
     mixed = config(local__milestones=(1 / 3, 25, 2 / 3), rounds=30).local
     assert factories.milestones(mixed, 30) == [10, 25, 20]
     assert factories.milestones(mixed, 90) == [30, 25, 60]
+    assert factories.milestones(mixed, 2) == [1, 25, 1]  # not from the start on
     with pytest.raises(ValueError, match=r"local.milestones has 0\.33.*: a fraction"):
         factories.make_local(mixed)
 
@@ -171,7 +172,11 @@ def test_milestones_may_be_fractions_of_the_rounds():
     ("fields", "method", "words"),
     [
         (dict(rounds=30, local__milestones=(10, 30, 60)), {}, "after round 30 and 60"),
-        (dict(rounds=30), dict(name="pfedsim", warmup=1.0), "method.warmup=1.0 begins"),
+        (
+            dict(rounds=30),
+            dict(name="pfedsim", warmup=1.0),
+            "method.warmup says begins",
+        ),
         (dict(rounds=30), dict(name="pfedsim", warmup=0.5), None),
         (dict(rounds=30, local__milestones=(1 / 3, 29)), {}, None),
         (dict(rounds=0, local__milestones=(5,)), {}, None),
@@ -541,3 +546,18 @@ def test_populations_share_no_sample_and_unseen_ones_do_not_train():
     assert populations["pacc"].train is dealt.train
     for name in ("zacc", "gacc"):
         assert np.all(populations[name].train.size == 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "marks"),
+    [
+        (dict(name="pfedsim"), {"method.warmup": [15]}),  # its default
+        (dict(name="pfedsim", warmup=0.2), {"method.warmup": [6]}),
+        (dict(name="hyperfednet", base="pfedsim"), {"method.warmup": [15]}),
+        (dict(name="hyperfednet", base="fedprox(mu=0.1)"), {}),
+    ],
+)
+def test_rounds_that_a_method_counts_are_known_before(method, marks):
+    made = config(rounds=30, local__milestones=())
+    made.method = method
+    assert build.marks(made) == marks

@@ -27,6 +27,27 @@ def test_the_home_folder_of_a_config_is_found(given, expected):
     assert cli._expand_config(given) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "removed"),
+    [
+        (["--config.a.b=None"], [], ["a.b"]),
+        (["--config.a.b", "None", "--x"], ["--x"], ["a.b"]),
+        (["-config.a=None", "--config.a=1"], ["--config.a=1"], []),
+        (["--config.a=1", "--config.a=None"], ["--config.a=1"], ["a"]),
+        (["--config.a", "1", "None"], ["--config.a", "1", "None"], []),
+        (["--workdir", "None"], ["--workdir", "None"], []),
+    ],
+)
+def test_none_may_be_said_in_either_form(given, kept, removed):
+    assert cli._split_none(["x", *given]) == (["x", *kept], removed)
+
+
+def test_a_switched_off_field_is_given(monkeypatch):
+    argv = ["x", "--noconfig.engine.memory_map", "--config.rounds", "3", "--config=a"]
+    monkeypatch.setattr(cli.sys, "argv", argv)
+    assert cli._given_fields() == ["engine.memory_map", "rounds"]
+
+
 def test_path_flags_take_what_people_type(monkeypatch):
     values = flags.FlagValues()
     monkeypatch.setattr(cli.flags, "FLAGS", values)

@@ -634,7 +634,7 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     (run / "config.json").write_text(json.dumps(record))
     plan = record["plan"] | dict(device="H100", rounds_per_call=1)
     with caplog.at_level(logging.WARNING):
-        workdir.describe(run, small(), plan, record["data"], 3)
+        workdir.describe(run, small(rounds=5), plan, record["data"], 3)
     (message,) = [r.getMessage() for r in caplog.records]
     for words in ("versions.jax: 0.0.1 there", "commit: abc there", "H100 now"):
         assert words in message
@@ -727,6 +727,59 @@ def test_what_fails_after_the_last_round_is_repaired(
     same_result(run, finished)
     assert read(run, "clients.json") == read(finished, "clients.json")
     assert (run / "report.html").exists()
+
+
+def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
+    (run / "summary.json").unlink()
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # cut off in the middle of a line
+    train.train(small(), str(run))
+    here, there = (read(p, "summary.json") for p in (run, finished))
+    assert here["state_sha256"] == there["state_sha256"]
+    there, here = (log.read_lines(p / "metrics.jsonl") for p in (finished, run))
+    assert [r["round"] for r in here] == [r["round"] for r in there] == [0, 2, 3]
+    assert here[-1]["pacc"] == there[-1]["pacc"]
+
+
+def test_a_summary_that_is_none_and_clients_that_cannot_be_read(run, finished):
+    (run / "clients.json").write_text("[")
+    train.train(small(), str(run))
+    assert read(run, "clients.json") == read(finished, "clients.json")
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"summary\.json' is not that of a run; remove"
+    ):
+        train.train(small(), str(run))
+
+
+def test_what_is_summed_up_anew_was_trained_as_it_was(run):
+    for name in ("config.json", "summary.json"):
+        about = read(run, name)
+        about |= dict(commit="then", seconds=123.0, samples_per_second=4.5)
+        (run / name).write_text(json.dumps(about))
+    summary = train.train(small(evaluation__thresholds=(1,)), str(run))
+    assert summary["reach"][0]["threshold"] == 1
+    assert (summary["seconds"], summary["samples_per_second"]) == (123.0, 4.5)
+    assert read(run, "config.json")["commit"] == "then"
+
+
+def test_a_run_without_checkpoints_is_not_trained_again_for_other_numbers(run):
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    assert train.train(small(), str(run))["finished"]
+    for other in (dict(rounds=5), dict(evaluation__thresholds=(1,))):
+        with pytest.raises(ValueError, match="has no checkpoint left"):
+            train.train(small(**other), str(run))
+    assert contents(run) == before
+
+
+def test_of_two_lengths_in_an_old_config_steps_counted(run):
+    about = read(run, "config.json")
+    del about["format"]
+    about["config"]["local"]["epochs"] = 1
+    assert about["config"]["local"]["steps"]
+    (run / "config.json").write_text(json.dumps(about))
+    assert workdir.read(run)["config"]["local"]["epochs"] is None
 
 
 def test_files_that_are_missing_at_the_end_are_written_anew(run, finished):
