@@ -252,15 +252,17 @@ def _processor() -> str:
 
 def _drop_oldest(folder: Path, most: int = _CACHE_BYTES) -> None:
     """Removes the oldest files of a folder while it holds more than so many bytes."""
-    files = sorted(
-        (status.st_mtime, status.st_size, entry.path)
-        for entry in os.scandir(folder)
-        if entry.is_file() and (status := entry.stat())
-    )
+    files = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # another process was faster
+            if entry.is_file():
+                status = entry.stat()
+                files.append((status.st_mtime, status.st_size, entry.path))
+    files.sort()
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
         if total <= most:
             break
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):
             os.unlink(path)
         total -= size

@@ -89,7 +89,9 @@ class Compiled:
             options: dict[str, Any] = {"donate_argnums": donate}
             if self._mesh is not None:
                 options["out_shardings"] = sharding.everywhere(self._mesh)
-            self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
-            self.watcher(None)
+            try:
+                self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
+            finally:
+                self.watcher(None)
             self.seconds += time.perf_counter() - start
         return self._programs[key](*args)
