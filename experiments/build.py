@@ -22,7 +22,7 @@ from hyperjax.data import files, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, check_number
 from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -179,6 +179,7 @@ def marks(config: ml_collections.ConfigDict) -> dict[str, list[int]]:
         options = factories.options_of(factories.find_method(name))
         if "warmup" in options and "num_rounds" in options:
             warmup = given.get("warmup", options["warmup"].default)
+            check_number(at_least=0, at_most=1, **{"method.warmup": warmup})
             found["method.warmup"] = [round_at(warmup, config.rounds)]
     return {field: rounds for field, rounds in found.items() if rounds}
 

@@ -96,7 +96,7 @@ def serve(run: Run, images: np.ndarray) -> Served:
         logits = evaluate.predict_all(
             alg.client.model, variables, inputs, num_classes, batch_size
         )
-        finite = jnp.all(jnp.isfinite(logits[:n]), -1)
+        finite = evaluate.usable(logits[:n])
         return alg.client.model.export(variables), jax.nn.softmax(logits[:n]), finite
 
     deployed = jax.device_get(deploy(run.restored.carry.server))

@@ -19,7 +19,8 @@ class Reach(NamedTuple):
       missed: index of the last evaluated round before that; -1 is the start.
       cost: round x numbers per round trip, as arXiv:2402.18445 counts in its Table III:
         what is reached in the first round is free. An upper bound.
-      least_cost: the same for the round after `missed`, a lower bound.
+      least_cost: the same for the round after `missed`, a lower bound unless the
+        accuracy was reached and lost before.
       full_cost: (round + 1) x numbers per round trip, what was really sent.
     """
 

@@ -201,7 +201,8 @@ class _Run:
         info = jax.device_get(info)
         compiling = program.seconds - compiled
         self.seconds += time.perf_counter() - began - compiling
-        self.samples += float(np.sum(info["samples"]))
+        visits = ("samples", "opening_samples")  # of the exchange before, if there is
+        self.samples += sum(float(np.sum(info[k])) for k in visits if k in info)
         self.check_finite(carry, info, round)
         return carry, info
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import ml_collections
 from absl import logging
 
@@ -243,13 +244,6 @@ def read(workdir: Path) -> dict[str, Any]:
     method = config.get("method") if isinstance(config, dict) else None
     if not isinstance(method, dict) or "name" not in method:
         raise ValueError(f"{str(path)!r} is not that of a run: it names no method")
-    if "format" not in record and isinstance(config.get("local"), dict):
-        # Of two lengths, steps counted, and a method's own phases before both.
-        own = method["name"] in factories.method_names() and factories.has_own_phases(
-            method["name"]
-        )
-        if own or config["local"].get("steps") is not None:
-            config["local"]["epochs"] = None
     return {**record, "config": _with_defaults(config)}
 
 
@@ -262,7 +256,14 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         filled = {k: fill(given[k], v) if k in given else v for k, v in known.items()}
         return {**given, **filled}
 
-    return fill(config, as_json(common.defaults()))
+    found = fill(config, as_json(common.defaults()))
+    # Format 1 had an epoch for default: of two lengths steps counted, and a method's
+    # own phases before both.
+    name, local = found["method"].get("name"), found["local"]
+    own = name in factories.method_names() and factories.has_own_phases(name)
+    if own or local["steps"] is not None or local["epochs"] == 1:
+        local["epochs"] = None
+    return found
 
 
 def compare(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -273,14 +274,15 @@ def compare(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     record = read(workdir)
     differing = changes(workdir, config)
-    fewer = differing.get("rounds", (0, 0))
     refused = {
         field: values
         for field, values in differing.items()
         if not _FREE.fullmatch(field)
     }
-    if fewer[0] < fewer[1]:
-        del refused["rounds"]  # a run may be made longer
+    # A run may be made longer, and one that was to be may end earlier after all.
+    done = [int(p.name[-8:]) for p in checkpoint.finished(workdir / CHECKPOINTS)]
+    if "rounds" in refused and config.rounds >= max(done, default=0):
+        del refused["rounds"]
     if refused:
         raise ValueError(
             f"workdir={str(workdir)!r} was made by another config; give a new folder "
@@ -454,7 +456,7 @@ def _check_marks(
 
 def settings() -> dict[str, Any]:
     """Returns the settings of JAX that a run's bits depend on."""
-    return {name: setting(name) for name in _SETTINGS}
+    return {name: setting(name) for name in _SETTINGS if hasattr(jax.config, name)}
 
 
 def flags() -> dict[str, Any]:

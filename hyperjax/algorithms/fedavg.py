@@ -111,6 +111,11 @@ def fedavg(
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
     check_choice("persist_optimizer", persist_optimizer, PERSIST)
+    if persist_optimizer == "kept" and not tree.as_patterns(keep):
+        raise ValueError(
+            "persist_optimizer='kept' keeps the optimizer of what stays at home, and "
+            f"keep={keep!r} keeps nothing; accepted: none, all, or patterns in keep"
+        )
     if correction.probe and persist_optimizer != "none":
         raise ValueError(
             f"persist_optimizer={persist_optimizer!r} does not go with SCAFFOLD or "

@@ -92,7 +92,7 @@ def check_images(images: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} has the shape {x.shape}: there are no pixels in it")
     height, width, channels = x.shape[1:]
     # [n, 1, 28, 28], [n, 3, 4, 4]: all but surely pictures whose channels come first.
-    first = height <= 4 < channels
+    first = height <= 4 < channels and height != width
     square = height in (1, 3) and height != width == channels
     if first or square:
         raise ValueError(

@@ -95,9 +95,18 @@ def _loss(logits, labels, mask):
     return _mean_if_finite(nll, logits, mask)
 
 
+def usable(logits: Array) -> Array:
+    """Returns whether logits [..., K] say anything, [...] bool.
+
+    They do without NaN and positive infinity; minus infinity rules a class out, but not
+    all of them.
+    """
+    return jnp.all(logits < jnp.inf, -1) & jnp.any(jnp.isfinite(logits), -1)
+
+
 def _mean_if_finite(values, logits, mask):
-    """Mean of real samples' values [n], 0 without any; NaN if a logit is not finite."""
-    finite = jnp.all(jnp.isfinite(logits) | (mask[:, None] <= 0))
+    """Mean of real samples' values [n], 0 without any; NaN if some are not `usable`."""
+    finite = jnp.all(usable(logits) | (mask <= 0))
     total = jnp.sum(jnp.where(mask > 0, values.astype(jnp.float32), 0.0))
     return jnp.where(finite, total / jnp.maximum(jnp.sum(mask), 1.0), jnp.nan)
 

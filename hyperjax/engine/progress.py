@@ -15,6 +15,7 @@ from hyperjax.engine.log import duration
 PURPOSE = {  # of programs, by the name they are compiled under
     "rounds": "training",
     "exchange": "training",
+    "opening": "training",
     "evaluate": "evaluation",
     "tune": "fine-tuning",
 }

@@ -178,9 +178,14 @@ def test_embeddings_of_absent_clients_stay():
 
 def test_without_a_kept_layer_it_is_pfedhn():
     full = q.play(ours(**MOVING), *COHORTS)
-    none = q.play(ours(keep=(), persist_optimizer="kept", **MOVING), *COHORTS)
+    none = q.play(ours(keep=(), **MOVING), *COHORTS)
     # Two programs: the compiler may order a sum otherwise.
     chex.assert_trees_all_close(none.server, full.server, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_of_nothing_kept_is_refused():
+    with pytest.raises(ValueError, match=r"persist_optimizer='kept' .* keep=\(\)"):
+        ours(keep=(), persist_optimizer="kept")
 
 
 def test_own_tables_of_networks_are_local_training():

@@ -409,3 +409,9 @@ def test_summary_of_one_client_and_of_clients_without_samples():
     assert evaluate.summarise(np.array([1.0, 0.0]), np.array([5, 0]))[""] == (
         pytest.approx(100)
     )
+
+
+def test_a_class_that_is_ruled_out_is_an_answer():
+    inf = jnp.inf
+    logits = jnp.array([[0.0, -inf], [-inf, -inf], [0.0, inf], [0.0, jnp.nan]])
+    np.testing.assert_array_equal(evaluate.usable(logits), [True, False, False, False])
