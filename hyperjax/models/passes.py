@@ -379,7 +379,8 @@ def _informing(
         if layer.path == ("head",):
             found.append(args[0])
         # By name, as far as arguments have one.
-        given = dict(zip(_arguments(type(layer)), args, strict=False)) | kwargs
+        first = dict(zip(_arguments(type(layer)), args, strict=False))
+        given = first | kwargs
         trains = train and not _is_frozen(layer.path, frozen)
         more = {
             switch: SWITCHES[switch] == trains
@@ -399,6 +400,7 @@ def _informing(
         normalises = isinstance(layer, nn.BatchNorm | layers.BatchNorm)
         if mask is not None and normalises and given.get("mask") is None:
             kwargs = {**kwargs, "mask": _mask_of(layer, args[0], mask)}
+        args = (*(more.pop(k, v) for k, v in first.items()), *args[len(first) :])
         return call(*args, **{**kwargs, **more})
 
     return intercept

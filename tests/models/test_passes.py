@@ -391,7 +391,15 @@ class Merging(nn.Module):
         return nn.Dense(K)(nn.relu(norm(nn.Dense(4)(flat(x)))))
 
 
-@pytest.mark.parametrize("module", [Unswitched, Withholding, Merging])
+class Passing(nn.Module):
+    """Hands on a switch that says nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.relu(nn.BatchNorm()(nn.Dense(4)(flat(x)), None)))
+
+
+@pytest.mark.parametrize("module", [Unswitched, Withholding, Merging, Passing])
 def test_what_nobody_told_is_told(module):
     model = from_linen(module(), SHAPE, K)
     _, trained, _ = step(model, BATCH)
