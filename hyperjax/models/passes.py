@@ -217,7 +217,8 @@ def check_switches(
             before = jax.tree.leaves(variables["stats"])
             after = jax.tree.leaves(seen.stats)
             for path, a, b in zip(paths, before, after, strict=True):
-                collection, *layer, _ = path.split("/")
+                collection, *layer, variable = path.split("/")
+                layer = layer or [variable]  # the model's own
                 if a is not b:
                     if not _is_frozen(layer, frozen):
                         done.add("move statistics")

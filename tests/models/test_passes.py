@@ -479,6 +479,7 @@ class Inside(nn.Module):
         (Keeping, "Dropout_0", "Dropout_[01]"),
         (Lifting, "block/BatchNorm_0", "*/BatchNorm_0"),
         (Inside, "own", "own"),
+        (OwnAverage, "centre", "centre"),
     ],
 )
 def test_layers_that_stay_as_outside_training(module, layer, pattern):
