@@ -1,17 +1,20 @@
 """From a flax.linen module to a `Model`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from hyperjax import tree
-from hyperjax.errors import first_line
+from hyperjax.errors import check_at_least, first_line
 from hyperjax.models.passes import (
     TRIAL,
+    LayerError,
     check_samples_apart,
     check_switches,
     passes,
@@ -88,7 +91,10 @@ def _blank(sample_shape: tuple[int, ...]) -> Batch:
 
 
 def from_linen(
-    module: nn.Module, input_shape: tuple[int, ...], num_classes: int
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    frozen: Iterable[str] = (),
 ) -> Model:
     """Returns a classification `Model` of a linen module.
 
@@ -98,29 +104,61 @@ def from_linen(
     `features` is the input of the module's layer "head" (path params/head), if it has
     one.
 
+    Args:
+      module: an instance.
+      input_shape: (H, W, c), as of the images of a `Source`.
+      num_classes: how many logits it returns.
+      frozen: paths of layers, or patterns of them, whose statistics and dropout are
+        meant to stay as outside training ("BatchNorm_0", "backbone", "*/norm"), with
+        all that is in them. Their parameters are trained all the same.
+
     Raises:
       ValueError: the module does not accept the shape, does not return logits of shape
         [B, num_classes] or cannot be trained: it needs an argument that is not known,
-        has a switch by another name than those of `SWITCHES`, does not keep what it
-        keeps in one form, or mixes the samples of a batch.
+        has a switch by another name than those of `SWITCHES`, has a layer that nobody
+        tells that it trains, does not keep what it keeps in one form, or mixes the
+        samples of a batch. `with_shape` does not ask anew whether it mixes them.
     """
-    name = f"model {type(module).__name__}"
     if not isinstance(module, nn.Module):
         raise ValueError(f"{module!r} is not an instance of a flax.linen module")
-    found = passes(module, input_shape)
-    x = jax.ShapeDtypeStruct((*TRIAL.shape, *input_shape), jnp.float32)
+    shape = _shape(input_shape)
+    if len(shape) != 3:
+        hint = f"; of images without channels it is {(*shape, 1)}"
+        raise ValueError(
+            f"input_shape={input_shape!r} must be (H, W, c), three whole numbers"
+            f"{hint if len(shape) == 2 else ''}"
+        )
+    check_at_least(1, num_classes=num_classes)
+    if isinstance(frozen, str):
+        raise ValueError(f"frozen={frozen!r} must be a tuple: frozen=({frozen!r},)")
+    apart = _is_ours(module)
+    return _built(module, shape, int(num_classes), tuple(frozen), apart)
+
+
+def _built(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    num_classes: int,
+    frozen: tuple[str, ...],
+    apart: bool,
+) -> Model:
+    """`from_linen`, of a shape of any length; `apart`: samples are known to be."""
+    name = f"model {type(module).__name__}"
+    found = passes(module, shape, frozen)
+    x = jax.ShapeDtypeStruct((*TRIAL.shape, *shape), jnp.float32)
     key = jax.random.key(0)
-    with _named(f"{name} does not accept inputs of shape {tuple(input_shape)}"):
+    with _named(name, f"does not accept inputs of shape {shape}"):
         variables = jax.eval_shape(found.init, key)
         predicted = jax.eval_shape(found.run, variables, x)
     _check_logits(name, predicted.logits, x, num_classes)
     _check_kinds(name, variables)
-    with _named(f"{name} cannot be trained"):
+    with _named(name, "cannot be trained"):
         mask = jnp.asarray(TRIAL)
         trained = jax.eval_shape(found.train, key, variables, x, mask)
         _check_logits(name, trained.logits, x, num_classes)
-        if not type(module).__module__.startswith("hyperjax."):  # ours are tested
-            check_switches(found, variables, x)
+        if frozen or not _is_ours(module):
+            check_switches(found, variables, x, frozen)
+        if not apart:
             check_samples_apart(found, variables, x)
 
     def loss(key, variables, batch, context):
@@ -131,17 +169,38 @@ def from_linen(
         )
 
     model = Model(
-        sample_shape=tuple(input_shape),
+        sample_shape=shape,
         init=found.init,
         loss=loss,
         predict=lambda variables, x: found.run(variables, x).logits,
-        with_shape=lambda shape: from_linen(module, shape, num_classes),
+        with_shape=lambda other: _built(
+            module, _shape(other), num_classes, frozen, apart=True
+        ),
     )
     if not predicted.features:
         return model
     return model._replace(
         features=lambda variables, batch: found.run(variables, batch.x).features[0]
     )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module is of this package, whose tests ask what is asked here."""
+    return type(module).__module__.startswith("hyperjax.")
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    """Returns a shape as a tuple of Python's integers.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"input_shape={given!r} must be (H, W, c)")
+    sizes = tuple(given)
+    for i, size in enumerate(sizes):
+        check_at_least(1, **{f"input_shape[{i}]": size})
+    return tuple(map(int, sizes))
 
 
 def _check_kinds(name: str, variables: PyTree) -> None:
@@ -183,9 +242,17 @@ def _check_logits(name: str, logits, x, num_classes: int) -> None:
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Says what could not be done, whatever a user's module raises."""
+def _named(name: str, what: str) -> Iterator[None]:
+    """Says what a module does not do, whatever it raises."""
     try:
         yield
+    except LayerError as error:
+        raise ValueError(f"{name} {error}") from error
+    except flax.errors.InvalidRngError as error:
+        why = f"draws random numbers outside training: {first_line(error)}"
+        raise ValueError(f"{name} {why}") from error
+    except flax.errors.ModifyScopeVariableError as error:
+        why = f"changes what it keeps outside training: {first_line(error)}"
+        raise ValueError(f"{name} {why}") from error
     except Exception as error:
-        raise ValueError(f"{what}: {first_line(error)}") from error
+        raise ValueError(f"{name} {what}: {first_line(error)}") from error

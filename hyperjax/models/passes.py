@@ -4,9 +4,10 @@ A module may be told in many ways which of the two it is in, and its layers know
 of padding. `passes` says what each means; what is left shows when the model is built.
 """
 
+import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -32,6 +33,17 @@ OBSERVED = ("intermediates", "perturbations")
 TRIAL = np.array([1, 0, 1, 1, 1, 0, 0], np.float32)
 
 
+class LayerError(ValueError):
+    """A layer is not told what the module is told, or will not hear it."""
+
+
+class Call(NamedTuple):
+    """What a layer that works otherwise in training was told in a pass."""
+
+    path: tuple[str, ...]
+    trains: bool
+
+
 class Seen(NamedTuple):
     """What a pass gives: logits [B, K], statistics, and what the layer "head" got."""
 
@@ -47,7 +59,8 @@ class Passes(NamedTuple):
       init: `(key) -> variables`.
       run: `(variables, x [B, ...], rngs) -> Seen` in training, with a `mask` [B], or
         without one outside training. Statistics of training are as the module left
-        them. `fields` and `flags` of the module take the place of its own.
+        them. `fields` and `flags` of the module take the place of its own. `calls`
+        gets a `Call` for each one of batch normalisation and dropout.
       train: `(key, variables, x [B, ...], mask [B]) -> Seen`.
       unknown: name -> options of `run` that turn round what might be a switch by a name
         that is not among `SWITCHES`.
@@ -59,12 +72,16 @@ class Passes(NamedTuple):
     unknown: Mapping[str, dict]
 
 
-def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
+def passes(
+    module: nn.Module, input_shape: tuple[int, ...], frozen: Iterable[str] = ()
+) -> Passes:
     """Returns both passes of a module.
 
     An argument of `__call__` or a field of the module whose name is one of `SWITCHES`
-    is set accordingly, and so are layers that nobody told (`nn.Dropout(0.5)` in a
-    `nn.Sequential`); an argument `mask` is the batch's in training and None otherwise.
+    is set accordingly, and so is such an argument of a layer that nobody told
+    (`nn.Dropout(0.5)(x)`, or `Block()(x)` of `__call__(self, x, train=False)`): in
+    layers of `frozen` as outside training, see `from_linen`. A layer's own field that
+    is set stays. An argument `mask` is the batch's in training and None otherwise.
     Batch normalisation, Flax's own and ours, is given the batch's mask where the module
     gives none. Random streams of any name are supplied in training. A batch of padding
     alone moves no statistics. Whatever number formats a module keeps and computes in,
@@ -89,8 +106,14 @@ def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
         for name in type(module).__dataclass_fields__
         if name not in ("parent", "name")
     }
-    inner = {name for name in own if name in SWITCHES and isinstance(own[name], bool)}
-    outer = set(_switches(type(module))) - inner
+    taken = set(_switches(type(module)))
+    inner = {
+        name
+        for name, value in own.items()
+        if name in SWITCHES
+        if isinstance(value, bool) or (value is None and name not in taken)
+    }
+    outer = taken - inner
 
     def told(train, mask, fields, flags):
         """The module and the arguments of its `__call__`."""
@@ -103,7 +126,7 @@ def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
     def initial(key):
         one, flags = told(False, None, {}, {})
         x = jnp.zeros((1, *input_shape), jnp.float32)
-        with nn.intercept_methods(_informing(None, [])):
+        with nn.intercept_methods(_informing(None, frozen, [], [])):
             collections = one.init(key, x, **flags)
         # Plain dicts of arrays, without boxes of axis names.
         collections = dict(flax.core.unfreeze(nn.meta.unbox(collections)))
@@ -113,14 +136,15 @@ def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
 
     formats = functools.cache(lambda: jax.eval_shape(initial, jax.random.key(0)))
 
-    def run(variables, x, rngs=None, *, mask=None, fields=None, flags=None):
+    def run(variables, x, rngs=None, *, mask=None, fields=None, flags=None, calls=None):
         train = mask is not None
         one, flags = told(train, mask, fields or {}, flags or {})
         held = {name: variables[name] for name in ("params", "stats")}
         held = jax.tree.map(_as, held, formats())
         stats = held["stats"]
         found: list[Array] = []
-        with nn.intercept_methods(_informing(mask, found)):
+        calls = [] if calls is None else calls
+        with nn.intercept_methods(_informing(mask, frozen, found, calls)):
             out = one.apply(
                 {"params": held["params"], **stats},
                 x,
@@ -158,37 +182,59 @@ def passes(module: nn.Module, input_shape: tuple[int, ...]) -> Passes:
 # What must hold -----------------------------------------------------------------------
 
 
-def check_switches(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct) -> None:
-    """Raises ValueError if a module can train in a way that nobody tells it to.
+def check_switches(
+    found: Passes,
+    variables: PyTree,
+    x: jax.ShapeDtypeStruct,
+    frozen: Iterable[str] = (),
+) -> None:
+    """Raises ValueError if a module, or a layer of it, does not hear that it trains.
 
     That is, if turning round a field or an argument of unknown meaning makes it draw
-    random numbers or move statistics, which it leaves alone otherwise.
+    random numbers or move statistics, which it leaves alone otherwise; or if in
+    training statistics stay as they are, or dropout keeps all, and it is not `frozen`;
+    or if a pattern of `frozen` stands for no such layer.
     """
+    paths = tree.paths(variables["stats"])
 
-    def does(options) -> set[str]:
+    def does(options) -> tuple[set[str], set[str], set[str]]:
+        """What it does, and which layers train and stay as outside training."""
         done: set[str] = set()
+        still: set[str] = set()
+        calls: list[Call] = []
 
         def trial(variables, x):
             mask = jnp.ones(len(x), jnp.float32)
+            options_ = {**options, "mask": mask, "calls": calls}
             try:
-                seen = found.run(variables, x, mask=mask, **options)
+                seen = found.run(variables, x, **options_)
             except flax.errors.InvalidRngError:
                 done.add("draw random numbers")
                 key = jax.random.key(0)
                 rngs = {"dropout": key, "params": key}
-                seen = found.run(variables, x, rngs, mask=mask, **options)
+                calls.clear()
+                seen = found.run(variables, x, rngs, **options_)
             before = jax.tree.leaves(variables["stats"])
             after = jax.tree.leaves(seen.stats)
-            if any(a is not b for a, b in zip(before, after, strict=True)):
-                done.add("move statistics")
+            for path, a, b in zip(paths, before, after, strict=True):
+                collection, *layer, variable = path.split("/")
+                layer = layer or [variable]  # the model's own
+                if a is not b:
+                    if not _is_frozen(layer, frozen):
+                        done.add("move statistics")
+                elif collection == "batch_stats":
+                    still.add("/".join(layer))
 
         jax.eval_shape(trial, variables, x)
-        return done
+        # Transforms of Flax's hand statistics on anew that nothing moved.
+        still.update("/".join(call.path) for call in calls)
+        moved = {"/".join(call.path) for call in calls if call.trains}
+        return done, moved, still - moved
 
-    usual = does({})
+    usual, moved, still = does({})
     for name, options in found.unknown.items():
         try:
-            more = does(options) - usual
+            more = does(options)[0] - usual
         except Exception:  # turned round it cannot run, so it is no switch
             continue
         if more:
@@ -197,6 +243,29 @@ def check_switches(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct) ->
                 "not say whether that is for training; known are "
                 f"{', '.join(map(repr, SWITCHES))}"
             )
+    for pattern in frozen:
+        of_it = {x for x in moved | still if _is_frozen(x.split("/"), [pattern])}
+        if not of_it:
+            raise LayerError(
+                f"has no layer with statistics or dropout by the name {pattern!r} of "
+                f"`frozen`, but {', '.join(sorted(moved | still)) or 'none at all'}"
+            )
+        if of_it & moved:
+            raise LayerError(
+                f"trains its layer {min(of_it & moved)}, which {pattern!r} of `frozen` "
+                "is to leave as outside training: do not hand the switch on to it"
+            )
+    still = {layer for layer in still if not _is_frozen(layer.split("/"), frozen)}
+    if still:
+        layers_ = sorted(still)
+        raise LayerError(
+            f"trains with {', '.join(layers_[:3])} as outside training: nothing tells "
+            f"{'it' if len(still) == 1 else 'them'} that the model trains. Take an "
+            "argument `train` of `__call__` and hand it on, as in "
+            "nn.BatchNorm(use_running_average=not train); known names are "
+            f"{', '.join(map(repr, SWITCHES))}. If it is meant so, say "
+            f"from_linen(..., frozen={tuple(layers_)})"
+        )
 
 
 def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct):
@@ -222,13 +291,13 @@ def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruc
     first, second = draw.normal(size=(2, *x.shape)).astype(np.float32)
     second[real] = first[real]
 
-    @jax.jit
     def outputs(variables, x):
         seen = found.train(jax.random.key(0), variables, x, jnp.asarray(TRIAL))
         return found.run(variables, x).logits[real], seen.logits[real], seen.stats
 
-    with jax.ensure_compile_time_eval():
-        once, again = (jax.device_get(outputs(variables, x)) for x in (first, second))
+    # Ahead of time, as models are also built while something else is traced.
+    compiled = jax.jit(outputs).lower(variables, first).compile()
+    once, again = (jax.device_get(compiled(variables, x)) for x in (first, second))
     names = ("predictions", "logits", *tree.paths(once[2]))
     changed = [
         name
@@ -291,11 +360,16 @@ def _others(value: Any) -> tuple:
     return (True,) if value is None else ("train",) if isinstance(value, str) else ()
 
 
-def _informing(mask: Array | None, found: list[Array]) -> Callable:
+def _informing(
+    mask: Array | None,
+    frozen: Iterable[str],
+    found: list[Array],
+    calls: list[Call],
+) -> Callable:
     """Returns an interceptor that tells layers what the module did not tell them.
 
-    It also adds what the layer "head" is given to `found`. `mask` is None outside
-    training.
+    It also adds what the layer "head" is given to `found`, and what layers were told to
+    `calls`. `mask` is None outside training.
     """
     train = mask is not None
 
@@ -306,20 +380,56 @@ def _informing(mask: Array | None, found: list[Array]) -> Callable:
         if layer.path == ("head",):
             found.append(args[0])
         # By name, as far as arguments have one.
-        given = dict(zip(_arguments(type(layer)), args, strict=False)) | kwargs
+        first = dict(zip(_arguments(type(layer)), args, strict=False))
+        given = first | kwargs
+        trains = train and not _is_frozen(layer.path, frozen)
         more = {
-            switch: SWITCHES[switch] == train
+            switch: SWITCHES[switch] == trains
             for switch in _switches(type(layer))
             if given.get(switch) is None and getattr(layer, switch, None) is None
-            # Others have a default that the module around them may have meant.
-            if hasattr(layer, switch) or isinstance(layer.parent, nn.Sequential)
         }
+        told = _trains(layer, {**given, **more})
+        if told is not None:
+            if told and not train:
+                raise LayerError(
+                    f"has a layer {'/'.join(layer.path)} that trains also outside "
+                    "training; give it no switch of its own, or the model's, as in "
+                    "nn.BatchNorm(use_running_average=not train) and "
+                    "nn.Dropout(rate, deterministic=not train)"
+                )
+            calls.append(Call(layer.path, told))
         normalises = isinstance(layer, nn.BatchNorm | layers.BatchNorm)
         if mask is not None and normalises and given.get("mask") is None:
             kwargs = {**kwargs, "mask": _mask_of(layer, args[0], mask)}
+        args = (*(more.pop(k, v) for k, v in first.items()), *args[len(first) :])
         return call(*args, **{**kwargs, **more})
 
     return intercept
+
+
+def _trains(layer: nn.Module, given: Mapping[str, Any]) -> bool | None:
+    """Whether a layer was told to train; None where that makes no difference."""
+    if isinstance(layer, layers.BatchNorm):
+        return bool(given.get("train"))
+    if isinstance(layer, nn.BatchNorm):
+        switch, idle = "use_running_average", False
+    elif isinstance(layer, nn.Dropout):
+        switch = "deterministic"
+        idle = layer.rate == 0 or given.get("rng") is not None
+    elif isinstance(layer, nn.MultiHeadDotProductAttention):
+        switch = "deterministic"
+        idle = layer.dropout_rate == 0 or given.get("dropout_rng") is not None
+    else:
+        return None
+    value = given.get(switch)
+    return None if idle else not (getattr(layer, switch) if value is None else value)
+
+
+def _is_frozen(path: Iterable[str], frozen: Iterable[str]) -> bool:
+    """Whether a layer, or one that it is part of, matches a pattern of `frozen`."""
+    parts = list(path)
+    heads = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(h, pattern) for h in heads for pattern in frozen)
 
 
 def _mask_of(layer: nn.Module, x: Array, mask: Array) -> Array:

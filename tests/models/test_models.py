@@ -408,8 +408,9 @@ def test_with_shape_rebuilds():
 
 @pytest.mark.parametrize("shape", [(2, 2, 1), (800,), (28, 28)])
 def test_wrong_input_shape_names_model_and_shape(shape):
+    model = from_linen(LeNet(10), MNIST, 10)
     with pytest.raises(ValueError, match="LeNet does not accept inputs") as error:
-        from_linen(LeNet(10), shape, 10)
+        model.with_shape(shape)
     assert str(shape) in str(error.value)
 
 

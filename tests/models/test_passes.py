@@ -349,6 +349,241 @@ def test_layers_in_a_row_are_told():
     )
 
 
+# Layers that nobody told ------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """Normalises by its own switch."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+
+
+class InnerField(nn.Module):
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=not self.train)(nn.Dense(4)(x))
+
+
+class Unswitched(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.relu(Inner()(flat(x))))
+
+
+class Withholding(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(K)(nn.relu(Inner()(flat(x))))
+
+
+class Merging(nn.Module):
+    """A field that says nothing until it is told."""
+
+    training: bool | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=not self.training)
+        return nn.Dense(K)(nn.relu(norm(nn.Dense(4)(flat(x)))))
+
+
+class Passing(nn.Module):
+    """Hands on a switch that says nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.relu(nn.BatchNorm()(nn.Dense(4)(flat(x)), None)))
+
+
+@pytest.mark.parametrize("module", [Unswitched, Withholding, Merging, Passing])
+def test_what_nobody_told_is_told(module):
+    model = from_linen(module(), SHAPE, K)
+    _, trained, _ = step(model, BATCH)
+    assert all(np.all(x != 0) for x in jax.tree.leaves(trained.stats))
+
+
+class Fielded(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(K)(nn.relu(InnerField(name="block")(flat(x))))
+
+
+class Phased(nn.Module):
+    @nn.compact
+    def __call__(self, x, phase: int = 0):
+        x = nn.BatchNorm(use_running_average=phase == 0)(nn.Dense(4)(flat(x)))
+        return nn.Dense(K)(nn.relu(x))
+
+
+class Moded(nn.Module):
+    mode: str = "eval"
+
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=self.mode != "fit")
+        return nn.Dense(K)(nn.relu(norm(nn.Dense(4)(flat(x)))))
+
+
+class Keywords(nn.Module):
+    @nn.compact
+    def __call__(self, x, **kw):
+        norm = nn.BatchNorm(use_running_average=not kw.get("train", False))
+        return nn.Dense(K)(nn.relu(norm(nn.Dense(4)(flat(x)))))
+
+
+class Keeping(nn.Module):
+    """Dropout that never drops."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.Dropout(0.5, deterministic=True)(flat(x)))
+
+
+class Lifting(nn.Module):
+    """Normalises as outside training, under a transform of Flax's."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.remat(Block, static_argnums=(2,))(name="block")(flat(x), False)
+        return nn.Dense(K)(nn.relu(x))
+
+
+class OwnAverage(nn.Module):
+    """Statistics of its own making that nothing moves."""
+
+    @nn.compact
+    def __call__(self, x, **kw):
+        centre = self.variable("batch_stats", "centre", jnp.zeros, ())
+        if kw.get("train"):
+            centre.value = jnp.ones(())
+        return nn.Dense(K)(flat(x) - centre.value)
+
+
+class Inside(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(OwnAverage(name="own")(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "pattern"),
+    [
+        (Fielded, "block/BatchNorm_0", "block"),
+        (Phased, "BatchNorm_0", "BatchNorm_0"),
+        (Moded, "BatchNorm_0", "Batch*"),
+        (Keywords, "BatchNorm_0", "*"),
+        (Keeping, "Dropout_0", "Dropout_[01]"),
+        (Lifting, "block/BatchNorm_0", "*/BatchNorm_0"),
+        (Inside, "own", "own"),
+        (OwnAverage, "centre", "centre"),
+    ],
+)
+def test_layers_that_stay_as_outside_training(module, layer, pattern):
+    with pytest.raises(ValueError, match=f"{module.__name__} trains with {layer} as"):
+        from_linen(module(), SHAPE, K)
+    model = from_linen(module(), SHAPE, K, frozen=(pattern,))
+    assert model.with_shape((2, 3, 4)).sample_shape == (2, 3, 4)
+    variables = jax.jit(model.init)(KEY)
+    _, trained = jax.jit(model.loss)(KEY, variables, BATCH, ())
+    chex.assert_trees_all_equal(trained.stats, variables["stats"])
+
+
+def test_frozen_layers_are_not_told():
+    network = nn.Sequential(
+        [flat, nn.Dense(4), nn.BatchNorm(), nn.Dropout(0.5), nn.Dense(K)]
+    )
+    model = from_linen(network, SHAPE, K, frozen=("layers_2",))
+    variables = model.init(KEY)
+    _, trained, _ = step(model, BATCH, variables)
+    chex.assert_trees_all_equal(trained.stats, variables["stats"])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (("norm",), "no layer .* by the name 'norm' of `frozen`, but BatchNorm_0"),
+        (("Batch*",), "Flat trains its layer BatchNorm_0, which .* do not hand"),
+        ("BatchNorm_0", "must be a tuple"),
+    ],
+)
+def test_frozen_layers_that_are_not(frozen, message):
+    with pytest.raises(ValueError, match=message):
+        from_linen(Flat(), SHAPE, K, frozen=frozen)
+
+
+class AlwaysNormalising(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.BatchNorm(use_running_average=False)(flat(x)))
+
+
+class AlwaysDropping(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(K)(nn.Dropout(0.5, deterministic=False)(flat(x)))
+
+
+class Random(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(K)(flat(x))
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class AlwaysMoving(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("seen", "batches", jnp.zeros, ())
+        if not self.is_initializing():
+            count.value += 1
+        return nn.Dense(K)(flat(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (AlwaysNormalising, "has a layer BatchNorm_0 that trains also outside"),
+        (AlwaysDropping, "has a layer Dropout_0 that trains also outside"),
+        (AlwaysMoving, 'changes what it keeps outside training: .*"batches"'),
+        (Random, 'draws random numbers outside training: .*needs PRNG for "noise"'),
+    ],
+)
+def test_what_always_trains_is_refused(module, message):
+    with pytest.raises(ValueError, match=f"model {module.__name__} {message}"):
+        from_linen(module(), SHAPE, K)
+
+
+# Arguments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "message"),
+    [
+        (64, K, r"input_shape=64 must be \(H, W, c\)"),
+        ("881", K, "input_shape='881' must be"),
+        ((8, 8), K, r"input_shape=\(8, 8\) must be .* it is \(8, 8, 1\)"),
+        ((8, 0, 1), K, r"input_shape\[1\]=0 must be"),
+        ((8, 8.0, 1), K, r"input_shape\[1\]=8.0 must be a whole number"),
+        (SHAPE, 10.0, "num_classes=10.0 must be a whole number"),
+        (SHAPE, "10", "num_classes='10' must be"),
+        (SHAPE, 0, "num_classes=0 must be"),
+    ],
+)
+def test_arguments_are_checked_first(shape, classes, message):
+    with pytest.raises(ValueError, match=message):
+        from_linen(Flat(), shape, classes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = from_linen(Flat(), list(np.array(SHAPE)), np.int64(K))
+    assert model.sample_shape == SHAPE
+    assert all(type(size) is int for size in model.sample_shape)
+
+
 # What a module draws, keeps and returns ---------------------------------------------
 
 
@@ -376,13 +611,6 @@ def test_streams_of_any_name_are_supplied():
     ]
     assert values[0] == values[1] != values[2]
     assert np.all(np.isfinite(values))
-
-
-class Random(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(K)(flat(x))
-        return x + jax.random.normal(self.make_rng("noise"), x.shape)
 
 
 class Sowing(nn.Module):
