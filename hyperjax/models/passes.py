@@ -377,11 +377,13 @@ def _informing(
         layer = context.module
         if context.method_name != "__call__" or not layer.path:
             return call(*args, **kwargs)
-        if layer.path == ("head",):
-            found.append(args[0])
         # By name, as far as arguments have one.
-        first = dict(zip(_arguments(type(layer)), args, strict=False))
+        names = _arguments(type(layer))
+        first = dict(zip(names, args, strict=False))
         given = first | kwargs
+        shown = args[0] if args else given.get(next(iter(names), ""))
+        if layer.path == ("head",):
+            found.append(shown)
         trains = train and not _is_frozen(layer.path, frozen)
         more = {
             switch: SWITCHES[switch] == trains
@@ -400,7 +402,7 @@ def _informing(
             calls.append(Call(layer.path, told))
         normalises = isinstance(layer, nn.BatchNorm | layers.BatchNorm)
         if mask is not None and normalises and given.get("mask") is None:
-            kwargs = {**kwargs, "mask": _mask_of(layer, args[0], mask)}
+            kwargs = {**kwargs, "mask": _mask_of(layer, shown, mask)}
         args = (*(more.pop(k, v) for k, v in first.items()), *args[len(first) :])
         return call(*args, **{**kwargs, **more})
 

@@ -773,3 +773,22 @@ def test_our_own_networks_keep_samples_apart(name):
     found = passes(ZOO[name](10), shape)
     variables = jax.eval_shape(found.init, KEY)
     check_samples_apart(found, variables, jax.ShapeDtypeStruct((7, *shape), X.dtype))
+
+
+class Keywords(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = x.reshape(len(x), -1)
+        x = nn.BatchNorm(momentum=0.0)(use_running_average=not train, x=x)
+        return nn.Dense(K, name="head")(inputs=x)
+
+
+def test_layers_may_be_called_by_keyword():
+    model = from_linen(Keywords(), SHAPE, K)
+    variables = model.init(jax.random.key(0))
+    x = jnp.arange(4 * np.prod(SHAPE), dtype=jnp.float32).reshape(4, *SHAPE)
+    batch = Batch(x, jnp.zeros(4, jnp.int32), jnp.array([1.0, 1.0, 0.0, 0.0]))
+    trained = model.loss(jax.random.key(1), variables, batch, ())[1]
+    mean = trained.stats["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, x[:2].reshape(2, -1).mean(0), rtol=1e-6)
+    assert model.features(variables, batch).shape == (4, np.prod(SHAPE))
