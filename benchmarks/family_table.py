@@ -1,6 +1,7 @@
 r"""Numbers and bytes on the wire per client and round where networks differ.
 
-python -m benchmarks.family_table [--data=cifar100] [--json=families.json]
+python -m benchmarks.family_table [--data=cifar100] [--methods=fml,mh_pfedhn] \
+    [--json=families.json]
 
 Every method that takes families on the five networks of arXiv:2507.22330, next to what
 the authors' code sends. All counts are those of messages, by abstract evaluation of one
@@ -9,6 +10,7 @@ exchange; none is a formula.
 
 import functools
 import importlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optax
@@ -48,8 +50,13 @@ def published(method: str, family: str) -> int | None:
     return PUBLISHED[family] + _CNN * method.startswith("mh_pfedhngd")
 
 
-def methods(num_classes: int) -> dict[str, Algorithm]:
-    """Returns every method that takes families, and top-k variants."""
+def able() -> list[str]:
+    """Returns the names of methods that take families."""
+    return [name for name in factories.method_names() if factories.takes_families(name)]
+
+
+def methods(num_classes: int, names: Iterable[str]) -> dict[str, Algorithm]:
+    """Returns some methods, and top-k variants."""
     networks = {
         name: comm_table.hollow(
             models.from_linen(models.ZOO[name](num_classes), (32, 32, 3), num_classes)
@@ -58,28 +65,28 @@ def methods(num_classes: int) -> dict[str, Algorithm]:
     }
     train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
     found = {}
-    for name in factories.method_names():
-        if not factories.takes_families(name):
-            continue
+    for name in names:
         module = importlib.import_module(f"hyperjax.algorithms.{name}")
         factory = getattr(module, name)
         number = "num_clients" in factories.options_of(factory)
         options = dict(num_clients=sum(SIZES.values())) if number else {}
         found[name] = factory(networks, local=train, family_sizes=SIZES, **options)
-    for name in ("mh_pfedhn", "mh_pfedhngd"):
+    for name in sorted({"mh_pfedhn", "mh_pfedhngd"} & found.keys()):
         found[f"{name}, {TOP_K}"] = build.through_channel(found[name], TOP_K)
     return found
 
 
-def measure(data: str) -> list[dict[str, Any]]:
-    """Counts every method on every network.
+def measure(data: str, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Counts methods, by default all of them, on every network.
 
     Raises:
-      ValueError: an unknown data set.
+      ValueError: an unknown data set or method.
     """
     check_choice("data", data, NUM_CLASSES)
+    for name in names:
+        check_choice("methods", name, able())
     records = []
-    for label, alg in methods(NUM_CLASSES[data]).items():
+    for label, alg in methods(NUM_CLASSES[data], names or able()).items():
         for family in FAMILIES:
             cost = comm.cost(comm.describe(families.view(alg, family)))
             records.append(
@@ -102,11 +109,12 @@ def measure(data: str) -> list[dict[str, Any]]:
 def define_flags() -> None:
     """Defines the command line."""
     flags.DEFINE_string("data", "cifar100", "cifar10 or cifar100.")
+    flags.DEFINE_list("methods", [], "Names of methods; default: all.")
     cli.define_path("json", None, "File for the records.")
 
 
 def main() -> int:
-    records = measure(flags.FLAGS.data)
+    records = measure(flags.FLAGS.data, flags.FLAGS.methods)
     print(text_table(records, COLUMNS))
     round_time.write(flags.FLAGS.json, records)
     return 0

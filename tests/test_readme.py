@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ SHORTENED = {
     ],
     "python -m experiments.join": ["--rounds=1"],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
-    "python -m benchmarks.family_table": ["--data=cifar10"],
+    "python -m benchmarks.family_table": ["--methods=local_only"],
     # Studies: see test_studies.
     "python -m experiments.personalised": None,
     "python -m experiments.embedding_sizes": None,
@@ -50,13 +51,22 @@ SHORTENED = {
 }
 
 
-def blocks(repository, language: str) -> list[str]:
-    text = (repository / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTIONS = dict(
+    zip(
+        re.findall(r"^## (.*)", "## \n" + README, re.MULTILINE),
+        re.split(r"^## .*", README, flags=re.MULTILINE),
+        strict=True,
+    )
+)
+
+
+def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands(repository) -> list[str]:
-    lines = "\n".join(blocks(repository, "bash")).replace("\\\n", " ").splitlines()
+def commands(text: str) -> list[str]:
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
@@ -72,30 +82,31 @@ def shortened(command: str) -> list[str] | None:
 def test_the_two_commands_are_in_the_makefile(repository):
     makefile = (repository / "Makefile").read_text()
     for command in ("make demo", "make test"):
-        assert command in commands(repository)
+        assert command in commands(README)
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
 
 
-def test_every_command_runs(repository, tmp_path, monkeypatch):
+@pytest.mark.parametrize("section", [s for s, t in SECTIONS.items() if commands(t)])
+def test_every_command_runs(section, repository, tmp_path):
     # In order and in one folder, since some go on from what others wrote.
     for name in ("configs", "experiments", "benchmarks", "hyperjax"):
         (tmp_path / name).symlink_to(repository / name)
-    for command in commands(repository):
+    for command in commands(SECTIONS[section]):
         arguments = shortened(command)
         if arguments is None:
             continue
         arguments[0] = sys.executable
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    assert (tmp_path / "runs/try/report.html").exists()
-    assert (tmp_path / "runs/demo/report.html").exists()
+    written = {"": "runs/demo/report.html", "Try it": "runs/try/report.html"}
+    assert section not in written or (tmp_path / written[section]).exists()
 
 
 @pytest.mark.slow
 def test_commands_with_residual_networks_run(repository, tmp_path):
     for name in ("configs", "experiments", "hyperjax"):
         (tmp_path / name).symlink_to(repository / name)
-    found = [c for c in commands(repository) if c.startswith(RESIDUAL)]
+    found = [c for c in commands(README) if c.startswith(RESIDUAL)]
     assert len(found) == 3
     for command in found:
         arguments = [sys.executable, *shlex.split(command)[1:], *SMALL]
@@ -103,8 +114,8 @@ def test_commands_with_residual_networks_run(repository, tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-def test_the_example_of_an_own_network_runs(repository, capsys):
-    (example, *_) = [b for b in blocks(repository, "python") if "class Net" in b]
+def test_the_example_of_an_own_network_runs(capsys):
+    (example, *_) = [b for b in blocks(README, "python") if "class Net" in b]
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     out = capsys.readouterr().out
     assert "down_numbers=12384" in out
