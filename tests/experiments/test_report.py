@@ -399,7 +399,9 @@ def test_the_launcher_takes_folders_from_the_command_line(tmp_path: Path) -> Non
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{re.escape(name)}.*(damaged|remove it)"):
+    with pytest.raises(
+        ValueError, match=f"{re.escape(name)}.*(damaged|remove it|put a copy back)"
+    ):
         report.run_report(run)
 
 
@@ -452,7 +454,8 @@ def test_run_in_progress(tmp_path: Path) -> None:
 def test_run_that_has_only_started(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    _write_json(folder / "config.json", {"config": {"seed": 1}, "commit": None})
+    config = {"seed": 1, "method": {"name": "fedavg"}}
+    _write_json(folder / "config.json", {"config": config, "commit": None})
     text, _ = _read(report.run_report(str(folder)))
     assert "No evaluation yet" in text
     assert "not finished" in text
