@@ -31,12 +31,12 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli, outputs
-from experiments.pages import text_table
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
+from hyperjax.launch import cli, outputs
+from hyperjax.launch.pages import text_table
 from hyperjax.types import Algorithm, Batch, Model, Trained
 
 

@@ -18,11 +18,11 @@ from absl import flags
 
 from benchmarks import comm_table, round_time
 from configs.mh_pfedhn_cifar10 import FAMILIES
-from experiments import build, cli, factories
-from experiments.pages import text_table
 from hyperjax import local, models
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
+from hyperjax.launch import build, cli, factories
+from hyperjax.launch.pages import text_table
 from hyperjax.types import Algorithm
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}

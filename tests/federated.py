@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import factories
 from hyperjax import algorithms, local, models, server_optimizers
 from hyperjax.data import clients
 from hyperjax.data.sources import load
 from hyperjax.engine import families
+from hyperjax.launch import factories
 from hyperjax.models import layers
 from hyperjax.types import Algorithm, Model, Pool
 

@@ -6,8 +6,8 @@ import re
 import pytest
 from federated import METHODS, NUM_CLIENTS, ON_NORMS, SMALL, make_local, normed, tiny
 
-from experiments import factories
 from hyperjax import channels, corrections, server_optimizers
+from hyperjax.launch import factories
 
 INF, NAN = float("inf"), float("nan")
 KINDS = {

@@ -13,18 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from configs import (
-    common,
-    fedavg_mnist,
-    hyperfednet_cifar10,
-    pfedhn_synchronous_cifar10,
-)
-from experiments import build, factories
+from configs import fedavg_mnist, hyperfednet_cifar10, pfedhn_synchronous_cifar10
 from hyperjax import algorithms, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
 from hyperjax.data.sources import Source, load
 from hyperjax.engine import comm, families
+from hyperjax.launch import build, factories
+from hyperjax.protocols import common
 from hyperjax.types import Cohort
 
 CONFIGS = sorted(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import factories
+from hyperjax.launch import factories
 
 CONFIGS = sorted(
     path.stem

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import hyperfedzero_digits
-from experiments import build, evaluate, train
+from hyperjax.launch import build, evaluate, train
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_build import CONFIGS
 
-from configs import common, fedavg_mnist, hyperfedzero_mnist, pfedhn_cifar10
-from experiments import build, cli, factories, fields
+from configs import fedavg_mnist, hyperfedzero_mnist, pfedhn_cifar10
 from hyperjax.data import partition
+from hyperjax.launch import build, cli, factories, fields
+from hyperjax.protocols import common
 
 NAN, INF = float("nan"), float("inf")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from configs import fedavg_mnist, mh_pfedhn_cifar10, pfedhn_cifar10
-from experiments import join, saved, train
 from hyperjax import tree
 from hyperjax.engine import log
+from hyperjax.launch import join, saved, train
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("join")

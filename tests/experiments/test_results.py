@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import configs.common
-from experiments import results, train
+import hyperjax.protocols.common
+from hyperjax.launch import train
+from hyperjax.runs import results
 
 
 def values(**extra):
@@ -167,7 +168,7 @@ def test_rounds_without_an_accuracy_are_passed_over(tmp_path):
     ]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "metrics.jsonl").write_text(lines)
-    config = configs.common.defaults()
+    config = hyperjax.protocols.common.defaults()
     cost = SimpleNamespace(down_numbers=60, up_numbers=40)
     run: Any = SimpleNamespace(folder=tmp_path, config=config, cost=cost)
     assert train._Run.best(run) == dict(round=10, vacc=91.0, pacc=96.0)
@@ -188,7 +189,7 @@ def test_the_outcome_in_words():
 
 
 def test_copies_that_diverge_while_fine_tuned_have_no_accuracy(tmp_path, caplog):
-    config = configs.common.defaults()
+    config = hyperjax.protocols.common.defaults()
     config.method = dict(name="fedavg", keep=())
     config.rounds, config.tensorboard = 0, False
     config.data.update(name="synthetic", num_clients=2, num_novel=1, min_size=4)

@@ -26,18 +26,18 @@ import numpy as np
 import pytest
 
 from configs import fedavg_mnist
-from experiments import build, saved, train, workdir
 from hyperjax.engine import checkpoint, log
+from hyperjax.launch import build, saved, train, workdir
 
 # One worker runs everything that starts processes, and starts the server once.
 pytestmark = pytest.mark.xdist_group("launcher")
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
-    "experiments.build",
-    "experiments.report",
-    "experiments.results",
-    "experiments.workdir",
+    "hyperjax.launch.build",
+    "hyperjax.launch.report",
+    "hyperjax.runs.results",
+    "hyperjax.launch.workdir",
     "orbax.checkpoint",
     "sklearn.datasets",
     "tensorboardX",

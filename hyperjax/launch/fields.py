@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import common
 from hyperjax.errors import check_number
+from hyperjax.protocols import common
 
 LARGEST = 2**31 - 1  # of counts: they are int32 on the device
 FLOAT32 = 3.4e38
@@ -105,7 +105,7 @@ def check(config: Any) -> None:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"a config is {type(config).__name__}; get_config() must return a "
-            "ConfigDict, such as configs.common.defaults() makes"
+            "ConfigDict, such as hyperjax.protocols.common.defaults() makes"
         )
     expected = common.defaults()
     expected.method = ml_collections.ConfigDict({"name": ""})
@@ -237,7 +237,7 @@ def _check_names(expected: Any, given: Any, prefix: str) -> None:
             names = f"{field}.{next(iter(value))}, ..." if is_group else field
             raise ValueError(
                 f"the config has no {names}: add it, or change what "
-                "configs.common.defaults() returns instead of replacing it"
+                "hyperjax.protocols.common.defaults() returns instead of replacing it"
             )
         if is_group and not isinstance(given[name], ml_collections.ConfigDict):
             fields = ", ".join(f"{field}.{k}" for k in list(value)[:3])

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from experiments import fields
 from hyperjax import algorithms, corrections, local, models, server_optimizers
 from hyperjax.errors import check_choice
+from hyperjax.launch import fields
 from hyperjax.types import Algorithm, Model
 
 

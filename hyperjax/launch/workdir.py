@@ -19,11 +19,11 @@ import jax
 import ml_collections
 from absl import logging
 
-from configs import common
-from experiments import factories
 from hyperjax.engine import checkpoint, log
 from hyperjax.engine.checkpoint import read_json, write_atomically
 from hyperjax.engine.compiled import setting
+from hyperjax.launch import factories
+from hyperjax.protocols import common
 
 try:
     import fcntl

@@ -10,10 +10,10 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments import build, workdir
 from hyperjax import tree
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, families, schedule
+from hyperjax.launch import build, workdir
 from hyperjax.types import Algorithm, PyTree
 
 

@@ -11,7 +11,6 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments import factories, fields
 from hyperjax import (
     channels,
     models,
@@ -23,6 +22,7 @@ from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
 from hyperjax.errors import check_choice, check_number
+from hyperjax.launch import factories, fields
 from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -45,7 +45,7 @@ def build(
     """Builds a run.
 
     Args:
-      config: see `configs.common.defaults`; with `config.method`.
+      config: see `hyperjax.protocols.common.defaults`; with `config.method`.
       store_dir: where a memory-mapped host store keeps its files.
 
     Raises:
