@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from layers below, and from its own.
 LAYERS = (
     ("hyperjax.types", "hyperjax.errors"),
+    ("hyperjax.calls", "hyperjax.registry"),
     ("hyperjax.rng", "hyperjax.tree"),
     (
         "hyperjax.data",

@@ -12,10 +12,11 @@ import numpy as np
 from absl import logging
 
 from hyperjax import (
+    calls,
     channels,
     models,
+    registry,
 )
-from hyperjax.algorithms import hyperfednet
 from hyperjax.data import federation as federations
 from hyperjax.data import files, partition, sources
 from hyperjax.data.clients import Table
@@ -122,15 +123,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("engine.store", config.engine.store, schedule.STORES)
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
-    check_choice("method.name", config.method.name, factories.method_names())
+    registry.find(config.method.name, "method.name")
     for name in config.families or (config.model.name,):
         if ":" not in name:
             field = "families" if config.families else "model.name"
             check_choice(field, name, models.ZOO)
-    if config.families and not factories.takes_families(config.method.name):
-        able = [
-            name for name in factories.method_names() if factories.takes_families(name)
-        ]
+    if config.families and registry.families(method) == "one":
+        able = [name for name in registry.methods() if registry.families(name) != "one"]
         raise ValueError(
             f"method.name={config.method.name!r} needs one network for all clients; "
             f"families={tuple(config.families)} goes with: {', '.join(able)}"
@@ -154,7 +153,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"{field}={most}"
         )
     if config.data.pooled:
-        several = config.families or factories.needs_families(config.method.name)
+        several = config.families or registry.families(config.method.name) == "several"
         if several or config.data.newcomers:
             raise ValueError(
                 "data.pooled=True trains one network in one place; it does not go with "
@@ -162,7 +161,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"{config.data.newcomers} and method.name={config.method.name!r}"
             )
     for name in ("epochs", "steps"):
-        if config.local[name] is not None and factories.has_own_phases(method):
+        if config.local[name] is not None and registry.traits(method).own_length:
             raise ValueError(
                 f"local.{name}={config.local[name]} would change nothing: how long "
                 f"clients of method.name={method!r} train is among the method's "
@@ -175,12 +174,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 def marks(config: ml_collections.ConfigDict) -> dict[str, list[int]]:
     """Returns the rounds from which on a run goes on otherwise, by what says so."""
     found = {"local.milestones": factories.milestones(config.local, config.rounds)}
-    for name, given in factories.options_given(config.method).items():
-        options = factories.options_of(factories.find_method(name))
-        if "warmup" in options and "num_rounds" in options:
-            warmup = given.get("warmup", options["warmup"].default)
-            check_number(at_least=0, at_most=1, **{"method.warmup": warmup})
-            found["method.warmup"] = [round_at(warmup, config.rounds)]
+    options = registry.options(config.method.name)
+    if "warmup" in options:
+        warmup = config.method.get("warmup", options["warmup"].default)
+        check_number(at_least=0, at_most=1, **{"method.warmup": warmup})
+        found["method.warmup"] = [round_at(warmup, config.rounds)]
     return {field: rounds for field, rounds in found.items() if rounds}
 
 
@@ -299,7 +297,7 @@ def make_model(
     def one(name):
         return factories.make_network(config, name, input_shape, num_classes)
 
-    if not config.families and not factories.needs_families(config.method.name):
+    if not config.families and registry.families(config.method.name) != "several":
         return one(config.model.name)
     names = config.families or (config.model.name,)
     return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
@@ -316,14 +314,6 @@ def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
     return dict(zip(names, blocks, strict=True))
 
 
-def _told(name: str, config: ml_collections.ConfigDict) -> dict[str, int]:
-    """The numbers of clients and of rounds, for methods that must know them."""
-    trainers = 1 if config.data.pooled else population_size(config)[0]
-    numbers = dict(num_clients=trainers, num_rounds=config.rounds)
-    takes = inspect.signature(factories.find_method(name)).parameters
-    return {k: number for k, number in numbers.items() if k in takes}
-
-
 def make_algorithm(
     config: ml_collections.ConfigDict, model: Model | dict[str, Model]
 ) -> Algorithm:
@@ -334,36 +324,24 @@ def make_algorithm(
         server would never call.
     """
     name = config.method.name
-    check_choice("method.name", name, factories.method_names())
-    factory = factories.find_method(name)
-    options: dict[str, Any] = _told(name, config)
+    factory = registry.find(name, "method.name")
+    known = registry.options(name)
+    options = {k: v for k, v in config.method.items() if k != "name"}
+    for option in options:
+        check_choice(f"option of method={name}", option, known)
+    if "correction" in options:
+        options["correction"] = factories.make_correction(options["correction"])
+    trainers = 1 if config.data.pooled else population_size(config)[0]
+    supplied: dict[str, Any] = dict(num_clients=trainers, num_rounds=config.rounds)
     if isinstance(model, dict):
         blocks = assigned(model, population_size(config)[0])
-        options["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
-    options |= {k: v for k, v in config.method.items() if k != "name"}
-    if options.get("correction"):
-        options["correction"] = factories.make_correction(options["correction"])
-    if "base" in options:  # HyperFedNet + X: "fedprox(mu=0.1)"
-        base, base_options = factories.parse_call("method.base", options["base"])
-        if base == "fedbn":
-            raise ValueError(
-                "method.base='fedbn': HyperFedNet + FedBN is method.share_aux='convs'"
-            )
-        check_choice("method.base", base, hyperfednet.BASES)
-        accepted = factories.own_options(base)
-        for option in base_options:
-            check_choice(f"option of method.base={base}", option, accepted)
-        base_options |= _told(base, config)
-        options |= dict(base=base, base_options=base_options)
+        supplied["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
     server_opt, uses = factories.watched(factories.server_optimizer(config.server))
-    alg = factories.call(
-        "method",
-        factory,
-        model,
-        local=factories.make_local(config.local, config.rounds),
-        server_opt=server_opt,
-        **options,
-    )
+    supplied["server_opt"] = server_opt
+    takes = inspect.signature(factory).parameters
+    options |= {k: value for k, value in supplied.items() if k in takes}
+    loop = factories.make_local(config.local, config.rounds)
+    alg = calls.call("method", factory, model, local=loop, **options)
     chosen = config.server.optimizer, config.server.learning_rate
     if chosen != ("sgd", 1.0):
         family = min(model) if isinstance(model, dict) else families.ALONE
@@ -379,9 +357,9 @@ def make_algorithm(
 
 def through_channel(alg: Algorithm, text: str) -> Algorithm:
     """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
-    name, options = factories.parse_call("uplink", text)
+    name, options = calls.parse("uplink", text)
     check_choice("uplink", name, channels.CHANNELS)
-    channel = factories.call("uplink", channels.CHANNELS[name], **options)
+    channel = calls.call("uplink", channels.CHANNELS[name], **options)
 
     def uplink(family: str):
         return comm.describe(families.view(alg, family)).uplink

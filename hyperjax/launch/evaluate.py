@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from hyperjax import rng, tree
+from hyperjax import registry, rng, tree
 from hyperjax.engine import checkpoint, evaluate, exchange, log
-from hyperjax.launch import build, cli, factories, saved, workdir
+from hyperjax.launch import build, cli, saved, workdir
 from hyperjax.launch.saved import Run
 from hyperjax.types import AdaptData, ClientData, ClientSide, Cohort, Pool, PyTree
 
@@ -48,7 +48,7 @@ def load_run(path: str) -> Run:
         raise ValueError(
             f"workdir={path!r}: clients of this run of {method!r} have different "
             "networks, and what one that it never met would get is not defined without "
-            f"training{join if factories.embeds_newcomers(method) else ''}"
+            f"training{join if registry.traits(method).joins else ''}"
         )
     return run
 

@@ -21,8 +21,9 @@ import jax
 import ml_collections
 from absl import flags
 
+from hyperjax import registry
 from hyperjax.algorithms.pfedhn import published_size
-from hyperjax.launch import build, cli, factories, fields, saved, train, workdir
+from hyperjax.launch import build, cli, fields, saved, train, workdir
 
 PHI = "phi/"  # where methods with a hypernetwork on the server keep it
 NEW_SEED = 1_000_003  # what newcomers' seeds are apart from the run's
@@ -44,8 +45,8 @@ def joining(
     """
     run = saved.load(path, "run")
     config, method = run.config, run.config.method.name
-    if not factories.embeds_newcomers(method):
-        able = filter(factories.embeds_newcomers, factories.method_names())
+    if not registry.traits(method).joins:
+        able = [name for name in registry.methods() if registry.traits(name).joins]
         raise ValueError(
             f"run={path!r} was trained by {method!r}, whose server has no hypernetwork "
             f"that newcomers can be embedded in; accepted: {', '.join(able)}. Other "

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from hyperjax import tree
+from hyperjax import registry, tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, compiled, families, log, schedule
 from hyperjax.engine.progress import Progress
@@ -377,7 +377,7 @@ class _Run:
     def sample_level(self, round: int, carry) -> dict[str, float]:
         """Accuracies with one classifier per input, for methods that can."""
         config = ml_collections.ConfigDict(self.config.to_dict())
-        if "deploy_granularity" not in config.method:
+        if not registry.traits(config.method.name).per_sample:
             return {}
         config.method.deploy_granularity = "sample"
         source = build.load_source(config.data)

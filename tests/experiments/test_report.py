@@ -380,7 +380,7 @@ def test_the_launcher_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 def test_the_launcher_takes_folders_from_the_command_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "hyperjax.launch.report"]
+    command = [sys.executable, "-m", "experiments.report"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 2 and done.stderr.startswith("error: give the folder")
