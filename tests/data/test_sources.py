@@ -179,9 +179,7 @@ OWN_FAULTS = {
 def test_own_sets_are_read_rightly_or_refused(fault):
     fields, match = OWN_FAULTS[fault]
     with pytest.raises(ValueError, match=match):
-        federate(
-            own(**fields), num_clients=2, num_novel=0, partition_name="iid", seed=0
-        )
+        federate(own(**fields), num_clients=2, num_novel=0, partition="iid", seed=0)
 
 
 def test_names_of_classes_may_be_anything_with_a_name():
@@ -198,7 +196,7 @@ def test_arrays_are_not_loaded(name):
 def test_what_is_no_source_is_refused():
     with pytest.raises(ValueError, match=r"source is tuple; accepted.*hyperjax.Source"):
         federate(
-            (own().x, own().y), num_clients=2, num_novel=0, partition_name="iid", seed=0
+            (own().x, own().y), num_clients=2, num_novel=0, partition="iid", seed=0
         )
 
 
