@@ -1,9 +1,8 @@
 """From a config to objects; every mistake in it is found here, before any work."""
 
-import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from hyperjax.data import federation as federations
 from hyperjax.data import files, partition, sources
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
-from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
+from hyperjax.engine import comm, evaluate, families, schedule, sharding
 from hyperjax.errors import check_choice, check_number
 from hyperjax.local import round_at
 from hyperjax.types import Algorithm, Model
@@ -398,26 +397,18 @@ def make_evaluator(
     """Builds the evaluation of a run."""
     most = max(federation.num_clients, federation.num_novel)
     clients_per_call = min(config.evaluation.clients_per_call, most)
-    whom = populations(federation)
-    build_it: Callable[..., evaluate.Evaluator] = evaluate.evaluator
+    whom, unseen = populations(federation), np.zeros(0, np.int32)
     if members is not None:
         # The global test set belongs to no family.
         whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
-        strangers = [
-            np.full(len(ids), i)
-            for i, ids in enumerate(
-                np.array_split(np.arange(federation.num_novel), len(members.names))
-            )
-        ]
-        build_it = functools.partial(
-            joint.evaluator,
-            members=members,
-            family=np.concatenate([members.family, *strangers]),
-        )
-    return build_it(
+        blocks = np.array_split(np.arange(federation.num_novel), len(members.names))
+        unseen = np.repeat(np.arange(len(blocks)), [len(ids) for ids in blocks])
+    return evaluate.evaluator(
         algorithm,
         federation.pool,
         whom,
+        members=members,
+        unseen=unseen,
         source_prior=federation.source_prior,
         tuned=tuned_populations(federation),
         batch_size=config.evaluation.batch_size,

@@ -21,8 +21,9 @@ from absl import flags, logging
 from experiments import build, cli, factories, saved, workdir
 from experiments.saved import Run
 from hyperjax import rng, tree
-from hyperjax.engine import checkpoint, evaluate, exchange, log
-from hyperjax.types import AdaptData, ClientData, ClientSide, Cohort, Pool, PyTree
+from hyperjax.engine import checkpoint, exchange, log, scoring
+from hyperjax.engine import deploy as deploying
+from hyperjax.types import AdaptData, ClientData, Cohort, Pool, PyTree
 
 
 class Served(NamedTuple):
@@ -42,7 +43,7 @@ def load_run(path: str) -> Run:
     """
     run = saved.load(path)
     workdir.check_settings(run.folder, workdir.read(run.folder))
-    if not isinstance(run.algorithm.client, ClientSide):
+    if run.algorithm.has_families:
         method = run.config.method.name
         join = "; `python -m experiments.join` trains an embedding for unseen clients"
         raise ValueError(
@@ -93,10 +94,10 @@ def serve(run: Run, images: np.ndarray) -> Served:
         down = down._replace(own=own)
         adapted = alg.client.adapt(key, down, state, AdaptData(nothing, inputs))
         variables = alg.client.deploy(down, adapted)
-        logits = evaluate.predict_all(
+        logits = deploying.predict_all(
             alg.client.model, variables, inputs, num_classes, batch_size
         )
-        finite = evaluate.usable(logits[:n])
+        finite = scoring.usable(logits[:n])
         return alg.client.model.export(variables), jax.nn.softmax(logits[:n]), finite
 
     deployed = jax.device_get(deploy(run.restored.carry.server))
