@@ -6,6 +6,7 @@ from the root, the round and its id, so that it gets the same network whoever as
 whoever is deployed beside it. Nothing of it is kept.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,10 @@ import numpy as np
 from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.data.clients import Table
-from hyperjax.engine import exchange, families, schedule, stores
+from hyperjax.engine import exchange, families, schedule, sharding, stores
+from hyperjax.engine.compiled import Compiled
+from hyperjax.engine.families import Families
+from hyperjax.errors import check_at_least
 from hyperjax.types import (
     AdaptData,
     Algorithm,
@@ -75,6 +79,19 @@ class Adapted(NamedTuple):
     state: PyTree  # of `client.adapt`
     variables: PyTree
     data: AdaptData  # what it has looked at
+
+
+class Deployed(NamedTuple):
+    """What a client gets; host arrays.
+
+    `variables` are those that its family's model predicts with. `network` is what would
+    run on the client: variables of a plain network (`model.export`), which for a method
+    with a classifier per sample is none of its own.
+    """
+
+    variables: PyTree
+    network: PyTree
+    logits: Array  # [n, K] float32, of its inputs in the order given
 
 
 def moment(root: Key, carry: schedule.Carry, round: int, family: str) -> Moment:
@@ -159,3 +176,115 @@ def predict_all(
 
     empty = jnp.zeros((data.rows.shape[0], num_classes), jnp.float32)
     return clients.fold(step, (jnp.int32(0), empty), data, batch_size)[1]
+
+
+def deployer(
+    alg: Algorithm,
+    *,
+    members: Families | None = None,
+    unseen: Sequence[int] | np.ndarray = (),
+    batch_size: int = 256,
+    mesh: Any = None,
+    program: Compiled | None = None,
+) -> Callable[..., list[Deployed]]:
+    """Builds the deployment of single clients.
+
+    Args:
+      alg: the method.
+      members: who has trained, by family; None for a method without families.
+      unseen: [m] int, position in `members.names` of clients N to N + m - 1.
+      batch_size: B of prediction.
+      mesh: see `sharding.client_mesh`; where a run's state is, if on several devices.
+      program: the compiler; None for one of its own.
+
+    Returns:
+      `deploy(root, carry, round, ids, inputs, train=None) -> [Deployed]`, a client each
+      in the order of `ids`, the one that `Evaluator.evaluate(root, carry, round)`
+      scores for equal data (equal up to rounding: batches of clients differ):
+
+      root: a key or a seed, that of the run.
+      carry: a run's state (`schedule.Carry`), as trained, or restored to the host.
+      round: how many rounds it has been through.
+      ids: [n] int. Participants have 0 to N - 1 and start from their stored state;
+        other numbers never trained, and start as on a first visit. Unseen clients of a
+        federation have N to N + M - 1, and whoever is none of them, such as the global
+        test set, N + M.
+      inputs: the clients' inputs, rows [n, n_max] and sizes [n] of any pool; labels in
+        that pool are not looked at.
+      train: labelled samples to adapt on, likewise and of any pool; None for none.
+
+      All networks of a call are on the device at once. It raises ValueError if there
+      are not n rows, images have another shape than the network's, or a client has no
+      family.
+    """
+    groups = families.check(alg, members)
+    program = program or Compiled(mesh)
+
+    programs = {name: _program(alg, name, batch_size) for name in groups.names}
+
+    def deploy(
+        root: Any,
+        carry: schedule.Carry,
+        round: int,
+        ids: Sequence[int] | np.ndarray,
+        inputs: ClientData,
+        train: ClientData | None = None,
+    ) -> list[Deployed]:
+        ids, root = np.asarray(ids), rng.root_key(root)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids={ids.tolist()}; accepted: one whole number or more")
+        check_at_least(0, round=round, client=int(ids.min()))
+        if train is None:
+            nothing = jnp.zeros((len(ids), 1), jnp.int32)
+            train = ClientData(nothing, nothing[:, 0], inputs.pool)
+        for name, data in (("train", train), ("inputs", inputs)):
+            _check(alg, name, data, len(ids))
+        pools = train.pool, clients.withhold_labels(inputs).pool
+        found: dict[int, Deployed] = {}
+        for name, (places, numbers) in groups.numbers(ids, unseen).items():
+            tables = (Table(x.rows[places], x.size[places]) for x in (train, inputs))
+            who = find(carry, name, numbers, *tables)
+            args = moment(root, carry, round, name), who, pools
+            args = sharding.replicate(args, mesh)
+            out = jax.device_get(program("deploy", programs[name], args, family=name))
+            for i, place in enumerate(places):
+                one = jax.tree.map(lambda x, i=i: x[i], out)
+                size = int(inputs.size[place])
+                found[int(place)] = one._replace(logits=one.logits[:size])
+        return [found[i] for i in range(len(ids))]
+
+    return deploy
+
+
+def _program(alg: Algorithm, name: str, batch_size: int) -> Callable:
+    """What is compiled for a family: a function from its clients to `Deployed`s."""
+    side = families.clients(alg)[name]
+    model = side.model
+
+    def deploy_all(at: Moment, who: Clients, pools: tuple[Pool, Pool]) -> Deployed:
+        arrivals, shared = arrive(alg, name, at, who, pools)
+
+        def deploy_one(client: Arrival) -> Deployed:
+            _, variables, data = adapt(side, client, shared)
+            inputs, width = in_batches(data.inputs, batch_size)
+            x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+            num_classes = jax.eval_shape(model.predict, variables, x).shape[-1]
+            logits = predict_all(model, variables, inputs, num_classes, width)
+            return Deployed(variables, model.export(variables), logits)
+
+        return jax.lax.map(deploy_one, arrivals)
+
+    return deploy_all
+
+
+def _check(alg: Algorithm, name: str, data: ClientData, num: int) -> None:
+    """Refuses data that are not those of `num` clients of the method."""
+    schedule.check_images(alg, data.pool)
+    if len(np.shape(data.rows)) != 2 or not (
+        len(data.rows) == num and np.shape(data.size) == (num,)
+    ):
+        raise ValueError(
+            f"{name} has rows of shape {np.shape(data.rows)} and sizes of shape "
+            f"{np.shape(data.size)} for {num} clients; accepted: [{num}, n_max] and "
+            f"[{num}]"
+        )

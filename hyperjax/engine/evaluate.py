@@ -44,10 +44,14 @@ class Evaluator(NamedTuple):
     `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
     samples first, at the learning rate of the last round. Names: "size", "accuracy",
     "loss".
+
+    `deploy(root, carry, round, ids, inputs, train=None)` gives away the networks that
+    `evaluate` scores, see `deploy.deployer`.
     """
 
     evaluate: Callable
     tune: Callable
+    deploy: Callable
     program: Compiled
 
 
@@ -129,7 +133,15 @@ def evaluator(
         check_at_least(0, epochs=epochs)
         return score("tune", fine_tuned, root, carry, round, epochs)
 
-    return Evaluator(evaluate, tune, program)
+    give = deploy.deployer(
+        alg,
+        members=members,
+        unseen=unseen,
+        batch_size=batch_size,
+        mesh=mesh,
+        program=program,
+    )
+    return Evaluator(evaluate, tune, give, program)
 
 
 # What is compiled --------------------------------------------------------------------

@@ -702,6 +702,32 @@ def test_scores_are_those_of_each_family_alone(kind):
     assert compared > 12
 
 
+def test_deployed_networks_are_those_that_are_scored():
+    carry, pool = whole()[0], tiny().pool
+    for metric, population in populations().items():
+        train, inputs = (ClientData(*table, pool) for table in population[1:])
+        everybody = evaluator().deploy(ROOT, carry, 3, population.ids, inputs, train)
+        assert len(everybody) == len(population.ids)
+        for i, found in enumerate(everybody):
+            rows = population.inputs.rows[i, : population.inputs.size[i]]
+            log_probs = jax.nn.log_softmax(found.logits)
+            nll = -log_probs[np.arange(len(rows)), np.asarray(pool.y)[rows]].mean()
+            expected = scores("evaluate")[metric]["loss"][i]
+            assert float(nll) == pytest.approx(expected, rel=1e-5)
+            who = int(population.ids[i])
+            family = [*groups().family, *STRANGERS][who]
+            network = tree.count(found.network["params"])
+            assert (
+                network == {"deep": 83, "line": 51, "norm": 53}[groups().names[family]]
+            )
+    with pytest.raises(ValueError, match="client 12 belongs to no family"):
+        evaluator().deploy(ROOT, carry, 3, [12], data_of_nobody())
+
+
+def data_of_nobody():
+    return ClientData(np.zeros((1, 1), np.int32), np.ones(1, np.int32), tiny().pool)
+
+
 def test_families_of_one_structure_have_programs_of_their_own():
     same, pool = fedavg(tiny().model, local=make_local()), tiny().pool
     model = same.client.model
@@ -721,6 +747,8 @@ def test_families_of_one_structure_have_programs_of_their_own():
         members=members,
         **OPTIONS,
     )
+    a, b = found.deploy(ROOT, carry, 0, both, ClientData(*table, pool))
+    np.testing.assert_array_equal(a.logits, -b.logits)
     # Never the same class.
     assert found.evaluate(ROOT, carry, 0)["pacc"]["accuracy"].sum() <= 1
 
