@@ -9,7 +9,7 @@ Glossary of shapes: N clients in the population, C in the cohort, B in a batch,
 K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,6 +17,8 @@ import jax
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Key: TypeAlias = jax.Array
+
+ALONE = ""  # the only family of a method without families; a part of no path and no key
 
 
 # Data ------------------------------------------------------------------------------
@@ -204,3 +206,16 @@ class Algorithm(NamedTuple):
     client: Any  # ClientSide, or Mapping[str, ClientSide]
     exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches
     opening: "Algorithm | None" = None
+
+    @property
+    def has_families(self) -> bool:
+        """Whether `client` is a mapping, and the server speaks in mappings."""
+        return not isinstance(self.client, ClientSide)
+
+    def by_family(self, given: PyTree) -> Mapping[str, PyTree]:
+        """Returns something of this method's form as a mapping, of ALONE if need be."""
+        return given if self.has_families else {ALONE: given}
+
+    def as_given(self, by_family: Mapping[str, PyTree]) -> PyTree:
+        """Undoes `by_family`."""
+        return by_family if self.has_families else by_family[ALONE]
