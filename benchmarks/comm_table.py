@@ -19,9 +19,7 @@ sent does.
 """
 
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +29,12 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli, outputs
-from experiments.pages import text_table
-from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax import local, models, registry, server_optimizers
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
+from hyperjax.launch import cli, outputs
+from hyperjax.launch.pages import text_table
 from hyperjax.types import Algorithm, Batch, Model, Trained
 
 
@@ -95,7 +93,7 @@ EXTRA = (
         Row(
             f"hyperfednet + {base}",
             "hyperfednet",
-            dict(base=base, base_options=dict(num_clients=NUM_CLIENTS)),
+            dict(base=base, num_clients=NUM_CLIENTS),
         )
         for base in ("pfedla", "fedfomo")
     ),
@@ -161,8 +159,7 @@ COST_COLUMNS = (
 
 def rows() -> list[Row]:
     """Returns every method of the package with its defaults, and the extra lines."""
-    found = [m.name for m in pkgutil.iter_modules(algorithms.__path__)]
-    plain = [Row(name, name, {}) for name in sorted(found) if name not in LEFT_OUT]
+    plain = [Row(name, name, {}) for name in registry.methods() if name not in LEFT_OUT]
     return plain + list(EXTRA)
 
 
@@ -214,8 +211,7 @@ def hollow(model: Model) -> Model:
 
 def make_method(row: Row, network: Network, model: Model) -> Algorithm:
     """Builds a line's method; those that know the size of a run are told."""
-    module = importlib.import_module(f"hyperjax.algorithms.{row.method}")
-    factory = getattr(module, row.method)
+    factory = registry.find(row.method)
     known = inspect.signature(factory).parameters
     options: dict[str, Any] = {"bn_stats": "local"}
     if row.method == "hyperfednet":

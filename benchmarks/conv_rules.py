@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
-from experiments.pages import text_table
+from hyperjax.launch.pages import text_table
 from hyperjax.models.layers import CONV_RULES, convolve
 
 # batch, height, channels, features, kernel, stride, padding, first layer?

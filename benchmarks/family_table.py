@@ -9,7 +9,7 @@ exchange; none is a formula.
 """
 
 import functools
-import importlib
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,11 +18,11 @@ from absl import flags
 
 from benchmarks import comm_table, round_time
 from configs.mh_pfedhn_cifar10 import FAMILIES
-from experiments import build, cli, factories
-from experiments.pages import text_table
-from hyperjax import local, models
+from hyperjax import local, models, registry
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
+from hyperjax.launch import build, cli
+from hyperjax.launch.pages import text_table
 from hyperjax.types import Algorithm
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -52,7 +52,7 @@ def published(method: str, family: str) -> int | None:
 
 def able() -> list[str]:
     """Returns the names of methods that take families."""
-    return [name for name in factories.method_names() if factories.takes_families(name)]
+    return [name for name in registry.methods() if registry.families(name) != "one"]
 
 
 def methods(num_classes: int, names: Iterable[str]) -> dict[str, Algorithm]:
@@ -66,9 +66,8 @@ def methods(num_classes: int, names: Iterable[str]) -> dict[str, Algorithm]:
     train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
     found = {}
     for name in names:
-        module = importlib.import_module(f"hyperjax.algorithms.{name}")
-        factory = getattr(module, name)
-        number = "num_clients" in factories.options_of(factory)
+        factory = registry.find(name)
+        number = "num_clients" in inspect.signature(factory).parameters
         options = dict(num_clients=sum(SIZES.values())) if number else {}
         found[name] = factory(networks, local=train, family_sizes=SIZES, **options)
     for name in sorted({"mh_pfedhn", "mh_pfedhngd"} & found.keys()):

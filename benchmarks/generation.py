@@ -32,11 +32,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli, workdir
-from experiments.pages import text_table
 from hyperjax import tree
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import mlp
+from hyperjax.launch import cli, workdir
+from hyperjax.launch.pages import text_table
 
 LAYERS = 6
 CONDITION_SIZE = 16

@@ -29,13 +29,13 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from experiments import cli
-from experiments.pages import text_table
 from hyperjax import local, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
 from hyperjax.errors import check_at_least
+from hyperjax.launch import cli
+from hyperjax.launch.pages import text_table
 
 KEEP = r"params/head/.*"  # the MLP's last layer
 POOL_SIZE = 1000

@@ -46,13 +46,13 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import cli
-from experiments.pages import text_table
 from hyperjax import local, models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import schedule, sharding
 from hyperjax.errors import check_at_least, check_choice
+from hyperjax.launch import cli
+from hyperjax.launch.pages import text_table
 from hyperjax.types import ClientData, Model
 
 SHAPE, NUM_CLASSES = (28, 28, 1), 10

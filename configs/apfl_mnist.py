@@ -5,7 +5,7 @@ python -m experiments.train --config=configs/apfl_mnist.py --workdir=runs/apfl
 Other data sets: `configs/apfl_mnist.py:data=cifar10`, see `common.personalised`.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

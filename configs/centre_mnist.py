@@ -7,7 +7,7 @@ images; evaluation is still per user. A round is one epoch, which is what a quar
 the users with four epochs each amount to.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

@@ -4,7 +4,7 @@ python -m experiments.train --config=configs/constant_embedding_mnist.py \
     --workdir=runs/constant
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

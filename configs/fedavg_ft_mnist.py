@@ -8,7 +8,7 @@ python -m experiments.train --config=configs/fedavg_ft_mnist.py --workdir=runs/f
 Other data sets: `configs/fedavg_ft_mnist.py:data=cifar10`, see `common.personalised`.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

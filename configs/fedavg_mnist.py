@@ -6,7 +6,7 @@ python -m experiments.train --config=configs/fedavg_mnist.py --workdir=runs/feda
 relatives: `--config.server.optimizer=fedavgm`, fedadam, fedyogi, fedadagrad.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

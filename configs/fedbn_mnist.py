@@ -5,7 +5,7 @@ python -m experiments.train --config=configs/fedbn_mnist.py --workdir=runs/fedbn
 Other data sets: `configs/fedbn_mnist.py:data=cifar10`, see `common.personalised`.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ Traffic as published, 2 experts each way: `--config.method.num_sent=2`; clients 
 seen in training then have 2 experts to choose from.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

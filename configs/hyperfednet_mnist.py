@@ -7,7 +7,7 @@ scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux
 feddyn and scaffold average without weights: add `--config.server.weights=uniform`.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = "", data: str = "mnist5k"):

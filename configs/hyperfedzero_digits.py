@@ -5,7 +5,8 @@ python -m experiments.train --config=configs/hyperfedzero_digits.py --workdir=ru
 For trying things out; the numbers mean nothing.
 """
 
-from configs import common, hyperfedzero_mnist
+from configs import hyperfedzero_mnist
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

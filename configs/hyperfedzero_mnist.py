@@ -7,7 +7,7 @@ By default on 5,000 embedded MNIST images; the paper's size is
 Expected: see the results table of README.md.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

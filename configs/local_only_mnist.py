@@ -5,7 +5,7 @@ python -m experiments.train --config=configs/local_only_mnist.py --workdir=runs/
 Other data sets: `configs/local_only_mnist.py:data=cifar10`, see `common.personalised`.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

@@ -11,7 +11,7 @@ steps once a round for all clients; `--config.uplink='topk(fraction=0.3)'` sends
 each client's change.
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 FAMILIES = ("mh_cnn", "vgg8", "mh_resnet10", "mh_resnet12", "mh_resnet18")
 

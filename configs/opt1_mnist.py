@@ -3,7 +3,7 @@ r"""Opt.1 of HyperFedZero's paper: the embedding as extra input of one classifie
 python -m experiments.train --config=configs/opt1_mnist.py --workdir=runs/opt1
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

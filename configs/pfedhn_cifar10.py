@@ -16,7 +16,7 @@ summary has the accuracy of the last round, and, as published, that of the round
 the best validation accuracy (`best_by_validation`).
 """
 
-from configs import common
+from hyperjax.protocols import common
 
 
 def get_config(arg: str = ""):

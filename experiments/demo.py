@@ -17,7 +17,7 @@ from configs import (
     hyperfedzero_mnist,
     opt1_mnist,
 )
-from experiments import cli, outputs, pages, report, train
+from hyperjax.launch import cli, outputs, pages, report, train
 
 RUNS = (
     ("FedAvg", "fedavg", fedavg_mnist, ""),

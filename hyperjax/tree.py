@@ -4,13 +4,17 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hyperjax.types import Array, PyTree
+
+# One regular expression on paths, or several of which one must match in full; ():
+# none of them.
+Patterns: TypeAlias = str | Sequence[str]
 
 
 def sub(a: PyTree, b: PyTree) -> PyTree:
@@ -99,7 +103,7 @@ def by_path(a: PyTree) -> dict[str, Any]:
     return dict(zip(paths(a), jax.tree.leaves(a), strict=True))
 
 
-def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
+def as_patterns(patterns: Patterns | None) -> tuple[str, ...]:
     """Returns one pattern, several or None as a tuple.
 
     Raises:
@@ -116,12 +120,12 @@ def as_patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
     return found
 
 
-def matches(patterns: Sequence[str] | str | None, path: str) -> bool:
+def matches(patterns: Patterns | None, path: str) -> bool:
     """Returns whether a path matches one of the patterns in full."""
     return any(re.fullmatch(pattern, path) for pattern in as_patterns(patterns))
 
 
-def hold(patterns: Sequence[str] | str | None, before: PyTree, after: PyTree) -> PyTree:
+def hold(patterns: Patterns | None, before: PyTree, after: PyTree) -> PyTree:
     """Returns `after`, but `before` where a leaf's path matches one of the patterns."""
     held = (matches(patterns, name) for name in paths(before))
     leaves, structure = jax.tree.flatten(before)
@@ -142,9 +146,9 @@ class Splitter(NamedTuple):
 
 def splitter(
     template: PyTree,
-    patterns: Sequence[str] | str | None,
+    patterns: Patterns | None,
     *,
-    without: Sequence[str] | str | None = None,
+    without: Patterns | None = None,
 ) -> Splitter:
     r"""Builds a `Splitter` that chooses leaves by full-match patterns on paths.
 

@@ -27,12 +27,13 @@ ALONE = ""  # the only family of a method without families; a part of no path an
 class Pool(NamedTuple):
     """All samples of a run, once on the device; clients hold rows of it.
 
-    A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed.
+    A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed; pixels that
+    are float32 are not divided by 255.
     """
 
-    x: Array  # [n, H, W, ch] uint8
+    x: Array  # [n, H, W, ch] uint8, or float32
     y: Array  # [n] int32; -1 where a label is withheld
-    mean: Array  # [ch] float32, in units of [0, 1]
+    mean: Array  # [ch] float32, of uint8 pixels in units of [0, 1]
     std: Array  # [ch] float32
 
 

@@ -1,8 +1,7 @@
 """A tiny federation and every method of the package on it, found by discovery."""
 
 import functools
-import importlib
-import pkgutil
+import inspect
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import factories
-from hyperjax import algorithms, local, models, server_optimizers
+from hyperjax import local, models, registry, server_optimizers, tree
 from hyperjax.data import clients
 from hyperjax.data.sources import load
-from hyperjax.engine import families
+from hyperjax.engine import comm, families
 from hyperjax.models import layers
 from hyperjax.types import Algorithm, Model, Pool
 
@@ -105,7 +103,7 @@ THOROUGH = ("fedavg", "fedfomo")
 SLOW = ("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round")
 # What opens a round is a method of its own, under the same laws.
 OPENING = "+opening"
-METHODS = sorted(m.name for m in pkgutil.iter_modules(algorithms.__path__))
+METHODS = registry.methods()
 STACKS = [*METHODS, *EXTRA, "mh_pfedhngd" + OPENING]
 
 
@@ -124,19 +122,27 @@ def method(stack: str) -> Algorithm:
     if stack.endswith(OPENING):
         return method(stack.removesuffix(OPENING)).opening
     name, options = EXTRA.get(stack, (stack, {}))
-    factory = getattr(importlib.import_module(f"hyperjax.algorithms.{name}"), name)
-    accepted = factories.options_of(factory)
-    small = {k: v for k, v in SMALL.items() if k in accepted}
-    required = accepted.get("family_sizes")
-    if (
-        required is not None and required.default is required.empty
-    ):  # as one of two families sees it
+    return build(name, **options)
+
+
+def build(name: str, **options) -> Algorithm:
+    """Builds a method on the tiny model; of families it is as one of two sees it."""
+    factory = registry.find(name)
+    takes = inspect.signature(factory).parameters
+    small = {k: v for k, v in SMALL.items() if k in takes}
+    if registry.families(name) == "several":
         sizes = {"a": NUM_CLIENTS, "b": 3}
         both = {"a": tiny().model, "b": normed()}
         alg = factory(both, local=make_local(), family_sizes=sizes, **small, **options)
         return families.view(alg, "a")
     model = normed() if name in ON_NORMS else tiny().model
     return factory(model, local=make_local(), **small, **options)
+
+
+def messages(alg: Algorithm) -> list[tuple]:
+    """Returns path, shape and dtype of everything that a method keeps and sends."""
+    leaves = tree.by_path(comm.describe(alg)._asdict())
+    return [(path, leaf.shape, leaf.dtype) for path, leaf in leaves.items()]
 
 
 def weights() -> jnp.ndarray:

@@ -39,12 +39,12 @@ SHORTENED = {
     "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m benchmarks.family_table": ["--methods=local_only"],
     # Studies: see test_studies.
-    "python -m experiments.personalised": None,
-    "python -m experiments.embedding_sizes": None,
-    "python -m experiments.gradient_inversion": None,
-    "python -m experiments.server_side": None,
-    "python -m experiments.study": [
-        *("python", "-m", "experiments.study", "--data=digits", "--rounds=1"),
+    "python -m experiments.studies.personalised": None,
+    "python -m experiments.studies.embedding_sizes": None,
+    "python -m experiments.studies.gradient_inversion": None,
+    "python -m experiments.studies.server_side": None,
+    "python -m experiments.studies.study": [
+        *("python", "-m", "experiments.studies.study", "--data=digits", "--rounds=1"),
         *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),
     ],
     "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],

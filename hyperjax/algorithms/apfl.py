@@ -14,17 +14,21 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model, cannot_rebuild
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def apfl(
     model: Model,
     *,
     local,
     alpha: float = 0.5,
     adaptive: bool = True,
-    keep=None,
-    finetune=None,
+    keep: Patterns = (),
+    finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns APFL.

@@ -7,9 +7,11 @@ FedAvg but not over this control comes from the parametrisation, not from condit
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedzero import emitted
 from hyperjax.hypernets import embedding
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Model
 
 
+@hands_on(fedavg, without=("condition_source",))
 def constant_embedding(
     model: Model,
     *,

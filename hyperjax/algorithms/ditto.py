@@ -18,16 +18,20 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def ditto(
     model: Model,
     *,
     local,
     lam: float = 1.0,
-    keep=None,
-    finetune=None,
+    keep: Patterns = (),
+    finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns Ditto.

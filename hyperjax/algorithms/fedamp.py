@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from hyperjax import corrections, mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 
 
+@hands_on(fedavg, without=("correction",))
 def fedamp(
     model: Model,
     *,

@@ -21,6 +21,8 @@ from hyperjax import aggregators, corrections, tree
 from hyperjax.data import clients
 from hyperjax.errors import check_choice
 from hyperjax.local import tuner
+from hyperjax.registry import has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
     ClientData,
@@ -62,18 +64,19 @@ class Uplink(NamedTuple):
     extra: PyTree
 
 
+@has_traits(base=True)
 def fedavg(
     model: Model,
     *,
     local,
-    keep=None,
+    keep: Patterns = (),
     bn_stats: str = "average",
     persist_optimizer: str = "none",
     clip_kept: bool = True,
     server_opt: optax.GradientTransformation | None = None,
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
-    finetune=None,
+    finetune: Patterns = (),
     refresh_stats: bool = False,
     condition_source: str = "eval_inputs",
 ) -> Algorithm:
@@ -83,7 +86,7 @@ def fedavg(
       model: what is trained.
       local: builds the client's training loop from a model, for example
         `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
-      keep: patterns on paths of variables that stay on the client; None shares all.
+      keep: patterns on paths of variables that stay on the client; (): none.
       bn_stats: "average" running statistics like parameters, or keep them "local".
       persist_optimizer: what of its optimizer's state a client keeps between visits:
         "none", that of the "kept" parameters, which then have an optimizer of their
@@ -93,7 +96,7 @@ def fedavg(
       server_opt: descends along minus the mean change; default: adds the mean.
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
-      finetune: patterns of the parameters that fine-tuning moves; None: all.
+      finetune: patterns of the parameters that fine-tuning moves; (): all.
       refresh_stats: running statistics at home see the deployed parameters once more,
         in a pass over the client's training samples, before it predicts: they are of
         the parameters as trained, which the server may since have changed.

@@ -10,10 +10,15 @@ import functools
 
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
+from hyperjax.registry import hands_on
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 
-def fedbabu(model: Model, *, local, head=HEAD, **fedavg_options) -> Algorithm:
+@hands_on(fedavg, without=("keep",))
+def fedbabu(
+    model: Model, *, local, head: Patterns = HEAD, **fedavg_options
+) -> Algorithm:
     """Returns FedBABU.
 
     Args:

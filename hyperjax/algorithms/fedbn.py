@@ -12,9 +12,11 @@ import jax
 
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Model, PyTree
 
 
+@hands_on(fedavg, without=("keep",))
 def fedbn(
     model: Model, *, local, bn_stats: str = "local", **fedavg_options
 ) -> Algorithm:

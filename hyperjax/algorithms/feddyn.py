@@ -8,9 +8,12 @@ client's relative size, as the authors' code does and the paper does not.
 
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(base=True, weights="uniform")
+@hands_on(fedavg, without=("correction",))
 def feddyn(model: Model, *, local, alpha: float = 0.01, **fedavg_options) -> Algorithm:
     """Returns FedDyn.
 

@@ -22,6 +22,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.linen import cross_entropy
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -61,6 +62,8 @@ class Uplink(NamedTuple):
     scores: Array
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def fedfomo(
     model: Model,
     *,

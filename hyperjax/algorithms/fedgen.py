@@ -36,6 +36,8 @@ from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.beside import beside, pattern
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
+from hyperjax.registry import hands_on
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 NAME = "generator"  # among a client's statistics
@@ -72,11 +74,12 @@ class Uplink(NamedTuple):
     counts: Array
 
 
+@hands_on(fedavg)
 def fedgen(
     model: Model,
     *,
     local,
-    head=HEAD,
+    head: Patterns = HEAD,
     noise_size: int = 32,
     hidden_size: int = 32,
     alpha: float = 10.0,
@@ -87,7 +90,7 @@ def fedgen(
     generator_learning_rate: float = 3e-4,
     teacher_weight: float = 1.0,
     diversity_weight: float = 0.0,
-    keep=None,
+    keep: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedGen; defaults are those of the count that HyperFedNet's paper charges.

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 
 from hyperjax import aggregators, corrections, tree
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(base=True)
+@hands_on(fedavg, without=("correction", "aggregator"))
 def fednova(model: Model, *, local, **fedavg_options) -> Algorithm:
     """Returns FedNova; the uplink holds one number more than FedAvg's.
 

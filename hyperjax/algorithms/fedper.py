@@ -5,12 +5,17 @@ Layers" (arXiv:1912.00818). All heads start from the same draw.
 """
 
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 HEAD = r"params/head/.*"
 
 
-def fedper(model: Model, *, local, head=HEAD, **fedavg_options) -> Algorithm:
+@hands_on(fedavg, without=("keep",))
+def fedper(
+    model: Model, *, local, head: Patterns = HEAD, **fedavg_options
+) -> Algorithm:
     """Returns FedPer.
 
     Args:

@@ -23,6 +23,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.registry import hands_on
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -53,6 +54,7 @@ class Uplink(NamedTuple):
     samples: Array
 
 
+@hands_on(fedavg, without=("keep",))
 def fedproto(
     models: Mapping[str, Model],
     *,

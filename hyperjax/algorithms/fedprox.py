@@ -8,9 +8,12 @@ draws them by size and averages uniformly.
 
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(base=True)
+@hands_on(fedavg, without=("correction",))
 def fedprox(model: Model, *, local, mu: float = 0.1, **fedavg_options) -> Algorithm:
     """Returns FedProx.
 

@@ -13,17 +13,21 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least
 from hyperjax.local import Phase
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(own_length=True)
+@hands_on(fedavg, without=("keep",))
 def fedrep(
     model: Model,
     *,
     local,
-    head=HEAD,
+    head: Patterns = HEAD,
     head_epochs: int = 10,
     body_epochs: int = 1,
-    finetune=None,
+    finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedRep.

@@ -20,11 +20,13 @@ from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Model, cannot_rebuild
 
 PARTS = ("params", "stats")
 
 
+@hands_on(fedavg, without=("keep",))
 def fml(
     models: Mapping[str, Model],
     *,

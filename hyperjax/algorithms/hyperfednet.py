@@ -11,15 +11,18 @@ What the paper leaves open is an argument. Deviations from its listing: the mean
 participants, not over all clients, and `regenerate="every_step"` reads it end to end.
 """
 
-import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from hyperjax import calls, registry
+from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_choice
 from hyperjax.hypernets import tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Model
 
 # What stays home, by what is shared beside the generator.
@@ -29,23 +32,8 @@ KEEP = {
     "convs_and_bn": r"params/(embed/.*|generated/.*|network/head/.*)",
 }
 
-# Methods that leave open what stays home, so that they can share the generator.
-BASES = (
-    "fedavg",
-    "fedprox",
-    "feddyn",
-    "scaffold",
-    "fednova",
-    "ditto",
-    "apfl",
-    "pfedme",
-    "perfedavg",
-    "moon",
-    "fedfomo",
-    "pfedla",
-)
 
-
+@hands_on(fedavg, without=("keep",))
 def hyperfednet(
     model: Model,
     *,
@@ -59,7 +47,8 @@ def hyperfednet(
     slices: str = "input",
     embedding_init: str = "common",
     base: str = "fedavg",
-    base_options: Mapping[str, Any] | None = None,
+    num_clients: int | None = None,
+    num_rounds: int | None = None,
     bn_stats: str = "local",
     **fedavg_options,
 ) -> Algorithm:
@@ -82,8 +71,9 @@ def hyperfednet(
       embedding_init: all clients start from a "common" draw, as they do where initial
         models are copies of one (5 to 12 points better after 20 rounds of MNIST), or
         every client draws its "own".
-      base: the method that shares the generator, one of `BASES`.
-      base_options: its arguments.
+      base: the method that shares the generator, one of `bases()`, with its options:
+        "fedprox(mu=0.1)"; or one of yours, "package.module:method(option=1)".
+      num_clients, num_rounds: for bases that must know them.
       bn_stats: as in `fedavg`.
       **fedavg_options: of `fedavg`: `server_opt`, `correction`, ...
 
@@ -91,7 +81,7 @@ def hyperfednet(
       ValueError: an unknown choice, or no kernel can be generated.
     """
     check_choice("share_aux", share_aux, KEEP)
-    check_choice("base", base, BASES)
+    build = _base(base, dict(num_clients=num_clients, num_rounds=num_rounds))
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     net = tiles.tile_net(
         template,
@@ -104,12 +94,45 @@ def hyperfednet(
     whole = hypernetworked(
         model, net, regenerate=regenerate, embedding_init=embedding_init
     )
-    method = getattr(importlib.import_module(f"hyperjax.algorithms.{base}"), base)
-    return method(
-        whole,
-        local=local,
-        keep=KEEP[share_aux],
-        bn_stats=bn_stats,
-        **dict(base_options or {}),
-        **fedavg_options,
+    return build(
+        whole, local=local, keep=KEEP[share_aux], bn_stats=bn_stats, **fedavg_options
     )
+
+
+def bases() -> list[str]:
+    """Returns the methods that leave open what stays home, and so can share it."""
+    return [name for name in registry.methods() if registry.traits(name).base]
+
+
+def _base(text: str, known: dict[str, int | None]) -> Callable[..., Algorithm]:
+    """Returns the method that a text names, with the options in it."""
+    name, options = calls.parse("base", text)
+    if name == "fedbn":
+        raise ValueError("base='fedbn': HyperFedNet + FedBN is share_aux='convs'")
+    if ":" not in name:
+        check_choice("base", name, bases())
+    method = registry.find(name, "base")
+    takes = inspect.signature(method).parameters
+    if "keep" not in takes:
+        raise ValueError(f"base={name!r} decides itself what stays home (no `keep`)")
+    theirs = registry.own_options(name)
+    for option in options:
+        check_choice(f"option of base={name}", option, theirs)
+    needed = {k: number for k, number in known.items() if k in takes}
+    for option, number in needed.items():
+        if number is None:
+            raise ValueError(f"base={name!r} must know {option}")
+    offered = inspect.signature(fedavg).parameters
+
+    def build(model: Model, **handed_on: Any) -> Algorithm:
+        # FedAvg's options that the base sets itself can be left alone, not chosen.
+        for option in [k for k in handed_on if k not in takes]:
+            value = handed_on.pop(option)
+            if option not in offered or value != offered[option].default:
+                raise ValueError(
+                    f"{option}={value!r} is not for base={name!r}, which sets it itself"
+                )
+        given: dict[str, Any] = {**options, **needed, **handed_on}
+        return calls.call("base", method, model, **given)
+
+    return build

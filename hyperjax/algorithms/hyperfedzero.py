@@ -20,9 +20,12 @@ import jax
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(per_sample=True)
+@hands_on(fedavg)
 def hyperfedzero(
     model: Model,
     *,

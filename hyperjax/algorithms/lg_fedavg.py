@@ -14,14 +14,17 @@ import jax
 from hyperjax import mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
+from hyperjax.registry import hands_on
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 
+@hands_on(fedavg, without=("keep",))
 def lg_fedavg(
     model: Model | Mapping[str, Model],
     *,
     local,
-    share=HEAD,
+    share: Patterns = HEAD,
     family_sizes: Mapping[str, int] | None = None,
     **fedavg_options,
 ) -> Algorithm:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 
 from hyperjax import mixing
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on
 from hyperjax.types import Algorithm, Model
 
 
+@hands_on(fedavg, without=("keep",))
 def local_only(
     model: Model | Mapping[str, Model],
     *,

@@ -17,7 +17,7 @@ extractor and the heads that were taken over; heads of new sizes are trained wit
 embeddings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.hypernets.multi_head import multi_head
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
 
@@ -42,6 +44,8 @@ class State(NamedTuple):
     opt: PyTree
 
 
+@has_traits(joins=True)
+@hands_on(fedavg)
 def mh_pfedhn(
     models: Mapping[str, Model],
     *,
@@ -55,7 +59,7 @@ def mh_pfedhn(
     server_opt: optax.GradientTransformation | None = None,
     clip_norm: float = 50.0,
     share_heads: bool = True,
-    freeze: Sequence[str] = (),
+    freeze: Patterns = (),
     bn_stats: str = "local",
     **fedavg_options,
 ) -> Algorithm:

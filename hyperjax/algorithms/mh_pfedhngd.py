@@ -27,6 +27,7 @@ from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.errors import check_choice, check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import check_gives, distillation
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -44,6 +45,8 @@ KNOWN = "known"  # 1 once the client has been sent its teacher
 TEACHERS = ("stale", "fresh")
 
 
+@has_traits(joins=True)
+@hands_on(mh_pfedhn, without=("keep",))
 def mh_pfedhngd(
     models: Mapping[str, Model],
     *,

@@ -20,18 +20,22 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Model
 
 NAME = "previous"  # model, among a client's statistics
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def moon(
     model: Model,
     *,
     local,
     mu: float = 5.0,
     temperature: float = 0.5,
-    keep=None,
+    keep: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns MOON.

@@ -8,9 +8,12 @@ generating its parameters.
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import wrap
 from hyperjax.hypernets.embedding import distribution_embedding
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(per_sample=True)
+@hands_on(fedavg)
 def opt1(
     model: Model,
     *,

@@ -21,12 +21,16 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_choice, check_number
 from hyperjax.local import tuner
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Batch, Model
 
 ORDERS = ("first", "exact")
 DRAWS = ("thirds", "same")
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def perfedavg(
     model: Model,
     *,
@@ -34,7 +38,7 @@ def perfedavg(
     inner_learning_rate: float = 0.01,
     order: str = "first",
     draws: str = "thirds",
-    finetune=None,
+    finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns Per-FedAvg.
@@ -47,7 +51,7 @@ def perfedavg(
       order: "first" or "exact" (one Hessian-vector product a step).
       draws: D1, D2 and D3 are "thirds" of a batch, or all the "same" whole batch, which
         biases the gradient.
-      finetune: patterns of the parameters that fine-tuning moves; None: all.
+      finetune: patterns of the parameters that fine-tuning moves; (): all.
       **fedavg_options: of `fedavg`.
 
     Raises:

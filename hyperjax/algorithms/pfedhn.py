@@ -27,7 +27,7 @@ local steps draw fresh batches: the trainer's `batches="fresh"`. A client withou
 embedding is sent the network of the mean embedding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,8 @@ from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.hypernets import heads
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
 
@@ -59,6 +61,8 @@ def published_size(num_clients: int) -> int:
     return 1 + num_clients // 4
 
 
+@has_traits(joins=True)
+@hands_on(fedavg)
 def pfedhn(
     model: Model | Mapping[str, Model],
     *,
@@ -72,7 +76,7 @@ def pfedhn(
     weight_decay: float = 1e-3,
     clip_norm: float = 50.0,
     faithful: bool = False,
-    freeze: Sequence[str] = (),
+    freeze: Patterns = (),
     bn_stats: str = "local",
     **fedavg_options,
 ) -> Algorithm:

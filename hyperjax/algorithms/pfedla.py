@@ -26,6 +26,7 @@ from hyperjax import mixing, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 SIGNS = (1, -1)
@@ -39,6 +40,8 @@ class State(NamedTuple):
     psi: PyTree
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def pfedla(
     model: Model,
     *,

@@ -19,11 +19,15 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax.registry import hands_on, has_traits
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 NAME = "personal"  # model's parameters, among a client's statistics
 
 
+@has_traits(base=True)
+@hands_on(fedavg)
 def pfedme(
     model: Model,
     *,
@@ -31,8 +35,8 @@ def pfedme(
     lam: float = 15.0,
     inner_steps: int = 5,
     inner_learning_rate: float = 0.05,
-    keep=None,
-    finetune=None,
+    keep: Patterns = (),
+    finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedMe.

@@ -23,6 +23,8 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.local import round_at
+from hyperjax.registry import hands_on
+from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 LARGEST = 0.9999
@@ -35,6 +37,7 @@ class State(NamedTuple):
     phi: Array
 
 
+@hands_on(fedavg)
 def pfedsim(
     model: Model,
     *,
@@ -42,7 +45,7 @@ def pfedsim(
     num_clients: int,
     num_rounds: int,
     warmup: float = 0.5,
-    head=HEAD,
+    head: Patterns = HEAD,
     max_table_gb: float = mixing.MAX_TABLE_GB,
     **fedavg_options,
 ) -> Algorithm:

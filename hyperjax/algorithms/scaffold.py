@@ -8,9 +8,12 @@ paper averages uniformly (`weights="uniform"` in a config) and trains with plain
 
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
+@has_traits(base=True, weights="uniform")
+@hands_on(fedavg, without=("correction",))
 def scaffold(model: Model, *, local, **fedavg_options) -> Algorithm:
     """Returns SCAFFOLD; it sends twice what FedAvg sends, both ways.
 

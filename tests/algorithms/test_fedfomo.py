@@ -319,8 +319,8 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
             local=q.steps(1),
             tile=2,
             embedding_size=4,
-            base="fedfomo",
-            base_options=dict(num_clients=q.N, num_models=num_models),
+            base=f"fedfomo({num_models=})",
+            num_clients=q.N,
         )
 
     # in: w [2, 4, 4], b [2, 4]; out: w [18, 4], b [18]; of four clients.

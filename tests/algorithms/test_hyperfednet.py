@@ -46,7 +46,7 @@ def method(**options):
     options.setdefault("embedding_init", "own")
     mu = options.pop("mu", None)
     if mu is not None:
-        options["base_options"] = dict(mu=mu)
+        options["base"] = f"{options['base']}({mu=})"
     return hyperfednet(normed(), local=TRAIN, **SMALL, **options)
 
 

@@ -6,8 +6,7 @@ import re
 import pytest
 from federated import METHODS, NUM_CLIENTS, ON_NORMS, SMALL, make_local, normed, tiny
 
-from experiments import factories
-from hyperjax import channels, corrections, server_optimizers
+from hyperjax import channels, corrections, registry, server_optimizers
 
 INF, NAN = float("inf"), float("nan")
 KINDS = {
@@ -21,7 +20,7 @@ KINDS = {
 def numbers_of(factory):
     """Names and kinds of a factory's numeric options, handed-on ones included."""
     found = {}
-    for name, parameter in factories.options_of(factory).items():
+    for name, parameter in inspect.signature(factory).parameters.items():
         kind = inspect.formatannotation(parameter.annotation)
         if kind in KINDS:
             found[name] = KINDS[kind]
@@ -35,11 +34,11 @@ def refused(build, name, value):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_number_of_every_method_is_checked_by_name(method):
-    factory = factories.find_method(method)
-    accepted = factories.options_of(factory)
+    factory = registry.find(method)
+    accepted = inspect.signature(factory).parameters
     small = {name: x for name, x in SMALL.items() if name in accepted}
     model = normed() if method in ON_NORMS else tiny().model
-    if factories.needs_families(method):
+    if registry.families(method) == "several":
         model, small["family_sizes"] = {"a": model}, {"a": NUM_CLIENTS}
 
     def build(**options):

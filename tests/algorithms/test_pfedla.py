@@ -220,8 +220,8 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
         local=q.steps(1),
         tile=2,
         embedding_size=4,
-        base="pfedla",
-        base_options=SMALL,
+        base="pfedla(embedding_size=8, hidden_size=8)",
+        num_clients=q.N,
     )
     # in: w [2, 4, 4], b [2, 4]; out: w [18, 4], b [18].
     phi = 32 + 8 + 72 + 18

@@ -9,8 +9,8 @@ import pytest
 from test_train import ROOT, launch, small
 
 from configs import hyperfedzero_digits
-from experiments import build, train
 from hyperjax.engine import checkpoint, schedule
+from hyperjax.launch import build, train
 
 
 def config(**fields):

@@ -7,7 +7,7 @@ import jax
 import pytest
 from absl import flags
 
-from experiments import cli
+from hyperjax.launch import cli
 
 HOME = os.path.expanduser("~")
 SWITCHES = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")

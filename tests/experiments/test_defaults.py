@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import factories
+from hyperjax import registry
 
 CONFIGS = sorted(
     path.stem
@@ -40,7 +40,7 @@ def plain(value):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_has_the_factorys_values_or_says_why_not(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    options = factories.options_of(factories.find_method(config.method.name))
+    options = inspect.signature(registry.find(config.method.name)).parameters
     differ = set()
     for option, value in config.method.items():
         if option == "name":

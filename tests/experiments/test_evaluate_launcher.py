@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import hyperfedzero_digits
-from experiments import build, evaluate, train
 from hyperjax import rng
+from hyperjax.launch import build, evaluate, train
 
 
 @pytest.fixture(scope="module")

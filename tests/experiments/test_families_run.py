@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import mh_pfedhn_cifar10
-from experiments import build, evaluate, train
 from hyperjax.engine import checkpoint, log
+from hyperjax.launch import build, evaluate, train
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families_run")

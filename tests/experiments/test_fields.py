@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from test_build import CONFIGS
 
-from configs import common, fedavg_mnist, hyperfedzero_mnist, pfedhn_cifar10
-from experiments import build, cli, factories, fields
+from configs import fedavg_mnist, hyperfedzero_mnist, pfedhn_cifar10
+from hyperjax import calls, registry
 from hyperjax.data import partition
+from hyperjax.launch import build, cli, factories, fields
+from hyperjax.protocols import common
 
 NAN, INF = float("nan"), float("inf")
 
@@ -83,12 +85,12 @@ def test_numbers_of_a_method_must_be_finite(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_options_of_a_method_have_the_type_of_its_parameter(name):
     method = get_config(name).method
-    factory = factories.find_method(method.name)
+    factory = registry.find(method.name)
     wrong = {int: (1.5, "x", True), float: ("x", True), bool: (1, "x"), str: (3, True)}
-    for option, parameter in factories.options_of(factory).items():
+    for option, parameter in inspect.signature(factory).parameters.items():
         for value in wrong.get(parameter.annotation, ()):
             with pytest.raises(ValueError, match=f"method.{option}={value!r} must be"):
-                factories.call("method", factory, None, local=None, **{option: value})
+                calls.call("method", factory, None, local=None, **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_what_a_factory_refuses_is_named_by_its_field():
 @pytest.mark.parametrize("text", ["sgd(momentum=1e999)", "prox(mu=-1e999)"])
 def test_numbers_within_text_must_be_finite(text):
     with pytest.raises(ValueError, match=r"uplink='.*': m.*inf must be a finite"):
-        factories.parse_call("uplink", text)
+        calls.parse("uplink", text)
 
 
 @pytest.mark.parametrize("mark", [1.0, 0.0, 30.5, -0.5, True, "30"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import gradient_inversion as study
+from experiments.studies import gradient_inversion as study
 from hyperjax import attacks, rng, tree
 from hyperjax.data.sources import Source
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.reach import Reach, cost_to_reach, of_curve
+from hyperjax.runs.reach import Reach, cost_to_reach, of_curve
 
 
 def test_first_round_that_meets_each_threshold():

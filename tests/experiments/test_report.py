@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import demo, pages, plots, report
+from experiments import demo
+from hyperjax.launch import pages, plots, report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 

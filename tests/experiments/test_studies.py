@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs import fedavg_mnist
-from experiments import (
-    build,
-    embedding_sizes,
-    grid,
-    outputs,
-    personalised,
-    server_side,
-    study,
-    train,
-)
+from experiments.studies import embedding_sizes, grid, personalised, server_side, study
+from hyperjax.launch import build, outputs, train
 
 SCALE = personalised.Scale(rounds=4, data_dir="somewhere")
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import cli, train, workdir
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.launch import cli, train, workdir
 
 
 def whole_numbers(flag: str, given: Sequence[str], least: int = 0) -> list[int]:

@@ -1,6 +1,6 @@
 """Server-side hypernetworks and their competitors over seeds: the results tables.
 
-python -m experiments.server_side --study=pfedhn --workdir=runs/server_side \
+python -m experiments.studies.server_side --study=pfedhn --workdir=runs/server_side \
     --data_dir=... [--methods=pFedHN,Local] [--seeds=0,1,2] [--json=FILE]
 
 pfedhn: CIFAR-10 at 16x16, 10 clients with two classes each (arXiv:2103.04628, table 1),
@@ -25,10 +25,11 @@ import ml_collections
 from absl import flags
 
 from configs import pfedhn_cifar10
-from experiments import cli, grid, join, outputs
-from experiments.pages import text_table
+from experiments.studies import grid
 from hyperjax import models
 from hyperjax.errors import check_choice
+from hyperjax.launch import cli, join, outputs
+from hyperjax.launch.pages import text_table
 
 # Study -> label -> config file, and fields that differ from it.
 Methods = Mapping[str, tuple[str, dict[str, Any]]]
@@ -74,7 +75,7 @@ class SlimMLP(models.MLP):
 
 
 # 25,770, 34,122 and 43,638 parameters for 14x14 pixels and ten classes.
-FAMILIES = ("experiments.server_side:SlimMLP", "mh_mlp", "mh_cnn")
+FAMILIES = ("experiments.studies.server_side:SlimMLP", "mh_mlp", "mh_cnn")
 NEW_FAMILIES = ("zenkenet", "attack_lenet")
 NEWCOMERS = 5
 METRICS = ("pacc", "pacc_mean", "best", "vacc")

@@ -1,9 +1,9 @@
 """HyperFedNet and the client-side methods over seeds: accuracy against communication.
 
-python -m experiments.personalised --workdir=runs/personalised --data_dir=... \
+python -m experiments.studies.personalised --workdir=runs/personalised --data_dir=... \
     [--data=mnist,fashion_mnist] [--methods=FedAvg,HFN] [--seeds=0,1,2] [--json=FILE]
 
-HyperFedNet's experiment (`configs.common.personalised`) at a size for two cores: see
+HyperFedNet's experiment (`protocols.common.personalised`) at a size for two cores: see
 `scaled`. Every method gets the same budget and the same search for its learning rate,
 among `--rates`, by participants' accuracy after fine-tuning on another seed's
 federation of the first data set; the seeds reported choose nothing. A single rate is
@@ -20,10 +20,12 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from configs import common
-from experiments import cli, grid, outputs, reach
-from experiments.pages import text_table
+from experiments.studies import grid
 from hyperjax.errors import check_choice
+from hyperjax.launch import cli, outputs
+from hyperjax.launch.pages import text_table
+from hyperjax.protocols import common
+from hyperjax.runs import reach
 
 RATES = (0.1, 0.03, 0.01)
 SEARCH_SEED = 100

@@ -19,11 +19,11 @@ import jax
 import ml_collections
 from absl import logging
 
-from configs import common
-from experiments import factories
+from hyperjax import registry
 from hyperjax.engine import checkpoint, log
 from hyperjax.engine.checkpoint import read_json, write_atomically
 from hyperjax.engine.compiled import setting
+from hyperjax.protocols import common
 
 try:
     import fcntl
@@ -261,7 +261,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     # Format 1 had an epoch for default: of two lengths steps counted, and a method's
     # own phases before both.
     name, local = found["method"].get("name"), found["local"]
-    own = name in factories.method_names() and factories.has_own_phases(name)
+    own = name in registry.methods() and registry.traits(name).own_length
     if own or local["steps"] is not None or local["epochs"] == 1:
         local["epochs"] = None
     return found
@@ -517,6 +517,7 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # not of another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

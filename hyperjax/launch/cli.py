@@ -131,7 +131,7 @@ def _given_fields() -> list[str]:
 
 def _check_config(removed: list[str]) -> None:
     """Sets fields to None; refuses what no run could take, before JAX is asked."""
-    from experiments import fields
+    from hyperjax.launch import fields
 
     if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
         return
@@ -163,7 +163,7 @@ def explain(error: Exception) -> str:
 
 def _unknown_field() -> str | None:
     """Finds the first --config.field that the config file does not have."""
-    from experiments import fields
+    from hyperjax.launch import fields
 
     given = _given_fields()
     paths = [a.partition("=")[2] for a in sys.argv if a.startswith("--config=")]

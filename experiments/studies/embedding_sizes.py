@@ -1,9 +1,9 @@
 """HyperFedNet's accuracy against what it sends, by embedding size: a picture.
 
-python -m experiments.embedding_sizes --workdir=runs/embedding_sizes --data_dir=... \
+python -m experiments.studies.embedding_sizes --workdir=runs/sizes --data_dir=... \
     [--sizes=1,2,4] [--seeds=0,1,2] [--rates=0.03] [--json=FILE] [--picture=FILE.svg]
 
-The paper's figure 7 (arXiv:2402.18445) at the size of `experiments.personalised`: n in
+The paper's figure 7 (arXiv:2402.18445) at the size of `studies.personalised`: n in
 1, 2, ..., 128, participants' accuracy after fine-tuning against the numbers of a round
 trip, which grow with n squared. The learning rate is that of n = 64.
 """
@@ -14,10 +14,11 @@ from typing import Any
 
 from absl import flags
 
-from configs import common
-from experiments import cli, grid, outputs, personalised, plots
-from experiments.pages import text_table
+from experiments.studies import grid, personalised
 from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.launch import cli, outputs, plots
+from hyperjax.launch.pages import text_table
+from hyperjax.protocols import common
 
 TUNED = f"pacc_ft{personalised.TUNED}"
 COLUMNS = (

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import plots, workdir
 from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import read_lines
+from hyperjax.launch import plots, workdir
 
 Row = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """HyperFedZero, FedAvg and the controls over seeds and skews: the results table.
 
-python -m experiments.study --workdir=runs/study --data=mnist --data_dir=... \
+python -m experiments.studies.study --workdir=runs/study --data=mnist --data_dir=... \
     [--alphas=1.0,0.1] [--seeds=0,1,2] [--rounds=100] [--json=results.json]
 
 FedAvg's own learning rate is chosen per alpha on the participants' held-out samples
@@ -23,8 +23,9 @@ from configs import (
     hyperfedzero_mnist,
     opt1_mnist,
 )
-from experiments import cli, grid, outputs
-from experiments.pages import text_table
+from experiments.studies import grid
+from hyperjax.launch import cli, outputs
+from hyperjax.launch.pages import text_table
 
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 OWN_RATE = "FedAvg, own learning rate"

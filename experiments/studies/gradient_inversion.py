@@ -1,7 +1,8 @@
 """Gradient inversion of FedAvg and of HyperFedNet, under three attackers.
 
-python -m experiments.gradient_inversion --workdir=runs/inversion [--data=mnist5k] \
-    [--images=50] [--embedding_size=64] [--json=FILE] [--picture=FILE.svg]
+python -m experiments.studies.gradient_inversion --workdir=runs/inversion \
+    [--data=mnist5k] [--images=50] [--embedding_size=64] [--json=FILE] \
+    [--picture=FILE.svg]
 
 HyperFedNet's figure 6 (arXiv:2402.18445) with the network of the published attacks, its
 parameters fresh draws, one image at a time. FedAvg sends the gradient of the whole
@@ -29,14 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli, grid, outputs, workdir
-from experiments.pages import text_table
+from experiments.studies import grid
 from hyperjax import attacks, models, rng
 from hyperjax.data import picture, sources
 from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
+from hyperjax.launch import cli, outputs, workdir
+from hyperjax.launch.pages import text_table
 from hyperjax.types import Array, Key, Model, PyTree
 
 RECOVERED = 25.0  # dB

@@ -1,17 +1,13 @@
 """What the fields of a config may hold: names, types, bounds, and what goes unused."""
 
 import difflib
-import types
-import typing
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import common
+from hyperjax import calls, registry
 from hyperjax.errors import check_number
-
-LARGEST = 2**31 - 1  # of counts: they are int32 on the device
-FLOAT32 = 3.4e38
+from hyperjax.protocols import common
 
 
 class Number(NamedTuple):
@@ -35,11 +31,11 @@ class Number(NamedTuple):
             if number is None and self.optional:
                 continue
             check_number(**bounds, **{field: number})
-            _check_representable(field, number)
+            calls.check_representable(field, number)
 
 
 def _count(at_least: int, **more) -> Number:
-    return Number(at_least=at_least, at_most=LARGEST, whole=True, **more)
+    return Number(at_least=at_least, at_most=calls.LARGEST, whole=True, **more)
 
 
 RATE, FRACTION = Number(at_least=0), Number(at_least=0, below=1)
@@ -65,7 +61,7 @@ NUMBERS: dict[str, Number] = {
     "local.batch_size": Number(at_least=1, at_most=2**30, whole=True),
     "local.learning_rate": RATE,
     "local.learning_rate_decay": RATE,
-    "local.milestones": Number(at_least=0, at_most=LARGEST, several=True),
+    "local.milestones": Number(at_least=0, at_most=calls.LARGEST, several=True),
     "local.milestone_factor": RATE,
     "local.weight_decay": RATE,
     "local.clip_norm": Number(above=0, optional=True),
@@ -105,7 +101,7 @@ def check(config: Any) -> None:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"a config is {type(config).__name__}; get_config() must return a "
-            "ConfigDict, such as configs.common.defaults() makes"
+            "ConfigDict, such as hyperjax.protocols.common.defaults() makes"
         )
     expected = common.defaults()
     expected.method = ml_collections.ConfigDict({"name": ""})
@@ -119,7 +115,7 @@ def check(config: Any) -> None:
         elif field in known:
             _check_type(field, value, known[field])
         else:
-            check_finite(field, value)
+            calls.check_finite(field, value)
     for mark in config.local.milestones:
         if not isinstance(mark, int) and not 0 < mark < 1:
             raise ValueError(
@@ -133,28 +129,7 @@ def check(config: Any) -> None:
         )
 
 
-def check_option(field: str, value: Any, annotation: Any) -> None:
-    """Checks a value against a parameter's annotation, if that is a plain type.
-
-    Raises:
-      ValueError: it is of another type, or not finite.
-    """
-    union = isinstance(annotation, types.UnionType)
-    kinds = set(typing.get_args(annotation) if union else (annotation,))
-    if not kinds <= {bool, int, float, str, type(None)}:
-        return
-    plain = {bool: bool, str: str, type(None): type(None)}
-    if any(isinstance(value, plain[kind]) for kind in kinds if kind in plain):
-        return
-    if kinds & {int, float}:
-        whole = float not in kinds
-        check_number(whole=whole, at_most=LARGEST if whole else None, **{field: value})
-    else:
-        names = " or ".join(sorted(_WORDS[kind] for kind in kinds))
-        raise ValueError(f"{field}={value!r} must be {names}")
-
-
-_WORDS = {bool: "True or False", str: "text", type(None): "None", tuple: "a tuple"}
+_WORDS = {bool: "True or False", str: "text", tuple: "a tuple"}
 
 
 def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -183,7 +158,7 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
         note("start.run=''", "start.take")
     if config.families:
         note(f"families={tuple(config.families)}", "model.name")
-    if "deploy_granularity" not in config.method:
+    if not registry.traits(config.method.name).per_sample:
         note(f"method.name={config.method.name!r}", "evaluation.sample_level")
     return found
 
@@ -237,7 +212,7 @@ def _check_names(expected: Any, given: Any, prefix: str) -> None:
             names = f"{field}.{next(iter(value))}, ..." if is_group else field
             raise ValueError(
                 f"the config has no {names}: add it, or change what "
-                "configs.common.defaults() returns instead of replacing it"
+                "hyperjax.protocols.common.defaults() returns instead of replacing it"
             )
         if is_group and not isinstance(given[name], ml_collections.ConfigDict):
             fields = ", ".join(f"{field}.{k}" for k in list(value)[:3])
@@ -281,24 +256,3 @@ def _check_type(field: str, value: Any, default: Any) -> None:
         raise ValueError(f"{field}={value!r} must be {_WORDS[kind]}")
     if kind is tuple and not all(isinstance(item, str) for item in value):
         raise ValueError(f"{field}={value!r} must be a tuple of text")
-
-
-def _check_representable(field: str, value: float) -> None:
-    """Finite, also in float32."""
-    if not abs(value) <= FLOAT32:
-        named: dict[str, Any] = {field: value}
-        check_number(at_least=-FLOAT32, at_most=FLOAT32, **named)
-
-
-def check_finite(field: str, value: Any) -> None:
-    """Options of models and methods: their numbers are finite; no other objects."""
-    if isinstance(value, tuple):
-        for item in value:
-            check_finite(field, item)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        _check_representable(field, value)
-    elif not isinstance(value, bool | str | None):
-        raise ValueError(
-            f"{field} is {type(value).__name__}; a config holds numbers, text, True, "
-            "False, None, and tuples of these"
-        )

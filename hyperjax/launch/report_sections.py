@@ -10,9 +10,9 @@ from html import escape
 
 import numpy as np
 
-from experiments import finished, pages, plots
-from experiments.finished import Row, Run
 from hyperjax.data import picture
+from hyperjax.launch import finished, pages, plots
+from hyperjax.launch.finished import Row, Run
 
 METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC", "vacc": "vACC"}
 _COLORS = {

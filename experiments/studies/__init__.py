@@ -1,0 +1,1 @@
+"""Studies of whole papers: many runs, one table each."""

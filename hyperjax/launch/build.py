@@ -1,0 +1,294 @@
+"""From a config to objects; every mistake in it is found here, before any work."""
+
+import inspect
+import re
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from hyperjax import (
+    calls,
+    models,
+    registry,
+)
+from hyperjax.data import federation as federations
+from hyperjax.data import files, partition, sources
+from hyperjax.data.federation import Federation
+from hyperjax.engine import comm, families, schedule, sharding
+from hyperjax.errors import check_choice, check_number
+from hyperjax.launch import factories, fields
+from hyperjax.local import round_at
+from hyperjax.runs.experiment import (
+    Experiment,
+    Settings,
+    blocks,
+    experiment,
+    make_evaluator,
+)
+from hyperjax.runs.run import through_channel
+from hyperjax.types import Algorithm, Model
+
+
+def build(
+    config: ml_collections.ConfigDict, store_dir: str | None = None
+) -> Experiment:
+    """Resolves a config: the last that reads it but for what is told about a run.
+
+    Args:
+      config: see `protocols.common.defaults`; with `config.method`.
+      store_dir: where a memory-mapped host store keeps its files.
+
+    Raises:
+      ValueError, TypeError, FileNotFoundError, ImportError: naming the field, what was
+        given and what is accepted.
+    """
+    check(config)
+    warn_of_the_end(config)
+    source = load_source(config.data)
+    federation = federate(source, config)
+    model = make_model(config, source.x.shape[1:], source.num_classes)
+    algorithm = make_algorithm(config, model)
+    engine, evaluation = config.engine, config.evaluation
+    found = experiment(
+        federation,
+        algorithm,
+        settings(config),
+        sampler=config.server.sampler,
+        cohort_size=config.server.cohort_size,
+        weights=config.server.weights,
+        sequential=config.server.sequential,
+        mapper=engine.mapper,
+        block_size=engine.block_size,
+        devices=engine.devices,
+        store=engine.store,
+        store_dir=store_dir if engine.memory_map else None,
+        eval_batch_size=evaluation.batch_size,
+        clients_per_call=evaluation.clients_per_call,
+    )
+    found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
+    if not evaluation.sample_level or "deploy_granularity" not in config.method:
+        return found
+    by_sample = ml_collections.ConfigDict(config.to_dict())
+    by_sample.method.deploy_granularity = "sample"
+    evaluator = make_evaluator(
+        federation,
+        make_algorithm(by_sample, model),
+        found.members,
+        evaluation.batch_size,
+        evaluation.clients_per_call,
+        engine.devices,
+    )
+    return found._replace(by_sample=evaluator)
+
+
+def settings(config: ml_collections.ConfigDict) -> Settings:
+    """Returns what the loop and the summary of a run ask of its config."""
+    return Settings(
+        seed=config.seed,
+        rounds=config.rounds,
+        every=config.evaluation.every,
+        rounds_per_call=config.engine.rounds_per_call,
+        finetune_epochs=tuple(config.evaluation.finetune_epochs),
+        thresholds=tuple(config.evaluation.thresholds),
+        pooled=config.data.pooled,
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks every number and name that needs no data to be judged.
+
+    Raises:
+      ValueError: naming the field, what was given and what is accepted.
+    """
+    fields.check(config)
+    method = config.method.name
+    check_choice("data.partition", config.data.partition, partition.PARTITIONERS)
+    check_choice("server.weights", config.server.weights, ("size", "uniform"))
+    check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
+    check_choice("engine.store", config.engine.store, schedule.STORES)
+    check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
+    check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
+    registry.find(config.method.name, "method.name")
+    for name in config.families or (config.model.name,):
+        if ":" not in name:
+            field = "families" if config.families else "model.name"
+            check_choice(field, name, models.ZOO)
+    if config.families and registry.families(method) == "one":
+        able = [name for name in registry.methods() if registry.families(name) != "one"]
+        raise ValueError(
+            f"method.name={config.method.name!r} needs one network for all clients; "
+            f"families={tuple(config.families)} goes with: {', '.join(able)}"
+        )
+    most, field = population_size(config)
+    if len(config.families) > most:
+        raise ValueError(
+            f"{field}={most} is less than the {len(config.families)} families"
+        )
+    for pattern in config.start.take:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"start.take has {pattern!r}: {error}") from error
+    if (
+        config.server.sampler == "uniform"
+        and not 1 <= config.server.cohort_size <= most
+    ):
+        raise ValueError(
+            f"server.cohort_size={config.server.cohort_size} must be between 1 and "
+            f"{field}={most}"
+        )
+    if config.data.pooled:
+        several = config.families or registry.families(config.method.name) == "several"
+        if several or config.data.newcomers:
+            raise ValueError(
+                "data.pooled=True trains one network in one place; it does not go with "
+                f"families={tuple(config.families)}, newcomers="
+                f"{config.data.newcomers} and method.name={config.method.name!r}"
+            )
+    for name in ("epochs", "steps"):
+        if config.local[name] is not None and registry.traits(method).own_length:
+            raise ValueError(
+                f"local.{name}={config.local[name]} would change nothing: how long "
+                f"clients of method.name={method!r} train is among the method's "
+                "options; accepted: None"
+            )
+    factories.local_optimizer(config.local)
+    factories.server_optimizer(config.server)
+
+
+def marks(config: ml_collections.ConfigDict) -> dict[str, list[int]]:
+    """Returns the rounds from which on a run goes on otherwise, by what says so."""
+    found = {"local.milestones": factories.milestones(config.local, config.rounds)}
+    options = registry.options(config.method.name)
+    if "warmup" in options:
+        warmup = config.method.get("warmup", options["warmup"].default)
+        check_number(at_least=0, at_most=1, **{"method.warmup": warmup})
+        found["method.warmup"] = [round_at(warmup, config.rounds)]
+    return {field: rounds for field, rounds in found.items() if rounds}
+
+
+def warn_of_the_end(config: ml_collections.ConfigDict) -> None:
+    """Warns of what would begin when the run is over."""
+    for field, rounds in marks(config).items():
+        late = [round for round in rounds if round >= config.rounds > 0]
+        if late:
+            logging.warning(
+                "What %s says begins after round %s, and the run ends after round %d: "
+                "it changes nothing.",
+                field,
+                " and ".join(map(str, late)),
+                config.rounds,
+            )
+
+
+# Data ------------------------------------------------------------------------------
+
+
+def load_source(data: ml_collections.ConfigDict) -> sources.Source:
+    """Reads the data set."""
+    source = sources.load(
+        data.name, data_dir=data.data_dir, split=data.split, download=data.download
+    )
+    return sources.shrink(source, data.shrink)
+
+
+def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
+    """Deals it out."""
+    data = config.data
+    options = {name: data[name] for name in fields.PARTITIONS[data.partition]}
+    if "client_ids" in options:
+        options["client_ids"] = _load_ids(data.client_ids)
+    federation = federations.federate(
+        source,
+        num_clients=data.num_clients,
+        num_novel=data.num_novel,
+        partition=data.partition,
+        seed=config.seed if data.seed < 0 else data.seed,
+        test_fraction=data.test_fraction,
+        eval_fraction=data.eval_fraction,
+        validation_fraction=data.validation_fraction,
+        stratified=data.stratified,
+        **options,
+    )
+    if data.newcomers:
+        return federation.newcomers()
+    return federation.pooled() if data.pooled else federation
+
+
+def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
+    """Returns how many clients take part, and the field that says so."""
+    field = "num_novel" if config.data.get("newcomers") else "num_clients"
+    return config.data[field], f"data.{field}"
+
+
+def _load_ids(given: str | None) -> np.ndarray:
+    """Reads "ids.npy" or "file.npz:key"."""
+    if not given:
+        raise ValueError(
+            "data.partition='by_client_id' needs data.client_ids: ids.npy, or "
+            "file.npz:key, one id per sample"
+        )
+    return files.read_array(given, "data.client_ids")
+
+
+# Model and method ------------------------------------------------------------------
+
+
+def make_model(
+    config: ml_collections.ConfigDict, input_shape: tuple[int, ...], num_classes: int
+) -> Model | dict[str, Model]:
+    """Builds `config.model`, or one network per family, for inputs [H, W, c].
+
+    Methods that are made for families are given a mapping in any case.
+    """
+
+    def one(name):
+        return factories.make_network(config, name, input_shape, num_classes)
+
+    if not config.families and registry.families(config.method.name) != "several":
+        return one(config.model.name)
+    names = config.families or (config.model.name,)
+    return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
+
+
+def make_algorithm(
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+) -> Algorithm:
+    """Builds `config.method` around a model, or one per family.
+
+    Raises:
+      ValueError: an unknown method or option, or a server optimizer that the method's
+        server would never call.
+    """
+    name = config.method.name
+    factory = registry.find(name, "method.name")
+    known = registry.options(name)
+    options = {k: v for k, v in config.method.items() if k != "name"}
+    for option in options:
+        check_choice(f"option of method={name}", option, known)
+    if "correction" in options:
+        options["correction"] = factories.make_correction(options["correction"])
+    trainers = 1 if config.data.pooled else population_size(config)[0]
+    supplied: dict[str, Any] = dict(num_clients=trainers, num_rounds=config.rounds)
+    if isinstance(model, dict):
+        members = blocks(model, population_size(config)[0])
+        supplied["family_sizes"] = {k: len(ids) for k, ids in members.items()}
+    server_opt, uses = factories.watched(factories.server_optimizer(config.server))
+    supplied["server_opt"] = server_opt
+    takes = inspect.signature(factory).parameters
+    options |= {k: value for k, value in supplied.items() if k in takes}
+    loop = factories.make_local(config.local, config.rounds)
+    alg = calls.call("method", factory, model, local=loop, **options)
+    chosen = config.server.optimizer, config.server.learning_rate
+    if chosen != ("sgd", 1.0):
+        family = min(model) if isinstance(model, dict) else families.ALONE
+        comm.describe(families.view(alg, family))
+        if not uses:
+            raise ValueError(
+                f"server.optimizer={chosen[0]!r} with server.learning_rate={chosen[1]} "
+                f"would change nothing: the server of method.name={name!r} has no "
+                "optimizer; accepted: sgd, 1.0"
+            )
+    return through_channel(alg, config.uplink) if config.uplink else alg

@@ -1,0 +1,223 @@
+"""Serves a new client from a trained run: its classifier and predictions, no training.
+
+python -m experiments.evaluate --workdir=runs/x --data=new_client.npz [--out=folder]
+python -m experiments.evaluate --workdir=runs/x --client=12
+
+The .npz file holds `image`, uint8 [n, H, W] or [n, H, W, c], and may hold `label`,
+int [n], which is used for scoring only. `--client` takes an unseen client of the run
+itself. In the output folder: classifier.npz (path -> array: what would run on the
+client), predictions.npz (label, probability) and result.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+from hyperjax import registry, tree
+from hyperjax.engine import checkpoint, deploy, log, scoring
+from hyperjax.launch import build, cli, saved, workdir
+from hyperjax.launch.saved import Run
+from hyperjax.types import ClientData, Pool, PyTree
+
+
+class Served(NamedTuple):
+    """What a client gets."""
+
+    classifier: PyTree  # variables of the network that runs on the client
+    probability: np.ndarray  # [n, K] float32
+    label: np.ndarray  # [n] int32
+
+
+def load_run(path: str) -> Run:
+    """Reads a run's folder; needs neither its data set nor its clients.
+
+    Raises:
+      ValueError: there is no run, no intact checkpoint in it, or its method serves
+        nobody without training; JAX has settings with which other numbers are drawn.
+    """
+    run = saved.load(path)
+    workdir.check_settings(run.folder, workdir.read(run.folder))
+    if run.algorithm.has_families:
+        method = run.config.method.name
+        join = "; `python -m experiments.join` trains an embedding for unseen clients"
+        raise ValueError(
+            f"workdir={path!r}: clients of this run of {method!r} have different "
+            "networks, and what one that it never met would get is not defined without "
+            f"training{join if registry.traits(method).joins else ''}"
+        )
+    return run
+
+
+def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
+    """Deploys the run's method on a client of whom only inputs are known.
+
+    It is deployed as `Evaluator.evaluate` does after the newest checkpoint's round: on
+    its own inputs, an unseen client of the run gets the classifier that was scored.
+
+    Args:
+      run: from `load_run`.
+      images: [n, H, W, c] uint8.
+      client: an unseen client of the run, or None for somebody else.
+
+    Raises:
+      FloatingPointError: outputs for some of them are not finite, so that they have no
+        class.
+    """
+    facts, n = run.facts, len(images)
+    nobody = len(facts["counts"])
+    pool = Pool(
+        jnp.asarray(images),
+        jnp.full(n, -1, jnp.int32),
+        jnp.asarray(facts["mean"]),
+        jnp.asarray(facts["std"]),
+    )
+    inputs = ClientData(jnp.arange(n)[None], jnp.full(1, n), pool)
+    give = deploy.deployer(run.algorithm, batch_size=run.config.evaluation.batch_size)
+    (deployed,) = give(
+        run.config.seed,
+        run.restored.carry,
+        run.restored.round,
+        [nobody if client is None else client],
+        inputs,
+    )
+    bad = ~np.asarray(scoring.usable(deployed.logits))
+    if bad.any():
+        raise FloatingPointError(
+            f"the network's outputs for {int(bad.sum())} of {n} inputs are not "
+            "finite, so these have no class; nothing is written"
+        )
+    probability = np.asarray(jax.nn.softmax(deployed.logits))
+    label = probability.argmax(-1).astype(np.int32)
+    return Served(deployed.network, probability, label)
+
+
+def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads a client's file.
+
+    Raises:
+      ValueError, FileNotFoundError: not such a file, or not what the run was made for.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data={path!r}: there is no such file")
+    what = "save a client's images as numpy.savez(file, image=uint8 array) does"
+    content = checkpoint.read_npz(path, what, ("image", "label"), ("image",))
+    with np.load(path) as file:
+        ignored = sorted({*file.files} - {*content})
+    if ignored:
+        logging.warning(
+            "%s has arrays that are not looked at: %s (image and label are).",
+            path,
+            ", ".join(ignored),
+        )
+    images = content["image"]
+    shape = tuple(int(n) for n in run.facts["sample_shape"])
+    if images.ndim == len(shape) and shape[-1] == 1:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise ValueError(
+            f"data={path!r}: `image` is {images.dtype}{images.shape}; this run takes "
+            f"uint8(n, {', '.join(map(str, shape))}) with n of at least 1"
+        )
+    if "label" not in content:
+        return images, None
+    labels, num_classes = content["label"], len(run.facts["label_names"])
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"data={path!r}: `label` is {labels.dtype}{labels.shape}; one integer per "
+            "image is expected"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"data={path!r}: labels must lie in 0..{num_classes - 1}")
+    return images, labels
+
+
+def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images and labels of an unseen client of the run itself."""
+    first = int(run.facts["participating"].sum())
+    last = len(run.facts["counts"]) - 1
+    if first > last:
+        raise ValueError(f"client={client}: this run has no unseen clients")
+    if not first <= client <= last:
+        raise ValueError(
+            f"client={client}: unseen clients of this run: {first}..{last}"
+        )
+    source = build.load_source(run.config.data)
+    if (
+        tuple(run.facts["sample_shape"]) != source.x.shape[1:]
+        or run.facts["novel_rows"].max() >= len(source.y)
+        or run.pixels not in (None, tree.sha256(source.x))
+    ):
+        raise ValueError(
+            f"the data set {run.config.data.name!r} is not what it was when the run "
+            f"{str(run.folder)!r} began: client={client} cannot be found in it"
+        )
+    size = run.facts["novel_size"][client - first]
+    rows = run.facts["novel_rows"][client - first, :size]
+    return source.x[rows], source.y[rows]
+
+
+def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dict:
+    """Writes the three files; returns the content of result.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    arrays = jax.tree.leaves(served.classifier)
+    named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
+    np.savez(str(out / "classifier.npz"), **named)
+    np.savez(
+        str(out / "predictions.npz"),
+        label=served.label,
+        probability=served.probability,
+    )
+    counts = np.bincount(served.label, minlength=len(run.facts["label_names"]))
+    result: dict[str, Any] = dict(
+        samples=len(served.label),
+        rounds=run.restored.round,
+        predicted=dict(zip(map(str, run.facts["label_names"]), counts, strict=True)),
+        classifier_numbers=tree.count(served.classifier),
+    )
+    if labels is not None:
+        result["zacc"] = 100.0 * float(np.mean(served.label == labels))
+    result = log.plain(result)
+    checkpoint.write_atomically(
+        out / "result.json", json.dumps(result, indent=2) + "\n"
+    )
+    return result
+
+
+def main(path: str, data: str | None, client: int | None, out: str | None) -> int:
+    """Serves one client; returns the exit code."""
+    if (data is None) == (client is None):
+        raise ValueError("give either --data=file.npz or --client=number")
+    run = load_run(path)
+    labels: np.ndarray | None
+    if data is not None:
+        name = Path(data).stem
+        images, labels = read_images(data, run)
+    else:
+        name = f"client_{client}"
+        images, labels = own_client(run, int(client or 0))
+    folder = Path(out or run.folder / "served" / name).expanduser()
+    with workdir.room_for("out", folder):
+        result = write(folder, serve(run, images, client), labels, run)
+    accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
+    print(
+        f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "
+        f"classifier, predictions, result: {folder}"
+    )
+    return 0
+
+
+def launch() -> None:
+    """Runs the command with what the command line says."""
+    workdir = cli.define_path("workdir", None, "Folder of a run.")
+    data = cli.define_path("data", None, "A client's file.npz: image, label.")
+    client = flags.DEFINE_integer("client", None, "An unseen client of the run.")
+    out = cli.define_path("out", None, "Folder to write to.")
+    cli.run(
+        lambda: main(str(workdir.value), data.value, client.value, out.value),
+        needs=("workdir",),
+    )

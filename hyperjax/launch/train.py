@@ -1,0 +1,368 @@
+"""Trains one method on one federation; the same command continues a stopped run.
+
+python -m experiments.train --config=configs/hyperfedzero_mnist.py --workdir=runs/x
+"""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from hyperjax import tree
+from hyperjax.data import federation as federations
+from hyperjax.engine import checkpoint, compiled, log, schedule
+from hyperjax.engine.progress import Progress
+from hyperjax.launch import build, cli, pages, report, saved, workdir
+from hyperjax.runs import loop, reach, results
+from hyperjax.runs.experiment import Experiment
+
+SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # in progress lines
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
+
+
+def train(
+    config: ml_collections.ConfigDict, path: str, name: str | None = None
+) -> dict[str, Any]:
+    """Runs, or continues, one experiment in a folder.
+
+    A finished run goes on if it is given more rounds, and is summed up anew if it is
+    asked for other numbers at the end.
+
+    Args:
+      config: see `protocols.common.defaults`; its method under `config.method`.
+      path: the run's folder; made if it is not there.
+      name: shown in progress lines; the method's name by default.
+
+    Returns:
+      The summary, also written to summary.json.
+
+    Raises:
+      ValueError and others, before any work: bad input, see `build.build` and
+        `workdir.claim`.
+      FloatingPointError: a loss or the state is not finite.
+      Stopped: by SIGTERM or SIGINT.
+    """
+    compiled.check_jax()
+    build.check(config)
+    with workdir.claim(path, config) as folder:
+        summary = workdir.result(folder, config)
+        if summary is not None:
+            logging.info("%s is finished; nothing to do.", folder)
+            if not (folder / workdir.REPORT).exists():
+                report.run_report(str(folder))
+            return summary
+        with Progress(name or config.method.name, config.rounds) as progress:
+            return _train(config, folder, progress)
+
+
+def _train(
+    config: ml_collections.ConfigDict, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Runs, or continues, an experiment in a folder that is this process's."""
+    progress.stage(f"reading {config.data.name}, building {config.method.name}")
+    experiment = build.build(config, str(folder / workdir.STORE))
+    settings, checkpoints = experiment.settings, folder / workdir.CHECKPOINTS
+    for part in (experiment.simulator, experiment.evaluator):
+        part.program.watcher = progress.compiling
+    restored = _newest(experiment, checkpoints)
+    lent = _parts_to_start_from(config, experiment) if restored is None else {}
+    began, before = time.perf_counter(), _summed_up(folder)
+    digests = federations.digests(experiment.federation)
+    done = 0 if restored is None else restored.round
+    workdir.describe(folder, config, experiment.plan, digests, done)
+    if not _tables_are_there(folder):
+        federations.save_tables(experiment.federation, folder / workdir.PARTITION)
+    if restored is None:
+        state = loop.start(experiment)
+        if lent:
+            server = saved.put(lent, state.carry.server)
+            state = state._replace(carry=state.carry._replace(server=server))
+    else:
+        logging.info("Continuing %s after round %d.", folder, done)
+        state = loop.State(done, experiment.simulator.load(restored.carry))
+    recorder = log.Recorder(
+        folder, -1 if restored is None else done, config.tensorboard
+    )
+    shown = _Shown(progress)
+
+    def score(state: loop.State, info: dict[str, Any]) -> dict[str, Any]:
+        """Evaluates and records; returns values per client."""
+        progress.stage("evaluating")
+        values = experiment.evaluator.evaluate(settings.seed, state.carry, state.round)
+        _warn(folder, state.round, values)
+        totals = experiment.totals(settings.seed, state.round)
+        metrics = results.record(values)
+        record = dict(round=state.round, loss=info.get("loss"), **metrics, **totals)
+        record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
+        recorder.evaluation(record, time.perf_counter() - began)
+        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
+        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        return values
+
+    with contextlib.closing(recorder), _stop_signals() as stop:
+        values = None
+        if restored is None:
+            values = score(state, {})
+            checkpoint.save(checkpoints, 0, state.carry, config.checkpoint.keep)
+        elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
+            values = score(state, {})  # the record was lost
+        for call in _calls(experiment, state, checkpoints, stop, progress):
+            recorder.rounds(state.round, call.info)
+            state = call.state
+            shown.trained(call)
+            shown.update(state.round, call.last, {})
+            values = None
+            if loop.is_due(settings, state.round):
+                values = score(state, call.last)
+            checkpoint.save(
+                checkpoints, state.round, state.carry, config.checkpoint.keep
+            )
+        if values is None:  # continued after the last evaluation
+            progress.stage("evaluating")
+            values = experiment.evaluator.evaluate(
+                settings.seed, state.carry, state.round
+            )
+        summary = _summary(config, folder, experiment, state, values, progress)
+    spent = dict(
+        seconds=time.perf_counter() - began,
+        samples_per_second=shown.rate,
+        compile_seconds=sum(
+            part.program.seconds
+            for part in (experiment.simulator, experiment.evaluator)
+        ),
+    )
+    if not shown.seconds:  # nothing was trained: how long that took is known
+        spent |= {name: before[name] for name in spent if name in before}
+    summary = log.plain(summary | spent)
+    checkpoint.write_atomically(
+        folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
+    )
+    progress.stage("writing the report")
+    report.run_report(str(folder))
+    return summary
+
+
+def _calls(
+    experiment: Experiment,
+    state: loop.State,
+    checkpoints: Path,
+    stop: Callable[[], bool],
+    progress: Progress,
+) -> Iterator[loop.Call]:
+    """Rounds until the end, or until the run is asked to stop."""
+    if stop() and state.round < experiment.settings.rounds:
+        raise Stopped(state.round)
+    progress.stage("training")
+    try:
+        for call in loop.rounds(experiment, state, donate=True):
+            yield call
+            progress.stage("training")
+            if stop() and call.state.round < experiment.settings.rounds:
+                raise Stopped(call.state.round)
+    except loop.Diverged as error:
+        raise FloatingPointError(
+            f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint "
+            f"is that after round {error.last_good} in {checkpoints}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or SIGINT has come.
+
+    A second SIGINT interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # theirs are signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class _Shown:
+    """Progress lines, with the rate of training so far."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.seconds, self.samples = progress, 0.0, 0.0
+
+    def trained(self, call: loop.Call) -> None:
+        """Counts a call."""
+        self.seconds += call.seconds
+        self.samples += call.samples
+
+    @property
+    def rate(self) -> float | None:
+        """Samples a second; None before anything was trained."""
+        return self.samples / self.seconds if self.seconds else None
+
+    def update(self, round: int, info, metrics, **more: str) -> None:
+        """Shows where training is, and what there is of an evaluation."""
+        shown = {"loss": f"{info['loss']:.4f}"} if "loss" in info else {}
+        shown |= {
+            label: pages.accuracy(metrics[m])
+            for m, label in SHOWN.items()
+            if m in metrics
+        }
+        if self.rate is not None:
+            shown["samples/s"] = f"{self.rate:,.0f}"
+        self.progress.update(round, shown | more)
+
+
+def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | None:
+    """The newest intact checkpoint."""
+    template = schedule.abstract_carry(
+        experiment.algorithm, experiment.members or experiment.federation.num_trainers
+    )
+    return checkpoint.restore(checkpoints, template)
+
+
+def _parts_to_start_from(
+    config: ml_collections.ConfigDict, experiment: Experiment
+) -> dict[str, Any]:
+    """What another run's server lends to a fresh run, by path."""
+    if not config.start.run:
+        return {}
+    other = saved.load(config.start.run, "start.run")
+    if config.data.newcomers:
+        saved.check_newcomers(other, experiment.federation)
+    server = jax.eval_shape(experiment.algorithm.server.init, jax.random.key(0))
+    return saved.parts_to_take(other, config.start.take, server)
+
+
+def _summed_up(folder: Path) -> dict[str, Any]:
+    """The summary of the run as it was, if that is finished."""
+    try:
+        return checkpoint.read_json(folder / workdir.SUMMARY, workdir.AGAIN)
+    except (OSError, ValueError):
+        return {}
+
+
+def _tables_are_there(folder: Path) -> bool:
+    """Whether partition.npz can be read."""
+    path = folder / workdir.PARTITION
+    try:
+        return bool(checkpoint.read_npz(path, "it is written anew"))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        logging.warning("%s", error)
+        return False
+
+
+def _is_recorded(folder: Path, round: int) -> bool:
+    records = log.read_lines(folder / log.METRICS)
+    return any(record["round"] == round for record in records)
+
+
+def _warn(folder: Path, round: int, values, suffix: str = "") -> None:
+    """Warns of accuracies that there are not."""
+    without = results.not_finite(values, suffix)
+    if without is not None:
+        logging.warning("%s, round %d: %s", folder, round, without)
+
+
+def _summary(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    experiment: Experiment,
+    state: loop.State,
+    values: Mapping[str, results.Values],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Sums a finished run up; writes what is known of each client."""
+    rows = results.per_client(values, experiment.federation)
+    checkpoint.write_atomically(
+        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+    )
+    settings, cost = experiment.settings, experiment.cost
+    summary = dict(
+        method=config.method.name,
+        dataset=config.data.name,
+        rounds=settings.rounds,
+        seed=settings.seed,
+        unassigned=experiment.federation.unassigned,
+        **log.plain(results.record(values)),
+        **cost._asdict(),
+        **experiment.totals(settings.seed, state.round),
+        plan=experiment.plan,
+        state_sha256=tree.sha256(jax.device_get(state.carry)),
+        finished=True,
+    )
+    if experiment.members is not None:
+        summary["families"] = {
+            name: dict(clients=experiment.members.size(name), **each._asdict())
+            for name, each in experiment.costs.items()
+        }
+    where = settings.seed, state.carry, state.round
+    if experiment.by_sample is not None:
+        summary |= {
+            f"{metric}_sample": results.scores(metric, clients)[metric]
+            for metric, clients in experiment.by_sample.evaluate(*where).items()
+        }
+    for epochs in settings.finetune_epochs:
+        progress.stage(f"fine-tuning every client, {epochs} epochs")
+        tuned, suffix = experiment.evaluator.tune(*where, epochs), f"_ft{epochs}"
+        summary |= results.fine_tuned(tuned, suffix)
+        _warn(folder, state.round, tuned, suffix)
+    records = log.read_lines(folder / log.METRICS)
+    numbers = cost.down_numbers + cost.up_numbers
+    summary["reach"] = reach.of_records(records, numbers, settings.thresholds)
+    if experiment.federation.validation is not None:
+        summary["best_by_validation"] = results.best_by_validation(records)
+    return summary
+
+
+def main(config: ml_collections.ConfigDict, path: str) -> int:
+    """Trains, prints the result; returns the exit code."""
+    cli.use_cores(config.engine.devices)
+    try:
+        summary = train(config, path)
+    except Stopped as stop:
+        print(f"Stopped after round {stop}; the same command continues.")
+        return 0
+    print(f"{summary['method']} on {summary['dataset']}: {outcome(summary)}")
+    print(f"report: {Path(path) / 'report.html'}")  # alone: a path to click or copy
+    return 0
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    """Returns the accuracies of a run in words: by samples, then means over clients."""
+
+    def line(suffix: str, names: Iterable[str]) -> str:
+        there = [name for name in names if name + suffix in summary]
+        return ", ".join(
+            f"{SHOWN[name]} {pages.accuracy(summary[name + suffix])}" for name in there
+        )
+
+    means = line("_mean", [name for name in SHOWN if name != "gacc"])  # one client
+    return line("", SHOWN) + (f"\nmeans over clients: {means}" if means else "")
+
+
+def launch() -> None:
+    """Runs the command with what the command line says."""
+    config = cli.define_config()
+    workdir = cli.define_path("workdir", None, "Folder of the run.")
+    cli.run(lambda: main(config.value, str(workdir.value)), needs=("config", "workdir"))

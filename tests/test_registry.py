@@ -1,0 +1,69 @@
+"""Methods by name, and what each takes."""
+
+import inspect
+
+import federated
+import pytest
+
+from hyperjax import registry
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.registry import hands_on, routed
+
+METHODS = registry.methods()
+
+
+def outer(model, *, local, rate: float = 0.5, **inner_options):
+    return inner(model, local=local, fixed=1, **inner_options)
+
+
+def inner(model, *, local, rate: float = 0.1, fixed: int = 0, other: str = "x"):
+    """What does the work.
+
+    Args:
+      model: what is trained.
+      fixed, other: two that belong
+        together.
+    """
+    return rate, fixed, other
+
+
+def test_options_handed_on_stand_in_the_signature_behind_its_own():
+    method = hands_on(inner, without=("fixed",))(outer)
+    found = registry.options(method)
+    assert list(found) == ["rate", "other"]
+    assert found["rate"].default == 0.5 and found["rate"].of == "outer"
+    assert found["other"] == ("x", str, "two that belong together.", "inner")
+
+
+def test_options_are_divided_among_those_who_take_them():
+    def first(*, a): ...
+    def last(*, b): ...
+
+    assert routed(dict(a=1, b=2, c=3), first, last) == (dict(a=1), dict(b=2, c=3))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_has_a_default_a_type_and_a_word(name):
+    for option, (default, kind, doc, _) in registry.options(name).items():
+        assert default is not inspect.Parameter.empty, option
+        assert kind is not inspect.Parameter.empty, option
+        assert doc, option
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_with_all_its_listed_defaults_is_the_method_with_none(name):
+    """Nothing is given twice, and no default is changed where no signature shows it."""
+    known = registry.options(name)
+    given = {k: o.default for k, o in known.items() if k not in federated.SMALL}
+    plain, full = federated.method(name), federated.build(name, **given)
+    assert federated.messages(full) == federated.messages(plain)
+
+
+def test_names_of_other_packages_and_wrong_ones():
+    assert registry.find("hyperjax.algorithms.fedavg:fedavg") is fedavg
+    with pytest.raises(ValueError, match=r"did you mean 'fedprox'"):
+        registry.find("fedprx")
+    with pytest.raises(ValueError, match=r"is no method: function\(model"):
+        registry.find("hyperjax.tree:add")
+    with pytest.raises(ValueError, match=r"expected package.module:function"):
+        registry.find("nowhere:fedavg")
