@@ -4,13 +4,14 @@ Memory is N x P by their nature: `check_table` refuses what would not fit. They 
 the shared part of a model, as paths -> leaves: on HyperFedNet they mix generators.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from hyperjax import aggregators, tree
 from hyperjax.errors import check_at_least, check_number
@@ -63,7 +64,7 @@ def check_emitted(theta: PyTree) -> None:
     Raises:
       ValueError: there are some.
     """
-    if any(path.startswith("stats/") for path in theta):
+    if tree.parameters(theta)[1]:
         raise ValueError(
             "bn_stats='average' would have the hypernetwork emit running variances, "
             "negative ones too; use 'local'"
@@ -114,7 +115,7 @@ def smallest(models: Mapping[str, Model]) -> Model:
 
 
 class Flat(NamedTuple):
-    """Shared variables of one method as a vector: `size`, `join`, and its inverse."""
+    """Shared variables of one method as a vector, in the order of their paths."""
 
     size: int
     join: Callable  # (theta) -> [size]
@@ -123,21 +124,9 @@ class Flat(NamedTuple):
 
 def flat(alg: Algorithm) -> Flat:
     """Returns the vector form of what a `fedavg` shares."""
-    theta = shared(alg)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in theta.items()}
-
-    def join(theta):
-        return jnp.concatenate([theta[path].reshape(-1) for path in sizes])
-
-    def cut(vector):
-        found, first = {}, 0
-        for path, size in sizes.items():
-            part = jax.lax.slice_in_dim(vector, first, first + size)
-            found[path] = part.reshape(theta[path].shape)
-            first += size
-        return found
-
-    return Flat(sum(sizes.values()), join, cut)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shared(alg))
+    vector, cut = ravel_pytree(zeros)
+    return Flat(vector.size, lambda theta: ravel_pytree(theta)[0], cut)
 
 
 def through(

@@ -66,11 +66,8 @@ def ditto(
         value, trained = double.loss(key, variables, batch, inner)
         own = personal.only(variables)
         there, here = received(anchor), received(own["params"])
-        distance = sum(
-            jnp.sum(jnp.square(here[path] - there[path]))
-            for path in here
-            if path.startswith("params/")
-        )
+        pulled, _ = tree.parameters(here)
+        distance = sum(jnp.sum(jnp.square(x - there[k])) for k, x in pulled.items())
         return value + 0.5 * lam * distance, trained
 
     both = double._replace(loss=loss, context=context)

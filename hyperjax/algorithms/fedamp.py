@@ -76,7 +76,7 @@ def fedamp(
             gap = own[path][:, None] - models[path][None]
             return jnp.sum(jnp.square(gap), tuple(range(2, gap.ndim)))
 
-        distance = sum(apart(path) for path in own if path.startswith("params/"))
+        distance = sum(apart(path) for path in tree.parameters(own)[0])
         near = alpha / sigma * jnp.exp(-distance / sigma)
         itself = jax.nn.one_hot(ids, num_clients)
         near = jnp.where(itself > 0, 0.0, near)

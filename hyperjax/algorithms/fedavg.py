@@ -150,7 +150,7 @@ def fedavg(
 
     def init(common):
         theta = shared_part(start(common))
-        params, _ = _split_stats(theta)
+        params, _ = tree.parameters(theta)
         return State(
             theta,
             server_opt.init(params),
@@ -166,7 +166,7 @@ def fedavg(
         return correction.finish(params, params, sent, memory, report)[1]
 
     # Lossy channels are for the change: a correction would lose what it counts on.
-    moving, _ = _split_stats(shared_part(template))
+    moving, _ = tree.parameters(shared_part(template))
     sends = jax.tree.leaves(jax.eval_shape(extra, moving))
 
     def downlink(key, server, cohort):
@@ -177,8 +177,8 @@ def fedavg(
         (mean, _), aggregate = aggregator.combine(
             key, (uplink.delta, uplink.extra), weight, server.aggregator
         )
-        params, stats = _split_stats(server.theta)
-        delta, stats_delta = _split_stats(mean)
+        params, stats = tree.parameters(server.theta)
+        delta, stats_delta = tree.parameters(mean)
         updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
         memory, params = correction.absorb(
@@ -193,11 +193,11 @@ def fedavg(
         theta, _ = down.shared
         kept, _ = home.split(start(common))
         kept, _ = home.split(model.arrive(key, home.merge(kept, theta)))
-        return Client(kept, correction.init_client(_split_stats(theta)[0]))
+        return Client(kept, correction.init_client(tree.parameters(theta)[0]))
 
     def client_update(key, down, client, data):
         anchor, sent = down.shared
-        anchor_params, _ = _split_stats(anchor)
+        anchor_params, _ = tree.parameters(anchor)
 
         def adjust(grads, params):
             shared = {k: g for k, g in grads.items() if k in anchor}
@@ -209,7 +209,7 @@ def fedavg(
         before = model.visit(home.merge(client.kept, anchor))
         after, info = train(key, before, data, down.round, adjust)
         kept, theta = home.split(model.leave(after))
-        params, _ = _split_stats(theta)
+        params, _ = tree.parameters(theta)
         memory, extra = correction.finish(
             params, anchor_params, sent, client.memory, info
         )
@@ -265,7 +265,7 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
 
 def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
     """Means over the participants that ignore their weights."""
-    delta, _ = _split_stats(uplink.delta)
+    delta, _ = tree.parameters(uplink.delta)
     delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)
     participation = jnp.sum(cohort.active) / cohort.population
     return corrections.Means(delta, extra, participation)
@@ -280,13 +280,6 @@ def _refreshed(model: Model, key, variables: PyTree, data: ClientData) -> PyTree
         return {**variables, "stats": trained.stats}
 
     return clients.fold(step, variables, data, REFRESH_BATCH)
-
-
-def _split_stats(theta: PyTree) -> tuple[PyTree, PyTree]:
-    """Cuts shared variables into parameters and statistics."""
-    params = {k: v for k, v in theta.items() if k.startswith("params/")}
-    stats = {k: v for k, v in theta.items() if not k.startswith("params/")}
-    return params, stats
 
 
 def _where(condition, a: PyTree, b: PyTree) -> PyTree:

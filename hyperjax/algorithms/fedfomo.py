@@ -145,7 +145,7 @@ def fedfomo(
 
     def gap(other, mine):
         """Differences of parameters; running statistics have no part in a distance."""
-        return {k: other[k] - mine[k] for k in mine if k.startswith("params/")}
+        return {k: other[k] - x for k, x in tree.parameters(mine)[0].items()}
 
     def plain(down):
         return Downlink(shared=(down.own.model, ()), round=down.round)

@@ -56,9 +56,8 @@ def normalised_mean() -> aggregators.Aggregator:
         total = jnp.maximum(jnp.sum(weight), 1e-30)
         effective = jnp.sum(weight * displacement) / total
         mean = aggregators.mean_over_clients(delta, weight)
-        normalised = aggregators.mean_over_clients(delta, per_unit)
-        normalised = tree.scale(normalised, effective * jnp.sum(per_unit) / total)
-        mean |= {k: x for k, x in normalised.items() if k.startswith("params/")}
+        normalised = aggregators.mean_over_clients(tree.parameters(delta)[0], per_unit)
+        mean |= tree.scale(normalised, effective * jnp.sum(per_unit) / total)
         return (mean, ()), state
 
     return aggregators.Aggregator(init=lambda spec: (), combine=combine)

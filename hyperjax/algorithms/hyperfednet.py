@@ -19,7 +19,7 @@ import jax
 
 from hyperjax import calls, registry
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
 from hyperjax.registry import hands_on
@@ -81,7 +81,11 @@ def hyperfednet(
       ValueError: an unknown choice, or no kernel can be generated.
     """
     check_choice("share_aux", share_aux, KEEP)
-    build = _base(base, dict(num_clients=num_clients, num_rounds=num_rounds))
+    known = dict(num_clients=num_clients, num_rounds=num_rounds)
+    check_at_least(
+        0, **{k: number for k, number in known.items() if number is not None}
+    )
+    build = _base(base, known)
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     net = tiles.tile_net(
         template,

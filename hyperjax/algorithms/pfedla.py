@@ -141,10 +141,8 @@ def pfedla(
             return pull(delta)[0]
 
         # Running statistics are not trained: their change leads nowhere downhill.
-        trained = {
-            path: d if path.startswith("params/") else jnp.zeros_like(d)
-            for path, d in uplink.delta.items()
-        }
+        params, stats = tree.parameters(uplink.delta)
+        trained = {**params, **tree.zeros_like(stats)}
         grads = jax.vmap(gradient)(psi, cohort.ids, trained)
         rate = sign * generator_learning_rate
         new = jax.tree.map(lambda p, g: p + rate * g, psi, grads)
