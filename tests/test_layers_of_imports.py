@@ -18,7 +18,7 @@ LAYERS = (
         "hyperjax.data",
         "hyperjax.models",
         "hyperjax.hypernets",
-        "hyperjax.local",
+        "hyperjax.training",
         "hyperjax.corrections",
         "hyperjax.aggregators",
         "hyperjax.server_optimizers",

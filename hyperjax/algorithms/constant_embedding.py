@@ -8,6 +8,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedzero import emitted
 from hyperjax.hypernets import embedding, mlp
 from hyperjax.registry import hands_on, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 PARTS = (embedding.constant_embedding, mlp.chunked_mlp, fedavg)
@@ -15,12 +16,12 @@ PARTS = (embedding.constant_embedding, mlp.chunked_mlp, fedavg)
 
 # Of a condition that never changes there is nothing to choose.
 @hands_on(*PARTS, without=("condition_size", "condition_source"))
-def constant_embedding(model: Model, *, local, **options) -> Algorithm:
+def constant_embedding(model: Model, *, local: Local, **options) -> Algorithm:
     """Returns the control.
 
     Args:
       model: the target classifier; all its parameters are generated.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       **options: of `embedding.constant_embedding`, `mlp.chunked_mlp` and `fedavg`, as
         in `hyperfedzero`.
     """

@@ -21,6 +21,7 @@ from hyperjax import corrections, mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 
 
@@ -28,7 +29,7 @@ from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 def fedamp(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     alpha: float = 100.0,
     sigma: float = 1e4,
@@ -40,7 +41,7 @@ def fedamp(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       alpha: step of the attentive mixing; (N - 1) alpha / sigma must be at most 1.
       sigma: scale of squared distances.

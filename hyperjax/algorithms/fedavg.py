@@ -20,8 +20,8 @@ import optax
 from hyperjax import aggregators, corrections, tree
 from hyperjax.data import clients
 from hyperjax.errors import check_choice
-from hyperjax.local import tuner
 from hyperjax.registry import has_traits
+from hyperjax.training import Local, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
@@ -68,7 +68,7 @@ class Uplink(NamedTuple):
 def fedavg(
     model: Model,
     *,
-    local,
+    local: Local,
     keep: Patterns = (),
     bn_stats: str = "average",
     persist_optimizer: str = "none",
@@ -84,8 +84,7 @@ def fedavg(
 
     Args:
       model: what is trained.
-      local: builds the client's training loop from a model, for example
-        `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
+      local: how clients train: optimizer, batch size, epochs and so on.
       keep: patterns on paths of variables that stay on the client; (): none.
       bn_stats: "average" running statistics like parameters, or keep them "local".
       persist_optimizer: what of its optimizer's state a client keeps between visits:
@@ -124,10 +123,14 @@ def fedavg(
             f"persist_optimizer={persist_optimizer!r} does not go with SCAFFOLD or "
             "FedNova: they assume a local optimizer that starts anew at every visit"
         )
-    options: dict[str, Any] = {"probe": True} if correction.probe else {}
-    if persist_optimizer == "kept" or not clip_kept:
-        options |= dict(apart=tree.as_patterns(keep), clip_apart=clip_kept)
-    train = local(model, **options)
+    own_optimizer = persist_optimizer == "kept" or not clip_kept
+    train = trainer(
+        model,
+        local,
+        apart=tree.as_patterns(keep) if own_optimizer else None,
+        clip_apart=clip_kept,
+        probe=correction.probe,
+    )
 
     def start(common):
         variables = model.init(common)

@@ -24,6 +24,7 @@ from hyperjax.errors import check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -58,7 +59,7 @@ class Uplink(NamedTuple):
 def fedproto(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     lam: float = 1.0,
     **fedavg_options,
@@ -67,7 +68,7 @@ def fedproto(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       lam: lambda.
       **fedavg_options: of `fedavg`, for the clients.

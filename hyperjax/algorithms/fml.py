@@ -21,6 +21,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model, cannot_rebuild
 
 PARTS = ("params", "stats")
@@ -30,7 +31,7 @@ PARTS = ("params", "stats")
 def fml(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -40,7 +41,7 @@ def fml(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       alpha: weight of the labels in the own model's loss.
       beta: weight of the labels in the shared model's loss.

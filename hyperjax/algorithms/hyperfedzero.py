@@ -21,6 +21,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 # What a method of this kind is put together from, in the order in which options are
@@ -30,12 +31,12 @@ PARTS = (distribution_embedding, wrap.conditioned, mlp.chunked_mlp, fedavg)
 
 @has_traits(per_sample=True)
 @hands_on(*PARTS, without=("extractor", "condition_size"))
-def hyperfedzero(model: Model, *, local, **options) -> Algorithm:
+def hyperfedzero(model: Model, *, local: Local, **options) -> Algorithm:
     """Returns HyperFedZero for the target `model`.
 
     Args:
       model: the target classifier; all its parameters are generated.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       **options: of `embedding.distribution_embedding`, `wrap.conditioned` (all values
         of `enter` but "embedding" are deviations), `mlp.chunked_mlp` (so are "fan_in"
         and an offset of normalisation scales), and `fedavg`.

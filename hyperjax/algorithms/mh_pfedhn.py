@@ -29,6 +29,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -49,7 +50,7 @@ class State(NamedTuple):
 def mh_pfedhn(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local | Mapping[str, Local],
     family_sizes: Mapping[str, int],
     output_size: int = 3072,
     embedding_size: int = 64,
@@ -67,7 +68,7 @@ def mh_pfedhn(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, the same for all families or by family.
       family_sizes: clients of each family.
       output_size: O.
       embedding_size: d.
@@ -89,8 +90,10 @@ def mh_pfedhn(
     check_number(above=0, clip_norm=clip_norm)
     server_opt = server_opt or optax.adam(2e-4)
     options = {"bn_stats": bn_stats, **fedavg_options}
+    by_family = local if isinstance(local, Mapping) else dict.fromkeys(models, local)
     inner = {
-        name: fedavg(model, local=local, **options) for name, model in models.items()
+        name: fedavg(model, local=by_family[name], **options)
+        for name, model in models.items()
     }
     for alg in inner.values():
         mixing.check_emitted(jax.eval_shape(alg.server.init, jax.random.key(0)).theta)

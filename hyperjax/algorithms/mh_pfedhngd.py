@@ -28,6 +28,7 @@ from hyperjax.errors import check_choice, check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -50,7 +51,7 @@ TEACHERS = ("stale", "fresh")
 def mh_pfedhngd(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     lam: float = 0.2,
     temperature: float = 15.0,
@@ -63,7 +64,7 @@ def mh_pfedhngd(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       lam: lambda; 0 gives the networks of MH-pFedHN the gradients of MH-pFedHN.
       temperature: T.
@@ -94,17 +95,13 @@ def mh_pfedhngd(
             "parts of the global model, which is generated whole"
         )
 
-    def loop(model, **options):
-        if model is small and not clip_global:
-            options["clip_norm"] = None
-        return local(model, **options)
-
     taught = {name: _taught(m, small, lam, temperature) for name, m in models.items()}
     alone = {GLOBAL: 1}
     everybody = {**family_sizes, **alone}
+    copying = local if clip_global else local._replace(clip_norm=None)
     inner = mh_pfedhn(
         {**taught, GLOBAL: small},
-        local=loop,
+        local={**dict.fromkeys(taught, local), GLOBAL: copying},
         family_sizes=everybody,
         **mh_pfedhn_options,
     )

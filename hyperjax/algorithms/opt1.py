@@ -9,6 +9,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import wrap
 from hyperjax.hypernets.embedding import distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 PARTS = (distribution_embedding, wrap.conditioned, fedavg)
@@ -16,12 +17,12 @@ PARTS = (distribution_embedding, wrap.conditioned, fedavg)
 
 @has_traits(per_sample=True)
 @hands_on(*PARTS, without=("extractor",))
-def opt1(model: Model, *, local, **options) -> Algorithm:
+def opt1(model: Model, *, local: Local, **options) -> Algorithm:
     """Returns the control.
 
     Args:
       model: the classifier, which is rebuilt for wider inputs.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       **options: of `embedding.distribution_embedding`, `wrap.conditioned` and `fedavg`,
         as in `hyperfedzero`.
     """

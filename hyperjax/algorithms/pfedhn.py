@@ -39,6 +39,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.hypernets import heads
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -66,7 +67,7 @@ def published_size(num_clients: int) -> int:
 def pfedhn(
     model: Model | Mapping[str, Model],
     *,
-    local,
+    local: Local,
     num_clients: int,
     family_sizes: Mapping[str, int] | None = None,
     embedding_size: int = 0,
@@ -84,7 +85,7 @@ def pfedhn(
 
     Args:
       model: the target network, or one for each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N, of all families together.
       family_sizes: clients of each family, if there are any.
       embedding_size: d; 0 for `published_size`, 1 + N // 4.

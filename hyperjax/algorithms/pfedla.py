@@ -27,6 +27,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 SIGNS = (1, -1)
@@ -45,7 +46,7 @@ class State(NamedTuple):
 def pfedla(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     embedding_size: int = 100,
     hidden_size: int = 100,
@@ -58,7 +59,7 @@ def pfedla(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       embedding_size: of a client's generator.
       hidden_size: of its three layers.

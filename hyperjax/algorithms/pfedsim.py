@@ -22,8 +22,8 @@ from hyperjax import aggregators, mixing, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.local import round_at
 from hyperjax.registry import hands_on
+from hyperjax.training import Local, round_at
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
@@ -41,7 +41,7 @@ class State(NamedTuple):
 def pfedsim(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     num_rounds: int,
     warmup: float = 0.5,
@@ -53,7 +53,7 @@ def pfedsim(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       num_rounds: of the whole run.
       warmup: fraction of the rounds that are FedAvg's at first; half as published.

@@ -24,7 +24,7 @@ from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
-from hyperjax.local import round_at
+from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 import quadratics as q
 
-from hyperjax import corrections, local, rng, tree
+from hyperjax import corrections, rng, training, tree
 from hyperjax.algorithms.fedavg import Uplink, fedavg
 from hyperjax.data import clients
 from hyperjax.models import MLP, from_linen
@@ -21,8 +21,8 @@ from hyperjax.types import AdaptData, Batch, ClientData, Cohort, Downlink
 SHAPE, K, LR = (2, 2, 1), 3, 0.2
 MODEL = from_linen(MLP(K, hidden=(4,)), SHAPE, K)
 HEAD = r"params/head/.*"
-FULL = functools.partial(local.trainer, optimizer=optax.sgd(LR), batch_size=8)
-BATCHES = functools.partial(local.trainer, optimizer=optax.sgd(LR, 0.9), batch_size=3)
+FULL = training.Local(optimizer=optax.sgd(LR), batch_size=8)
+BATCHES = training.Local(optimizer=optax.sgd(LR, 0.9), batch_size=3)
 # 20 samples of 4 clients.
 PARTS = [np.arange(0, 4), np.arange(4, 12), np.arange(12, 18), np.arange(18, 20)]
 
@@ -106,7 +106,7 @@ def test_one_client_is_copied():
 
 
 def test_rate_zero_is_a_fixed_point():
-    still = functools.partial(BATCHES, optimizer=optax.sgd(0.0, 0.9))
+    still = BATCHES._replace(optimizer=optax.sgd(0.0, 0.9))
     start, server, _, _, info = one_round(fedavg(MODEL, local=still), PARTS)
     chex.assert_trees_all_equal(server.theta, start.theta)
     assert info["steps"].tolist() == [2, 3, 2, 1]

@@ -12,7 +12,7 @@ import pytest
 from federated import NUM_CLASSES, make_local, tiny
 from jax.flatten_util import ravel_pytree
 
-from hyperjax import local, mixing, tree
+from hyperjax import mixing, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.engine import comm, exchange, families
@@ -59,7 +59,7 @@ def networks():
 @functools.cache
 def one_plain_step():
     """A single step on all samples of a client."""
-    return functools.partial(local.trainer, optimizer=optax.sgd(RATE), batch_size=16)
+    return training.Local(optimizer=optax.sgd(RATE), batch_size=16)
 
 
 @functools.cache

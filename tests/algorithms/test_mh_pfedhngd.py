@@ -15,7 +15,7 @@ from test_fedproto import inputs
 from test_fml import LINE, data_of, flat_of
 from test_lg_fedavg import FAMILY_SIZES, MEMBERS
 
-from hyperjax import local, mixing, rng, tree
+from hyperjax import mixing, rng, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.algorithms.mh_pfedhngd import GLOBAL, mh_pfedhngd
@@ -48,7 +48,7 @@ FLAT = mixing.flat(fedavg(LINE, local=FULL))
 def ours(lam=LAM, clip=None, **options):
     return mh_pfedhngd(
         NETWORKS,
-        local=functools.partial(FULL, clip_norm=clip),
+        local=FULL._replace(clip_norm=clip),
         family_sizes=FAMILY_SIZES,
         lam=lam,
         temperature=T,
@@ -436,7 +436,7 @@ def test_a_fresh_teacher_is_the_global_model_of_the_hypernetwork_as_it_is():
 # The official loop written anew: dictionaries of numbers, autodiff, no engine.
 
 RATE, EPS, CLIP, EPOCHS = 0.05, 1e-3, 0.02, 2
-TWICE = functools.partial(FULL, phases=(local.Phase(epochs=EPOCHS),))
+TWICE = FULL._replace(phases=(training.Phase(epochs=EPOCHS),))
 WHO = ["plain 0", "wide 0", "plain 1", "wide 1"]  # clients 0 to 3
 
 

@@ -133,7 +133,7 @@ def test_what_optax_has_is_what_is_offered():
 
 
 def factors(rounds, **fields):
-    schedule = factories.make_local(config(**fields).local).keywords["schedule"]
+    schedule = factories.make_local(config(**fields).local).schedule
     return [float(schedule(jnp.int32(round))) for round in rounds]
 
 
@@ -244,9 +244,9 @@ def test_pfedsim_mixes_after_half_of_whatever_rounds_there_are():
 
 
 def test_steps_replace_epochs():
-    by_epochs = factories.make_local(config(local__epochs=3).local).keywords["phases"]
+    by_epochs = factories.make_local(config(local__epochs=3).local).phases
     assert [(p.epochs, p.steps) for p in by_epochs] == [(3, None)]
-    by_steps = factories.make_local(config(local__steps=7).local).keywords["phases"]
+    by_steps = factories.make_local(config(local__steps=7).local).phases
     assert [(p.epochs, p.steps) for p in by_steps] == [(None, 7)]
 
 
