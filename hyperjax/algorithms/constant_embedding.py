@@ -14,8 +14,7 @@ from hyperjax.types import Algorithm, Model
 PARTS = (embedding.constant_embedding, mlp.chunked_mlp, fedavg)
 
 
-# Of a condition that never changes there is nothing to choose.
-@hands_on(*PARTS, without=("condition_size", "condition_source"))
+@hands_on(*PARTS, without=("condition_size",))
 def constant_embedding(model: Model, *, local: Local, **options) -> Algorithm:
     """Returns the control.
 

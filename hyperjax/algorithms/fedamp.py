@@ -17,7 +17,7 @@ cosine similarities instead.
 import jax
 import jax.numpy as jnp
 
-from hyperjax import corrections, mixing, tree
+from hyperjax import corrections, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on
@@ -64,7 +64,7 @@ def fedamp(
     inner = fedavg(
         model, local=local, correction=corrections.prox(lam / alpha), **fedavg_options
     )
-    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
+    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         return mixing.table(inner.server.init(common).theta, num_clients)
@@ -96,5 +96,5 @@ def fedamp(
         return mixing.put(server, cohort.ids, trained, cohort.active), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )

@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import aggregators, corrections, tree
-from hyperjax.data import clients
 from hyperjax.errors import check_choice
 from hyperjax.registry import has_traits
 from hyperjax.training import Local, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
-    ClientData,
     ClientSide,
     Downlink,
     Model,
@@ -35,8 +33,6 @@ from hyperjax.types import (
 
 PERSIST = ("none", "kept", "all")
 BN_STATS = ("average", "local")
-REFRESH_BATCH = 64
-CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
 
 
 class State(NamedTuple):
@@ -77,8 +73,6 @@ def fedavg(
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
     finetune: Patterns = (),
-    refresh_stats: bool = False,
-    condition_source: str = "eval_inputs",
 ) -> Algorithm:
     """Returns federated averaging of `model`.
 
@@ -96,18 +90,11 @@ def fedavg(
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
       finetune: patterns of the parameters that fine-tuning moves; (): all.
-      refresh_stats: running statistics at home see the deployed parameters once more,
-        in a pass over the client's training samples, before it predicts: they are of
-        the parameters as trained, which the server may since have changed.
-      condition_source: inputs a deployed model's condition is computed from, for
-        models that have one: "eval_inputs" (those it predicts on, without labels) or
-        "local_train_inputs" (its training inputs; those it predicts on if it has none).
 
     Raises:
-      ValueError: `keep` matches no variable, an unknown choice, or there are no running
-        statistics at home to refresh.
+      ValueError: `keep` matches no variable, an unknown choice, or an optimizer is kept
+        of nothing or under a correction that assumes a new one.
     """
-    check_choice("condition_source", condition_source, CONDITION_SOURCES)
     check_choice("bn_stats", bn_stats, BN_STATS)
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
@@ -143,11 +130,6 @@ def fedavg(
     template = jax.eval_shape(start, jax.random.key(0))
     home = tree.splitter(template, _kept(template, keep, bn_stats))
 
-    if refresh_stats and bn_stats != "local":
-        raise ValueError(
-            "refresh_stats=True is for statistics that stay at home: bn_stats='local'"
-        )
-
     def shared_part(variables):
         return home.split(variables)[1]
 
@@ -182,6 +164,7 @@ def fedavg(
         )
         params, stats = tree.parameters(server.theta)
         delta, stats_delta = tree.parameters(mean)
+        # A server optimizer descends, and the clients have gone downhill: minus.
         updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
         memory, params = correction.absorb(
@@ -220,19 +203,7 @@ def fedavg(
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
-        if refresh_stats:
-            variables = _refreshed(model, key, variables, data.train)
-            client = client._replace(kept=home.split(variables)[0])
-        inputs = data.inputs
-        if condition_source == "local_train_inputs":
-            train = data.train
-            use = train.size > 0
-            # Same pool, so choosing rows and size chooses the data.
-            width = max(train.rows.shape[0], inputs.rows.shape[0])
-            rows = jnp.where(use, _widen(train.rows, width), _widen(inputs.rows, width))
-            size = jnp.where(use, train.size, inputs.size)
-            inputs = inputs._replace(rows=rows, size=size)
-        return client._replace(condition=model.condition(variables, inputs))
+        return client._replace(condition=model.condition(variables, data.inputs))
 
     def deploy(down, client):
         variables = home.merge(client.kept, down.shared[0])
@@ -274,20 +245,5 @@ def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
     return corrections.Means(delta, extra, participation)
 
 
-def _refreshed(model: Model, key, variables: PyTree, data: ClientData) -> PyTree:
-    """Returns variables whose running statistics saw every sample of a client."""
-    context = model.context(variables, data)
-
-    def step(variables, batch):
-        _, trained = model.loss(key, variables, batch, context)
-        return {**variables, "stats": trained.stats}
-
-    return clients.fold(step, variables, data, REFRESH_BATCH)
-
-
 def _where(condition, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def _widen(rows, width: int):
-    return jnp.pad(rows, (0, width - rows.shape[0]))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on, has_traits
@@ -99,7 +99,7 @@ def fedfomo(
     check_number(at_least=0, epsilon_decay=epsilon_decay)
     check_number(above=0, below=1, validation_fraction=validation_fraction)
     inner = fedavg(model, local=local, **fedavg_options)
-    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
+    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         models = mixing.table(inner.server.init(common).theta, num_clients)
@@ -170,7 +170,7 @@ def fedfomo(
         sent, client, info = inner.client.update(key, start, client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = mixing.through(inner.client, plain)
+    side = wrappers.through(inner.client, plain)
     server = ServerSide(init, downlink, update)
     return Algorithm(server, side._replace(update=client_update), exact=("scores",))
 

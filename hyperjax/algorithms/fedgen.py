@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import mixing, tree
+from hyperjax import tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
@@ -254,7 +254,7 @@ def fedgen(
 
     # Client ----------------------------------------------------------------------
 
-    side = mixing.through(
+    side = wrappers.through(
         inner.client, lambda down: Downlink(down.shared[0], down.own, down.round)
     )
 

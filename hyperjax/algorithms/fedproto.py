@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing
+from hyperjax import wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.data import clients
 from hyperjax.errors import check_number
@@ -120,7 +120,7 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
         return Downlink(shared=({}, ()), round=down.round)
 
     # Fine-tuning goes on with the prototypes of today.
-    side = mixing.through(
+    side = wrappers.through(
         inner, plain, lambda down, client: told(client, {NAME: down.shared._asdict()})
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing
+from hyperjax import over_families
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
@@ -51,7 +51,7 @@ def fml(
       ValueError: a weight is outside [0, 1].
     """
     check_number(at_least=0, at_most=1, alpha=alpha, beta=beta)
-    small = mixing.smallest(models)
+    small = over_families.smallest(models)
 
     def one(own):
         both = mutual(own, small, alpha, beta)
@@ -61,7 +61,7 @@ def fml(
             keep.append(r"stats/own/.*")
         return fedavg(both, local=local, keep=keep, **fedavg_options)
 
-    return mixing.over_families({name: one(own) for name, own in models.items()})
+    return over_families.averaged({name: one(own) for name, own in models.items()})
 
 
 def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:

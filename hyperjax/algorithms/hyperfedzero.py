@@ -23,10 +23,17 @@ from hyperjax.hypernets.embedding import Embedding, distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
 from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
+from hyperjax.wrappers import with_condition_of
 
 # What a method of this kind is put together from, in the order in which options are
 # asked whose they are.
-PARTS = (distribution_embedding, wrap.conditioned, mlp.chunked_mlp, fedavg)
+PARTS = (
+    distribution_embedding,
+    wrap.conditioned,
+    mlp.chunked_mlp,
+    with_condition_of,
+    fedavg,
+)
 
 
 @has_traits(per_sample=True)
@@ -39,12 +46,13 @@ def hyperfedzero(model: Model, *, local: Local, **options) -> Algorithm:
       local: how clients train, see `fedavg`.
       **options: of `embedding.distribution_embedding`, `wrap.conditioned` (all values
         of `enter` but "embedding" are deviations), `mlp.chunked_mlp` (so are "fan_in"
-        and an offset of normalisation scales), and `fedavg`.
+        and an offset of normalisation scales), `wrappers.with_condition_of` and
+        `fedavg`.
     """
-    extractor, condition, hypernet, averaging = routed(options, *PARTS)
+    extractor, condition, hypernet, source, averaging = routed(options, *PARTS)
     embedding = distribution_embedding(model.sample_shape, **extractor)
     whole = emitted(model, embedding, hypernet, **condition)
-    return fedavg(whole, local=local, **averaging)
+    return with_condition_of(fedavg(whole, local=local, **averaging), **source)
 
 
 def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Model:

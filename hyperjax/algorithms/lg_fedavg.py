@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import jax
 
-from hyperjax import mixing, tree
+from hyperjax import over_families, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.registry import hands_on
@@ -43,7 +43,7 @@ def lg_fedavg(
     """
     if isinstance(model, Mapping):
         options = dict(local=local, share=share, **fedavg_options)
-        return mixing.over_families(
+        return over_families.averaged(
             {k: lg_fedavg(m, **options) for k, m in model.items()}
         )
     template = jax.eval_shape(model.init, jax.random.key(0))

@@ -7,7 +7,7 @@ same number of gradient steps.
 
 from collections.abc import Mapping
 
-from hyperjax import mixing
+from hyperjax import over_families
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
@@ -32,7 +32,7 @@ def local_only(
     """
     if isinstance(model, Mapping):
         options = dict(local=local, **fedavg_options)
-        return mixing.over_families(
+        return over_families.averaged(
             {k: local_only(m, **options) for k, m in model.items()}
         )
     return fedavg(model, local=local, keep=r".*", **fedavg_options)

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, tree
+from hyperjax import mixing, over_families, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.errors import check_choice, check_number
@@ -83,7 +83,7 @@ def mh_pfedhngd(
     check_choice("teacher", teacher, TEACHERS)
     check_number(at_least=0, at_most=1, lam=lam)
     check_number(above=0, temperature=temperature)
-    small = mixing.smallest(models)
+    small = over_families.smallest(models)
     if jax.tree.leaves(jax.eval_shape(small.init, jax.random.key(0))["stats"]):
         raise ValueError(
             "the smallest network is the global model, and must do without running "
@@ -105,7 +105,7 @@ def mh_pfedhngd(
         family_sizes=everybody,
         **mh_pfedhn_options,
     )
-    flat = mixing.flat(fedavg(small, local=local))
+    flat = wrappers.flat(fedavg(small, local=local))
     no_key = jax.random.key(0)  # MH-pFedHN's server draws nothing
 
     def theta_g(state, round):
@@ -168,13 +168,13 @@ def _cohorts(sizes: Mapping[str, int], round: Array) -> dict[str, Cohort]:
     }
 
 
-def _entry(flat: mixing.Flat, theta_g: Array) -> PyTree:
+def _entry(flat: wrappers.Flat, theta_g: Array) -> PyTree:
     """What a client remembers of its teacher."""
     return {NAME: {**flat.cut(theta_g), KNOWN: jnp.float32(1)}}
 
 
 def _copying(
-    client: ClientSide, copies: ClientSide, flat: mixing.Flat, model: Model
+    client: ClientSide, copies: ClientSide, flat: wrappers.Flat, model: Model
 ) -> ClientSide:
     """MH-pFedHN's client as a round opens: it is told theta_g and trains a copy."""
     size = tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
@@ -194,9 +194,9 @@ def _copying(
     return client._replace(init=init, update=update)
 
 
-def _informed(client: ClientSide, flat: mixing.Flat) -> ClientSide:
+def _informed(client: ClientSide, flat: wrappers.Flat) -> ClientSide:
     """MH-pFedHN's client, which is told its teacher with every network of its own."""
-    return mixing.through(
+    return wrappers.through(
         client,
         lambda down: Downlink(own=down.own, round=down.round),
         lambda down, state: told(state, _entry(flat, down.shared)),

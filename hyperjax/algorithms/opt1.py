@@ -11,8 +11,9 @@ from hyperjax.hypernets.embedding import distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
 from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
+from hyperjax.wrappers import with_condition_of
 
-PARTS = (distribution_embedding, wrap.conditioned, fedavg)
+PARTS = (distribution_embedding, wrap.conditioned, with_condition_of, fedavg)
 
 
 @has_traits(per_sample=True)
@@ -23,10 +24,10 @@ def opt1(model: Model, *, local: Local, **options) -> Algorithm:
     Args:
       model: the classifier, which is rebuilt for wider inputs.
       local: how clients train, see `fedavg`.
-      **options: of `embedding.distribution_embedding`, `wrap.conditioned` and `fedavg`,
-        as in `hyperfedzero`.
+      **options: of `embedding.distribution_embedding`, `wrap.conditioned`,
+        `wrappers.with_condition_of` and `fedavg`, as in `hyperfedzero`.
     """
-    extractor, condition, averaging = routed(options, *PARTS)
+    extractor, condition, source, averaging = routed(options, *PARTS)
     embedding = distribution_embedding(model.sample_shape, **extractor)
     whole = wrap.concatenated_to_input(model, embedding, **condition)
-    return fedavg(whole, local=local, **averaging)
+    return with_condition_of(fedavg(whole, local=local, **averaging), **source)

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.hypernets import heads
@@ -112,7 +112,7 @@ def pfedhn(
     options = {"bn_stats": bn_stats, "clip_kept": not faithful, **fedavg_options}
     models = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping):
-        mixing.check_families(models, family_sizes, num_clients)
+        over_families.check(models, family_sizes, num_clients)
     inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
     shared = {
         name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
@@ -175,7 +175,7 @@ def pfedhn(
         after = jax.tree.map(lambda x, y: jnp.where(alive, x, y), after, server)
         return after, {"gradient_norm": norm}
 
-    sides = {name: mixing.own_as_shared(alg.client) for name, alg in inner.items()}
+    sides = {name: wrappers.own_as_shared(alg.client) for name, alg in inner.items()}
     if isinstance(model, Mapping):
         whole = ServerSide(init, downlink, update)
         return Algorithm(_sliced(whole, shared, dict(family_sizes or {})), sides)
@@ -213,7 +213,7 @@ def _sliced(
         return found
 
     def update(key, state, uplinks, cohorts):
-        everybody = mixing.together(
+        everybody = over_families.together(
             everywhere(name, cohort) for name, cohort in cohorts.items()
         )
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
@@ -81,7 +81,7 @@ def pfedla(
         raise ValueError(f"sign={sign} must be 1 or -1")
     check_number(at_least=0, generator_learning_rate=generator_learning_rate)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = mixing.shared(inner)
+    theta = wrappers.shared(inner)
     layers = mixing.layers(theta)
 
     def init_generator(key):
@@ -151,7 +151,7 @@ def pfedla(
         return State(models, psi), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )
 
 

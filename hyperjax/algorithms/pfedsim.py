@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import aggregators, mixing, tree
+from hyperjax import aggregators, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least, check_number
@@ -69,7 +69,7 @@ def pfedsim(
     check_number(at_least=0, at_most=1, warmup=warmup)
     warmup_rounds = round_at(warmup, num_rounds)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = mixing.shared(inner)
+    theta = wrappers.shared(inner)
     tops, _ = tree.splitter(theta, head).split(theta)
     kernel = next((path for path in tops if path.endswith("/kernel")), None)
     if kernel is None:
@@ -118,7 +118,7 @@ def pfedsim(
         return State(models, jnp.where(warm, server.phi, renewed)), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )
 
 

@@ -187,7 +187,7 @@ def test_the_scale_of_losses_does_not_matter(monkeypatch):
     others = [(1.5, 0.75), (0.5, 1.25)]
     theta, scores = visit(ours(train=STILL), MINE, others, ROWS, 5)
     monkeypatch.setattr(
-        "hyperjax.algorithms.fedfomo.cross_entropy",
+        "hyperjax.training.cross_entropy",
         lambda logits, batch: 4 * cross_entropy(logits, batch),
     )
     # A method of its own, as the others are compiled already.

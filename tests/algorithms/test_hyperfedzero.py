@@ -49,14 +49,9 @@ def published():
     return model._replace(init=jax.jit(model.init))
 
 
-def untrained(model, **options):
-    """A training loop that leaves everything as it is: sizes do not depend on it."""
-    return lambda key, variables, data, round, adjust: (variables, {})
-
-
 def wire(method, **options):
     """Numbers (down, up) of one client at the published sizes, without computing."""
-    alg = method(published(), local=untrained, **options)
+    alg = method(published(), local=FULL, **options)
     key = jax.random.key(0)
     data = ClientData(
         jnp.zeros(4, jnp.int32),

@@ -15,7 +15,7 @@ from test_fedproto import inputs
 from test_fml import LINE, data_of, flat_of
 from test_lg_fedavg import FAMILY_SIZES, MEMBERS
 
-from hyperjax import mixing, rng, training, tree
+from hyperjax import rng, training, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.algorithms.mh_pfedhngd import GLOBAL, mh_pfedhngd
@@ -41,7 +41,7 @@ OPTIONS = dict(
     clip_norm=1e9,
 )
 WEIGHT = {"plain": [4.0, 6.0], "wide": [8.0, 2.0]}
-FLAT = mixing.flat(fedavg(LINE, local=FULL))
+FLAT = wrappers.flat(fedavg(LINE, local=FULL))
 
 
 @functools.cache
@@ -292,7 +292,7 @@ def test_fine_tuning_learns_from_the_teacher_last_received():
     teacher = dict(variables["stats"]["teacher"])
     assert teacher.pop("known") == 1
     chex.assert_trees_all_equal(teacher, FLAT.cut(THETA_G))
-    flat = mixing.flat(fedavg(MODEL, local=FULL))
+    flat = wrappers.flat(fedavg(MODEL, local=FULL))
     change = tree.sub(flat_of(after), flat_of(variables))
     np.testing.assert_allclose(flat.join(change), visit("wide").own, **CLOSE)
     # Its predictions are its own network's.

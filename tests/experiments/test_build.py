@@ -429,7 +429,7 @@ def test_unknown_options_of_a_method_are_named(option):
 def test_options_that_are_handed_on_are_known_by_name():
     # From MH-pFedHNGD to MH-pFedHN, and from there to FedAvg.
     known = inspect.signature(mh_pfedhngd).parameters
-    assert {"lam", "output_size", "condition_source"} <= set(known)
+    assert {"lam", "output_size", "persist_optimizer"} <= set(known)
     assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
     with pytest.raises(ValueError, match=r"'outputsize' is unknown; .*'output_size'"):
         calls.call("method", mh_pfedhngd, None, local=None, outputsize=1)
