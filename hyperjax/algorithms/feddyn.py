@@ -13,7 +13,7 @@ from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
-@has_traits(base=True)
+@has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
 def feddyn(
     model: Model, *, local: Local, alpha: float = 0.01, **fedavg_options

@@ -13,7 +13,7 @@ from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
-@has_traits(base=True)
+@has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
 def scaffold(model: Model, *, local: Local, **fedavg_options) -> Algorithm:
     """Returns SCAFFOLD; it sends twice what FedAvg sends, both ways.

@@ -21,6 +21,7 @@ from hyperjax.data.sources import Source, load
 from hyperjax.engine import comm, families
 from hyperjax.launch import build, factories
 from hyperjax.protocols import common
+from hyperjax.runs.experiment import populations
 from hyperjax.types import Cohort
 
 CONFIGS = sorted(
@@ -536,8 +537,8 @@ def test_the_datas_seed_is_the_runs_unless_given():
 def test_populations_share_no_sample_and_unseen_ones_do_not_train():
     found = config()
     dealt = build.federate(build.load_source(found.data), found)
-    populations = build.populations(dealt)
-    ids = np.concatenate([p.ids for p in populations.values()])
+    everybody = populations(dealt)
+    ids = np.concatenate([p.ids for p in everybody.values()])
     np.testing.assert_array_equal(np.sort(ids), np.arange(10 + 5 + 1))
     assert populations["pacc"].train is dealt.train
     for name in ("zacc", "gacc"):
