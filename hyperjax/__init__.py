@@ -10,14 +10,15 @@ from hyperjax.data.federation import federate
 from hyperjax.data.sources import Source, load
 from hyperjax.engine.comm import cost, describe
 from hyperjax.engine.schedule import simulator
-from hyperjax.local import Phase, trainer
 from hyperjax.models.linen import from_linen
+from hyperjax.training import Local, Phase, trainer
 from hyperjax.types import Algorithm, ClientSide, Model, ServerSide
 
 __version__ = "0.1.0"
 __all__ = [
     "Algorithm",
     "ClientSide",
+    "Local",
     "Model",
     "Phase",
     "ServerSide",
