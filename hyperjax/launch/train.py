@@ -1,6 +1,6 @@
 """Trains one method on one federation; the same command continues a stopped run.
 
-python -m experiments.train --config=configs/hyperfedzero_mnist.py --workdir=runs/x
+python -m experiments.train --config=configs/zero_shot.py --workdir=runs/x
 """
 
 import json
@@ -20,6 +20,7 @@ from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, comm, compiled, families, log, schedule
 from hyperjax.engine.progress import Progress
 from hyperjax.launch import build, cli, pages, report, saved, workdir
+from hyperjax.protocols import common
 from hyperjax.runs import reach, results
 
 SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # in progress lines
@@ -52,6 +53,7 @@ def train(
       Stopped: by SIGTERM or SIGINT.
     """
     compiled.check_jax()
+    config = common.filled(config)
     build.check(config)
     with workdir.claim(path, config) as folder:
         summary = workdir.result(folder, config)
