@@ -155,8 +155,8 @@ def fill(config: ml_collections.ConfigDict) -> None:
 
 
 def filled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy of a config with all options, see `fill`."""
-    found = ml_collections.ConfigDict(config)
+    """Returns a copy of a config with all options, see `fill`; no field follows."""
+    found = config.copy_and_resolve_references()  # which a plain copy would share
     fill(found)
     return found
 
