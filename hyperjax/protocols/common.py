@@ -4,6 +4,7 @@ A config is flat but for its groups. `config.model` and `config.method` hold a n
 the options of what it names, read off the module's fields and the method's signature.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -113,10 +114,10 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
-    """Sets fields by path; what is named by "method.name" brings its own options.
+    """Sets fields by path, names first: these bring their own options.
 
     Args:
-      config: changed in place; "model.name" does as "method.name".
+      config: changed in place.
       fields: {"group.field": value}; a function's value is that of the config.
 
     Raises:
@@ -124,10 +125,11 @@ def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None
       KeyError: an unknown field.
     """
     with config.unlocked():
-        for group in ("model", "method"):
+        for group in _NAMED:
             if f"{group}.name" in fields:
-                name = fields[f"{group}.name"]
-                config[group] = ml_collections.ConfigDict({"name": name})
+                if group not in config:
+                    config[group] = ml_collections.ConfigDict()
+                config[group].name = fields[f"{group}.name"]
         fill(config)
     config.update_from_flattened_dict(
         {k: v(config) if callable(v) else v for k, v in fields.items()}
@@ -137,21 +139,20 @@ def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None
 def fill(config: ml_collections.ConfigDict) -> None:
     """Adds to `method` and `model` the options that they lack, at their defaults.
 
+    From then on another name brings its own options, also where it is only assigned.
+
     Raises:
       ValueError: an unknown method or network.
     """
-    for group, options in (("method", method_options), ("model", model_options)):
+    for group, kind in _NAMED.items():
         given = config.get(group)
         if not isinstance(given, ml_collections.ConfigDict) or "name" not in given:
             continue  # `fields.check` says so
-        with config.unlocked():
-            for option, (default, kind) in options(given.name).items():
-                value = _typed(given.get(option, default), kind)
-                if option in given:
-                    if given.get_type(option) is _type(value):
-                        continue
-                    del given[option]  # and with it the type that a literal gave it
-                given[option] = value
+        if not isinstance(given, kind):
+            with config.unlocked():
+                del config[group]
+                config[group] = kind(given)
+        config[group].fill()
 
 
 def filled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -161,26 +162,64 @@ def filled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return found
 
 
-def method_options(name: str) -> dict[str, tuple[Any, Any]]:
-    """Returns {option: (default, type)} of a method, as far as text can give them."""
-    return {
-        option: (TEXTS[option], Any)
-        if option in TEXTS
-        else (_simple(known.default), known.type)
-        for option, known in registry.options(
-            registry.find(name, "method.name")
-        ).items()
-        if option in TEXTS or _is_plain(known.default)
-    }
+class _Named(ml_collections.ConfigDict):
+    """A name and the options of what it names; another name brings its own."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        is_other = key == "name" and key in self and self[key] != value
+        super().__setitem__(key, value)
+        if is_other:
+            with self.unlocked():
+                for option in set(self) - {"name"}:
+                    del self[option]
+            with contextlib.suppress(ValueError):  # a name that `fields.check` refuses
+                self.fill()
+
+    def fill(self) -> None:
+        """Adds what is missing; every option gets the type that its annotation says."""
+        with self.unlocked():
+            for option, (default, kind) in self.known(self.name).items():
+                value = _typed(self.get(option, default), kind)
+                if option in self:
+                    if self.get_type(option) is _type(value):
+                        continue
+                    del self[option]  # and with it the type that a literal gave it
+                self[option] = value
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        """Returns {option: (default, type)} as far as text can give them."""
+        raise NotImplementedError
 
 
-def model_options(name: str) -> dict[str, tuple[Any, Any]]:
-    """Returns {field: (default, type)} of a network, as far as text can give them."""
-    return {
-        field.name: (_simple(field.default), field.type)
-        for field in dataclasses.fields(find_network(name))
-        if field.name not in GIVEN and _is_plain(field.default)
-    }
+class Method(_Named):
+    """`config.method`."""
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        options = registry.options(registry.find(name, "method.name"))
+        return {
+            name: (TEXTS[name], Any)
+            if name in TEXTS
+            else (_simple(option.default), option.type)
+            for name, option in options.items()
+            if name in TEXTS or _is_plain(option.default)
+        }
+
+
+class Model(_Named):
+    """`config.model`."""
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        return {
+            field.name: (_simple(field.default), field.type)
+            for field in dataclasses.fields(find_network(name))
+            if field.name not in GIVEN and _is_plain(field.default)
+        }
+
+
+_NAMED: dict[str, type[_Named]] = {"method": Method, "model": Model}
 
 
 def find_network(name: str) -> Any:
