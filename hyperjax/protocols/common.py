@@ -96,17 +96,17 @@ TEXTS = {"correction": ""}
 GIVEN = ("parent", "name", "num_classes", "conv_rule")
 
 
-def defaults() -> ml_collections.ConfigDict:
+def defaults() -> "Config":
     """Returns every field that does not depend on the method, with its default.
 
     The schedule is HyperFedZero's: SGD without momentum, learning rate 0.01 times
     0.99 each round, batches of 128, one local epoch, all clients every round.
     """
-    config = ml_collections.ConfigDict()
+    config = Config()
     for field, (default, _) in FIELDS.items():
         group, _, name = field.rpartition(".")
         if group and group not in config:
-            config[group] = ml_collections.ConfigDict()
+            config[group] = {}
         unset = isinstance(default, type)
         value = config_dict.placeholder(default) if unset else default
         (config[group] if group else config)[name] = value
@@ -128,7 +128,7 @@ def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None
         for group in _NAMED:
             if f"{group}.name" in fields:
                 if group not in config:
-                    config[group] = ml_collections.ConfigDict()
+                    config[group] = {}
                 config[group].name = fields[f"{group}.name"]
         fill(config)
     config.update_from_flattened_dict(
@@ -139,31 +139,44 @@ def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None
 def fill(config: ml_collections.ConfigDict) -> None:
     """Adds to `method` and `model` the options that they lack, at their defaults.
 
-    From then on another name brings its own options, also where it is only assigned.
-
     Raises:
       ValueError: an unknown method or network.
     """
     for group, kind in _NAMED.items():
         given = config.get(group)
-        if not isinstance(given, ml_collections.ConfigDict) or "name" not in given:
-            continue  # `fields.check` says so
-        if not isinstance(given, kind):
-            with config.unlocked():
-                del config[group]
-                config[group] = kind(given)
-        config[group].fill()
+        is_group = isinstance(given, ml_collections.ConfigDict)
+        if is_group and isinstance(given.get("name"), str):
+            _fill(given, kind.known(given.name))  # else `fields.check` says so
 
 
-def filled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def filled(config: ml_collections.ConfigDict) -> "Config":
     """Returns a copy of a config with all options, see `fill`; no field follows."""
-    found = config.copy_and_resolve_references()  # which a plain copy would share
+    # References are resolved: copies would share them.
+    found = Config(config.copy_and_resolve_references())
     fill(found)
     return found
 
 
+# Names and what they bring -----------------------------------------------------------
+
+
+class Config(ml_collections.ConfigDict):
+    """A config where another method or network brings its own options.
+
+    Also where it is only assigned: `config.model.name = "lenet"`.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        kind = _NAMED.get(key)
+        is_group = isinstance(value, dict | ml_collections.ConfigDict)
+        if kind and is_group and not isinstance(value, kind):
+            value = kind(value)
+            value.try_fill()
+        super().__setitem__(key, value)
+
+
 class _Named(ml_collections.ConfigDict):
-    """A name and the options of what it names; another name brings its own."""
+    """A name and the options of what it names."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         is_other = key == "name" and key in self and self[key] != value
@@ -172,19 +185,13 @@ class _Named(ml_collections.ConfigDict):
             with self.unlocked():
                 for option in set(self) - {"name"}:
                     del self[option]
-            with contextlib.suppress(ValueError):  # a name that `fields.check` refuses
-                self.fill()
+            self.try_fill()
 
-    def fill(self) -> None:
-        """Adds what is missing; every option gets the type that its annotation says."""
-        with self.unlocked():
-            for option, (default, kind) in self.known(self.name).items():
-                value = _typed(self.get(option, default), kind)
-                if option in self:
-                    if self.get_type(option) is _type(value):
-                        continue
-                    del self[option]  # and with it the type that a literal gave it
-                self[option] = value
+    def try_fill(self) -> None:
+        """Adds the options; of an unknown name, which `fields.check` refuses, none."""
+        if isinstance(self.get("name"), str):
+            with contextlib.suppress(ValueError):
+                _fill(self, self.known(self.name))
 
     @staticmethod
     def known(name: str) -> dict[str, tuple[Any, Any]]:
@@ -220,6 +227,20 @@ class Model(_Named):
 
 
 _NAMED: dict[str, type[_Named]] = {"method": Method, "model": Model}
+
+
+def _fill(
+    group: ml_collections.ConfigDict, known: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Adds what is missing; every option gets the type that its annotation says."""
+    with group.unlocked():
+        for option, (default, kind) in known.items():
+            value = _typed(group.get(option, default), kind)
+            if option in group:
+                if group.get_type(option) is _type(value):
+                    continue
+                del group[option]  # and with it the type that a literal gave it
+            group[option] = value
 
 
 def find_network(name: str) -> Any:
