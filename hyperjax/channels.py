@@ -7,7 +7,7 @@ row by row. The wire is what is counted.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,8 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
     Args:
       alg: with or without families.
       channel: what to do to every uplink.
-      describe: `(family) -> abstract uplink` of one client ("" without families).
+      describe: `(family) -> abstract uplink` of one client (ALONE without families).
     """
-    single = isinstance(alg.client, ClientSide)
 
     def changed(client: ClientSide) -> ClientSide:
         def update(key, down, state, data):
@@ -91,17 +90,10 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
         )(*wire)
 
     def server_update(key, server, wires, cohorts):
-        uplinks: Any = (
-            decoded("", wires)
-            if single
-            else {name: decoded(name, wire) for name, wire in wires.items()}
-        )
+        named = alg.by_family(wires).items()
+        uplinks = alg.as_given({name: decoded(name, wire) for name, wire in named})
         return alg.server.update(key, server, uplinks, cohorts)
 
-    clients: Any = (
-        changed(alg.client)
-        if single
-        else {name: changed(client) for name, client in alg.client.items()}
-    )
+    sides = {name: changed(c) for name, c in alg.by_family(alg.client).items()}
     server = alg.server._replace(update=server_update)
-    return alg._replace(server=server, client=clients, exact=())
+    return alg._replace(server=server, client=alg.as_given(sides), exact=())

@@ -46,7 +46,8 @@ class Traits(NamedTuple):
     joins: bool = False  # unseen clients can be embedded in a run that is finished
     per_sample: bool = False  # can deploy one classifier per input
     own_length: bool = False  # says itself how long clients train
-    base: bool = False  # HyperFedNet can do without it: leaves open what stays home
+    base: bool = False  # leaves open what stays home, so HyperFedNet can be under it
+    weights: str = "size"  # of clients in its mean: "size" or "uniform"
 
 
 def hands_on(*targets: Callable, without: tuple[str, ...] = ()) -> Callable:
@@ -97,7 +98,7 @@ def routed(
     return parts
 
 
-def has_traits(**traits: bool) -> Callable:
+def has_traits(**traits: Any) -> Callable:
     """Decorates a method with its `Traits`."""
 
     def decorate(method: Callable) -> Callable:
@@ -157,9 +158,10 @@ def traits(name: str) -> Traits:
     return getattr(find(name), "traits", Traits())
 
 
-def families(name: str) -> str:
+def families(method: str | Callable) -> str:
     """Returns whether a method takes several networks: "one", "several" or "either"."""
-    taken = inspect.signature(find(name)).parameters.get("family_sizes")
+    function = find(method) if isinstance(method, str) else method
+    taken = inspect.signature(function).parameters.get("family_sizes")
     if taken is None:
         return "one"
     return "several" if taken.default is taken.empty else "either"

@@ -88,7 +88,9 @@ def sha256(a: PyTree) -> str:
 
 
 def _join(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    # Parts without a name, such as the family ALONE, are left out.
+    parts = (jax.tree_util.keystr((part,), simple=True) for part in path)
+    return "/".join(part for part in parts if part)
 
 
 def paths(a: PyTree) -> list[str]:

@@ -9,7 +9,7 @@ Glossary of shapes: N clients in the population, C in the cohort, B in a batch,
 K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,8 @@ Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Key: TypeAlias = jax.Array
 
+ALONE = ""  # the only family of a method without families; a part of no path and no key
+
 
 # Data ------------------------------------------------------------------------------
 
@@ -25,12 +27,13 @@ Key: TypeAlias = jax.Array
 class Pool(NamedTuple):
     """All samples of a run, once on the device; clients hold rows of it.
 
-    A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed.
+    A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed; pixels that
+    are float32 are not divided by 255.
     """
 
-    x: Array  # [n, H, W, ch] uint8
+    x: Array  # [n, H, W, ch] uint8, or float32
     y: Array  # [n] int32; -1 where a label is withheld
-    mean: Array  # [ch] float32, in units of [0, 1]
+    mean: Array  # [ch] float32, of uint8 pixels in units of [0, 1]
     std: Array  # [ch] float32
 
 
@@ -203,3 +206,16 @@ class Algorithm(NamedTuple):
     client: Any  # ClientSide, or Mapping[str, ClientSide]
     exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches
     opening: "Algorithm | None" = None
+
+    @property
+    def has_families(self) -> bool:
+        """Whether `client` is a mapping, and the server speaks in mappings."""
+        return not isinstance(self.client, ClientSide)
+
+    def by_family(self, given: PyTree) -> Mapping[str, PyTree]:
+        """Returns something of this method's form as a mapping, of ALONE if need be."""
+        return given if self.has_families else {ALONE: given}
+
+    def as_given(self, by_family: Mapping[str, PyTree]) -> PyTree:
+        """Undoes `by_family`."""
+        return by_family if self.has_families else by_family[ALONE]

@@ -25,6 +25,11 @@ PATHS = [
 ]
 
 
+def test_parts_without_a_name_are_left_out_of_paths():
+    assert tree.paths({"rows": {"": {"w": 1}}, "": {"": 2}}) == ["", "rows/w"]
+    assert tree.paths(3) == [""]
+
+
 def test_arithmetic():
     a = {"x": jnp.array([3.0, 5.0]), "y": jnp.float32(2)}
     b = {"x": jnp.array([1.0, -1.0]), "y": jnp.float32(0.5)}

@@ -12,7 +12,7 @@ from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
-@has_traits(base=True)
+@has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
 def feddyn(model: Model, *, local, alpha: float = 0.01, **fedavg_options) -> Algorithm:
     """Returns FedDyn.

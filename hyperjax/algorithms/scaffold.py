@@ -12,7 +12,7 @@ from hyperjax.registry import hands_on, has_traits
 from hyperjax.types import Algorithm, Model
 
 
-@has_traits(base=True)
+@has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
 def scaffold(model: Model, *, local, **fedavg_options) -> Algorithm:
     """Returns SCAFFOLD; it sends twice what FedAvg sends, both ways.

@@ -34,26 +34,42 @@ def make_pool(x: np.ndarray, y: np.ndarray, train_rows: np.ndarray) -> Pool:
     """Puts samples on the device, with channel moments of the training rows only.
 
     Args:
-      x: [n, H, W, ch] uint8.
+      x: [n, H, W, ch] uint8, or float32 on a scale of its own.
       y: [n] int32.
       train_rows: [m] int, rows whose pixels define mean and standard deviation.
     """
-    # Moments from a histogram of the 256 levels: exact, and no float copy of x.
-    levels = np.arange(256) / 255.0
-    mean, std = [], []
-    for channel in range(x.shape[-1]):
-        counts = np.zeros(256)
-        for block in np.array_split(train_rows, max(1, len(train_rows) // 4096)):
-            counts += np.bincount(x[block, ..., channel].ravel(), minlength=256)
-        share = counts / counts.sum()
-        mean.append(share @ levels)
-        std.append(np.sqrt(share @ levels**2 - mean[-1] ** 2))
+    moments = _float_moments if x.dtype.kind == "f" else _moments
+    mean, std = moments(x, train_rows)
     return Pool(
         jnp.asarray(x),
         jnp.asarray(y, jnp.int32),
         jnp.asarray(mean, jnp.float32),
         jnp.asarray(np.maximum(std, 1e-3), jnp.float32),
     )
+
+
+def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
+    """Mean and deviation [ch] of uint8 pixels in units of [0, 1]."""
+    # Moments from a histogram of the 256 levels: exact, and no float copy of x.
+    levels = np.arange(256) / 255.0
+    mean, std = [], []
+    for channel in range(x.shape[-1]):
+        counts = np.zeros(256)
+        for block in np.array_split(rows, max(1, len(rows) // 4096)):
+            counts += np.bincount(x[block, ..., channel].ravel(), minlength=256)
+        share = counts / counts.sum()
+        mean.append(share @ levels)
+        std.append(np.sqrt(share @ levels**2 - mean[-1] ** 2))
+    return mean, std
+
+
+def _float_moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
+    """Mean and deviation [ch] of float pixels, added up in float64."""
+    blocks = np.array_split(rows, max(1, len(rows) // 4096))
+    axes, num = (0, 1, 2), len(rows) * x.shape[1] * x.shape[2]
+    mean = sum(x[block].sum(axes, dtype=np.float64) for block in blocks) / num
+    square = sum(np.square(x[block] - mean).sum(axes) for block in blocks) / num
+    return mean, np.sqrt(square)
 
 
 def withhold_labels(data: ClientData) -> ClientData:
@@ -63,7 +79,8 @@ def withhold_labels(data: ClientData) -> ClientData:
 
 def gather(pool: Pool, rows: Array, mask: Array) -> Batch:
     """Gathers a normalised float32 batch: rows [B] int32, mask [B] float32."""
-    x = pool.x[rows].astype(jnp.float32) / 255.0
+    x = pool.x[rows].astype(jnp.float32)
+    x = x / 255.0 if pool.x.dtype == jnp.uint8 else x
     return Batch((x - pool.mean) / pool.std, pool.y[rows], mask)
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hyperjax import tree
-from hyperjax.data import clients, partition, sources
+from hyperjax.data import clients, sources
+from hyperjax.data import partition as partitions
 from hyperjax.data.clients import Table
 from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least, check_number
@@ -60,6 +61,11 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.label_names)
 
     @property
     def num_clients(self) -> int:
@@ -124,12 +130,13 @@ class Federation(NamedTuple):
 
 
 def federate(
-    source: Source,
+    source: Any,
+    y: Any = None,
     *,
     num_clients: int,
-    num_novel: int,
-    partition_name: str,
-    seed: int,
+    num_novel: int = 0,
+    partition: str = "iid",
+    seed: int = 0,
     test_fraction: float = 0.2,
     eval_fraction: float = 0.2,
     validation_fraction: float = 0.0,
@@ -140,10 +147,11 @@ def federate(
     """Deals a data set out; warns if much of it becomes nobody's.
 
     Args:
-      source: all samples; checked by `sources.checked`.
+      source: all samples, a `Source`; or images alone, with labels in `y`.
+      y: [n] labels: integers, or names; see `sources.from_arrays`.
       num_clients: N.
       num_novel: M; 0 for none.
-      partition_name: a key of `partition.PARTITIONERS`.
+      partition: a key of `data.partition.PARTITIONERS`.
       seed: of the splits and the partition; independent of the model's seed.
       test_fraction: share of the global test set, in [0, 1); 0 for none.
       eval_fraction: share each client holds out, in (0, 1).
@@ -161,6 +169,8 @@ def federate(
       ValueError: arrays that are no labelled images, a size or fraction out of range,
         more clients than samples, or a client with fewer than two samples.
     """
+    if y is not None:
+        source = sources.from_arrays(source, y)
     source = sources.checked(source)
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, num_novel=num_novel, seed=seed)
@@ -189,11 +199,11 @@ def federate(
     num_test = max(1, round(test_fraction * total)) if test_fraction else 0
     test, rest = order[:num_test], order[num_test:]
     if client_ids is not None:
-        ids = partition.check_ids(client_ids, total)
+        ids = partitions.check_ids(client_ids, total)
         options = {**options, "client_ids": ids[rest]}
     everyone = num_clients + num_novel
-    y = source.y[rest]
-    places = partition.partition(partition_name, rng, y, everyone, **options)
+    labels = source.y[rest]
+    places = partitions.partition(partition, rng, labels, everyone, **options)
     parts = [rest[place] for place in places]
     for client, part in enumerate(parts):
         if len(part) < 2:
@@ -203,10 +213,10 @@ def federate(
                 "min_size"
             )
 
-    counts = partition.class_counts(source.y, parts, source.num_classes)
+    counts = partitions.class_counts(source.y, parts, source.num_classes)
     unassigned = len(rest) - int(counts.sum())
     if unassigned > _MANY_UNASSIGNED * len(rest):
-        _warn(source, y, counts, partition_name, options.get("client_ids"), everyone)
+        _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
 
     def split(parts, fraction):
         labels = (source.y[part] if stratified else None for part in parts)

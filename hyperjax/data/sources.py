@@ -17,6 +17,7 @@ import numpy as np
 
 from hyperjax.errors import check_at_least, check_number, first_line
 
+_MOST = 10_000  # classes; labels that are larger are names, ids perhaps
 _READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
 
 
@@ -28,7 +29,7 @@ class Source(NamedTuple):
     """
 
     name: str
-    x: np.ndarray  # uint8 [n, H, W, C]
+    x: np.ndarray  # [n, H, W, C], uint8 from 0 to 255 or float32 on any scale
     y: np.ndarray  # int32 [n], in [0, num_classes)
     num_classes: int
     label_names: tuple[str, ...]  # num_classes of them
@@ -66,21 +67,64 @@ def checked(source: Source) -> Source:
     )
 
 
+def from_arrays(
+    x: Any, y: Any, *, label_names: Sequence[str] | None = None, name: str = "arrays"
+) -> Source:
+    """Returns a set of one's own images, checked.
+
+    Args:
+      x: [n, H, W] or [n, H, W, C] images, uint8 or float.
+      y: [n] or [n, 1] labels. Integers from 0 on are classes as they are; other
+        integers, and names, are numbered in sorted order.
+      label_names: of the classes; by default the labels themselves.
+      name: of the set.
+
+    Raises:
+      ValueError: arrays that are no labelled images, naming what is wrong.
+
+    Example:
+      >>> x, y = np.zeros((3, 8, 8), np.uint8), ["cat", "dog", "cat"]
+      >>> from_arrays(x, y).label_names
+      ('cat', 'dog')
+    """
+    images, labels = _array(x, "x"), _array(y, "y")
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.dtype.kind not in "iuUSO":
+        raise ValueError(
+            f"y is {labels.dtype}; labels must be integers or names: y.astype(int)"
+        )
+    whole = labels.dtype.kind in "iu"
+    classes = whole and labels.size and labels.min() == 0 and labels.max() < _MOST
+    if labels.ndim == 1 and not classes:
+        known, labels = np.unique(
+            labels if whole else labels.astype(str), return_inverse=True
+        )
+        label_names = tuple(map(str, known)) if label_names is None else label_names
+    if label_names is None:
+        last = int(labels.max()) if labels.dtype.kind in "iu" and labels.size else 0
+        label_names = tuple(map(str, range(last + 1)))
+    return checked(Source(name, images, labels, len(label_names), tuple(label_names)))
+
+
 def check_images(images: Any, name: str) -> np.ndarray:
-    """Returns images as an array, uint8 [n, H, W, C] with n of at least 1.
+    """Returns images as an array [n, H, W, C] with n of at least 1, uint8 or float32.
 
     Raises:
       ValueError: another type, number of axes or order of them; see `checked`.
     """
     x = _array(images, name)
-    if x.dtype != np.uint8:
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds pixels that are not finite")
+    elif x.dtype != np.uint8:
         hint = {
-            "f": "images between 0 and 1 are np.rint(255 * x).astype(np.uint8)",
             "b": "images of False and True are np.uint8(255) * x",
         }.get(x.dtype.kind, "scale them to 0 to 255, then x.astype(np.uint8)")
         raise ValueError(
-            f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255: "
-            f"{hint}"
+            f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255, "
+            f"or float: {hint}"
         )
     if x.ndim != 4:
         hint = "write x[..., None] for grey images" if x.ndim == 3 else "x.reshape"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import rng, tree
-from hyperjax.types import Algorithm, ClientData, ClientSide, Cohort, Pool, PyTree
+from hyperjax.types import Algorithm, ClientData, Cohort, Pool, PyTree
 
 
 class Messages(NamedTuple):
@@ -39,7 +39,7 @@ def describe(alg: Algorithm) -> Messages:
     Raises:
       ValueError: a method with families.
     """
-    if not isinstance(alg.client, ClientSide):
+    if alg.has_families:
         raise ValueError(
             f"the method has the families {sorted(alg.client)}; describe one by one: "
             "describe(hyperjax.engine.families.view(method, name))"

@@ -8,6 +8,7 @@ import jax
 
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
+from hyperjax.types import ALONE
 
 _GUARDED = (("disallow", "disallow_explicit"), "data and results are moved as needed")
 # Settings of JAX, the values under which nothing here can run, and why.
@@ -65,8 +66,8 @@ def check_jax() -> None:
 class Compiled:
     """Compiles functions on first use and keeps the seconds that took.
 
-    Calls with the same name, structure and shapes reuse the program. With a mesh,
-    every output is replicated, so that it can be the next call's input. Under
+    Calls with the same name, family, structure and shapes reuse the program. With a
+    mesh, every output is replicated, so that it can be the next call's input. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
     `watcher` is told the name of what is being compiled, and None when that is done.
     """
@@ -78,11 +79,18 @@ class Compiled:
         self._mesh = mesh
         self._programs: dict[Any, Callable] = {}
 
-    def __call__(self, name: str, fn: Callable, args: tuple, donate: tuple = ()):
+    def __call__(
+        self,
+        name: str,
+        fn: Callable,
+        args: tuple,
+        donate: tuple = (),
+        family: str = ALONE,
+    ):
         if setting("jax_disable_jit"):
             return sharding.replicate(fn(*args), self._mesh)
         leaves, structure = jax.tree.flatten(args)
-        key = (name, structure, tuple(map(jax.typeof, leaves)))
+        key = (name, family, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
             start = time.perf_counter()
             self.watcher(name)

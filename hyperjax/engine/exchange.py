@@ -1,14 +1,24 @@
 """One exchange: down, train, up, update; the only place that adds the client axis."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hyperjax import rng, tree
 from hyperjax.engine import families, sharding
-from hyperjax.types import Algorithm, Array, ClientData, Cohort, Downlink, PyTree
+from hyperjax.types import (
+    ALONE,
+    Algorithm,
+    Array,
+    ClientData,
+    Cohort,
+    Downlink,
+    Key,
+    Pool,
+    PyTree,
+)
 
 # Entries of a client's info that are summed over the cohort; the others are averaged,
 # weighted by "samples".
@@ -16,7 +26,7 @@ SUMMED = ("steps", "samples")
 
 
 def first_visit(
-    alg: Algorithm, root, down: Downlink, ids: Array, family: str = ""
+    alg: Algorithm, root: Key, down: Downlink, ids: Array, family: str = ALONE
 ) -> PyTree:
     """Returns the initial state of clients of one family, leaves [C, ...].
 
@@ -27,9 +37,28 @@ def first_visit(
     keys = rng.client_keys(rng.stream(root, "client_init"), ids)
 
     def one(key, own):
+        key = families.first_key(key, family)
         return client.init(key, common, Downlink(down.shared, own, down.round))
 
     return jax.vmap(one)(keys, down.own)
+
+
+class _Visitor(NamedTuple):
+    """What is mapped over: a client of the cohort, leaves [C, ...] for all of them."""
+
+    key: Key
+    own: PyTree  # its own part of the downlink
+    state: PyTree
+    rows: Array  # [n_max] of the pool
+    size: Array  # [] of them that count
+
+
+class _Shared(NamedTuple):
+    """What all clients of an exchange have in common."""
+
+    down: PyTree  # the shared part of the downlink
+    round: Array
+    pool: Pool
 
 
 def make_exchange(
@@ -55,8 +84,8 @@ def make_exchange(
     joint = make_joint_exchange(alg, mapper, mesh, alone)
 
     def exchange(root, server, *of_cohort):
-        server, rows, info = joint(root, server, *({"": x} for x in of_cohort))
-        return server, rows[""], info
+        server, rows, info = joint(root, server, *({ALONE: x} for x in of_cohort))
+        return server, rows[ALONE], info
 
     return exchange
 
@@ -68,7 +97,7 @@ def make_joint_exchange(
     alone: bool = False,
     stage: str = "",
 ) -> Callable:
-    """Builds the exchange of a method with families; see `make_exchange`.
+    """Builds the exchange of a method, with or without families; see `make_exchange`.
 
     Rows, seen, data and cohort are mappings by family, for all or some of them; with
     `alone` for the single family of the single client. Exchanges of one round that
@@ -76,16 +105,15 @@ def make_joint_exchange(
     """
 
     def mapped_update(client):
-        def one_client(mapped, shared):
-            key, own, row, rows, size = mapped
-            common_down, round, pool = shared
-            down = Downlink(common_down, own, round)
-            return client.update(key, down, row, ClientData(rows, size, pool))
+        def one_client(visitor: _Visitor, shared: _Shared):
+            down = Downlink(shared.down, visitor.own, shared.round)
+            data = ClientData(visitor.rows, visitor.size, shared.pool)
+            return client.update(visitor.key, down, visitor.state, data)
 
         return sharding.map_clients(one_client, mapper, mesh)
 
-    updates = {name: mapped_update(c) for name, c in families.clients(alg).items()}
-    server_side = families.server(alg)
+    server_side, sides = families.mapped(alg)[:2]
+    updates = {name: mapped_update(client) for name, client in sides.items()}
 
     def visit(name, root, key, down, rows, seen, data: ClientData, cohort: Cohort):
         """One family's part: (uplinks, new rows, infos), leaves [C, ...]."""
@@ -96,8 +124,8 @@ def make_joint_exchange(
         keys = rng.client_keys(rng.stream(key, "client_update" + name), cohort.ids)
         size = jnp.where(alive, data.size, 0)  # the dead take no step
         up, new, info = updates[name](
-            (keys, down.own, start, data.rows, size),
-            (down.shared, down.round, data.pool),
+            _Visitor(keys, down.own, start, data.rows, size),
+            _Shared(down.shared, down.round, data.pool),
         )
         up = tree.where_rows(alive, up, tree.zeros_like(up))
         return up, tree.where_rows(alive, new, rows), info

@@ -2,22 +2,20 @@
 
 Clients whose parameters have one structure form a *family*. A method with families has
 a mapping from names to client sides, and its server takes and gives mappings with the
-same keys, for any subset of the families. Inside a family clients have numbers of their
-own, 0 to N_f - 1, which is what `Cohort.ids` holds there. A method without families is
-one family called "" whose members are everybody.
+same keys, for any subset of the families. Inside a family clients have numbers of
+their own, 0 to N_f - 1, which is what `Cohort.ids` holds there. To the engine every
+method has families, if only ALONE, whose members are everybody.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import rng
-from hyperjax.types import Algorithm, Array, ClientSide, Cohort, ServerSide
-
-ALONE = ""
+from hyperjax.types import ALONE, Algorithm, Array, ClientSide, Cohort, Key, ServerSide
 
 
 class Families(NamedTuple):
@@ -54,6 +52,41 @@ class Families(NamedTuple):
                 weight=jnp.where(inside, cohort.weight[order], 0.0),
             )
         return parts
+
+    def numbers(
+        self, ids: np.ndarray, unseen: Sequence[int] | np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns where in `ids` a family's clients are, and their numbers inside it.
+
+        Args:
+          ids: [n] int; those from N on never trained.
+          unseen: [m] int, position in `names` of clients N to N + m - 1.
+
+        Returns:
+          {name: (places [k] in ids, numbers [k] int32)}, of families with somebody
+          there. In a family, all clients who never trained have the number N_f; without
+          families they keep their ids.
+
+        Raises:
+          ValueError: one of them belongs to no family.
+        """
+        ids = np.asarray(ids)
+        if self.names == (ALONE,):
+            return {ALONE: (np.arange(len(ids)), ids.astype(np.int32))}
+        family = np.concatenate([self.family, np.asarray(unseen, np.int32)])
+        if len(ids) and ids.max() >= len(family):
+            raise ValueError(
+                f"client {ids.max()} belongs to no family; those with one are 0 to "
+                f"{len(family) - 1}"
+            )
+        num, found = len(self.family), {}
+        for i, name in enumerate(self.names):
+            where = np.flatnonzero(family[ids] == i)
+            known = np.minimum(ids[where], num - 1)
+            inside = np.where(ids[where] < num, self.place[known], self.size(name))
+            if len(where):
+                found[name] = (where, inside.astype(np.int32))
+        return found
 
     def everywhere(self, name: str, ids: Array) -> Array:
         """Returns the ids in the whole population of numbers in a family."""
@@ -92,43 +125,62 @@ def families(names_of_clients: Mapping[str, np.ndarray] | int) -> Families:
     return Families(names, members, family, place)
 
 
-def clients(alg: Algorithm) -> dict[str, ClientSide]:
+def clients(alg: Algorithm) -> Mapping[str, ClientSide]:
     """Returns the client side of every family."""
-    if isinstance(alg.client, ClientSide):
-        return {ALONE: alg.client}
-    return {name: _member(client, name) for name, client in alg.client.items()}
+    return alg.by_family(alg.client)
 
 
-def _member(client: ClientSide, name: str) -> ClientSide:
-    """A family's clients start from keys of their own: numbers repeat in others."""
+def check(alg: Algorithm, groups: Families | None) -> Families:
+    """Returns the families of a method's clients.
 
-    def init(key, common, down):
-        return client.init(rng.stream(key, name), common, down)
+    Args:
+      alg: the method.
+      groups: who belongs where; None for nobody in particular, without families.
 
-    return client._replace(init=init)
+    Raises:
+      ValueError: they are not those of the method.
+    """
+    found = families(0) if groups is None else groups
+    if set(found.names) != set(clients(alg)):
+        raise ValueError(
+            f"the method has the families {sorted(clients(alg))}, the clients belong "
+            f"to {list(found.names)}"
+        )
+    return found
 
 
-def server(alg: Algorithm) -> ServerSide:
-    """Returns a server that speaks in mappings, whether the method has families."""
-    if not isinstance(alg.client, ClientSide):
-        return alg.server
+def mapped(alg: Algorithm) -> Algorithm:
+    """Returns a method that speaks in mappings, whether it has families or not."""
+    if alg.has_families:
+        return alg
+    given = alg.server
 
     def downlink(key, state, cohorts):
-        return {ALONE: alg.server.downlink(key, state, cohorts[ALONE])}
+        return {ALONE: given.downlink(key, state, cohorts[ALONE])}
 
     def update(key, state, uplinks, cohorts):
-        return alg.server.update(key, state, uplinks[ALONE], cohorts[ALONE])
+        return given.update(key, state, uplinks[ALONE], cohorts[ALONE])
 
-    return alg.server._replace(downlink=downlink, update=update)
+    server = ServerSide(given.init, downlink, update)
+    opening = alg.opening and mapped(alg.opening)
+    return Algorithm(server, clients(alg), alg.exact, opening)
+
+
+def first_key(key: Key, name: str) -> Key:
+    """Returns the key that a client of a family starts from, given that of its number.
+
+    Numbers repeat in other families, so each has a stream of its own.
+    """
+    return key if name == ALONE else rng.stream(key, name)
 
 
 def view(alg: Algorithm, name: str) -> Algorithm:
-    """Returns a method as one of its families sees it.
+    """Returns a method as one of its families sees it: a method without families.
 
     The same for the same sides, so that what is remembered of a method, such as
     `comm.describe`, is remembered of its views.
     """
-    if isinstance(alg.client, ClientSide):
+    if not alg.has_families:
         return alg
     opening = alg.opening and view(alg.opening, name)
     return _view(alg.server, alg.client[name], name, alg.exact, opening)
@@ -148,15 +200,8 @@ def _view(
     def update(key, state, uplink, cohort):
         return server.update(key, state, {name: uplink}, {name: cohort})
 
-    one = server._replace(downlink=downlink, update=update)
-    return Algorithm(one, _member(client, name), exact, opening)
+    def init(key, common, down):
+        return client.init(first_key(key, name), common, down)
 
-
-def pack(alg: Algorithm, by_name: dict):
-    """Returns a mapping by family, or its only value for a method without families."""
-    return by_name[ALONE] if isinstance(alg.client, ClientSide) else by_name
-
-
-def unpack(alg: Algorithm, packed) -> dict:
-    """Undoes `pack`."""
-    return {ALONE: packed} if isinstance(alg.client, ClientSide) else packed
+    one = ServerSide(server.init, downlink, update)
+    return Algorithm(one, client._replace(init=init), exact, opening)

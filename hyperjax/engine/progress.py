@@ -18,6 +18,7 @@ PURPOSE = {  # of programs, by the name they are compiled under
     "opening": "training",
     "evaluate": "evaluation",
     "tune": "fine-tuning",
+    "deploy": "deployment",
 }
 
 

@@ -21,11 +21,14 @@ STORES = ("device", "host")
 
 
 class Carry(NamedTuple):
-    """Everything that changes during training; by family for methods that have some."""
+    """Everything that changes during training.
+
+    Clients are by family, `rows[families.ALONE]` where there are none.
+    """
 
     server: PyTree
-    rows: PyTree  # client state, leaves [N, ...]
-    seen: Any  # [N] bool: has the client ever taken part?
+    rows: dict[str, PyTree]  # client state, leaves [N_f, ...]
+    seen: dict[str, Any]  # [N_f] bool: has the client ever taken part?
 
 
 def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
@@ -41,7 +44,7 @@ def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
         rows[name], seen[name] = jax.eval_shape(
             lambda s=spec, n=num: stores.zeros(s, n)
         )
-    return Carry(messages.server, families.pack(alg, rows), families.pack(alg, seen))
+    return Carry(messages.server, rows, seen)
 
 
 def _groups(members: Families | Mapping[str, np.ndarray] | int) -> Families:
@@ -144,11 +147,7 @@ def simulator(
         return exchange.make_cohort(ids, num_clients, weight, round, padded)
 
     groups = _groups(num_clients if members is None else members)
-    if set(groups.names) != set(families.clients(alg)):
-        raise ValueError(
-            f"the method has the families {sorted(families.clients(alg))}, the clients "
-            f"belong to {list(groups.names)}"
-        )
+    families.check(alg, groups)
     if len(groups.family) != num_clients:
         raise ValueError(
             f"the table holds {num_clients} clients, the families {len(groups.family)}"
@@ -189,8 +188,12 @@ def simulator(
     return _with_checks(built, alg, groups, must_donate=store_dir is not None)
 
 
-def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
-    """Refuses images that a network does not take, and rows that a pool lacks."""
+def check_images(alg: Algorithm, pool: Pool) -> None:
+    """Refuses images that a network does not take.
+
+    Raises:
+      ValueError: naming their shape, the network's and its family.
+    """
     for name, client in families.clients(alg).items():
         if pool.x.shape[1:] != tuple(client.model.sample_shape):
             of = f" of the family {name!r}" if name else ""
@@ -198,6 +201,11 @@ def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
                 f"pool has images of shape {pool.x.shape[1:]}; the network{of} takes "
                 f"{tuple(client.model.sample_shape)}"
             )
+
+
+def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
+    """Refuses images that a network does not take, and rows that a pool lacks."""
+    check_images(alg, pool)
     rows, size = np.asarray(table.rows), np.asarray(table.size)
     if rows.ndim != 2 or size.shape != rows.shape[:1]:
         raise ValueError(
@@ -340,20 +348,17 @@ def _on_device(parts: _Parts) -> Simulator:
     program, groups = compiled.Compiled(parts.mesh), parts.groups
     table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
 
-    def pack(server, rows, seen):
-        every = (families.pack(parts.alg, x) for x in (rows, seen))
-        return sharding.replicate(Carry(server, *every), parts.mesh)
-
     def init(root):
-        server = jax.jit(parts.init_server)(root)
-        every = {k: stores.zeros(s, groups.size(k)) for k, s in parts.rows().items()}
-        return pack(server, *({k: v[i] for k, v in every.items()} for i in (0, 1)))
+        carry = Carry(jax.jit(parts.init_server)(root), {}, {})
+        for name, spec in parts.rows().items():
+            carry.rows[name], carry.seen[name] = stores.zeros(spec, groups.size(name))
+        return sharding.replicate(carry, parts.mesh)
 
     def load(arrays):
         return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
     def many_rounds(root, carry, rounds, table, pool, weight):
-        def one_exchange(carry, cohorts, run=parts.exchange):
+        def one_exchange(carry: Carry, cohorts, run=parts.exchange):
             server, rows, seen = carry
             data, state, was_seen = {}, {}, {}
             for name, places in parts.members(cohorts).items():
@@ -367,7 +372,7 @@ def _on_device(parts: _Parts) -> Simulator:
                 rows[name], seen[name] = stores.scatter(
                     rows[name], seen[name], cohort.ids, state[name], cohort.active > 0
                 )
-            return (server, rows, seen), info
+            return Carry(server, rows, seen), info
 
         def one_client(carry, cohort):
             """An exchange with the only family there is someone of."""
@@ -395,9 +400,7 @@ def _on_device(parts: _Parts) -> Simulator:
                 info = exchange.round_info(infos)
             return carry, _round_info(opened, info)
 
-        start = (carry.server, *(families.unpack(parts.alg, x) for x in carry[1:]))
-        (server, *rest), infos = jax.lax.scan(body, start, rounds)
-        return Carry(server, *(families.pack(parts.alg, x) for x in rest)), infos
+        return jax.lax.scan(body, carry, rounds)
 
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
@@ -418,7 +421,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         for name, spec in parts.rows().items():
             place = folder if folder is None else os.path.join(folder, name)
             rows[name], seen[name] = stores.host_zeros(spec, groups.size(name), place)
-        return (families.pack(parts.alg, x) for x in (rows, seen))
+        return rows, seen
 
     def init(root):
         server = sharding.replicate(jax.jit(parts.init_server)(root), parts.mesh)
@@ -453,8 +456,8 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         info = jax.device_get(exchange.round_info(infos))
         return carry, _round_info(opened, info)
 
-    def one_exchange(root, carry, cohorts, stage="exchange"):
-        rows, seen = (families.unpack(parts.alg, x) for x in carry[1:])
+    def one_exchange(root, carry: Carry, cohorts, stage="exchange"):
+        rows, seen = carry.rows, carry.seen
         data, state, was_seen = {}, {}, {}
         for name, members in parts.members(cohorts).items():
             ids, place = np.asarray(cohorts[name].ids), np.asarray(members)

@@ -1,53 +1,44 @@
 """From a config to objects; every mistake in it is found here, before any work."""
 
-import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from absl import logging
 
 from hyperjax import (
     calls,
-    channels,
     models,
     registry,
 )
 from hyperjax.data import federation as federations
 from hyperjax.data import files, partition, sources
-from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
-from hyperjax.engine import comm, evaluate, families, joint, schedule, sharding
+from hyperjax.engine import comm, families, schedule, sharding
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
 from hyperjax.local import round_at
 from hyperjax.protocols import common
+from hyperjax.runs.experiment import (
+    Experiment,
+    Settings,
+    blocks,
+    experiment,
+    make_evaluator,
+)
+from hyperjax.runs.run import through_channel
 from hyperjax.types import Algorithm, Model
-
-
-class Experiment(NamedTuple):
-    """Everything a run needs."""
-
-    federation: Federation
-    algorithm: Algorithm
-    simulator: schedule.Simulator
-    evaluator: evaluate.Evaluator
-    cohort_size: int
-    plan: dict[str, Any]
-    members: families.Families | None  # who has which network, if they differ
 
 
 def build(
     config: ml_collections.ConfigDict, store_dir: str | None = None
 ) -> Experiment:
-    """Builds a run.
+    """Resolves a config: the last that reads it but for what is told about a run.
 
     Args:
-      config: see `hyperjax.protocols.common.defaults`; with `config.method`.
+      config: see `protocols.common.defaults`; with `config.method`.
       store_dir: where a memory-mapped host store keeps its files.
 
     Raises:
@@ -60,53 +51,49 @@ def build(
     federation = federate(source, config)
     model = make_model(config, source.x.shape[1:], source.num_classes)
     algorithm = make_algorithm(config, model)
-    members = None
-    if isinstance(model, dict):
-        members = families.families(assigned(model, federation.num_clients))
-    cohort_size = (
-        federation.num_trainers
-        if config.server.sampler == "full"
-        else config.server.cohort_size
-    )
-    engine = config.engine
-    backend = jax.default_backend()
-    mapper = sharding.resolve_mapper(engine.mapper, engine.block_size, backend)
-    mesh = sharding.client_mesh(cohort_size, engine.devices)
-    if config.server.sequential:
-        mesh = None  # one client at a time
-    sizes = federation.trainers.size
-    simulator = schedule.simulator(
-        algorithm,
-        federation.trainers,
-        federation.pool,
-        weight=sizes if config.server.weights == "size" else np.ones_like(sizes),
-        cohort_size=cohort_size,
-        members=members,
-        sampler=config.server.sampler,
-        sequential=config.server.sequential,
-        mapper=mapper,
-        mesh=mesh,
-        store=engine.store,
-        store_dir=store_dir if engine.memory_map else None,
-    )
-    plan = dict(
-        backend=backend,
-        device=jax.local_devices()[0].device_kind,
-        devices=1 if mesh is None else mesh.size,
-        mapper=mapper,
-        store=engine.store,
-        conv_rule=engine.conv_rule,
-        rounds_per_call=engine.rounds_per_call or config.evaluation.every,
-        marks=marks(config),
-    )
-    return Experiment(
+    engine, evaluation = config.engine, config.evaluation
+    found = experiment(
         federation,
         algorithm,
-        simulator,
-        make_evaluator(config, federation, algorithm, members),
-        cohort_size,
-        plan,
-        members,
+        settings(config),
+        sampler=config.server.sampler,
+        cohort_size=config.server.cohort_size,
+        weights=config.server.weights,
+        sequential=config.server.sequential,
+        mapper=engine.mapper,
+        block_size=engine.block_size,
+        devices=engine.devices,
+        store=engine.store,
+        store_dir=store_dir if engine.memory_map else None,
+        eval_batch_size=evaluation.batch_size,
+        clients_per_call=evaluation.clients_per_call,
+    )
+    found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
+    if not evaluation.sample_level or "deploy_granularity" not in config.method:
+        return found
+    by_sample = ml_collections.ConfigDict(config.to_dict())
+    by_sample.method.deploy_granularity = "sample"
+    evaluator = make_evaluator(
+        federation,
+        make_algorithm(by_sample, model),
+        found.members,
+        evaluation.batch_size,
+        evaluation.clients_per_call,
+        engine.devices,
+    )
+    return found._replace(by_sample=evaluator)
+
+
+def settings(config: ml_collections.ConfigDict) -> Settings:
+    """Returns what the loop and the summary of a run ask of its config."""
+    return Settings(
+        seed=config.seed,
+        rounds=config.rounds,
+        every=config.evaluation.every,
+        rounds_per_call=config.engine.rounds_per_call,
+        finetune_epochs=tuple(config.evaluation.finetune_epochs),
+        thresholds=tuple(config.evaluation.thresholds),
+        pooled=config.data.pooled,
     )
 
 
@@ -222,7 +209,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         source,
         num_clients=data.num_clients,
         num_novel=data.num_novel,
-        partition_name=data.partition,
+        partition=data.partition,
         seed=config.seed if data.seed < 0 else data.seed,
         test_fraction=data.test_fraction,
         eval_fraction=data.eval_fraction,
@@ -251,43 +238,6 @@ def _load_ids(given: str | None) -> np.ndarray:
     return files.read_array(given, "data.client_ids")
 
 
-def populations(federation: Federation) -> dict[str, evaluate.Population]:
-    """Who is evaluated for each metric: participants, unseen clients, everybody."""
-    n, m = federation.num_clients, federation.num_novel
-
-    def untrained(inputs: Table, first_id: int) -> evaluate.Population:
-        num = len(inputs.size)
-        empty = Table(np.zeros((num, 1), np.int32), np.zeros(num, np.int32))
-        ids = np.arange(first_id, first_id + num, dtype=np.int32)
-        return evaluate.Population(ids, empty, inputs)
-
-    found = {
-        "pacc": evaluate.Population(
-            federation.trainer_ids, federation.train, federation.held_out
-        )
-    }
-    if federation.validation is not None:
-        found["vacc"] = found["pacc"]._replace(inputs=federation.validation)
-    if federation.novel is not None:
-        found["zacc"] = untrained(federation.novel, n)
-    if federation.test is not None:
-        found["gacc"] = untrained(federation.test, n + m)
-    return found
-
-
-def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
-    """Who is fine-tuned, on what, and scored on what: participants, unseen clients."""
-    found = {"pacc": populations(federation)["pacc"]}
-    if federation.novel_train is not None and federation.novel_held_out is not None:
-        n, m = federation.num_clients, federation.num_novel
-        found["zacc"] = evaluate.Population(
-            np.arange(n, n + m, dtype=np.int32),
-            federation.novel_train,
-            federation.novel_held_out,
-        )
-    return found
-
-
 # Model and method ------------------------------------------------------------------
 
 
@@ -314,17 +264,6 @@ def _family(number: int, name: str) -> str:
     return f"{number:02d}_{name.split(':')[-1]}"
 
 
-def assigned(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
-    """Returns the clients of each family: equal blocks, leftovers to the first."""
-    names = list(names)
-    if num_clients < len(names):
-        raise ValueError(
-            f"{num_clients} clients take part: less than the {len(names)} families"
-        )
-    blocks = np.array_split(np.arange(num_clients, dtype=np.int32), len(names))
-    return dict(zip(names, blocks, strict=True))
-
-
 def make_algorithm(
     config: ml_collections.ConfigDict, model: Model | dict[str, Model]
 ) -> Algorithm:
@@ -349,8 +288,8 @@ def make_algorithm(
     trainers = 1 if config.data.pooled else population_size(config)[0]
     supplied: dict[str, Any] = dict(num_clients=trainers, num_rounds=config.rounds)
     if isinstance(model, dict):
-        blocks = assigned(model, population_size(config)[0])
-        supplied["family_sizes"] = {k: len(ids) for k, ids in blocks.items()}
+        members = blocks(model, population_size(config)[0])
+        supplied["family_sizes"] = {k: len(ids) for k, ids in members.items()}
     server_opt, uses = factories.watched(factories.server_optimizer(config.server))
     supplied["server_opt"] = server_opt
     takes = inspect.signature(factory).parameters
@@ -372,52 +311,3 @@ def make_algorithm(
 
 def _must_be_given(option: registry.Option | None) -> bool:
     return option is not None and option.default is inspect.Parameter.empty
-
-
-def through_channel(alg: Algorithm, text: str) -> Algorithm:
-    """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
-    name, options = calls.parse("uplink", text)
-    check_choice("uplink", name, channels.CHANNELS)
-    channel = calls.call("uplink", channels.CHANNELS[name], **options)
-
-    def uplink(family: str):
-        return comm.describe(families.view(alg, family)).uplink
-
-    return channels.with_uplink(alg, channel, uplink)
-
-
-def make_evaluator(
-    config: ml_collections.ConfigDict,
-    federation: Federation,
-    algorithm: Algorithm,
-    members: families.Families | None = None,
-) -> evaluate.Evaluator:
-    """Builds the evaluation of a run."""
-    most = max(federation.num_clients, federation.num_novel)
-    clients_per_call = min(config.evaluation.clients_per_call, most)
-    whom = populations(federation)
-    build_it: Callable[..., evaluate.Evaluator] = evaluate.evaluator
-    if members is not None:
-        # The global test set belongs to no family.
-        whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
-        strangers = [
-            np.full(len(ids), i)
-            for i, ids in enumerate(
-                np.array_split(np.arange(federation.num_novel), len(members.names))
-            )
-        ]
-        build_it = functools.partial(
-            joint.evaluator,
-            members=members,
-            family=np.concatenate([members.family, *strangers]),
-        )
-    return build_it(
-        algorithm,
-        federation.pool,
-        whom,
-        source_prior=federation.source_prior,
-        tuned=tuned_populations(federation),
-        batch_size=config.evaluation.batch_size,
-        clients_per_call=clients_per_call,
-        mesh=sharding.client_mesh(clients_per_call, config.engine.devices),
-    )

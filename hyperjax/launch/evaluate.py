@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from hyperjax import registry, rng, tree
-from hyperjax.engine import checkpoint, evaluate, exchange, log
+from hyperjax import registry, tree
+from hyperjax.engine import checkpoint, deploy, log, scoring
 from hyperjax.launch import build, cli, saved, workdir
 from hyperjax.launch.saved import Run
-from hyperjax.types import AdaptData, ClientData, ClientSide, Cohort, Pool, PyTree
+from hyperjax.types import ClientData, Pool, PyTree
 
 
 class Served(NamedTuple):
@@ -42,7 +42,7 @@ def load_run(path: str) -> Run:
     """
     run = saved.load(path)
     workdir.check_settings(run.folder, workdir.read(run.folder))
-    if not isinstance(run.algorithm.client, ClientSide):
+    if run.algorithm.has_families:
         method = run.config.method.name
         join = "; `python -m experiments.join` trains an embedding for unseen clients"
         raise ValueError(
@@ -53,60 +53,47 @@ def load_run(path: str) -> Run:
     return run
 
 
-def serve(run: Run, images: np.ndarray) -> Served:
+def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     """Deploys the run's method on a client of whom only inputs are known.
+
+    It is deployed as `Evaluator.evaluate` does after the newest checkpoint's round: on
+    its own inputs, an unseen client of the run gets the classifier that was scored.
 
     Args:
       run: from `load_run`.
       images: [n, H, W, c] uint8.
+      client: an unseen client of the run, or None for somebody else.
 
     Raises:
       FloatingPointError: outputs for some of them are not finite, so that they have no
         class.
     """
-    alg, facts = run.algorithm, run.facts
-    n = len(images)
+    facts, n = run.facts, len(images)
+    nobody = len(facts["counts"])
     pool = Pool(
         jnp.asarray(images),
         jnp.full(n, -1, jnp.int32),
         jnp.asarray(facts["mean"]),
         jnp.asarray(facts["std"]),
     )
-    batch_size = run.config.evaluation.batch_size
-    length = -(-n // batch_size) * batch_size
-    rows = jnp.pad(jnp.arange(n, dtype=jnp.int32), (0, length - n))
-    inputs = ClientData(rows, jnp.int32(n), pool)
-    nothing = ClientData(jnp.zeros(1, jnp.int32), jnp.int32(0), pool)
-    ids = jnp.asarray([len(facts["counts"])], jnp.int32)  # nobody in the run
-    root = jax.random.key(run.config.seed)
-    num_classes = len(facts["label_names"])
-
-    @jax.jit
-    def deploy(server):
-        one = jnp.ones(1, jnp.float32)
-        round, population = run.restored.round, facts["participating"].sum()
-        cohort = Cohort(ids, one, one, jnp.int32(round), jnp.float32(population))
-        key = rng.stream(root, "serve")
-        down = alg.server.downlink(key, server, cohort)._replace(round=cohort.round)
-        state = exchange.first_visit(alg, root, down, ids)
-        state, own = jax.tree.map(lambda x: x[0], (state, down.own))
-        down = down._replace(own=own)
-        adapted = alg.client.adapt(key, down, state, AdaptData(nothing, inputs))
-        variables = alg.client.deploy(down, adapted)
-        logits = evaluate.predict_all(
-            alg.client.model, variables, inputs, num_classes, batch_size
-        )
-        finite = evaluate.usable(logits[:n])
-        return alg.client.model.export(variables), jax.nn.softmax(logits[:n]), finite
-
-    deployed = jax.device_get(deploy(run.restored.carry.server))
-    classifier, probability, finite = deployed
-    if not finite.all():
+    inputs = ClientData(jnp.arange(n)[None], jnp.full(1, n), pool)
+    give = deploy.deployer(run.algorithm, batch_size=run.config.evaluation.batch_size)
+    (deployed,) = give(
+        run.config.seed,
+        run.restored.carry,
+        run.restored.round,
+        [nobody if client is None else client],
+        inputs,
+    )
+    bad = ~np.asarray(scoring.usable(deployed.logits))
+    if bad.any():
         raise FloatingPointError(
-            f"the network's outputs for {int((~finite).sum())} of {n} inputs are not "
+            f"the network's outputs for {int(bad.sum())} of {n} inputs are not "
             "finite, so these have no class; nothing is written"
         )
-    return Served(classifier, probability, probability.argmax(-1).astype(np.int32))
+    probability = np.asarray(jax.nn.softmax(deployed.logits))
+    label = probability.argmax(-1).astype(np.int32)
+    return Served(deployed.network, probability, label)
 
 
 def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
@@ -215,7 +202,7 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
         images, labels = own_client(run, int(client or 0))
     folder = Path(out or run.folder / "served" / name).expanduser()
     with workdir.room_for("out", folder):
-        result = write(folder, serve(run, images), labels, run)
+        result = write(folder, serve(run, images, client), labels, run)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "

@@ -14,6 +14,7 @@ from hyperjax import tree
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, families, schedule
 from hyperjax.launch import build, workdir
+from hyperjax.runs.experiment import blocks
 from hyperjax.types import Algorithm, PyTree
 
 
@@ -84,7 +85,7 @@ def _restore(config: ml_collections.ConfigDict, folder: Path, facts: Any):
     num_trainers = int(facts.get("num_trainers", config.data.num_clients))
     members: families.Families | int = num_trainers
     if isinstance(model, dict):
-        members = families.families(build.assigned(model, num_trainers))
+        members = families.families(blocks(model, num_trainers))
     template = schedule.abstract_carry(algorithm, members)
     return algorithm, checkpoint.restore(folder / workdir.CHECKPOINTS, template)
 

@@ -3,10 +3,12 @@
 python -m experiments.train --config=configs/zero_shot.py --workdir=runs/x
 """
 
+import contextlib
 import json
 import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from hyperjax import registry, tree
+from hyperjax import tree
 from hyperjax.data import federation as federations
-from hyperjax.engine import checkpoint, comm, compiled, families, log, schedule
+from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress
 from hyperjax.launch import build, cli, pages, report, saved, workdir
 from hyperjax.protocols import common
-from hyperjax.runs import reach, results
+from hyperjax.runs import loop, reach, results
+from hyperjax.runs.experiment import Experiment
 
 SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # in progress lines
 
@@ -63,189 +66,161 @@ def train(
                 report.run_report(str(folder))
             return summary
         with Progress(name or config.method.name, config.rounds) as progress:
-            return _Run(config, folder, progress).go()
+            return _train(config, folder, progress)
 
 
-class _Run:
-    """One process's part of a run."""
+def _train(
+    config: ml_collections.ConfigDict, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Runs, or continues, an experiment in a folder that is this process's."""
+    progress.stage(f"reading {config.data.name}, building {config.method.name}")
+    experiment = build.build(config, str(folder / workdir.STORE))
+    settings, checkpoints = experiment.settings, folder / workdir.CHECKPOINTS
+    for part in (experiment.simulator, experiment.evaluator):
+        part.program.watcher = progress.compiling
+    restored = _newest(experiment, checkpoints)
+    lent = _parts_to_start_from(config, experiment) if restored is None else {}
+    began, before = time.perf_counter(), _summed_up(folder)
+    digests = federations.digests(experiment.federation)
+    done = 0 if restored is None else restored.round
+    workdir.describe(folder, config, experiment.plan, digests, done)
+    if not _tables_are_there(folder):
+        federations.save_tables(experiment.federation, folder / workdir.PARTITION)
+    if restored is None:
+        state = loop.start(experiment)
+        if lent:
+            server = saved.put(lent, state.carry.server)
+            state = state._replace(carry=state.carry._replace(server=server))
+    else:
+        logging.info("Continuing %s after round %d.", folder, done)
+        state = loop.State(done, experiment.simulator.load(restored.carry))
+    recorder = log.Recorder(
+        folder, -1 if restored is None else done, config.tensorboard
+    )
+    shown = _Shown(progress)
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, folder: Path, progress: Progress
-    ):
-        self.config, self.folder, self.progress = config, folder, progress
-        progress.stage(f"reading {config.data.name}, building {config.method.name}")
-        self.experiment = build.build(config, str(folder / workdir.STORE))
-        for part in (self.experiment.simulator, self.experiment.evaluator):
-            part.program.watcher = progress.compiling
-        self.root = jax.random.key(config.seed)
-        self.costs = {
-            name: self.cost_of(name)
-            for name in families.clients(self.experiment.algorithm)
-        }
-        self.cost = self.mean_cost()
-        self.restored = self.newest()
-        self.given = self.parts_to_start_from()
-        self.seconds = 0.0  # of training calls
-        self.samples = 0.0
-        self.began = time.perf_counter()
-        self.before = self.summed_up()
-        self.stop_signal: int | None = None
+    def score(state: loop.State, info: dict[str, Any]) -> dict[str, Any]:
+        """Evaluates and records; returns values per client."""
+        progress.stage("evaluating")
+        values = experiment.evaluator.evaluate(settings.seed, state.carry, state.round)
+        _warn(folder, state.round, values)
+        totals = experiment.totals(settings.seed, state.round)
+        metrics = results.record(values)
+        record = dict(round=state.round, loss=info.get("loss"), **metrics, **totals)
+        record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
+        recorder.evaluation(record, time.perf_counter() - began)
+        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
+        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        return values
 
-    def go(self) -> dict[str, Any]:
-        config, folder, experiment = self.config, self.folder, self.experiment
-        digests = federations.digests(experiment.federation)
-        done = 0 if self.restored is None else self.restored.round
-        workdir.describe(folder, config, experiment.plan, digests, done)
-        if not self.tables_are_there():
-            federations.save_tables(experiment.federation, folder / workdir.PARTITION)
-        round, carry = self.start()
-        recorder = log.Recorder(folder, round, config.tensorboard)
-        handlers = {s: signal.signal(s, self.ask_to_stop) for s in _signals()}
-        try:
-            if round < 0:
-                round = 0
-                self.evaluate(round, carry, {}, recorder)
-                checkpoint.save(self.checkpoints, 0, carry, config.checkpoint.keep)
-            elif self.is_due(round) and not self.is_recorded(round):
-                self.evaluate(round, carry, {}, recorder)  # the record was lost
-            while round < config.rounds:
-                if self.stop_signal is not None:
-                    raise Stopped(round)
-                num_rounds = self.next_stop(round) - round
-                carry, info = self.train_rounds(carry, round, num_rounds)
-                recorder.rounds(round, info)
-                round += num_rounds
-                last = {k: v[-1] for k, v in info.items()}
-                self.show(round, last, {}, {})
-                if self.is_due(round):
-                    self.evaluate(round, carry, last, recorder)
-                checkpoint.save(self.checkpoints, round, carry, config.checkpoint.keep)
-            return self.finish(round, carry)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            recorder.close()
+    with contextlib.closing(recorder), _stop_signals() as stop:
+        values = None
+        if restored is None:
+            values = score(state, {})
+            checkpoint.save(checkpoints, 0, state.carry, config.checkpoint.keep)
+        elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
+            values = score(state, {})  # the record was lost
+        for call in _calls(experiment, state, checkpoints, stop, progress):
+            recorder.rounds(state.round, call.info)
+            state = call.state
+            shown.trained(call)
+            shown.update(state.round, call.last, {})
+            values = None
+            if loop.is_due(settings, state.round):
+                values = score(state, call.last)
+            checkpoint.save(
+                checkpoints, state.round, state.carry, config.checkpoint.keep
+            )
+        if values is None:  # continued after the last evaluation
+            progress.stage("evaluating")
+            values = experiment.evaluator.evaluate(
+                settings.seed, state.carry, state.round
+            )
+        summary = _summary(config, folder, experiment, state, values, progress)
+    spent = dict(
+        seconds=time.perf_counter() - began,
+        samples_per_second=shown.rate,
+        compile_seconds=sum(
+            part.program.seconds
+            for part in (experiment.simulator, experiment.evaluator)
+        ),
+    )
+    if not shown.seconds:  # nothing was trained: how long that took is known
+        spent |= {name: before[name] for name in spent if name in before}
+    summary = log.plain(summary | spent)
+    checkpoint.write_atomically(
+        folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
+    )
+    progress.stage("writing the report")
+    report.run_report(str(folder))
+    return summary
+
+
+def _calls(
+    experiment: Experiment,
+    state: loop.State,
+    checkpoints: Path,
+    stop: Callable[[], bool],
+    progress: Progress,
+) -> Iterator[loop.Call]:
+    """Rounds until the end, or until the run is asked to stop."""
+    if stop() and state.round < experiment.settings.rounds:
+        raise Stopped(state.round)
+    progress.stage("training")
+    try:
+        for call in loop.rounds(experiment, state, donate=True):
+            yield call
+            progress.stage("training")
+            if stop() and call.state.round < experiment.settings.rounds:
+                raise Stopped(call.state.round)
+    except loop.Diverged as error:
+        raise FloatingPointError(
+            f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint "
+            f"is that after round {error.last_good} in {checkpoints}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or SIGINT has come.
+
+    A second SIGINT interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # theirs are signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class _Shown:
+    """Progress lines, with the rate of training so far."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.seconds, self.samples = progress, 0.0, 0.0
+
+    def trained(self, call: loop.Call) -> None:
+        """Counts a call."""
+        self.seconds += call.seconds
+        self.samples += call.samples
 
     @property
-    def checkpoints(self) -> Path:
-        return self.folder / workdir.CHECKPOINTS
+    def rate(self) -> float | None:
+        """Samples a second; None before anything was trained."""
+        return self.samples / self.seconds if self.seconds else None
 
-    def summed_up(self) -> dict[str, Any]:
-        """The summary of the run as it was, if that is finished."""
-        try:
-            return checkpoint.read_json(self.folder / workdir.SUMMARY, workdir.AGAIN)
-        except (OSError, ValueError):
-            return {}
-
-    def tables_are_there(self) -> bool:
-        """Whether partition.npz can be read."""
-        path = self.folder / workdir.PARTITION
-        try:
-            return bool(checkpoint.read_npz(path, "it is written anew"))
-        except FileNotFoundError:
-            return False
-        except ValueError as error:
-            logging.warning("%s", error)
-            return False
-
-    def ask_to_stop(self, number, frame) -> None:
-        if self.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_signal = number
-
-    def newest(self) -> checkpoint.Restored | None:
-        """The newest intact checkpoint."""
-        template = schedule.abstract_carry(
-            self.experiment.algorithm,
-            self.experiment.members or self.experiment.federation.num_trainers,
-        )
-        return checkpoint.restore(self.checkpoints, template)
-
-    def parts_to_start_from(self) -> dict[str, Any]:
-        """What another run's server lends to a fresh run, by path."""
-        start = self.config.start
-        if not start.run or self.restored is not None:
-            return {}
-        other = saved.load(start.run, "start.run")
-        if self.config.data.newcomers:
-            saved.check_newcomers(other, self.experiment.federation)
-        init = self.experiment.algorithm.server.init
-        server = jax.eval_shape(init, jax.random.key(0))
-        return saved.parts_to_take(other, start.take, server)
-
-    def start(self):
-        """Returns (finished rounds, carry); rounds is -1 for a fresh run."""
-        simulator = self.experiment.simulator
-        if self.restored is None:
-            carry = simulator.init(self.root)
-            if self.given:
-                carry = carry._replace(server=saved.put(self.given, carry.server))
-            return -1, carry
-        logging.info("Continuing %s after round %d.", self.folder, self.restored.round)
-        return self.restored.round, simulator.load(self.restored.carry)
-
-    def next_stop(self, round: int) -> int:
-        """The next round to stop the program at: on a grid, so that a continued run
-        makes the same calls as an uninterrupted one."""
-        every = self.config.evaluation.every
-        per_call = self.config.engine.rounds_per_call or every
-        last_evaluation = round // every * every
-        within = (round - last_evaluation) // per_call + 1
-        stop = min(last_evaluation + every, last_evaluation + within * per_call)
-        return min(stop, self.config.rounds)
-
-    def train_rounds(self, carry, round: int, num_rounds: int):
-        program = self.experiment.simulator.program
-        self.progress.stage("training")
-        began, compiled = time.perf_counter(), program.seconds
-        carry, info = self.experiment.simulator.run(
-            self.root, carry, round, num_rounds, donate=True
-        )
-        info = jax.device_get(info)
-        compiling = program.seconds - compiled
-        self.seconds += time.perf_counter() - began - compiling
-        visits = ("samples", "opening_samples")  # of the exchange before, if there is
-        self.samples += sum(float(np.sum(info[k])) for k in visits if k in info)
-        self.check_finite(carry, info, round)
-        return carry, info
-
-    def check_finite(self, carry, info: dict[str, np.ndarray], round: int) -> None:
-        for i in range(len(info["samples"])):
-            bad = [name for name, values in info.items() if not np.isfinite(values[i])]
-            if bad:
-                self.fail(round + i + 1, ", ".join(bad), round)
-        if not bool(tree.finite(carry)):
-            self.fail(round + len(info["samples"]), "the state", round)
-
-    def fail(self, round: int, what: str, last_good: int) -> None:
-        raise FloatingPointError(
-            f"round {round}: {what} is not finite. The last good checkpoint is that "
-            f"after round {last_good} in {self.checkpoints}. A smaller "
-            "local.learning_rate or local.clip_norm=1.0 often helps"
-        )
-
-    def is_due(self, round: int) -> bool:
-        """Whether a round is evaluated."""
-        return round % self.config.evaluation.every == 0 or round == self.config.rounds
-
-    def is_recorded(self, round: int) -> bool:
-        records = log.read_lines(self.folder / log.METRICS)
-        return any(record["round"] == round for record in records)
-
-    def evaluate(self, round: int, carry, info, recorder) -> None:
-        self.progress.stage("evaluating")
-        self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
-        metrics = results.record(self.values)
-        self.warn(round, self.values)
-        totals = self.totals(round)
-        record = dict(round=round, loss=info.get("loss"), **metrics, **totals)
-        record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
-        self.metrics = log.plain(metrics)
-        recorder.evaluation(record, time.perf_counter() - self.began)
-        sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        self.show(round, info, self.metrics, {"sent": log.size(sent)})
-
-    def show(self, round: int, info, metrics, more) -> None:
+    def update(self, round: int, info, metrics, **more: str) -> None:
         """Shows where training is, and what there is of an evaluation."""
         shown = {"loss": f"{info['loss']:.4f}"} if "loss" in info else {}
         shown |= {
@@ -253,153 +228,113 @@ class _Run:
             for m, label in SHOWN.items()
             if m in metrics
         }
-        if self.seconds:
-            shown["samples/s"] = f"{self.samples / self.seconds:,.0f}"
+        if self.rate is not None:
+            shown["samples/s"] = f"{self.rate:,.0f}"
         self.progress.update(round, shown | more)
 
-    def warn(self, round: int, values, suffix: str = "") -> None:
-        """Warns of accuracies that there are not."""
-        without = results.not_finite(values, suffix)
-        if without is not None:
-            logging.warning("%s, round %d: %s", self.folder, round, without)
 
-    def totals(self, round: int) -> dict[str, int]:
-        """Bytes of all clients in all rounds so far, in Python integers."""
-        visits = self.experiment.simulator.visits(self.root, round)
-        return dict(
-            up_bytes_total=sum(c.up_bytes * visits[n] for n, c in self.costs.items()),
-            down_bytes_total=sum(
-                c.down_bytes * visits[n] for n, c in self.costs.items()
-            ),
-        )
+def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | None:
+    """The newest intact checkpoint."""
+    template = schedule.abstract_carry(
+        experiment.algorithm, experiment.members or experiment.federation.num_trainers
+    )
+    return checkpoint.restore(checkpoints, template)
 
-    def cost_of(self, family: str) -> comm.Cost:
-        """Of one exchange with a client; in one place nothing is sent."""
-        if self.config.data.pooled:
-            return comm.Cost(0, 0, 0, 0)
-        alg = families.view(self.experiment.algorithm, family)
-        return comm.cost(comm.describe(alg))
 
-    def mean_cost(self) -> comm.Cost:
-        """Of one exchange, over all clients; whole numbers for one family."""
-        members = self.experiment.members
-        if members is None:
-            return next(iter(self.costs.values()))
-        weight = [members.size(name) for name in self.costs]
-        columns = np.average(list(self.costs.values()), axis=0, weights=weight)
-        return comm.Cost(*columns.tolist())
+def _parts_to_start_from(
+    config: ml_collections.ConfigDict, experiment: Experiment
+) -> dict[str, Any]:
+    """What another run's server lends to a fresh run, by path."""
+    if not config.start.run:
+        return {}
+    other = saved.load(config.start.run, "start.run")
+    if config.data.newcomers:
+        saved.check_newcomers(other, experiment.federation)
+    server = jax.eval_shape(experiment.algorithm.server.init, jax.random.key(0))
+    return saved.parts_to_take(other, config.start.take, server)
 
-    def finish(self, round: int, carry) -> dict[str, Any]:
-        if not hasattr(self, "values"):  # continued after the last evaluation
-            self.progress.stage("evaluating")
-            self.values = self.experiment.evaluator.evaluate(self.root, carry, round)
-            self.metrics = log.plain(results.record(self.values))
-        config, experiment = self.config, self.experiment
-        rows = results.per_client(self.values, experiment.federation)
-        checkpoint.write_atomically(
-            self.folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
-        )
-        programs = (experiment.simulator.program, experiment.evaluator.program)
-        rate = self.samples / self.seconds if self.seconds else None
-        summary = dict(
-            method=config.method.name,
-            dataset=config.data.name,
-            rounds=config.rounds,
-            seed=config.seed,
-            unassigned=experiment.federation.unassigned,
-            **self.metrics,
-            **self.cost._asdict(),
-            **self.totals(round),
-            seconds=time.perf_counter() - self.began,
-            samples_per_second=rate,
-            compile_seconds=sum(p.seconds for p in programs),
-            plan=experiment.plan,
-            state_sha256=tree.sha256(jax.device_get(carry)),
-            finished=True,
-        )
-        if experiment.members is not None:
-            summary["families"] = {
-                name: dict(clients=experiment.members.size(name), **cost._asdict())
-                for name, cost in self.costs.items()
-            }
-        if config.evaluation.sample_level:
-            summary |= self.sample_level(round, carry)
-        summary |= self.fine_tuned(round, carry)
-        summary["reach"] = self.reached()
-        if experiment.federation.validation is not None:
-            summary["best_by_validation"] = self.best()
-        if not self.seconds:  # nothing was trained: how long that took is known
-            spent = ("seconds", "samples_per_second", "compile_seconds")
-            summary |= {k: self.before[k] for k in spent if k in self.before}
-        summary = log.plain(summary)
-        checkpoint.write_atomically(
-            self.folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
-        )
-        self.progress.stage("writing the report")
-        report.run_report(str(self.folder))
-        return summary
 
-    def fine_tuned(self, round: int, carry) -> dict[str, float]:
-        """Accuracies of copies after epochs of local fine-tuning."""
-        found: dict[str, float] = {}
-        for epochs in self.config.evaluation.finetune_epochs:
-            self.progress.stage(f"fine-tuning every client, {epochs} epochs")
-            tuned = self.experiment.evaluator.tune(self.root, carry, round, epochs)
-            suffix = f"_ft{epochs}"
-            for metric, values in tuned.items():
-                scores = results.scores(metric + suffix, values)
-                kept = (metric + suffix + k for k in ("", "_mean", results.NOT_FINITE))
-                found |= {name: scores[name] for name in kept if name in scores}
-            self.warn(round, tuned, suffix)
-        return found
+def _summed_up(folder: Path) -> dict[str, Any]:
+    """The summary of the run as it was, if that is finished."""
+    try:
+        return checkpoint.read_json(folder / workdir.SUMMARY, workdir.AGAIN)
+    except (OSError, ValueError):
+        return {}
 
-    def reached(self) -> list[dict[str, Any]]:
-        """What a client had sent and received when pACC first met each threshold."""
-        records = log.read_lines(self.folder / log.METRICS)
-        curve = {r["round"]: r["pacc"] for r in records}
-        cpr = self.cost.down_numbers + self.cost.up_numbers
-        found = reach.of_curve(curve, cpr, self.config.evaluation.thresholds)
-        return [r._asdict() for r in found if r.round is not None]
 
-    def best(self) -> dict[str, Any] | None:
-        """Accuracies of the round whose validation accuracy was highest, the first.
+def _tables_are_there(folder: Path) -> bool:
+    """Whether partition.npz can be read."""
+    path = folder / workdir.PARTITION
+    try:
+        return bool(checkpoint.read_npz(path, "it is written anew"))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        logging.warning("%s", error)
+        return False
 
-        None if no round has one.
-        """
-        records = log.read_lines(self.folder / log.METRICS)
-        records = [r for r in records if r["vacc"] is not None]
-        if not records:
-            return None
-        best = max(records, key=lambda r: r["vacc"])
-        found = {
-            k: v for k, v in best.items() if k.partition("_")[0] in results.PREFIXES
+
+def _is_recorded(folder: Path, round: int) -> bool:
+    records = log.read_lines(folder / log.METRICS)
+    return any(record["round"] == round for record in records)
+
+
+def _warn(folder: Path, round: int, values, suffix: str = "") -> None:
+    """Warns of accuracies that there are not."""
+    without = results.not_finite(values, suffix)
+    if without is not None:
+        logging.warning("%s, round %d: %s", folder, round, without)
+
+
+def _summary(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    experiment: Experiment,
+    state: loop.State,
+    values: Mapping[str, results.Values],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Sums a finished run up; writes what is known of each client."""
+    rows = results.per_client(values, experiment.federation)
+    checkpoint.write_atomically(
+        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+    )
+    settings, cost = experiment.settings, experiment.cost
+    summary = dict(
+        method=config.method.name,
+        dataset=config.data.name,
+        rounds=settings.rounds,
+        seed=settings.seed,
+        unassigned=experiment.federation.unassigned,
+        **log.plain(results.record(values)),
+        **cost._asdict(),
+        **experiment.totals(settings.seed, state.round),
+        plan=experiment.plan,
+        state_sha256=tree.sha256(jax.device_get(state.carry)),
+        finished=True,
+    )
+    if experiment.members is not None:
+        summary["families"] = {
+            name: dict(clients=experiment.members.size(name), **each._asdict())
+            for name, each in experiment.costs.items()
         }
-        return dict(round=best["round"], **found)
-
-    def sample_level(self, round: int, carry) -> dict[str, float]:
-        """Accuracies with one classifier per input, for methods that can."""
-        config = ml_collections.ConfigDict(self.config.to_dict())
-        if not registry.traits(config.method.name).per_sample:
-            return {}
-        config.method.deploy_granularity = "sample"
-        source = build.load_source(config.data)
-        shape = source.x.shape[1:]
-        model = build.make_model(config, shape, source.num_classes)
-        algorithm = build.make_algorithm(config, model)
-        evaluator = build.make_evaluator(config, self.experiment.federation, algorithm)
-        values = evaluator.evaluate(self.root, carry, round)
-        return {
-            f"{metric}_sample": results.summarise(v["accuracy"], v["size"])[""]
-            for metric, v in values.items()
+    where = settings.seed, state.carry, state.round
+    if experiment.by_sample is not None:
+        summary |= {
+            f"{metric}_sample": results.scores(metric, clients)[metric]
+            for metric, clients in experiment.by_sample.evaluate(*where).items()
         }
-
-
-def _signals() -> tuple[signal.Signals, ...]:
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        return ()  # signals belong to the main thread
-    return (signal.SIGTERM, signal.SIGINT)
+    for epochs in settings.finetune_epochs:
+        progress.stage(f"fine-tuning every client, {epochs} epochs")
+        tuned, suffix = experiment.evaluator.tune(*where, epochs), f"_ft{epochs}"
+        summary |= results.fine_tuned(tuned, suffix)
+        _warn(folder, state.round, tuned, suffix)
+    records = log.read_lines(folder / log.METRICS)
+    numbers = cost.down_numbers + cost.up_numbers
+    summary["reach"] = reach.of_records(records, numbers, settings.thresholds)
+    if experiment.federation.validation is not None:
+        summary["best_by_validation"] = results.best_by_validation(records)
+    return summary
 
 
 def main(config: ml_collections.ConfigDict, path: str) -> int:

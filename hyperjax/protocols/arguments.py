@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from hyperjax import registry
 from hyperjax.protocols import common, methods
 from hyperjax.protocols.methods import Tuned
 
@@ -148,8 +149,11 @@ def apply(
     if args.alpha is not None:
         fields |= {"data.partition": "dirichlet", "data.alpha": args.alpha}
     common.change(config, fields)
-    own = tuned.get(args.method, Tuned({}, ""))
-    fields = {**own.fields, **own.on.get(args.like, {}), **args.variant}
+    traits, own = registry.traits(args.method), tuned.get(args.method, Tuned({}, ""))
+    fields = {"server.weights": traits.weights}
+    if traits.own_length:
+        fields |= {"local.epochs": None, "local.steps": None}
+    fields |= {**own.fields, **own.on.get(args.like, {}), **args.variant}
     common.change(config, {"method.name": args.method, **fields})
     if args.smoke:
         config.rounds = 2

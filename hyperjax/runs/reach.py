@@ -1,7 +1,7 @@
 """What a run sent before it reached an accuracy."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Reach(NamedTuple):
@@ -86,3 +86,18 @@ def of_curve(
     """Returns `cost_to_reach` of {rounds trained: accuracy}, in increasing order."""
     after = {t - 1: accuracy for t, accuracy in curve.items() if t > 0}
     return cost_to_reach(list(after), list(after.values()), cpr, thresholds)
+
+
+def of_records(
+    records: Sequence[Mapping[str, Any]], cpr: int, thresholds: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns what a client had sent and received when pACC first met each threshold.
+
+    Args:
+      records: those of metrics.jsonl.
+      cpr: numbers per client and round trip.
+      thresholds: % pACC; those that were not reached are left out.
+    """
+    curve = {record["round"]: record["pacc"] for record in records}
+    found = of_curve(curve, cpr, thresholds)
+    return [each._asdict() for each in found if each.round is not None]

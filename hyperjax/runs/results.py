@@ -1,6 +1,6 @@
 """From per-client values to the numbers a run reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,29 @@ def scores(metric: str, clients: Values) -> dict[str, float]:
     if bad := int(np.isnan(clients["accuracy"]).sum()):
         found[metric + NOT_FINITE] = bad
     return found
+
+
+def fine_tuned(tuned: Mapping[str, Values], suffix: str) -> dict[str, float]:
+    """Returns the accuracies of `Evaluator.tune`, by samples and as means."""
+    found: dict[str, float] = {}
+    for metric, clients in tuned.items():
+        all_scores = scores(metric + suffix, clients)
+        kept = (metric + suffix + k for k in ("", "_mean", NOT_FINITE))
+        found |= {name: all_scores[name] for name in kept if name in all_scores}
+    return found
+
+
+def best_by_validation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns accuracies of the round whose validation accuracy was highest, the first.
+
+    None if no round has one; `records` are those of metrics.jsonl.
+    """
+    known = [record for record in records if record.get("vacc") is not None]
+    if not known:
+        return None
+    best = max(known, key=lambda record: record["vacc"])
+    found = {k: v for k, v in best.items() if k.partition("_")[0] in PREFIXES}
+    return dict(round=best["round"], **found)
 
 
 def not_finite(values: Mapping[str, Values], suffix: str = "") -> str | None:

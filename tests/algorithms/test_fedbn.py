@@ -15,6 +15,7 @@ from hyperjax.algorithms.fedbn import fedbn, normalisation
 from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
 from hyperjax.models import MLP, from_linen
+from hyperjax.types import ALONE
 
 NORM = "BatchNorm_0"
 HOME = {f"params/{NORM}/{name}" for name in ("scale", "bias")} | {
@@ -55,7 +56,7 @@ def test_one_client_cannot_tell_it_from_fedavg():
         parts = clients.table(PARTS[1:2])
         sim = schedule.simulator(alg, parts, pool(), weight=np.ones(1), cohort_size=1)
         carry, _ = sim.run(jax.random.key(0), sim.init(jax.random.key(0)), 0, 3)
-        kept = jax.tree.map(lambda x: x[0], carry.rows.kept)
+        kept = jax.tree.map(lambda x: x[0], carry.rows[ALONE].kept)
         return {**carry.server.theta, **kept}
 
     found, expected = final(ours()), final(fedavg(MODEL, local=TRAIN))

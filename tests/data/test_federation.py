@@ -19,7 +19,7 @@ def deal(num_samples=600, **options):
     options = {
         "num_clients": 6,
         "num_novel": 3,
-        "partition_name": "iid",
+        "partition": "iid",
         "seed": 1,
         **options,
     }
@@ -34,7 +34,7 @@ def everything(table):
     return np.concatenate(parts(table)) if table is not None else np.array([], int)
 
 
-DIRICHLET = dict(partition_name="dirichlet", alpha=0.5, min_size=8)
+DIRICHLET = dict(partition="dirichlet", alpha=0.5, min_size=8)
 STRATIFIED = dict(DIRICHLET, stratified=True)
 
 
@@ -84,7 +84,7 @@ def test_unseen_clients_are_split_like_participants(options):
 )
 @settings(deadline=None, max_examples=20)
 def test_stratified_parts_hold_every_class_in_proportion(eval_fraction, alpha, seed):
-    options = dict(partition_name="dirichlet", alpha=alpha, min_size=3, seed=seed)
+    options = dict(partition="dirichlet", alpha=alpha, min_size=3, seed=seed)
     options["eval_fraction"] = eval_fraction
     y = source().y
     found, plain = deal(**options, stratified=True), deal(**options)
@@ -240,7 +240,7 @@ def test_what_is_not_there_is_not_saved(tmp_path):
 
 def test_given_ids_make_the_clients():
     ids = np.arange(600) % 9
-    found = deal(partition_name="by_client_id", client_ids=ids)
+    found = deal(partition="by_client_id", client_ids=ids)
     whole = [
         np.concatenate(p)
         for p in zip(parts(found.train), parts(found.held_out), strict=True)
@@ -250,17 +250,17 @@ def test_given_ids_make_the_clients():
     assert len({ids[part[0]] for part in [*whole, *parts(found.novel)]}) == 9
 
 
-SKEWED = dict(num_clients=2, num_novel=0, partition_name="class_draws")
+SKEWED = dict(num_clients=2, num_novel=0, partition="class_draws")
 
 
-@pytest.mark.parametrize("name", sorted(federations.partition.PARTITIONERS))
+@pytest.mark.parametrize("name", sorted(federations.partitions.PARTITIONERS))
 def test_what_belongs_to_nobody_is_counted(name):
     options = {
         "dirichlet": dict(alpha=0.5),
         "by_client_id": dict(client_ids=np.arange(600) % 20),
         "iid": {},
     }.get(name, dict(classes_per_client=1))
-    found = deal(partition_name=name, num_clients=3, num_novel=1, **options)
+    found = deal(partition=name, num_clients=3, num_novel=1, **options)
     rows = np.concatenate([everything(getattr(found, name)) for name in TABLES])
     assert found.unassigned == 600 - len(rows)
     assert (found.unassigned > 0) == (name not in ("iid", "dirichlet"))
@@ -284,9 +284,7 @@ def test_samples_of_nobody_are_warned_of_and_saved(caplog, tmp_path):
 
 def test_writers_who_are_not_drawn_are_warned_of(caplog):
     ids = np.arange(600) % 20
-    found = deal(
-        partition_name="by_client_id", client_ids=ids, num_clients=6, num_novel=2
-    )
+    found = deal(partition="by_client_id", client_ids=ids, num_clients=6, num_novel=2)
     assert found.unassigned == 480 - found.counts.sum() > 200
     (message,) = (r.getMessage() for r in caplog.records)
     assert f"{found.unassigned} of the 480 samples" in message
@@ -294,7 +292,7 @@ def test_writers_who_are_not_drawn_are_warned_of(caplog):
 
 
 def test_crumbs_are_not_warned_of(caplog):
-    found = deal(partition_name="pathological", num_clients=5, classes_per_client=5)
+    found = deal(partition="pathological", num_clients=5, classes_per_client=5)
     assert found.unassigned == 0
     deal()
     assert not caplog.records
@@ -311,7 +309,7 @@ def test_crumbs_are_not_warned_of(caplog):
         (dict(test_fraction="0.2"), "test_fraction='0.2' must be a finite number"),
         (dict(validation_fraction=float("inf")), "validation_fraction=inf must be"),
         (dict(client_ids=np.arange(600)), "option of iid='client_ids' is unknown"),
-        (dict(partition_name="by_client_id"), "'by_client_id' needs client_ids"),
+        (dict(partition="by_client_id"), "'by_client_id' needs client_ids"),
         (dict(test_fraction=-0.1), r"test_fraction=-0.1 must lie between 0 and 1"),
         (dict(test_fraction=1.0), r"test_fraction=1.0 must lie between 0 and 1"),
         (dict(eval_fraction=0.0), r"eval_fraction=0.0 must lie between 0 and 1"),
@@ -325,7 +323,7 @@ def test_crumbs_are_not_warned_of(caplog):
         (dict(num_clients=400), r"client \d+ has 1 sample\(s\); a client needs"),
         (
             dict(
-                partition_name="by_client_id",
+                partition="by_client_id",
                 client_ids=np.minimum(np.arange(600) // 70, 8) + (np.arange(600) > 598),
                 num_clients=8,
                 num_novel=2,
@@ -334,7 +332,7 @@ def test_crumbs_are_not_warned_of(caplog):
             r"client 9 has 1 sample\(s\); a client needs .* num_novel",
         ),
         (
-            dict(partition_name="by_client_id", client_ids=np.arange(7)),
+            dict(partition="by_client_id", client_ids=np.arange(7)),
             "7 client ids given for the 600 samples",
         ),
     ],

@@ -57,3 +57,12 @@ def test_without_jit_functions_run_operation_by_operation(devices):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding
     assert traced == [False, True] and program.seconds > 0
+
+
+def test_families_have_programs_of_their_own_under_one_name():
+    program, heard, x = compiled.Compiled(), [], jnp.ones(3)
+    program.watcher = heard.append
+    for family, step in (("a", 1), ("b", 2), ("a", 3)):
+        found = program("add", lambda x, s=step: x + s, (x,), family=family)
+        assert found[0] == {"a": 2, "b": 3}[family]
+    assert heard == ["add", None] * 2

@@ -12,9 +12,9 @@ from federated import NUM_CLASSES, NUM_CLIENTS, make_local, method, tiny, weight
 from hyperjax import tree
 from hyperjax.algorithms.fedper import fedper
 from hyperjax.data import clients
-from hyperjax.engine import evaluate, schedule, sharding
+from hyperjax.engine import deploy, evaluate, schedule, scoring, sharding
 from hyperjax.engine.evaluate import Population
-from hyperjax.types import AdaptData, ClientData, Downlink
+from hyperjax.types import ALONE, AdaptData, ClientData, Downlink
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -38,8 +38,9 @@ def trained(stack: str):
     )
     carry, _ = sim.run(ROOT, sim.init(ROOT), 0, 2)
     server, rows, seen = jax.device_get(carry)
-    rows = jax.tree.map(lambda x: np.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), rows)
-    return schedule.Carry(server, rows, np.pad(seen, (0, 1)))
+    one_more = [(0, 1), *[(0, 0)] * 9]
+    stored = jax.tree.map(lambda x: np.pad(x, one_more[: x.ndim]), (rows, seen))
+    return schedule.Carry(server, *stored)
 
 
 @functools.cache
@@ -72,8 +73,8 @@ def deployed(carry, client: int):
     """The variables of one client of FedAvg with a head that stays at home."""
     alg = method(KEPT)
     down = Downlink(shared=(carry.server.theta, ()), round=jnp.int32(2))
-    state = jax.tree.map(lambda x: x[client], carry.rows)
-    assert carry.seen[client]
+    state = jax.tree.map(lambda x: x[client], carry.rows[ALONE])
+    assert carry.seen[ALONE][client]
     return alg.client.deploy(down, state)
 
 
@@ -101,7 +102,7 @@ def test_scores_equal_those_by_hand():
             by_hand(logits, labels, truth)
         )
         ones = jnp.ones(len(labels))
-        prior = evaluate.prior_em(jnp.exp(log_probs), ones, jnp.asarray(SOURCE))
+        prior = scoring.prior_em(jnp.exp(log_probs), ones, jnp.asarray(SOURCE))
         assert found["accuracy_em"][client] == pytest.approx(
             by_hand(logits, labels, np.maximum(prior, 1e-30))
         )
@@ -226,8 +227,8 @@ def test_outputs_of_low_precision_are_scored_as_float32(dtype):
     low = tiny().model._replace(
         predict=lambda *args: tiny().model.predict(*args).astype(dtype)
     )
-    found = evaluate.predict_all(low, variables, data, NUM_CLASSES, 4)
-    exact = evaluate.predict_all(tiny().model, variables, data, NUM_CLASSES, 4)
+    found = deploy.predict_all(low, variables, data, NUM_CLASSES, 4)
+    exact = deploy.predict_all(tiny().model, variables, data, NUM_CLASSES, 4)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, exact.astype(dtype).astype(jnp.float32))
 
@@ -237,7 +238,7 @@ def test_all_predictions_in_stored_order_and_once():
     variables = model.init(jax.random.key(1))
     rows = jnp.pad(jnp.asarray(table.rows[4]), (0, 12 - table.rows.shape[1]))
     data = ClientData(rows, jnp.int32(table.size[4]), pool)
-    found = evaluate.predict_all(model, variables, data, NUM_CLASSES, 4)
+    found = deploy.predict_all(model, variables, data, NUM_CLASSES, 4)
     x = (pool.x[rows] / 255.0 - pool.mean) / pool.std
     expected = model.predict(variables, x)
     np.testing.assert_allclose(found[:9], expected[:9], rtol=1e-5, atol=1e-6)
@@ -349,7 +350,7 @@ def calibrated(num: int, prior: np.ndarray, seed: int = 0):
 def test_em_recovers_a_shifted_prior(prior):
     num = 20_000
     probs, labels = calibrated(num, np.array(prior))
-    found = evaluate.prior_em(probs, jnp.ones(num), jnp.asarray(SOURCE))
+    found = scoring.prior_em(probs, jnp.ones(num), jnp.asarray(SOURCE))
     # Counting labels would err by 0.0035; symbols tell about half of what they do.
     np.testing.assert_allclose(found, prior, atol=0.02)
     assert float(jnp.sum(found)) == pytest.approx(1.0, abs=1e-5)
@@ -359,7 +360,7 @@ def test_em_recovers_a_shifted_prior(prior):
 
 def test_em_finds_the_maximum_of_the_likelihood():
     probs, _ = calibrated(500, np.array([0.7, 0.2, 0.1]), seed=3)
-    found = np.asarray(evaluate.prior_em(probs, jnp.ones(500), jnp.asarray(SOURCE)))
+    found = np.asarray(scoring.prior_em(probs, jnp.ones(500), jnp.asarray(SOURCE)))
 
     def likelihood(prior):
         return np.log(np.asarray(probs) @ (prior / SOURCE)).mean()
@@ -371,9 +372,9 @@ def test_em_finds_the_maximum_of_the_likelihood():
 
 def test_em_does_not_see_padding():
     probs, _ = calibrated(200, np.array([0.7, 0.2, 0.1]))
-    plain = evaluate.prior_em(probs, jnp.ones(200), jnp.asarray(SOURCE))
+    plain = scoring.prior_em(probs, jnp.ones(200), jnp.asarray(SOURCE))
     filler = jnp.full((56, 3), jnp.nan)
-    padded = evaluate.prior_em(
+    padded = scoring.prior_em(
         jnp.concatenate([probs, filler]),
         jnp.pad(jnp.ones(200), (0, 56)),
         jnp.asarray(SOURCE),
@@ -382,13 +383,13 @@ def test_em_does_not_see_padding():
 
 
 def test_em_of_nothing_is_the_source():
-    found = evaluate.prior_em(jnp.ones((4, 3)) / 3, jnp.zeros(4), jnp.asarray(SOURCE))
+    found = scoring.prior_em(jnp.ones((4, 3)) / 3, jnp.zeros(4), jnp.asarray(SOURCE))
     np.testing.assert_allclose(found, SOURCE, rtol=1e-6)
 
 
 def test_em_of_certain_outputs_is_their_count():
     probs = jax.nn.one_hot(jnp.array([0, 0, 2, 0]), 3)
-    found = evaluate.prior_em(probs, jnp.ones(4), jnp.asarray(SOURCE))
+    found = scoring.prior_em(probs, jnp.ones(4), jnp.asarray(SOURCE))
     np.testing.assert_allclose(found, [0.75, 0.0, 0.25], atol=1e-6)
 
 
@@ -414,4 +415,4 @@ def test_summary_of_one_client_and_of_clients_without_samples():
 def test_a_class_that_is_ruled_out_is_an_answer():
     inf = jnp.inf
     logits = jnp.array([[0.0, -inf], [-inf, -inf], [0.0, inf], [0.0, jnp.nan]])
-    np.testing.assert_array_equal(evaluate.usable(logits), [True, False, False, False])
+    np.testing.assert_array_equal(scoring.usable(logits), [True, False, False, False])

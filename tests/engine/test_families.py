@@ -11,7 +11,7 @@ import optax
 import pytest
 from federated import BATCH, NUM_CLASSES, NUM_CLIENTS, make_local, tiny, weights
 
-from hyperjax import models, rng, tree
+from hyperjax import mixing, models, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data import clients
@@ -21,7 +21,6 @@ from hyperjax.engine import (
     evaluate,
     exchange,
     families,
-    joint,
     schedule,
     sharding,
     stores,
@@ -123,6 +122,28 @@ def test_without_families_all_are_one():
     assert found.everywhere(families.ALONE, ids) is ids
 
 
+def test_who_never_trained_has_the_number_after_the_last():
+    ids = np.array([4, 9, 0, 8, 7])
+    found = groups().numbers(ids, unseen=[2, 0])  # 8 is of "norm", 9 of "deep"
+    expected = {
+        "deep": ([1], [2]),
+        "line": ([2], [0]),
+        "norm": ([0, 3, 4], [1, 3, 2]),
+    }
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        chex.assert_trees_all_equal(found[name], tuple(map(np.array, pair)))
+    assert found["norm"][1].dtype == np.int32
+    assert groups().numbers(ids[:1], [2, 0]).keys() == {"norm"}
+    with pytest.raises(ValueError, match=r"client 10 belongs to no family; .* 0 to 9"):
+        groups().numbers(np.array([3, 10]), [2, 0])
+
+
+def test_without_families_all_keep_their_numbers():
+    places, numbers = families.families(3).numbers([5, 1, 9], ())[families.ALONE]
+    assert places.tolist() == [0, 1, 2] and numbers.tolist() == [5, 1, 9]
+
+
 def test_a_method_and_its_clients_have_the_same_families():
     with pytest.raises(ValueError, match=r"families \['deep', 'line', 'norm'\].*'x'"):
         simulator.__wrapped__(members=families.families({"x": np.arange(NUM_CLIENTS)}))
@@ -131,6 +152,8 @@ def test_a_method_and_its_clients_have_the_same_families():
         simulator.__wrapped__(members=families.families(fewer))
     with pytest.raises(ValueError, match=r"the clients belong to \[''\]"):
         simulator(members=None)
+    with pytest.raises(ValueError, match=r"the clients belong to \[''\]"):
+        evaluate.evaluator(method(), tiny().pool, {}, **OPTIONS)
 
 
 def cohort_of(ids, active=None, width=NUM_CLIENTS, num=NUM_CLIENTS) -> Cohort:
@@ -370,8 +393,28 @@ def test_a_method_without_families_is_its_own_view():
     alg = fedavg(tiny().model, local=make_local())
     assert families.view(alg, families.ALONE) is alg
     assert families.clients(alg) == {families.ALONE: alg.client}
-    assert families.pack(alg, families.unpack(alg, 7)) == 7
-    assert families.unpack(method(), families.pack(method(), {"a": 1})) == {"a": 1}
+    assert alg.as_given(alg.by_family(7)) == 7
+    assert method().by_family(method().as_given({"a": 1})) == {"a": 1}
+
+
+def test_every_method_can_speak_in_mappings():
+    assert families.mapped(method()) is method()
+    base = fedavg(tiny().model, local=make_local())
+    alg = families.mapped(base._replace(opening=base))
+    cohort = cohort_of((5, 3))
+    for one in (alg, alg.opening):
+        assert one.has_families and one.client == {families.ALONE: base.client}
+        server = one.server.init(ROOT)
+        down = base.server.downlink(ROOT, server, cohort)
+        named = {families.ALONE: cohort}
+        sent = one.server.downlink(ROOT, server, named)
+        chex.assert_trees_all_equal(sent, {families.ALONE: down})
+        up = jax.tree.map(jnp.ones_like, comm.describe(base).uplink)
+        up = jax.tree.map(lambda x: jnp.stack([x] * NUM_CLIENTS), up)
+        chex.assert_trees_all_equal(
+            one.server.update(ROOT, server, {families.ALONE: up}, named),
+            base.server.update(ROOT, server, up, cohort),
+        )
 
 
 def test_a_client_starts_the_same_in_training_and_in_the_view_of_its_family():
@@ -557,21 +600,25 @@ OPTIONS = dict(source_prior=np.array([0.2, 0.5, 0.3]), batch_size=4)
 
 
 @functools.cache
-def scores(kind: str):
-    """All scores: deployed, or tuned for one epoch."""
-    evaluator = joint.evaluator(
+def evaluator():
+    return evaluate.evaluator(
         method(),
         tiny().pool,
-        populations() if kind == "evaluate" else {},
+        populations(),
         members=groups(),
-        family=np.concatenate([groups().family, STRANGERS]),
+        unseen=STRANGERS,
         tuned=populations(),
         **OPTIONS,
     )
+
+
+@functools.cache
+def scores(kind: str):
+    """All scores: deployed, or tuned for one epoch."""
     carry = whole()[0]
     if kind == "evaluate":
-        return evaluator.evaluate(ROOT, carry, 3)
-    return evaluator.tune(ROOT, carry, 3, 1)
+        return evaluator().evaluate(ROOT, carry, 3)
+    return evaluator().tune(ROOT, carry, 3, 1)
 
 
 def test_values_are_in_the_order_of_the_population():
@@ -639,7 +686,8 @@ def test_scores_are_those_of_each_family_alone(kind):
         evaluator = evaluate.evaluator(
             families.view(method(), name), tiny().pool, alone, tuned=alone, **OPTIONS
         )
-        of = schedule.Carry(carry.server, carry.rows[name], carry.seen[name])
+        stored = ({families.ALONE: x[name]} for x in (carry.rows, carry.seen))
+        of = schedule.Carry(carry.server, *stored)
         expected = (
             evaluator.evaluate(ROOT, of, 3)
             if kind == "evaluate"
@@ -652,6 +700,57 @@ def test_scores_are_those_of_each_family_alone(kind):
                 np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
                 compared += 1
     assert compared > 12
+
+
+def test_deployed_networks_are_those_that_are_scored():
+    carry, pool = whole()[0], tiny().pool
+    for metric, population in populations().items():
+        train, inputs = (ClientData(*table, pool) for table in population[1:])
+        everybody = evaluator().deploy(ROOT, carry, 3, population.ids, inputs, train)
+        assert len(everybody) == len(population.ids)
+        for i, found in enumerate(everybody):
+            rows = population.inputs.rows[i, : population.inputs.size[i]]
+            log_probs = jax.nn.log_softmax(found.logits)
+            nll = -log_probs[np.arange(len(rows)), np.asarray(pool.y)[rows]].mean()
+            expected = scores("evaluate")[metric]["loss"][i]
+            assert float(nll) == pytest.approx(expected, rel=1e-5)
+            who = int(population.ids[i])
+            family = [*groups().family, *STRANGERS][who]
+            network = tree.count(found.network["params"])
+            assert (
+                network == {"deep": 83, "line": 51, "norm": 53}[groups().names[family]]
+            )
+    with pytest.raises(ValueError, match="client 12 belongs to no family"):
+        evaluator().deploy(ROOT, carry, 3, [12], data_of_nobody())
+
+
+def data_of_nobody():
+    return ClientData(np.zeros((1, 1), np.int32), np.ones(1, np.int32), tiny().pool)
+
+
+def test_families_of_one_structure_have_programs_of_their_own():
+    same, pool = fedavg(tiny().model, local=make_local()), tiny().pool
+    model = same.client.model
+    upside_down = model._replace(predict=lambda *args: -model.predict(*args))
+    other = same._replace(client=same.client._replace(model=upside_down))
+    alg = mixing.over_families({"a": same, "b": other})
+    members = families.families({"a": np.arange(4), "b": np.arange(4, NUM_CLIENTS)})
+    nothing = {name: jnp.zeros(4, bool) for name in "ab"}
+    server = alg.server.init(ROOT)
+    rows = {name: comm.describe(families.view(alg, name)).client for name in "ab"}
+    rows = {name: stores.zeros(spec, 4)[0] for name, spec in rows.items()}
+    carry = schedule.Carry(server, rows, nothing)
+    table = clients.Table(*(np.stack([x[4]] * 2) for x in tiny().table))
+    both = np.array([0, 4], np.int32)  # one of each family, the same samples
+    found = evaluate.evaluator(
+        *(alg, pool, {"pacc": Population(both, table, table)}),
+        members=members,
+        **OPTIONS,
+    )
+    a, b = found.deploy(ROOT, carry, 0, both, ClientData(*table, pool))
+    np.testing.assert_array_equal(a.logits, -b.logits)
+    # Never the same class.
+    assert found.evaluate(ROOT, carry, 0)["pacc"]["accuracy"].sum() <= 1
 
 
 def test_tuning_lowers_the_loss_on_what_it_trains_on():

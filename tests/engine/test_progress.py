@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from hyperjax.engine import compiled, joint
+from hyperjax.engine import compiled
 from hyperjax.engine.progress import Progress, fitted
 
 ROOT = Path(__file__).parents[2]
@@ -119,11 +119,6 @@ def test_a_compiler_says_what_it_compiles():
     for _ in range(2):  # the second finds the program
         program("double", lambda x: 2 * x, (jnp.ones(3),))
     assert heard == ["double", None]
-    parts = [compiled.Compiled(), compiled.Compiled()]
-    both = joint._Programs(parts)
-    both.watcher = heard.append
-    assert both.watcher == parts[0].watcher == parts[1].watcher == heard.append
-    assert both.seconds == 0.0
 
 
 @pytest.mark.parametrize("width", [10, 20, 40, 79, 80, 120, 300])

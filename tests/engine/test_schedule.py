@@ -56,6 +56,17 @@ def test_a_cell_may_be_run_twice(kind):
 
 
 @pytest.mark.parametrize("kind", ["device", "mesh", "host"])
+def test_clients_are_by_family_even_without_families(kind):
+    carry = simulator(kind).init(ROOT)
+    assert list(carry.rows) == list(carry.seen) == [families.ALONE]
+    template = schedule.abstract_carry(method(METHOD), NUM_CLIENTS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(carry, template)
+    # Nobody reads of a family where there is none.
+    head = "params/head/kernel"
+    assert f"rows/kept/{head}" in tree.paths(carry)
+
+
+@pytest.mark.parametrize("kind", ["device", "mesh", "host"])
 def test_donating_gives_the_same_bits_from_the_same_program(kind):
     sim = simulator(kind)
     kept, _ = sim.run(ROOT, sim.init(ROOT), 0, 2)

@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hyperjax import rng
 from hyperjax.launch import build, evaluate, train
 from hyperjax.protocols import zero_shot
 
@@ -28,6 +30,28 @@ def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
     (reported,) = [row for row in rows if row["client"] == 12]
     assert result["samples"] == reported["eval_samples"]
     assert result["zacc"] == pytest.approx(reported["accuracy"], abs=1e-3)
+
+
+def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
+    run = evaluate.load_run(str(run_folder))
+    images, _ = evaluate.own_client(run, 12)
+    side = run.algorithm.client
+    drawn = side._replace(
+        adapt=lambda key, down, state, data: jax.random.normal(key),
+        deploy=lambda down, noise: {"noise": noise},
+        model=side.model._replace(
+            predict=lambda variables, x: jnp.outer(x[:, 0, 0, 0], jnp.arange(10.0)),
+            export=lambda variables: variables,
+        ),
+    )
+    run = run._replace(algorithm=run.algorithm._replace(client=drawn))
+    key = rng.stream(jax.random.key(run.config.seed), "evaluate")
+    key = rng.stream(jax.random.fold_in(key, run.restored.round), "adapt")
+    # Somebody else has the number after all clients, as the global test set does.
+    for client, number in ((12, 12), (None, 15)):
+        expected = jax.random.normal(jax.random.fold_in(key, number))
+        found = evaluate.serve(run, images, client).classifier["noise"]
+        assert found == pytest.approx(float(expected))
 
 
 def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Newcomers join a finished run, and rounds are chosen by validation."""
 
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -107,11 +108,11 @@ def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
     config = join.joining(finished, rounds=2)
     whole = train.train(config, str(tmp_path / "whole"))
 
-    def stop(self, *args):
-        self.ask_to_stop(15, None)
+    def stop(*args):
+        signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train._Run, "check_finite", stop)
+        patch.setattr(train.loop, "_check_finite", stop)
         with pytest.raises(train.Stopped):
             train.train(config, str(tmp_path / "parts"))
     parts = train.train(config, str(tmp_path / "parts"))

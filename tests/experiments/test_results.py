@@ -3,14 +3,13 @@
 import json
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 import hyperjax.protocols.common
 from hyperjax.launch import train
-from hyperjax.runs import results
+from hyperjax.runs import reach, results
 
 
 def values(**extra):
@@ -159,25 +158,20 @@ def test_rows_of_clients():
 # What a run makes of them -------------------------------------------------------------
 
 
-def test_rounds_without_an_accuracy_are_passed_over(tmp_path):
+def test_rounds_without_an_accuracy_are_passed_over():
     records = [
         dict(round=0, vacc=90.0, pacc=90.0),
         dict(round=5, vacc=None, pacc=None),
         dict(round=10, vacc=91.0, pacc=96.0, loss=0.5),
         dict(round=15, vacc=91.0, pacc=97.0),
     ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    config = hyperjax.protocols.common.defaults()
-    cost = SimpleNamespace(down_numbers=60, up_numbers=40)
-    run: Any = SimpleNamespace(folder=tmp_path, config=config, cost=cost)
-    assert train._Run.best(run) == dict(round=10, vacc=91.0, pacc=96.0)
-    (first, *_, last) = train._Run.reached(run)
+    best = results.best_by_validation(records)
+    assert best == dict(round=10, vacc=91.0, pacc=96.0)
+    (first, *_, last) = reach.of_records(records, 100, (50, 60, 95))
     assert first["threshold"] == 50 and first["round"] == last["round"] == 9
     # Round 5 (index 4) says nothing, and the start is not counted.
     assert (first["missed"], first["least_cost"], first["cost"]) == (-1, 0, 900)
-    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "vacc": null}\n')
-    assert train._Run.best(run) is None
+    assert results.best_by_validation([dict(round=0, vacc=None)]) is None
 
 
 def test_the_outcome_in_words():

@@ -710,8 +710,8 @@ def test_other_damaged_files_are_named_or_written_anew(run, finished, caplog):
     [
         (train.report, "run_report"),
         (train.results, "per_client"),
-        (train._Run, "fine_tuned"),
-        (train._Run, "reached"),
+        (train.results, "fine_tuned"),
+        (train.reach, "of_records"),
     ],
 )
 def test_what_fails_after_the_last_round_is_repaired(
@@ -804,9 +804,10 @@ def test_a_refusal_leaves_nothing_however_late(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / ".lock").touch()
     before = sorted(tmp_path.rglob("*"))
-    for method in ("newest", "start", "evaluate"):
+    late = (train, "_newest"), (train.loop, "start"), (train.results, "record")
+    for owner, name in late:
         with monkeypatch.context() as patch:
-            patch.setattr(train._Run, method, refuse)
+            patch.setattr(owner, name, refuse)
             for name in ("a/b/run", "mine", "locked"):
                 with pytest.raises(ValueError, match="not like this"):
                     train.train(small(tensorboard=True), str(tmp_path / name))
@@ -822,7 +823,7 @@ def test_a_refusal_of_a_run_that_was_there_leaves_it(run, monkeypatch):
     def refuse(*args):
         raise ValueError("not like this")
 
-    monkeypatch.setattr(train._Run, "newest", refuse)
+    monkeypatch.setattr(train, "_newest", refuse)
     with pytest.raises(ValueError, match="not like this"):
         train.train(small(), str(run))
     assert contents(run) == before

@@ -1,0 +1,145 @@
+"""Scores one client's outputs, and the controls that they are held against.
+
+Beside the plain accuracy a client gets that of two controls which need nothing but the
+model's own outputs: label-shift EM, and its oracle.
+
+A client has no accuracy, which is NaN here and null in files, if the outputs for any of
+its samples are not finite: the class of NaN would be class 0, and right now and then.
+
+Saerens, Latinne, Decaestecker 2002, "Adjusting the Outputs of a Classifier to New a
+Priori Probabilities", Neural Computation 14(1): `prior_em` is their equation 2.4.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax import tree
+from hyperjax.data.clients import Table
+from hyperjax.engine import deploy
+from hyperjax.types import Array, ClientData, Model, Pool, PyTree
+
+EM_STEPS = 1000  # upper bound; it stops once the prior moves by less than 1e-6
+
+
+def prior_em(probs: Array, mask: Array, source: Array) -> Array:
+    """Estimates a client's class prior from a model's outputs on unlabelled inputs.
+
+    Args:
+      probs: [n, K] predicted probabilities of a model trained under `source`.
+      mask: [n] float32, 1 for real samples.
+      source: [K] class prior of the training data.
+
+    Returns:
+      [K] prior at which expectation maximisation converged; `source` if n is 0.
+    """
+    total = jnp.maximum(jnp.sum(mask), 1.0)
+
+    def step(state):
+        prior, _, count = state
+        joint = probs * (prior / source)
+        posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
+        new = jnp.sum(jnp.where(mask[:, None] > 0, posterior, 0.0), 0) / total
+        return new, jnp.max(jnp.abs(new - prior)), count + 1
+
+    def moving(state):
+        return (state[1] > 1e-6) & (state[2] < EM_STEPS)
+
+    start = (source, jnp.float32(jnp.inf), jnp.int32(0))
+    prior = jax.lax.while_loop(moving, step, start)[0]
+    return jnp.where(jnp.sum(mask) > 0, prior, source)
+
+
+def usable(logits: Array) -> Array:
+    """Returns whether logits [..., K] say anything, [...] bool.
+
+    They do without NaN and positive infinity; minus infinity rules a class out, but not
+    all of them.
+    """
+    return jnp.all(logits < jnp.inf, -1) & jnp.any(jnp.isfinite(logits), -1)
+
+
+def _mean_if_finite(values, logits, mask):
+    """Mean of real samples' values [n], 0 without any; NaN if some are not `usable`."""
+    finite = jnp.all(usable(logits) | (mask <= 0))
+    total = jnp.sum(jnp.where(mask > 0, values.astype(jnp.float32), 0.0))
+    return jnp.where(finite, total / jnp.maximum(jnp.sum(mask), 1.0), jnp.nan)
+
+
+class Samples(NamedTuple):
+    """All samples, and the class prior of those that were trained on."""
+
+    labelled: Pool
+    unlabelled: Pool
+    source: Array  # [K], positive
+
+
+class Exam(NamedTuple):
+    """One client's inputs and what is right; n is a multiple of the batch size."""
+
+    data: ClientData  # labels withheld
+    batch_size: int
+    labels: Array  # [n] int32
+    mask: Array  # [n] float32, 1 for real samples
+    source: Array  # [K]
+
+    def logits(self, model: Model, variables: PyTree) -> Array:
+        """Returns outputs for all inputs, [n, K]."""
+        num_classes = len(self.source)
+        return deploy.predict_all(
+            model, variables, self.data, num_classes, self.batch_size
+        )
+
+    def accuracy(self, logits: Array, prior: Array) -> Array:
+        """Returns the share of right answers after moving to another prior [K], [].
+
+        NaN if the logits of any real sample are not finite.
+        """
+        # Floored: a class the client does not hold must lose, yet stay finite.
+        shift = jnp.log(jnp.maximum(prior, 1e-30)) - jnp.log(self.source)
+        right = jnp.argmax(logits + shift, -1) == self.labels
+        return _mean_if_finite(right, logits, self.mask)
+
+    def loss(self, logits: Array) -> Array:
+        """Returns the mean negative log-likelihood, []; NaN as accuracies are."""
+        log_probs = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_probs, self.labels[:, None], 1)[:, 0]
+        return _mean_if_finite(nll, logits, self.mask)
+
+
+def exam(inputs: Table, samples: Samples, batch_size: int) -> Exam:
+    """Returns what one client, with rows [n_max] and a size [], is asked."""
+    data = ClientData(*inputs, samples.unlabelled)
+    data, width = deploy.in_batches(data, batch_size)
+    mask = (jnp.arange(len(data.rows)) < data.size).astype(jnp.float32)
+    return Exam(data, width, samples.labelled.y[data.rows], mask, samples.source)
+
+
+def own(exam: Exam, model: Model, variables: PyTree) -> dict[str, Array]:
+    """Returns a client's accuracy, those of the two controls, and its loss, all []."""
+    logits, source = exam.logits(model, variables), exam.source
+    count = jnp.maximum(exam.data.size, 1)
+    truth = jnp.zeros_like(source).at[exam.labels].add(exam.mask) / count
+    estimate = prior_em(jax.nn.softmax(logits), exam.mask, source)
+    return {
+        "accuracy": exam.accuracy(logits, source),
+        "accuracy_em": exam.accuracy(logits, estimate),
+        "accuracy_oracle": exam.accuracy(logits, truth),
+        "loss": exam.loss(logits),
+    }
+
+
+def swapped(
+    exam: Exam, model: Model, variables: PyTree, other: PyTree
+) -> dict[str, Array]:
+    """Returns a client's accuracy with another one's network, and their distance.
+
+    The distance is that of the exported networks, relative to the client's own.
+    """
+    logits = exam.logits(model, other)
+    mine, theirs = model.export(variables), model.export(other)
+    return {
+        "accuracy_swapped": exam.accuracy(logits, exam.source),
+        "distance_swapped": tree.norm(tree.sub(mine, theirs)) / tree.norm(mine),
+    }
