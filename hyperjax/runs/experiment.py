@@ -1,6 +1,6 @@
 """Everything that a run needs, put together from objects: no config, no folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -201,6 +201,8 @@ def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
             federation.novel_held_out,
         )
     return found
+
+
 def make_evaluator(
     federation: Federation,
     algorithm: Algorithm,

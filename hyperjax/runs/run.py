@@ -1,6 +1,5 @@
 """A run as an object: train, score, serve, go on, save; for notebooks and scripts."""
 
-import functools
 import inspect
 import json
 import logging
@@ -22,10 +21,10 @@ from hyperjax.engine import checkpoint, comm, families, log, schedule
 from hyperjax.engine.deploy import Deployed
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least, check_choice, first_line
-from hyperjax.local import Phase, trainer
 from hyperjax.runs import loop, results
 from hyperjax.runs.experiment import Experiment, Settings, blocks, experiment
 from hyperjax.runs.loop import State
+from hyperjax.training import Local, Phase
 from hyperjax.types import Algorithm, ClientData, Model
 
 RECIPE, ABOUT, CHECKPOINTS = "run.pkl", "run.json", "checkpoints"
@@ -41,7 +40,7 @@ def run(
     optimizer: optax.GradientTransformation | None = None,
     batch_size: int = 32,
     epochs: int = 1,
-    local: Any = None,
+    local: Local | None = None,
     server_opt: optax.GradientTransformation | None = None,
     cohort_size: int | None = None,
     weights: str | None = None,
@@ -113,12 +112,8 @@ def run(
         if local is not None and optimizer is not None:
             raise ValueError("give optimizer, or local, which has one")
     if local is None:
-        local = functools.partial(
-            trainer,
-            optimizer=optax.sgd(0.1) if optimizer is None else optimizer,
-            batch_size=batch_size,
-            phases=(Phase(epochs=epochs),),
-        )
+        optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+        local = Local(optimizer, batch_size, phases=(Phase(epochs=epochs),))
     recipe = Recipe(
         method,
         network,
@@ -148,7 +143,7 @@ class Recipe(NamedTuple):
     method: str | Algorithm | Callable[..., Algorithm]
     network: Any
     data: Federation
-    local: Any
+    local: Local
     server_opt: optax.GradientTransformation | None
     uplink: str
     settings: Settings
@@ -186,7 +181,7 @@ def _algorithm(
     method: str | Callable[..., Algorithm],
     network: Any,
     data: Federation,
-    local: Any,
+    local: Local,
     server_opt: optax.GradientTransformation | None,
     rounds: int,
     options: dict[str, Any],
@@ -226,8 +221,8 @@ def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
         return {name: one for name, one in found.items() if isinstance(one, Model)}
     if isinstance(network, (list, tuple)) and not isinstance(network, Model):
         names = [n if isinstance(n, str) else type(n).__name__ for n in network]
-        named = {f"{i:02d}_{n}": one for i, (n, one) in enumerate(zip(names, network))}
-        return _networks(named, data)
+        pairs = enumerate(zip(names, network, strict=True))
+        return _networks({f"{i:02d}_{name}": one for i, (name, one) in pairs}, data)
     if isinstance(network, Model):
         return network
     shape, num_classes = data.pool.x.shape[1:], data.num_classes
@@ -479,9 +474,8 @@ class Run(NamedTuple):
             recipe = cloudpickle.dumps((self.name, self.recipe, settings))
         except Exception as error:
             raise ValueError(
-                f"what this run was made of cannot be saved ({first_line(error)}); runs "
-                "that are given a method by name or as a function, and a linen module, "
-                "can be"
+                f"what this run was made of cannot be saved ({first_line(error)}); that "
+                "of a method by name, or as a function, and of a linen module can"
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_bytes(recipe)
@@ -528,7 +522,7 @@ def load_saved(path: str | Path) -> Run:
 class _Silent:
     """Progress that shows nothing."""
 
-    compiling = None
+    def compiling(self, program: str | None) -> None: ...
 
     def __enter__(self) -> "_Silent":
         return self

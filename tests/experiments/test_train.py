@@ -25,9 +25,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import fedavg_mnist
 from hyperjax.engine import checkpoint, log
 from hyperjax.launch import build, report, saved, train, workdir
+from hyperjax.protocols import zero_shot
 
 # One worker runs everything that starts processes, and starts the server once.
 pytestmark = pytest.mark.xdist_group("launcher")
@@ -43,7 +43,7 @@ PRELOADED = (
     "tensorboardX",
 )
 DIGITS = (
-    "--config=configs/hyperfedzero_digits.py",
+    "--config=configs/zero_shot.py:data=digits",
     "--config.rounds=6",
     "--config.evaluation.every=2",
 )
@@ -334,7 +334,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
 
 def small(**fields):
     """FedAvg on digits for three rounds; `local__steps=1` sets `local.steps`."""
-    config = fedavg_mnist.get_config()
+    config = zero_shot.get_config("fedavg")
     config.data.name = "digits"
     config.data.num_clients, config.data.num_novel = 4, 2
     config.data.partition = "iid"
