@@ -474,8 +474,8 @@ class Run(NamedTuple):
             recipe = cloudpickle.dumps((self.name, self.recipe, settings))
         except Exception as error:
             raise ValueError(
-                f"what this run was made of cannot be saved ({first_line(error)}); that "
-                "of a method by name, or as a function, and of a linen module can"
+                f"what this run was made of cannot be saved ({first_line(error)}); a "
+                "method by name or as a function, and a linen module, can"
             ) from error
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_bytes(recipe)
