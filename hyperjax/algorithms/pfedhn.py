@@ -114,12 +114,9 @@ def pfedhn(
     if isinstance(model, Mapping):
         over_families.check(models, family_sizes, num_clients)
     inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
-    shared = {
-        name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
-        for name, alg in inner.items()
-    }
+    shared = {name: wrappers.shared(alg) for name, alg in inner.items()}
     for theta in shared.values():
-        mixing.check_emitted(theta)
+        heads.check_emitted(theta)
     template = {
         f"{name}/{path}" if name else path: leaf
         for name, theta in shared.items()

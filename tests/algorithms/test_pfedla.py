@@ -14,7 +14,7 @@ from hyperjax import training, tree
 from hyperjax.algorithms.fedavg import Uplink
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
-from hyperjax.algorithms.pfedla import State, layer_weights, pfedla
+from hyperjax.algorithms.pfedla import State, layer_weights, layers_of, pfedla
 from hyperjax.engine import comm
 from hyperjax.types import Cohort
 
@@ -262,3 +262,19 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         pfedla(q.model(), local=q.training(), **(SMALL | options))
+
+
+def test_a_layer_is_its_weights_and_its_biases():
+    theta = dict.fromkeys(
+        [
+            "params/conv/kernel",
+            "params/norm/bias",
+            "params/conv/bias",
+            "params/norm/scale",
+            "stats/batch_stats/norm/mean",
+        ]
+    )
+    assert layers_of(theta) == [
+        ["params/conv/kernel", "params/conv/bias"],
+        ["params/norm/bias", "params/norm/scale", "stats/batch_stats/norm/mean"],
+    ]
