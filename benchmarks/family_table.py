@@ -16,12 +16,12 @@ import optax
 from absl import flags
 
 from benchmarks import comm_table, round_time
-from configs.mh_pfedhn_cifar10 import FAMILIES
 from hyperjax import models, registry, training
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
 from hyperjax.launch import build, cli
 from hyperjax.launch.pages import text_table
+from hyperjax.protocols.families import FAMILIES
 from hyperjax.types import Algorithm
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}

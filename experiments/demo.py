@@ -11,20 +11,15 @@ from typing import Any
 
 from absl import flags
 
-from configs import (
-    constant_embedding_mnist,
-    fedavg_mnist,
-    hyperfedzero_mnist,
-    opt1_mnist,
-)
 from hyperjax.launch import cli, outputs, pages, report, train
+from hyperjax.protocols import zero_shot
 
 RUNS = (
-    ("FedAvg", "fedavg", fedavg_mnist, ""),
-    ("FedAvg, own learning rate", "fedavg_tuned", fedavg_mnist, "tuned"),
-    ("HyperFedZero", "hyperfedzero", hyperfedzero_mnist, ""),
-    ("Control: constant embedding", "constant_embedding", constant_embedding_mnist, ""),
-    ("Control: Opt.1", "opt1", opt1_mnist, ""),
+    ("FedAvg", "fedavg", "fedavg"),
+    ("FedAvg, own learning rate", "fedavg_tuned", "fedavg,tuned"),
+    ("HyperFedZero", "hyperfedzero", "hyperfedzero"),
+    ("Control: constant embedding", "constant_embedding", "constant_embedding"),
+    ("Control: Opt.1", "opt1", "opt1"),
 )
 COLUMNS = (
     ("method", "method"),
@@ -61,9 +56,8 @@ def main(workdir: str, is_smoke: bool) -> int:
     began = time.perf_counter()
     root = outputs.folder("workdir", workdir)
     rows, folders = [], []
-    for label, name, module, arg in RUNS:
-        smoke = "smoke" if is_smoke else ""
-        config = module.get_config(",".join(filter(None, (arg, smoke))))
+    for label, name, arg in RUNS:
+        config = zero_shot.get_config(arg + (",smoke" if is_smoke else ""))
         folder = str(root / name)
         try:
             summary = train.train(config, folder, name)

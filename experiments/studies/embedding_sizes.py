@@ -16,9 +16,10 @@ from absl import flags
 
 from experiments.studies import grid, personalised
 from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.errors import check_choice
 from hyperjax.launch import cli, outputs, plots
 from hyperjax.launch.pages import text_table
-from hyperjax.protocols import common
+from hyperjax.protocols import personalised as experiment
 
 TUNED = f"pacc_ft{personalised.TUNED}"
 COLUMNS = (
@@ -64,7 +65,7 @@ def main(
 ) -> int:
     """Runs the sweep; prints the table, writes record and picture."""
     cli.use_cores(0)
-    common.personalised(f"data={data}")  # refuses others
+    check_choice("data", data, experiment.PRESETS)
     numbers = grid.whole_numbers("seeds", seeds)
     widths = grid.whole_numbers("sizes", sizes, least=1)
     tried = grid.positive_numbers("rates", rates)

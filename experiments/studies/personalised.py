@@ -3,14 +3,13 @@
 python -m experiments.studies.personalised --workdir=runs/personalised --data_dir=... \
     [--data=mnist,fashion_mnist] [--methods=FedAvg,HFN] [--seeds=0,1,2] [--json=FILE]
 
-HyperFedNet's experiment (`protocols.common.personalised`) at a size for two cores: see
+HyperFedNet's experiment (`protocols.personalised`) at a size for two cores: see
 `scaled`. Every method gets the same budget and the same search for its learning rate,
 among `--rates`, by participants' accuracy after fine-tuning on another seed's
 federation of the first data set; the seeds reported choose nothing. A single rate is
 taken as it is. A study that was stopped continues.
 """
 
-import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,42 +23,42 @@ from experiments.studies import grid
 from hyperjax.errors import check_choice
 from hyperjax.launch import cli, outputs
 from hyperjax.launch.pages import text_table
-from hyperjax.protocols import common
+from hyperjax.protocols import personalised as experiment
 from hyperjax.runs import reach
 
 RATES = (0.1, 0.03, 0.01)
 SEARCH_SEED = 100
 THRESHOLDS = (30, 40, 50, 60, 70, 80, 90)
 TUNED = 4  # epochs of fine-tuning, as published
-HFN = "hyperfednet_mnist"
-# Label -> config file, and fields that differ from it.
+# Label -> method under the experiment, and fields that differ from it.
+HFN = "hyperfednet"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Centre": ("centre_mnist", {}),
-    "Local": ("local_only_mnist", {}),
-    "FedAvg": ("fedavg_ft_mnist", {}),
-    "FedProx": ("fedprox_mnist", {}),
-    "FedDyn": ("feddyn_mnist", {}),
-    "SCAFFOLD": ("scaffold_mnist", {}),
-    "FedNova": ("fednova_mnist", {}),
-    "FedAvgM": ("fedavgm_mnist", {}),
-    "FedAdagrad": ("fedadagrad_mnist", {}),
-    "FedAdam": ("fedadam_mnist", {}),
-    "FedYogi": ("fedyogi_mnist", {}),
-    "FedPer": ("fedper_mnist", {}),
-    "FedRep": ("fedrep_mnist", {}),
-    "FedBABU": ("fedbabu_mnist", {}),
-    "FedBN": ("fedbn_mnist", {}),
-    "LG-FedAvg": ("lg_fedavg_mnist", {}),
-    "Ditto": ("ditto_mnist", {}),
-    "APFL": ("apfl_mnist", {}),
-    "pFedMe": ("pfedme_mnist", {}),
-    "Per-FedAvg": ("perfedavg_mnist", {}),
-    "MOON": ("moon_mnist", {}),
-    "FedGen": ("fedgen_mnist", {}),
-    "pFedSim": ("pfedsim_mnist", {}),
-    "pFedLA": ("pfedla_mnist", {}),
-    "FedFomo": ("fedfomo_mnist", {}),
-    "FedAMP": ("fedamp_mnist", {}),
+    "Centre": ("centre", {}),
+    "Local": ("local_only", {}),
+    "FedAvg": ("fedavg_ft", {}),
+    "FedProx": ("fedprox", {}),
+    "FedDyn": ("feddyn", {}),
+    "SCAFFOLD": ("scaffold", {}),
+    "FedNova": ("fednova", {}),
+    "FedAvgM": ("fedavgm", {}),
+    "FedAdagrad": ("fedadagrad", {}),
+    "FedAdam": ("fedadam", {}),
+    "FedYogi": ("fedyogi", {}),
+    "FedPer": ("fedper", {}),
+    "FedRep": ("fedrep", {}),
+    "FedBABU": ("fedbabu", {}),
+    "FedBN": ("fedbn", {}),
+    "LG-FedAvg": ("lg_fedavg", {}),
+    "Ditto": ("ditto", {}),
+    "APFL": ("apfl", {}),
+    "pFedMe": ("pfedme", {}),
+    "Per-FedAvg": ("perfedavg", {}),
+    "MOON": ("moon", {}),
+    "FedGen": ("fedgen", {}),
+    "pFedSim": ("pfedsim", {}),
+    "pFedLA": ("pfedla", {}),
+    "FedFomo": ("fedfomo", {}),
+    "FedAMP": ("fedamp", {}),
     "HFN": (HFN, {}),
     "HFN aux shared": (
         HFN,
@@ -168,9 +167,10 @@ def scaled(
     default: about 80 each to train on and 20 to be scored on. The 8-layer network, 5
     users a round, milestones after a third and two thirds of the rounds.
     """
-    file, fields = METHODS[label]
-    get_config = importlib.import_module(f"configs.{file}").get_config
-    config = get_config(f"data={data},novel=5" + (",iid" if iid else ""))
+    method, fields = METHODS[label]
+    config = experiment.get_config(
+        f"{method},data={data},novel=5" + (",iid" if iid else "")
+    )
     config.seed, config.rounds, config.model.name = seed, scale.rounds, "resnet8"
     config.data.update(
         data_dir=scale.data_dir,
@@ -256,7 +256,7 @@ def main(
     for name in partitions:
         check_choice("partitions", name, ("dirichlet", "iid"))
     for name in data_sets:
-        common.personalised(f"data={name}")  # refuses others
+        check_choice("data", name, experiment.PRESETS)
     numbers = grid.whole_numbers("seeds", seeds)
     tried = grid.positive_numbers("rates", rates)
     root = outputs.folder("workdir", workdir)

@@ -16,7 +16,6 @@ A study that was stopped continues. Local training is the published one, the sam
 all methods; no learning rate was searched.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,36 +23,36 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import flags
 
-from configs import pfedhn_cifar10
 from experiments.studies import grid
 from hyperjax import models
 from hyperjax.errors import check_choice
 from hyperjax.launch import cli, join, outputs
 from hyperjax.launch.pages import text_table
+from hyperjax.protocols import families, pfedhn
 
-# Study -> label -> config file, and fields that differ from it.
+# Study -> label -> method, and fields that differ from the experiment's.
 Methods = Mapping[str, tuple[str, dict[str, Any]]]
 STUDIES: dict[str, Methods] = {
     "pfedhn": {
-        "Local": ("local_only_mnist", {}),
-        "FedAvg": ("fedavg_mnist", {}),
-        "FedPer": ("fedper_mnist", {}),
-        "pFedHN": ("pfedhn_cifar10", {}),
-        "pFedHN-PC": ("pfedhn_pc_cifar10", {}),
+        "Local": ("local_only", {}),
+        "FedAvg": ("fedavg", {}),
+        "FedPer": ("fedper", {}),
+        "pFedHN": ("pfedhn", {}),
+        "pFedHN-PC": ("pfedhn_pc", {}),
     },
     "families": {
-        "Local": ("local_only_cifar10", {}),
-        "LG-FedAvg": ("lg_fedavg_cifar10", {}),
-        "FedProto": ("fedproto_cifar10", {}),
-        "FML": ("fml_cifar10", {}),
-        "pFedHN, slices": ("pfedhn_families_cifar10", {}),
-        "MH-pFedHN": ("mh_pfedhn_cifar10", {}),
-        "MH-pFedHNGD": ("mh_pfedhngd_cifar10", {}),
+        "Local": ("local_only", {}),
+        "LG-FedAvg": ("lg_fedavg", {}),
+        "FedProto": ("fedproto", {}),
+        "FML": ("fml", {}),
+        "pFedHN, slices": ("pfedhn_families", {}),
+        "MH-pFedHN": ("mh_pfedhn", {}),
+        "MH-pFedHNGD": ("mh_pfedhngd", {}),
     },
     "heads": {
-        "shared head": ("mh_pfedhn_cifar10", {"method.output_size": 16_384}),
+        "shared head": ("mh_pfedhn", {"method.output_size": 16_384}),
         "heads apart": (
-            "mh_pfedhn_cifar10",
+            "mh_pfedhn",
             {"method.output_size": 16_384, "method.share_heads": False},
         ),
     },
@@ -94,11 +93,11 @@ def configure(
     study: str, label: str, seed: int, scale: Scale
 ) -> ml_collections.ConfigDict:
     """Returns the config of one run."""
-    file, fields = STUDIES[study][label]
-    config = importlib.import_module(f"configs.{file}").get_config()
+    method, fields = STUDIES[study][label]
     if study == "pfedhn":
-        config = _as_pfedhn(config, scale.rounds or 1000)
+        config = _with_visits(pfedhn.get_config(method), scale.rounds or 1000)
     else:
+        config = families.get_config(method)
         config.families = FAMILIES
         config.rounds, config.evaluation.every = scale.rounds or 120, 10
         config.evaluation.finetune_epochs = (0, 1)
@@ -119,17 +118,13 @@ def configure(
     return config
 
 
-def _as_pfedhn(
-    method: ml_collections.ConfigDict, visits: int
+def _with_visits(
+    config: ml_collections.ConfigDict, visits: int
 ) -> ml_collections.ConfigDict:
-    """A method's config in pFedHN's experiment, with so many visits of clients."""
-    config = pfedhn_cifar10.get_config()
-    config.method = method.method
-    if method.method.name == "pfedhn":
-        config.server, config.rounds = method.server, visits
-    else:
-        config.rounds = max(1, visits // config.data.num_clients)
-        config.server.update(sampler="full", optimizer="sgd", learning_rate=1.0)
+    """The config with so many visits of clients in all."""
+    one_by_one = config.server.sampler == "uniform"
+    a_round = config.server.cohort_size if one_by_one else config.data.num_clients
+    config.rounds = max(1, visits // a_round)
     config.evaluation.every = max(1, config.rounds // 10)
     config.data.shrink = 2
     return config
@@ -176,12 +171,12 @@ def rows_of(
     kinds: dict[str, list[str] | None] = {"newcomers, embedding": None}
     if label == "MH-pFedHN":
         kinds["newcomers with new networks, heads too"] = list(NEW_FAMILIES)
-    for kind, families in kinds.items():
+    for kind, networks in kinds.items():
         joined = []
         for (_, folder), summary in zip(pairs, found, strict=True):
             if summary is None:
                 continue
-            config = join.joining(str(folder), families)
+            config = join.joining(str(folder), networks)
             there = folder.with_name(f"{folder.name}_{grid.short(kind)}")
             joined.append(grid.result(config, there))
         rows.append(row_of(study, f"{label}: {kind}", joined))

@@ -19,6 +19,7 @@ from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families, schedule, sharding
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
+from hyperjax.protocols import common
 from hyperjax.runs.experiment import (
     Experiment,
     Settings,
@@ -110,11 +111,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("engine.store", config.engine.store, schedule.STORES)
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
-    registry.find(config.method.name, "method.name")
-    for name in config.families or (config.model.name,):
+    known = registry.options(registry.find(method, "method.name"))
+    for option in config.method:
+        if option != "name":
+            check_choice(f"option of method={method}", option, known)
+    for name in config.families:
         if ":" not in name:
-            field = "families" if config.families else "model.name"
-            check_choice(field, name, models.ZOO)
+            check_choice("families", name, models.ZOO)
+    if not config.families:
+        common.find_network(config.model.name)
     if config.families and registry.families(method) == "one":
         able = [name for name in registry.methods() if registry.families(name) != "one"]
         raise ValueError(
@@ -241,16 +246,22 @@ def make_model(
 ) -> Model | dict[str, Model]:
     """Builds `config.model`, or one network per family, for inputs [H, W, c].
 
-    Methods that are made for families are given a mapping in any case.
+    Methods that are made for families are given a mapping in any case. The networks of
+    families have their own options; those of `config.model` are its network's.
     """
 
-    def one(name):
-        return factories.make_network(config, name, input_shape, num_classes)
+    def one(name, **options):
+        return factories.make_network(config, name, options, input_shape, num_classes)
 
-    if not config.families and registry.families(config.method.name) != "several":
-        return one(config.model.name)
-    names = config.families or (config.model.name,)
-    return {f"{i:02d}_{name.split(':')[-1]}": one(name) for i, name in enumerate(names)}
+    if config.families:
+        return {_family(i, name): one(name) for i, name in enumerate(config.families)}
+    model = one(**config.model)
+    several = registry.families(config.method.name) == "several"
+    return {_family(0, config.model.name): model} if several else model
+
+
+def _family(number: int, name: str) -> str:
+    return f"{number:02d}_{name.split(':')[-1]}"
 
 
 def make_algorithm(
@@ -265,7 +276,11 @@ def make_algorithm(
     name = config.method.name
     factory = registry.find(name, "method.name")
     known = registry.options(name)
-    options = {k: v for k, v in config.method.items() if k != "name"}
+    options = {
+        k: value
+        for k, value in config.method.items()
+        if k != "name" and not (value is None and _must_be_given(known.get(k)))
+    }
     for option in options:
         check_choice(f"option of method={name}", option, known)
     if "correction" in options:
@@ -292,3 +307,7 @@ def make_algorithm(
                 "optimizer; accepted: sgd, 1.0"
             )
     return through_channel(alg, config.uplink) if config.uplink else alg
+
+
+def _must_be_given(option: registry.Option | None) -> bool:
+    return option is not None and option.default is inspect.Parameter.empty

@@ -1,20 +1,25 @@
 """Flags of the launchers, and one readable message instead of a stack trace."""
 
 import contextlib
+import difflib
 import hashlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from jax.extend.backend import clear_backends
 from ml_collections import config_flags
 
+from hyperjax import protocols, registry
 from hyperjax.engine.compiled import setting
+from hyperjax.protocols import common, methods
 
 
 def run(
@@ -37,6 +42,9 @@ def run(
     def parse(argv: list[str]) -> list[str]:
         try:
             sys.argv, removed = _split_none(argv)
+            if "config" in flags.FLAGS:
+                parser = flags.FLAGS["config"].parser
+                sys.argv, parser.chosen = _split_names(sys.argv)
             rest = flags.FLAGS(sys.argv)
             _check_config(removed)
             for name in needs:
@@ -68,9 +76,77 @@ def run(
 
 def define_config() -> flags.FlagHolder:
     """Defines --config=file.py[:argument] and --config.field=value."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "A file with get_config(), as in configs/.", lock_config=True
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "An experiment and what it is of, zero_shot:fedprox,data=digits; or a file of "
+        "yours with get_config().",
+        lock_config=True,
     )
+    flags.FLAGS["config"].parser = ConfigParser("config")
+    return holder
+
+
+class ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Reads an experiment of the package or a file, and adds all options to it.
+
+    Attributes:
+      chosen: names given by --config.method.name and --config.model.name; they bring
+        their own options, and a method what the experiment has for it.
+    """
+
+    chosen: Mapping[str, str] = {}
+
+    def parse(self, path: str) -> Any:
+        """Returns the config of "zero_shot:argument" or "file.py:argument"."""
+        config = self._read(path)
+        if not isinstance(config, ml_collections.ConfigDict):
+            return config  # `fields.check` says so, as of a file that failed
+        fields: dict[str, Any] = {}
+        if "model" in self.chosen:
+            fields["model.name"] = self.chosen["model"]
+        if "method" in self.chosen:
+            name, own = methods.resolve(self.chosen["method"])
+            again = self._again(path, config, self.chosen["method"])
+            if again is None or again.method.name != name:
+                fields |= {"method.name": name, **own}
+            else:
+                config = again
+        common.change(config, fields)
+        if self._lock_config:
+            config.lock()
+        return config
+
+    def _read(self, path: str) -> Any:
+        file, _, arg = path.partition(":")
+        name = Path(file).stem if file.endswith(".py") else file
+        usual = str(Path(file).parent) in (".", "configs")
+        if Path(file).is_file():
+            return super().parse(path)
+        if name in protocols.NAMES and usual:
+            return protocols.find(name).get_config(arg)
+        experiments = ", ".join(protocols.NAMES)
+        if name in (*registry.methods(), *methods.ALIASES):
+            raise ValueError(
+                f"{name!r} is a method; give the experiment before it, as in "
+                f"{protocols.NAMES[0]}:{name} (experiments: {experiments})"
+            )
+        near = difflib.get_close_matches(name, protocols.NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"there is no file {file!r} and no such experiment{hint} "
+            f"(experiments: {experiments})"
+        )
+
+    def _again(self, path: str, config: Any, method: str) -> Any:
+        """The config as if its argument had named a method; None if it takes none."""
+        if not config.get("experiment"):
+            return None
+        file, _, arg = path.partition(":")
+        try:
+            return self._read(f"{file}:{arg}{arg and ','}method={method}")
+        except TypeError:  # a file of the user's own that takes no argument
+            return None
 
 
 def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
@@ -123,6 +199,24 @@ def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
     return kept, removed
 
 
+def _split_names(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.method.name=NAME` and the network's out: others follow them."""
+    kept: list[str] = []
+    names: dict[str, str] = {}
+    waiting = None
+    for argument in argv:
+        match = re.fullmatch(r"--?config\.(method|model)\.name(?:=(.*))?", argument)
+        if waiting is not None:
+            names[waiting], waiting = argument, None
+        elif match and match[2] is None:
+            waiting = match[1]
+        elif match:
+            names[match[1]] = match[2]
+        else:
+            kept.append(argument)
+    return kept, names
+
+
 def _given_fields() -> list[str]:
     """Fields of --config.field flags."""
     found = [re.match(r"--?(?:no)?config\.([\w.]+)", text) for text in sys.argv[1:]]
@@ -144,7 +238,8 @@ def _check_config(removed: list[str]) -> None:
             raise fields.unknown(field, list(fields.flat(config)))
         config.update_from_flattened_dict({field: None})
     fields.check(config)
-    fields.check_used(config, _given_fields() + removed)
+    chosen = [f"{group}.name" for group in flags.FLAGS["config"].parser.chosen]
+    fields.check_used(config, _given_fields() + removed + chosen)
 
 
 def complain(message: str) -> int:
@@ -170,8 +265,7 @@ def _unknown_field() -> str | None:
     if not paths or not given:
         return None
     try:
-        parser = config_flags.config_flags.ConfigFileFlagParser("config")
-        known = parser.parse(paths[-1])
+        known = flags.FLAGS["config"].parser.parse(paths[-1])
         groups = {k.rpartition(".")[0] for k in fields.flat(known)}
         known = [*fields.flat(known), *groups]
     except Exception:  # the file itself is at fault: the parser's words must do

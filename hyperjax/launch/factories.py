@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,31 +14,27 @@ from hyperjax import (
     calls,
     corrections,
     models,
-    registry,
     server_optimizers,
     training,
 )
 from hyperjax.errors import check_choice
+from hyperjax.protocols import common
 from hyperjax.types import Model
 
 
 def make_network(
     config: ml_collections.ConfigDict,
     name: str,
+    options: Mapping[str, Any],
     input_shape: tuple[int, ...],
     num_classes: int,
 ) -> Model:
     """Builds one network; "package.module:Class" is yours."""
-    cls = (
-        registry.find_object(name, "model.name", "Class of a linen module")
-        if ":" in name
-        else models.ZOO[name]
-    )
-    fields = inspect.signature(cls).parameters
-    options = {k: v for k, v in config.model.items() if k != "name" and v != ()}
-    if "conv_rule" in fields:
-        options["conv_rule"] = config.engine.conv_rule
-    module = calls.call("model", cls, num_classes=num_classes, **options)
+    cls = common.find_network(name)
+    chosen = {k: v for k, v in options.items() if v is not None}
+    if "conv_rule" in inspect.signature(cls).parameters:
+        chosen["conv_rule"] = config.engine.conv_rule
+    module = calls.call("model", cls, num_classes=num_classes, **chosen)
     return models.from_linen(module, input_shape, num_classes)
 
 

@@ -54,7 +54,6 @@ NUMBERS: dict[str, Number] = {
     "data.test_fraction": FRACTION,
     "data.eval_fraction": FRACTION,
     "data.validation_fraction": FRACTION,
-    "model.hidden": _count(1, several=True),
     "local.epochs": _count(0, optional=True),
     "local.steps": _count(0, optional=True),
     # More than any client's samples: as many as there are.
@@ -77,6 +76,8 @@ NUMBERS: dict[str, Number] = {
     "evaluation.thresholds": Number(at_least=0, at_most=100, several=True),
     "checkpoint.keep": _count(1),
 }
+# Of the options of networks and methods, which have types of their own.
+OPTIONS: dict[str, Number] = {"model.hidden": _count(1, several=True)}
 # Partition -> the fields of `data` that it takes.
 PARTITIONS: dict[str, tuple[str, ...]] = {
     "iid": (),
@@ -110,8 +111,9 @@ def check(config: Any) -> None:
         _simplify(config, "")
     known = flat(expected)
     for field, value in flat(config).items():
-        if field in NUMBERS:
-            NUMBERS[field].check(field, value)
+        number = NUMBERS.get(field) or OPTIONS.get(field)
+        if number:
+            number.check(field, value)
         elif field in known:
             _check_type(field, value, known[field])
         else:
@@ -156,8 +158,10 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
         note(f"engine.store={engine.store!r}", "engine.memory_map")
     if not config.start.run:
         note("start.run=''", "start.take")
+    note("a run", "experiment")
     if config.families:
-        note(f"families={tuple(config.families)}", "model.name")
+        options = (f"model.{option}" for option in config.model)
+        note(f"families={tuple(config.families)}", *options)
     if not registry.traits(config.method.name).per_sample:
         note(f"method.name={config.method.name!r}", "evaluation.sample_level")
     return found

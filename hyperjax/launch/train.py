@@ -1,6 +1,6 @@
 """Trains one method on one federation; the same command continues a stopped run.
 
-python -m experiments.train --config=configs/hyperfedzero_mnist.py --workdir=runs/x
+python -m experiments.train --config=configs/zero_shot.py --workdir=runs/x
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress
 from hyperjax.launch import build, cli, pages, report, saved, workdir
+from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
 
@@ -55,6 +56,7 @@ def train(
       Stopped: by SIGTERM or SIGINT.
     """
     compiled.check_jax()
+    config = common.filled(config)
     build.check(config)
     with workdir.claim(path, config) as folder:
         summary = workdir.result(folder, config)

@@ -1,226 +1,305 @@
-"""What every config shares: parsing of `config.py:name=value` and default fields."""
+"""The fields of every config: defaults, words, and the options that names bring.
 
-import ast
-import re
+A config is flat but for its groups. `config.model` and `config.method` hold a name and
+the options of what it names, read off the module's fields and the method's signature.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from hyperjax import models, registry
+from hyperjax.errors import check_choice
 
-def parse_arg(arg: str | None, **defaults) -> Any:
-    """Parses the part after the colon of `--config=file.py:a=1,b`.
+# Field -> default and what it is. A type is the default of a field that may be None.
+FIELDS: dict[str, tuple[Any, str]] = {
+    "experiment": ("", "which of the package's experiments this is; for the record"),
+    "seed": (0, "of everything that is drawn"),
+    "rounds": (100, "of training; a finished run goes on with more"),
+    "data.name": ("mnist5k", "mnist5k, digits, synthetic, or a TFDS image set"),
+    "data.data_dir": (str, "folder of prepared TFDS sets; None: TFDS's own"),
+    "data.split": ("train", "of a TFDS set: train, train+test, train[:5000], ..."),
+    "data.shrink": (1, "images are averaged over squares of so many pixels"),
+    "data.download": (False, "let TFDS download and prepare a missing set"),
+    "data.seed": (-1, "of splits and partition; -1: `seed`"),
+    "data.num_clients": (10, "N, take part in training"),
+    "data.num_novel": (5, "M, never seen in training; 0: none"),
+    "data.newcomers": (False, "these M take part instead of the others"),
+    "data.pooled": (False, "centralised: one client has all participants' samples"),
+    "data.partition": (
+        "dirichlet",
+        "iid, dirichlet, pathological, class_shares, class_draws, by_client_id",
+    ),
+    "data.alpha": (1.0, "dirichlet: concentration; small is skewed"),
+    "data.min_size": (10, "dirichlet: samples of the smallest client"),
+    "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
+    "data.classes_per_client": (2, "pathological, class_shares, class_draws"),
+    "data.client_ids": (str, "by_client_id: ids.npy, or file.npz:key"),
+    "data.test_fraction": (0.2, "of all samples, global test set (gACC); 0: none"),
+    "data.eval_fraction": (0.2, "of its samples, held out by each client"),
+    "data.validation_fraction": (0.0, "of the rest, to choose a round by; 0: none"),
+    "data.stratified": (False, "held-out parts have a client's classes in proportion"),
+    "model.name": ("mlp", "a network of the zoo, or package.module:Class"),
+    "families": (
+        (),
+        "networks of clients in equal blocks, instead of `model`; (): one",
+    ),
+    "local.epochs": (int, "of local training; None: one, or `steps`"),
+    "local.steps": (int, "batches of local training, instead of epochs"),
+    "local.batch_size": (128, "samples; more than a client has: all of them"),
+    "local.batches": ("passes", "passes, or fresh: a step draws from all samples"),
+    "local.optimizer": ("sgd", 'any of optax, with options: "sgd(momentum=0.9)"'),
+    "local.learning_rate": (0.01, "of the clients"),
+    "local.learning_rate_decay": (0.99, "factor on it, each round"),
+    "local.milestones": ((), "where it falls: rounds, or fractions of all rounds"),
+    "local.milestone_factor": (0.1, "by what it is multiplied there"),
+    "local.weight_decay": (0.0, "added to the gradient"),
+    "local.clip_norm": (float, "bound on the gradient's norm; None: none"),
+    "server.optimizer": ("sgd", "of optax, or fedavgm, fedadagrad, fedadam, fedyogi"),
+    "server.learning_rate": (1.0, "of the server"),
+    "server.weights": ("size", "of clients in the mean: size (samples) or uniform"),
+    "server.sampler": ("full", "full: all clients each round; or uniform"),
+    "server.cohort_size": (10, "clients of a round, for the sampler uniform"),
+    "server.sequential": (False, "the server steps after every client of a round"),
+    "start.run": ("", "folder of a run whose server state this one starts from"),
+    "start.take": ((".*",), "patterns of the paths that are taken from it"),
+    "uplink": ("", 'what clients send goes through: "topk(fraction=0.3)"'),
+    "engine.mapper": ("auto", "over the clients of a round: map, vmap, block"),
+    "engine.block_size": (5, "clients at a time, for block"),
+    "engine.devices": (0, "0: all; on the CPU one per core, at most 8"),
+    "engine.store": ("device", "where clients' state is kept: device or host"),
+    "engine.memory_map": (False, "host store: files in the workdir, not memory"),
+    "engine.rounds_per_call": (0, "compiled together; 0: all between evaluations"),
+    "engine.conv_rule": ("auto", "how convolutions are computed: xla, scan, patches"),
+    "evaluation.every": (5, "rounds"),
+    "evaluation.batch_size": (256, "samples"),
+    "evaluation.clients_per_call": (64, "clients at a time"),
+    "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
+    "evaluation.thresholds": (
+        (50, 60, 70, 80, 90, 95),
+        "percent pACC whose cost is summed up",
+    ),
+    "evaluation.sample_level": (False, "at the end, also one classifier per input"),
+    "checkpoint.keep": (2, "newest checkpoints that stay"),
+    "tensorboard": (True, "write TensorBoard events"),
+}
+# Options that are functions in Python and text in a config.
+TEXTS = {"correction": ""}
+# Fields of a network that are not its options: given by the data set and the engine.
+GIVEN = ("parent", "name", "num_classes", "conv_rule")
 
-    A bare name means True. Unknown, empty and repeated names, and values of another
-    type than the default's, raise ValueError.
-    """
-    values = dict(defaults)
-    seen = set()
-    for item in arg.split(",") if arg else ():
-        name, equals, text = item.strip().partition("=")
-        if name not in defaults:
-            raise ValueError(
-                f"unknown config argument {name!r}; accepted: {', '.join(defaults)}"
-            )
-        if name in seen:
-            raise ValueError(f"config argument {name!r} is given twice in {arg!r}")
-        if equals and not text:
-            raise ValueError(f"config argument {item!r} has no value")
-        seen.add(name)
-        try:
-            value = ast.literal_eval(text) if text else True
-        except (ValueError, SyntaxError):
-            value = text
-        kind = type(defaults[name])
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"config argument {item!r}: {name} must be {kind.__name__}"
-            )
-        values[name] = value
-    return ml_collections.ConfigDict(values)
 
-
-def defaults() -> ml_collections.ConfigDict:
+def defaults() -> "Config":
     """Returns every field that does not depend on the method, with its default.
 
     The schedule is HyperFedZero's: SGD without momentum, learning rate 0.01 times
     0.99 each round, batches of 128, one local epoch, all clients every round.
     """
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.rounds = 100
-    config.data = dict(
-        name="mnist5k",  # mnist5k, digits, synthetic, or any TFDS image set
-        data_dir=config_dict.placeholder(str),  # prepared TFDS sets; None: TFDS's own
-        split="train",
-        shrink=1,  # images averaged over squares of so many pixels
-        download=False,  # let TFDS download and prepare a missing set
-        seed=-1,  # of splits and partition; -1: config.seed
-        num_clients=10,  # N, take part in training
-        num_novel=5,  # M, never seen in training; 0: none
-        newcomers=False,  # these M take part instead of the others
-        pooled=False,  # centralised training: one client has all participants' samples
-        # iid, dirichlet, pathological, class_shares, class_draws, by_client_id
-        partition="dirichlet",
-        alpha=1.0,  # dirichlet
-        min_size=10,  # dirichlet: samples of the smallest client
-        capped=False,  # dirichlet: whoever has a fair share gets no further class
-        classes_per_client=2,  # pathological, class_shares, class_draws
-        client_ids=config_dict.placeholder(str),  # by_client_id: ids.npy or f.npz:key
-        test_fraction=0.2,  # global test set; 0: none
-        eval_fraction=0.2,  # held out by each client
-        validation_fraction=0.0,  # of the rest, set aside to choose a round by; 0: none
-        stratified=False,  # held-out parts have each class of a client in proportion
-    )
-    config.model = dict(
-        name="mlp",  # mlp, lenet_s, lenet, zenkenet, resnet8, resnet38, resnet20, ...
-        hidden=(),  # hidden layers; (): the model's own
-    )
-    # Networks of clients in equal blocks, for methods that take several; (): one.
-    config.families = ()
-    config.local = dict(
-        epochs=config_dict.placeholder(int),  # None: one, or as many as make
-        steps=config_dict.placeholder(int),  # so many batches
-        batch_size=128,
-        batches="passes",  # or fresh: every step draws from all samples
-        optimizer="sgd",  # any of optax, with options: "sgd(momentum=0.9)"
-        learning_rate=0.01,
-        learning_rate_decay=0.99,  # factor per round
-        # Where the rate is multiplied by milestone_factor: rounds (whole numbers), or
-        # fractions of all rounds.
-        milestones=(),
-        milestone_factor=0.1,
-        weight_decay=0.0,  # added to the gradient
-        clip_norm=config_dict.placeholder(float),
-    )
-    config.server = dict(
-        optimizer="sgd",  # optax, or fedavgm, fedadagrad, fedadam, fedyogi
-        learning_rate=1.0,
-        weights="size",  # size or uniform
-        sampler="full",  # full or uniform
-        cohort_size=10,  # for the sampler "uniform"
-        sequential=False,  # the server steps after every client of a round
-    )
-    # Another run whose server state this one starts from: what both have under paths
-    # that match `take`.
-    config.start = dict(run="", take=(".*",))
-    config.uplink = ""  # what clients send goes through: "topk(fraction=0.3)"
-    config.engine = dict(
-        mapper="auto",  # map, vmap, block
-        block_size=5,
-        devices=0,  # 0: all; on the CPU one per core, at most 8
-        store="device",  # client state and index tables: device or host
-        memory_map=False,  # host store: files in the workdir instead of memory
-        rounds_per_call=0,  # 0: as many as lie between evaluations
-        conv_rule="auto",  # or xla, scan, patches
-    )
-    config.evaluation = dict(
-        every=5,
-        batch_size=256,
-        clients_per_call=64,
-        finetune_epochs=(),  # at the end, also after each of these numbers of epochs
-        thresholds=(50, 60, 70, 80, 90, 95),  # % pACC whose cost is in the summary
-        sample_level=False,  # at the end, also one classifier per input
-    )
-    config.checkpoint = dict(keep=2)
-    config.tensorboard = True
+    config = Config()
+    for field, (default, _) in FIELDS.items():
+        group, _, name = field.rpartition(".")
+        if group and group not in config:
+            config[group] = {}
+        unset = isinstance(default, type)
+        value = config_dict.placeholder(default) if unset else default
+        (config[group] if group else config)[name] = value
     return config
 
 
-def zero_shot(arg: str | None, **more) -> tuple[Any, Any]:
-    """Returns HyperFedZero's first experiment (arXiv:2508.12673), without method.
-
-    MNIST, an MLP, 10 clients and 5 never seen in training, Dirichlet(1), 100 rounds.
+def change(config: ml_collections.ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Sets fields by path, names first: these bring their own options.
 
     Args:
-      arg: after the colon of `--config`: data, alpha (of the partition), smoke.
-      **more: further arguments, with their defaults.
+      config: changed in place.
+      fields: {"group.field": value}; a function's value is that of the config.
 
-    Returns:
-      The config, and the parsed arguments.
+    Raises:
+      ValueError: an unknown method or network.
+      KeyError: an unknown field.
     """
-    args = parse_arg(arg, data="mnist5k", alpha=1.0, smoke=False, **more)
-    config = defaults()
-    config.data.update(name=args.data, alpha=args.alpha)
-    config.rounds = 2 if args.smoke else 100
-    return config, args
+    with config.unlocked():
+        for group in _NAMED:
+            if f"{group}.name" in fields:
+                if group not in config:
+                    config[group] = {}
+                config[group].name = fields[f"{group}.name"]
+        fill(config)
+    config.update_from_flattened_dict(
+        {k: v(config) if callable(v) else v for k, v in fields.items()}
+    )
 
 
-# Classes a client in the experiments of pFedHN (arXiv:2103.04628) and MH-pFedHN
-# (arXiv:2507.22330), by the data set's name without configuration and version.
-_CLASSES = {"cifar10": 2, "cifar100": 10, "tiny_imagenet": 20, "emnist": 6}
+def fill(config: ml_collections.ConfigDict) -> None:
+    """Adds to `method` and `model` the options that they lack, at their defaults.
 
-
-def classes_per_client(data: str) -> int:
-    """Returns how many classes a client holds where each holds a few, as published.
-
-    2 for sets that nothing is published for: a run warns if that leaves images out.
+    Raises:
+      ValueError: an unknown method or network.
     """
-    return _CLASSES.get(re.split("[/:]", data)[0], 2)
+    for group, kind in _NAMED.items():
+        given = config.get(group)
+        is_group = isinstance(given, ml_collections.ConfigDict)
+        if is_group and isinstance(given.get("name"), str):
+            _fill(given, kind.known(given.name))  # else `fields.check` says so
 
 
-# Network, rounds, and clients of HyperFedNet's experiments, by data set. "mnist5k" is
-# their small version on the embedded images.
-_NETWORKS = {
-    "mnist5k": ("resnet8", 90),
-    "mnist": ("resnet8", 90),
-    "fashion_mnist": ("resnet38", 90),
-    "cifar10": ("resnet38", 150),
-    "cifar100": ("resnet38x2", 150),
-}
-# Where the learning rate falls: after 30 and 60 of 90 rounds, 40 and 80 of 150.
-_MILESTONES = {90: (1 / 3, 2 / 3), 150: (4 / 15, 8 / 15)}
+def filled(config: ml_collections.ConfigDict) -> "Config":
+    """Returns a copy of a config with all options, see `fill`; no field follows."""
+    # References are resolved: copies would share them.
+    found = Config(config.copy_and_resolve_references())
+    fill(found)
+    return found
 
 
-def personalised(arg: str | None, data: str = "mnist5k") -> Any:
-    """Returns HyperFedNet's experiment (arXiv:2402.18445, section 5), without method.
+# Names and what they bring -----------------------------------------------------------
 
-    Training and test images are merged and dealt out to 100 users, Dirichlet(0.5) with
-    at least 40 images each or evenly; each holds out a fifth. 25 users a round, 4 local
-    epochs of SGD with Nesterov momentum, fine-tuning for 4 epochs before evaluation.
-    The paper tunes the learning rate per method (0.1 with drops, 0.1, 0.01, 0.001).
 
-    Args:
-      arg: after the colon of `--config`: data (one of the paper's four, or "mnist5k":
-        20 users, 5 a round and 5 unseen), iid, novel (unseen users), smoke.
-      data: the data set if `arg` names none.
+class Config(ml_collections.ConfigDict):
+    """A config where another method or network brings its own options.
+
+    Also where it is only assigned: `config.model.name = "lenet"`.
     """
-    args = parse_arg(arg, data=data, iid=False, novel=-1, smoke=False)
-    if args.novel < -1:
-        raise ValueError(f"config argument novel={args.novel} must be at least 0")
-    if args.data not in _NETWORKS:
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        kind = _NAMED.get(key)
+        is_group = isinstance(value, dict | ml_collections.ConfigDict)
+        if kind and is_group and not isinstance(value, kind):
+            value = kind(value)
+            value.try_fill()
+        super().__setitem__(key, value)
+
+
+class _Named(ml_collections.ConfigDict):
+    """A name and the options of what it names."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        is_other = key == "name" and key in self and self[key] != value
+        super().__setitem__(key, value)
+        if is_other:
+            with self.unlocked():
+                for option in set(self) - {"name"}:
+                    del self[option]
+            self.try_fill()
+
+    def try_fill(self) -> None:
+        """Adds the options; of an unknown name, which `fields.check` refuses, none."""
+        if isinstance(self.get("name"), str):
+            with contextlib.suppress(ValueError):
+                _fill(self, self.known(self.name))
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        """Returns {option: (default, type)} as far as text can give them."""
+        raise NotImplementedError
+
+
+class Method(_Named):
+    """`config.method`."""
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        options = registry.options(registry.find(name, "method.name"))
+        return {
+            name: (TEXTS[name], Any)
+            if name in TEXTS
+            else (_simple(option.default), option.type)
+            for name, option in options.items()
+            if name in TEXTS or _is_plain(option.default)
+        }
+
+
+class Model(_Named):
+    """`config.model`."""
+
+    @staticmethod
+    def known(name: str) -> dict[str, tuple[Any, Any]]:
+        return {
+            field.name: (_simple(field.default), field.type)
+            for field in dataclasses.fields(find_network(name))
+            if field.name not in GIVEN and _is_plain(field.default)
+        }
+
+
+_NAMED: dict[str, type[_Named]] = {"method": Method, "model": Model}
+
+
+def _fill(
+    group: ml_collections.ConfigDict, known: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Adds what is missing; every option gets the type that its annotation says."""
+    with group.unlocked():
+        for option, (default, kind) in known.items():
+            value = _typed(group.get(option, default), kind)
+            if option in group:
+                if group.get_type(option) is _type(value):
+                    continue
+                del group[option]  # and with it the type that a literal gave it
+            group[option] = value
+
+
+def find_network(name: str) -> Any:
+    """Returns the linen module of a name in the zoo, or of "package.module:Class".
+
+    Raises:
+      ValueError: there is none, or it does not take `num_classes`.
+    """
+    if ":" not in name:
+        check_choice("model.name", name, models.ZOO)
+        return models.ZOO[name]
+    found = registry.find_object(name, "model.name", "Class of a linen module")
+    if not dataclasses.is_dataclass(found):
         raise ValueError(
-            f"data={args.data!r} is not among HyperFedNet's experiments; accepted: "
-            f"{', '.join(_NETWORKS)}"
+            f"model.name={name!r} is no class of a linen module: package.module:Class"
         )
-    small = args.data == "mnist5k"
-    config = defaults()
-    config.model.name, config.rounds = _NETWORKS[args.data]
-    config.data.update(
-        name=args.data,
-        split="train" if small else "train+test",
-        num_clients=20 if small else 100,
-        num_novel=args.novel if args.novel >= 0 else 5 * small,
-        partition="iid" if args.iid else "dirichlet",
-        alpha=0.5,
-        min_size=40,
-        capped=True,
-        test_fraction=0.0,
-    )
-    config.local.update(
-        epochs=4,
-        optimizer="sgd(momentum=0.9, nesterov=True)",
-        learning_rate=0.1,
-        learning_rate_decay=1.0,
-        milestones=_MILESTONES[config.rounds],
-        weight_decay=5e-4,
-    )
-    config.server.sampler = "uniform"
-    # A reference: a quarter of however many clients a flag or a study sets.
-    config.server.cohort_size = (config.data.get_ref("num_clients") + 3) // 4
-    config.evaluation.finetune_epochs = (0, 4)
-    if args.smoke:
-        config.rounds, config.local.epochs = 2, 1
-    return config
+    if "num_classes" not in (field.name for field in dataclasses.fields(found)):
+        raise ValueError(
+            f"model.name={name!r} has no field `num_classes`: a network that a config "
+            "names must take the number of classes of the data set, "
+            "`num_classes: int`, and end in so many outputs"
+        )
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a default can stand in a config."""
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return _is_absent(value) or isinstance(value, bool | int | float | str | None)
+
+
+def _is_absent(default: Any) -> bool:
+    """Whether there is no default: the option must be given."""
+    return default is inspect.Parameter.empty or default is dataclasses.MISSING
+
+
+def _simple(default: Any) -> Any:
+    """A default as a config has it: tuples for lists, None for what must be given."""
+    if _is_absent(default):
+        return None
+    return tuple(default) if isinstance(default, list) else default
+
+
+def _type(value: Any) -> type:
+    is_typed = isinstance(value, config_dict.FieldReference)
+    return value.get_type() if is_typed else type(value)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value as a field that flags can set to whatever its annotation allows."""
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    kinds = set(typing.get_args(kind) if union else (kind,)) - {type(None)}
+    (only, *others) = kinds
+    plain = not others and only in (bool, int, float, str)
+    if only is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not union and isinstance(value, only if plain else tuple):
+        return value
+    if plain and (value is None or isinstance(value, only)):
+        return config_dict.FieldReference(value, field_type=only)
+    return config_dict.FieldReference(value, field_type=object)  # any literal

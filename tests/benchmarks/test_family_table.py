@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import family_table
-from configs.mh_pfedhn_cifar10 import FAMILIES
+from hyperjax.protocols.families import FAMILIES
 
 
 def test_counts_on_cifar100_are_the_papers():

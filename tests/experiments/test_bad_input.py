@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from test_train import ROOT, launch, small
 
-from configs import hyperfedzero_digits
 from hyperjax.engine import checkpoint, schedule
 from hyperjax.launch import build, train
+from hyperjax.protocols import zero_shot
 
 
 def config(**fields):
     """HyperFedZero on digits; `a__b=1` sets `a.b`, of another type too."""
-    found = hyperfedzero_digits.get_config()
+    found = zero_shot.get_config("data=digits")
     found.rounds, found.tensorboard = 2, False
     with found.unlocked(), found.ignore_type():
         found.update_from_flattened_dict(
@@ -160,7 +160,7 @@ def test_a_diverging_run_stops_and_names_where(tmp_path, monkeypatch):
 
 # The command line --------------------------------------------------------------------
 
-DIGITS = "--config=configs/hyperfedzero_digits.py"
+DIGITS = "--config=configs/zero_shot.py:data=digits"
 
 COMMANDS = {
     "nearest field": ([DIGITS, "--config.rouns=3"], "rouns.*rounds"),
@@ -172,11 +172,19 @@ COMMANDS = {
     "no workdir": (None, "--workdir is required; see --help"),
     "no config": ([], "--config is required; see --help"),
     "no such config": (["--config=configs/nothing.py"], "'configs/nothing.py'"),
-    "argument": ([f"{DIGITS}:colour=3"], "unknown config argument 'colour'.*alpha"),
-    "empty argument": ([f"{DIGITS}:"], "--config has nothing after the colon"),
-    "argument of no use": ([f"{DIGITS}:data=mnist5k"], "argument 'data'.*alpha"),
-    "argument without value": ([f"{DIGITS}:alpha="], "'alpha=' has no value"),
-    "argument twice": ([f"{DIGITS}:alpha=1,alpha=2"], "'alpha' is given twice"),
+    "argument": ([f"{DIGITS},colour=3"], "unknown config argument 'colour'.*alpha"),
+    "empty argument": (["--config=zero_shot:"], "--config has nothing after the colon"),
+    "argument of no use": ([f"{DIGITS},tuned"], "no rate was chosen for 'hyperf"),
+    "argument without value": ([f"{DIGITS},alpha="], "'alpha=' has no value"),
+    "argument twice": ([f"{DIGITS},alpha=1,alpha=2"], "'alpha' is given twice"),
+    "experiment": (["--config=zeroshot.py:fedprox"], "no file.*did you mean 'zero_sh"),
+    "method alone": (["--config=fedprox"], "is a method; .*as in zero_shot:fedprox"),
+    "method of it": (["--config=zero_shot:fedprx"], "method='fedprx'.*'fedprox'"),
+    "option": ([DIGITS, "--config.method.mu=1"], "method.mu' is unknown"),
+    "option of another method": (
+        ["--config=zero_shot:fedprox", "--config.method.muu=1"],
+        "method.muu' is unknown; did you mean 'method.mu'",
+    ),
     "nothing for something": (
         [DIGITS, "--config.rounds=None"],
         "rounds=None must be a",

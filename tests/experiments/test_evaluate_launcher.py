@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import hyperfedzero_digits
 from hyperjax import rng
 from hyperjax.launch import build, evaluate, train
+from hyperjax.protocols import zero_shot
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    config = hyperfedzero_digits.get_config()
+    config = zero_shot.get_config("data=digits")
     config.rounds = 4
     config.evaluation.every = 4
     config.tensorboard = False

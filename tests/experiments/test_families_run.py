@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import mh_pfedhn_cifar10
 from hyperjax.engine import checkpoint, log
 from hyperjax.launch import build, evaluate, train
+from hyperjax.protocols import families
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families_run")
@@ -18,7 +18,7 @@ NETWORKS = ("mlp", "attack_lenet", "mlp")
 
 def small(averaged=False, **fields):
     """MH-pFedHN on digits for two rounds; `data__seed=1` sets `data.seed`."""
-    config = mh_pfedhn_cifar10.get_config("data=digits,clients=5,smoke")
+    config = families.get_config("data=digits,clients=5,smoke")
     config.families = NETWORKS
     config.server.sequential = not averaged
     config.method.output_size, config.method.hidden_size = 8192, 2
@@ -180,7 +180,7 @@ def test_one_network_for_all_is_one_family():
         (dict(families=("mlp", "mpl")), r"families='mpl' is unknown; .*mean 'mlp'"),
         (dict(families=("mlp", "no.module:Net")), r"'no.module:Net'.*No module"),
         (dict(method__output_size=0), "output_size=0 must be at least 1"),
-        (dict(method__hidden=3), "option of method='hidden' is unknown"),
+        (dict(method__hidden=3), "option of method=mh_pfedhn='hidden'"),
     ],
 )
 def test_mistakes_are_found_before_any_work(fields, message, tmp_path):

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import fedavg_mnist, mh_pfedhn_cifar10, pfedhn_cifar10
 from hyperjax import tree
 from hyperjax.engine import log
 from hyperjax.launch import join, saved, train
+from hyperjax.protocols import families as families_experiment
+from hyperjax.protocols import pfedhn, zero_shot
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("join")
@@ -31,7 +32,7 @@ def small(config, **fields):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """MH-pFedHN over two sizes of network, with samples for validation."""
-    config = mh_pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
+    config = families_experiment.get_config("data=digits,clients=4,smoke")
     config.families = ("mlp", "attack_lenet")
     config = small(
         config,
@@ -121,7 +122,7 @@ def test_a_join_that_was_stopped_continues_to_the_same_bits(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("families", [(), ("mlp", "attack_lenet")], ids=["one", "two"])
 def test_pfedhn_embeds_newcomers(families, tmp_path):
-    config = pfedhn_cifar10.get_config("data=digits,clients=4,smoke")
+    config = pfedhn.get_config("data=digits,clients=4,smoke")
     config.server.cohort_size = 3  # more than there are newcomers
     config = small(config, families=families, model__name="mlp", local__steps=1)
     config.method.hidden_size, config.method.num_hidden = 2, 1
@@ -146,7 +147,7 @@ def test_the_best_round_is_that_of_validation(finished):
 def test_what_cannot_be_joined_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"run='nowhere' holds no run"):
         join.joining("nowhere")
-    config = fedavg_mnist.get_config()
+    config = zero_shot.get_config("fedavg")
     config.data.name, config.rounds, config.tensorboard = "digits", 0, False
     train.train(config, str(tmp_path / "fedavg"))
     with pytest.raises(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from configs import fedavg_mnist
 from experiments.studies import embedding_sizes, grid, personalised, server_side, study
 from hyperjax.launch import build, outputs, train
 
@@ -41,7 +40,7 @@ def test_functions_take_arguments_not_flags_of_a_launch(path):
 
 def test_a_study_is_configured_from_a_notebook():
     scale = study.Scale("digits", None, 4)
-    config = study.configure(fedavg_mnist.get_config, 0.5, 7, scale, 0.25)
+    config = study.configure("fedavg", 0.5, 7, scale, 0.25)
     build.check(config)
     assert (config.seed, config.rounds, config.data.name) == (7, 4, "digits")
     assert (config.data.alpha, config.local.learning_rate) == (0.5, 0.25)

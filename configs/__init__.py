@@ -1,1 +1,0 @@
-"""One file per method and data set; flat, with every field a run can change."""
