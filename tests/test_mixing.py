@@ -48,7 +48,7 @@ def test_a_table_holds_copies():
     np.testing.assert_array_equal(made["params/b"], [7, 7])
 
 
-def test_strangers_get_the_mean_of_all():
+def test_unseen_clients_get_the_mean_of_all():
     found = mixing.rows(TABLE, jnp.array([2, 3, 0, 9]))
     np.testing.assert_allclose(
         found["params/a"], [[7, 5], [3, 3], [0, 1], [3, 3]], rtol=1e-6

@@ -138,11 +138,11 @@ def fedfomo(
         """Differences of parameters; running statistics have no part in a distance."""
         return {k: other[k] - x for k, x in tree.parameters(mine)[0].items()}
 
-    def plain(down):
+    def received(down):
         return Downlink(shared=(down.own.model, ()), round=down.round)
 
     def client_update(key, down, client, data):
-        train, validation = split(data, validation_fraction)
+        train, validation = parted(data, validation_fraction)
         mine, others = down.own
 
         def loss(theta):
@@ -164,7 +164,7 @@ def fedfomo(
         sent, client, info = inner.client.update(key, start, client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = wrappers.through(inner.client, plain)
+    side = wrappers.through(inner.client, received)
     server = mixing.server(
         inner,
         num_clients,
@@ -177,7 +177,7 @@ def fedfomo(
     return Algorithm(server, side._replace(update=client_update), exact=("scores",))
 
 
-def split(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
+def parted(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
     """Cuts a client's samples in those to train on and the first few, to validate."""
     held = jnp.where(data.size > 1, jnp.maximum(1, data.size * fraction), 0)
     held = held.astype(jnp.int32)

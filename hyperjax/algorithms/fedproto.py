@@ -116,12 +116,14 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
     pulled = _pulled(model, lam, empty)
     inner = fedavg(pulled, local=local, keep=r".*", **options).client
 
-    def plain(down):
+    def received(down):
         return Downlink(shared=({}, ()), round=down.round)
 
     # Fine-tuning goes on with the prototypes of today.
     side = wrappers.through(
-        inner, plain, lambda down, client: told(client, {NAME: down.shared._asdict()})
+        inner,
+        received,
+        lambda down, client: told(client, {NAME: down.shared._asdict()}),
     )
 
     def update(key, down, client, data):

@@ -12,7 +12,7 @@ As published clients come one after another (the engine's sequential rounds). Wi
 several at once g is the sum over them divided by their number: the averaged variant,
 which wants a larger learning rate. Running statistics stay home.
 
-Newcomers are embedded in what the hypernetwork has learned: `freeze` names the
+Unseen clients are embedded in what the hypernetwork has learned: `freeze` names the
 extractor and the heads that were taken over; heads of new sizes are trained with the
 embeddings.
 """

@@ -18,7 +18,7 @@ Clients may have different networks (a mapping of models): the hypernetwork emit
 parameters of all of them, and each client is sent the slice of its own, which alone
 passes a gradient back; decay and momentum move the others' too.
 
-Newcomers are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
+Unseen clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 
 Deviations, which `faithful=True` undoes: momentum and decay do not move embeddings of
 clients that are absent (the authors' code has one dense table), and the local gradient

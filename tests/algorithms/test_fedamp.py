@@ -71,7 +71,7 @@ def test_three_clients_by_hand():
         (1 - far - near) * models[2] + near * models[1],
     ]
     np.testing.assert_allclose(received(models), expected, rtol=1e-6)
-    # Whatever their order, and strangers get the mean of all models.
+    # Whatever their order, and unseen clients get the mean of all models.
     some = received(models, (2, 3, 0, 17))
     mean = [1, 3]
     np.testing.assert_allclose(some, [expected[2], mean, expected[0], mean], rtol=1e-6)

@@ -304,8 +304,8 @@ def test_fine_tuning_learns_from_the_teacher_last_received():
 
 
 def test_whoever_has_met_no_teacher_fine_tunes_on_labels_alone():
-    (_, strangers), (_, by_labels) = _tuned(LAM, False), _tuned(0.0, True)
-    chex.assert_trees_all_close(flat_of(strangers), flat_of(by_labels), rtol=1e-6)
+    (_, unseen), (_, by_labels) = _tuned(LAM, False), _tuned(0.0, True)
+    chex.assert_trees_all_close(flat_of(unseen), flat_of(by_labels), rtol=1e-6)
 
 
 # The server -------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_layers_are_mixed_with_their_own_weights():
     share = shares(server)
     expected = np.einsum("klj,jl->kl", share, THETA)
     np.testing.assert_allclose(q.vector(received(ours(), server)), expected, rtol=1e-5)
-    # Strangers get the mean.
+    # Unseen clients get the mean.
     cohort = everyone(2)._replace(ids=jnp.array([4, 9]))
     found = q.vector(received(ours(), server, cohort))
     np.testing.assert_allclose(found, [THETA.mean(0)] * 2, rtol=1e-6)
