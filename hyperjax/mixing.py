@@ -2,19 +2,19 @@
 
 Memory is N x P by their nature: `check_table` refuses what would not fit. They act on
 the shared part of a model, as paths -> leaves: on HyperFedNet they mix generators.
+`server` is the server of all of them, the functions before it are for tables of any
+kind, such as a hypernetwork's embeddings of clients.
 """
 
-import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hyperjax import aggregators, tree
-from hyperjax.errors import check_number
-from hyperjax.types import (
-    Array,
-    PyTree,
-)
+from hyperjax import aggregators, tree, wrappers
+from hyperjax.errors import check_at_least, check_number
+from hyperjax.types import Algorithm, Array, Downlink, PyTree, ServerSide
 
 MAX_TABLE_GB = 8.0
 
@@ -48,19 +48,6 @@ def table(theta: PyTree, num_clients: int) -> PyTree:
     )
 
 
-def check_emitted(theta: PyTree) -> None:
-    """Refuses running statistics among what a hypernetwork is to emit.
-
-    Raises:
-      ValueError: there are some.
-    """
-    if tree.parameters(theta)[1]:
-        raise ValueError(
-            "bn_stats='average' would have the hypernetwork emit running variances, "
-            "negative ones too; use 'local'"
-        )
-
-
 def rows(stored: PyTree, ids: Array) -> PyTree:
     """Returns the models of clients [C, ...]; those without one get the mean of all."""
     num_clients = jax.tree.leaves(stored)[0].shape[0]
@@ -70,6 +57,12 @@ def rows(stored: PyTree, ids: Array) -> PyTree:
         lambda x: jnp.broadcast_to(x, (ids.shape[0], *x.shape)), mean
     )
     return tree.where_rows(known, take(stored, ids), everyone)
+
+
+def or_mean(mixed: PyTree, stored: PyTree, ids: Array) -> PyTree:
+    """Returns `mixed` [C, ...], but the mean of all for clients without a row."""
+    num_clients = jax.tree.leaves(stored)[0].shape[0]
+    return tree.where_rows(ids < num_clients, mixed, rows(stored, ids))
 
 
 def take(stored: PyTree, ids: Array) -> PyTree:
@@ -90,10 +83,59 @@ def combine(share: Array, stored: Array) -> Array:
     return jnp.tensordot(share, stored, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
-def layers(theta: PyTree) -> list[list[str]]:
-    """Returns the paths of each layer: weight, bias and running statistics together."""
-    found: dict[str, list[str]] = {}
-    for path in theta:
-        place = re.sub(r"params/|stats/[^/]*/", "", path, count=1)
-        found.setdefault(place.rpartition("/")[0], []).append(path)
-    return list(found.values())
+# The server -------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a server that mixes knows, if it learns nothing else."""
+
+    models: PyTree  # leaves [N, ...] by path
+
+
+def server(
+    alg: Algorithm,
+    num_clients: int,
+    send: Callable,
+    *,
+    begin: Callable = lambda common, models: State(models),
+    received: Callable = lambda sent, uplink: tree.add(sent, uplink.delta),
+    learn: Callable = lambda state, after, trained, uplink, cohort: after,
+    beside: PyTree = (),
+    max_table_gb: float = MAX_TABLE_GB,
+) -> ServerSide:
+    """Returns a server that keeps a model of every client and sends mixtures of them.
+
+    Args:
+      alg: the `fedavg` whose shared variables are mixed.
+      num_clients: N.
+      send: `(state, cohort) -> own`, what each client is sent, leaves [C, ...].
+      begin: `(common, models) -> state`, a named tuple with these `models`, leaves
+        [N, ...], and what else the server goes by.
+      received: `(sent, uplink) -> models` [C, ...] as the clients have trained them;
+        those of active clients are stored.
+      learn: `(state, after, trained, uplink, cohort) -> state`, from the state before
+        the exchange and the one `after` storing; `trained` is what `received` found.
+      beside: what else is kept of each client; abstract, for the size of the table.
+      max_table_gb: largest size of the table.
+
+    Raises:
+      ValueError: the table would not fit, or there are no clients.
+    """
+    check_at_least(1, num_clients=num_clients)
+    theta = wrappers.shared(alg)
+    check_table((theta, beside), num_clients, max_table_gb)
+
+    def init(common):
+        return begin(common, table(alg.server.init(common).theta, num_clients))
+
+    def downlink(key, state, cohort):
+        return Downlink(own=send(state, cohort))
+
+    def update(key, state, uplink, cohort):
+        # What was sent is not kept: it follows from the same state and cohort.
+        trained = received(send(state, cohort), uplink)
+        models = put(state.models, cohort.ids, trained, cohort.active)
+        after = state._replace(models=models)
+        return learn(state, after, trained, uplink, cohort), {}
+
+    return ServerSide(init, downlink, update)

@@ -16,11 +16,13 @@ import optax
 from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy
 from hyperjax.tree import Patterns
 from hyperjax.types import Array, ClientData, Model, PyTree
 
 BATCHES = ("passes", "fresh")
+OPTIMIZER = "optimizer"  # in a client's memory
 LOSS_BATCH = 64  # samples at a time where nothing is trained
 
 
@@ -79,12 +81,12 @@ class Trainer(NamedTuple):
       train: `(key, variables, data, round, adjust, epochs=None) -> (variables, info)`.
         `adjust(grads, params) -> grads` adds corrections (both are dicts from path to
         leaf, of the leaves being trained). `epochs` [] int32, traced, takes the place
-        of the length of every phase. Entries of `variables` beyond "params" and
-        "stats" pass through, but "opt", which has optimizer states to go on with.
+        of the length of every phase. The entry "optimizer" of memory has states to go
+        on with.
         Info holds sample-weighted means over the visit of what `model.loss` reports,
         with "steps" and "samples" [] float32.
-      init_optimizer: `(variables) -> states`, of which `variables["opt"]` holds all or
-        some: {"all": state}, or {"apart": state, "others": state}.
+      init_optimizer: `(variables) -> states`, of which memory holds all or some:
+        {"all": state}, or {"apart": state, "others": state}.
     """
 
     train: Callable
@@ -209,28 +211,30 @@ def trainer(
     def run_phase(key, phase, variables, totals, data, context, factor, adjust):
         split, active, frozen = cut(phase, variables)
 
-        def loss(active, stats, key, batch):
-            params = split.merge(active, frozen)
-            return model.loss(key, {**params, "stats": stats}, batch, context)
+        def loss(active, stats, entries, key, batch):
+            whole = {**split.merge(active, frozen), "stats": stats}
+            whole |= {"memory": entries} if entries else {}
+            return model.loss(key, whole, batch, context)
 
         def step(i, carry, order, key):
-            active, stats, opt, totals, probed = carry
+            active, stats, entries, opt, totals, probed = carry
             if local.batches == "fresh":
                 drawn = clients.shuffled(jax.random.fold_in(order, i), data)
                 batch = clients.take(data, drawn, 0, batch_size)
             else:
                 batch = clients.take(data, order, i, batch_size)
             (_, trained), grads = jax.value_and_grad(loss, has_aux=True)(
-                active, stats, jax.random.fold_in(key, i), batch
+                active, stats, entries, jax.random.fold_in(key, i), batch
             )
             stats, info = trained.stats, trained.info
+            entries = {**entries, **dict(trained.memory)}
             updates, opt = descend(adjust(grads, active), opt, active)
             active = optax.apply_updates(active, tree.scale(updates, factor))
             totals = _count(totals, info, batch)
             if probe:
                 moved, state = optimizer.update(jnp.float32(-1), *probed)
                 probed = (state, probed[1] + factor * moved)
-            return active, stats, opt, totals, probed
+            return active, stats, entries, opt, totals, probed
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
@@ -253,17 +257,20 @@ def trainer(
             passes = jnp.where(per_pass > 0, full, 0)
         zero = jnp.float32(0)
         probed = (optimizer.init(zero), zero) if probe else ()
-        kept = variables.get("opt", {})
+        kept = memory.get(variables, OPTIMIZER, {})
+        entries = memory.without(variables, OPTIMIZER).get("memory", {})
         opt = {k: optimizer.init(params) for k, params in by_optimizer(active).items()}
         opt |= kept
-        carry = (active, variables["stats"], opt, totals, probed)
+        carry = (active, variables["stats"], entries, opt, totals, probed)
         carry = jax.lax.fori_loop(0, passes, one_pass, carry)
-        active, stats, opt, totals, probed = carry
+        active, stats, entries, opt, totals, probed = carry
         if probe:
             totals["displacement"] += probed[1]
-        if "opt" in variables:
-            variables = {**variables, "opt": {name: opt[name] for name in kept}}
-        return {**variables, **split.merge(active, frozen), "stats": stats}, totals
+        after = {**variables, **split.merge(active, frozen), "stats": stats}
+        after |= {"memory": entries} if entries else {}
+        if kept:
+            after = memory.put(after, OPTIMIZER, {name: opt[name] for name in kept})
+        return after, totals
 
     return Trainer(train, init_optimizer)
 
@@ -291,12 +298,16 @@ def tuner(
     run = trainer(model, local._replace(phases=(phase,)))
 
     def tune(key, variables, data, round, epochs):
-        start = {name: variables[name] for name in ("params", "stats")}
-        start = model.visit(start)
+        # Fine-tuning starts with an optimizer of its own, and nothing it trains on is
+        # what it is deployed for.
+        start = model.visit(memory.without(variables, OPTIMIZER, "condition"))
         after, _ = run(key, start, data.train, round, no_adjustment, epochs)
-        after = {**variables, **after}
-        if jax.tree.leaves(variables.get("condition", ())):
-            after["condition"] = model.condition(after, data.inputs)
+        for name in (OPTIMIZER, "condition"):
+            if jax.tree.leaves(entry := memory.get(variables, name)):
+                after = memory.put(after, name, entry)
+        if jax.tree.leaves(memory.get(after, "condition")):
+            condition = model.condition(after, data.inputs)
+            after = memory.put(after, "condition", condition)
         return after
 
     return tune

@@ -105,13 +105,14 @@ class Trained(NamedTuple):
     info: dict[str, Array]  # logged quantities, means over the batch
     logits: Array | tuple[()] = ()  # [B, K]
     features: Array | tuple[()] = ()  # [B, L], the input of the layer named "head"
+    memory: PyTree = ()  # {name: entry} of what the step leaves otherwise in memory
 
 
 class Model(NamedTuple):
     """A network (or a generator of networks) as pure functions.
 
-    `variables` is `{"params": tree, "stats": tree}`; a deployed model may carry a
-    third entry, "condition", the label-free description of the client it serves.
+    `variables` is `{"params": tree, "stats": tree}`, and "memory" where a client
+    remembers or is told something, see `models.memory`.
     """
 
     sample_shape: tuple[int, ...]  # (H, W, ch) of one input

@@ -229,7 +229,7 @@ def test_what_a_correction_counts_on_arrives(name):
     exact, wire = nothing.uplink  # of single numbers nothing goes through the channel
     assert tree.count(wire) == 0 and all(np.any(x) for x in exact.values())
     if name == "scaffold":
-        memory = jax.tree.map(lambda x: x.mean(0), nothing.rows.memory)
+        memory = jax.tree.map(lambda x: x.mean(0), nothing.rows.correction)
         chex.assert_trees_all_close(nothing.server.correction, memory, rtol=1e-5)
 
 

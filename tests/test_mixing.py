@@ -1,5 +1,7 @@
 """Tables of models, by hand."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,10 @@ import pytest
 import quadratics as q
 
 from hyperjax import mixing
+from hyperjax.algorithms.fedavg import Uplink
 from hyperjax.algorithms.fedfomo import fedfomo
 from hyperjax.algorithms.pfedla import pfedla
+from hyperjax.types import Cohort
 
 TWO = {"params/a": jnp.arange(3.0), "params/b": jnp.float32(7)}
 TABLE = {
@@ -44,7 +48,7 @@ def test_a_table_holds_copies():
     np.testing.assert_array_equal(made["params/b"], [7, 7])
 
 
-def test_strangers_get_the_mean_of_all():
+def test_unseen_clients_get_the_mean_of_all():
     found = mixing.rows(TABLE, jnp.array([2, 3, 0, 9]))
     np.testing.assert_allclose(
         found["params/a"], [[7, 5], [3, 3], [0, 1], [3, 3]], rtol=1e-6
@@ -71,17 +75,43 @@ def test_sums_are_weighted():
     np.testing.assert_array_equal(mixing.combine(share[1], TABLE["params/b"]), 2)
 
 
-def test_a_layer_is_its_weights_and_its_biases():
-    theta = dict.fromkeys(
-        [
-            "params/conv/kernel",
-            "params/norm/bias",
-            "params/conv/bias",
-            "params/norm/scale",
-            "stats/batch_stats/norm/mean",
-        ]
+def test_the_server_sends_stores_and_learns():
+    """A server that sends every client the model of the next, and counts visits."""
+
+    class Known(NamedTuple):
+        models: Any
+        visits: Any
+
+    def send(state, cohort):
+        following = mixing.take(state.models, (cohort.ids + 1) % 3)
+        return mixing.or_mean(following, state.models, cohort.ids)
+
+    def learn(state, after, trained, uplink, cohort):
+        seen.append((state.models, after.models, trained))
+        return after._replace(visits=state.visits + jnp.sum(cohort.active))
+
+    seen = []
+    server = mixing.server(
+        q.averaged(q.training()),
+        3,
+        send,
+        begin=lambda common, models: Known(models, jnp.float32(0)),
+        learn=learn,
     )
-    assert mixing.layers(theta) == [
-        ["params/conv/kernel", "params/conv/bias"],
-        ["params/norm/bias", "params/norm/scale", "stats/batch_stats/norm/mean"],
-    ]
+    start = server.init(jax.random.key(0))
+    np.testing.assert_array_equal(q.vector(start.models), np.tile(q.START, (3, 1)))
+    state = start._replace(models={k: jnp.arange(3.0) for k in start.models})
+    ids, active = jnp.array([2, 0, 3]), jnp.array([1.0, 0.0, 1.0])
+    who = Cohort(ids, active, active, jnp.int32(0), jnp.float32(3))
+    sent = server.downlink(None, state, who).own
+    # Of client 3 there is no model: it gets the mean of 0, 1 and 2.
+    np.testing.assert_array_equal(q.vector(sent)[:, 0], [0, 1, 1])
+    delta = {k: jnp.full(3, 10.0) for k in sent}
+    after, _ = server.update(None, state, Uplink(delta, ()), who)
+    # Client 2 trained from the model of 0; client 0 was absent, 3 has no row.
+    np.testing.assert_array_equal(q.vector(after.models)[:, 0], [0, 1, 10])
+    assert float(after.visits) == 2
+    before, stored, trained = seen[0]
+    assert before is state.models
+    chex.assert_trees_all_equal(stored, after.models)
+    np.testing.assert_array_equal(q.vector(trained)[:, 0], [10, 11, 11])

@@ -12,7 +12,7 @@ from federated import BATCH, NUM_CLASSES, SLOW, STACKS, method, normed, tiny
 
 import hyperjax
 from hyperjax.data import clients
-from hyperjax.models import personal
+from hyperjax.models import memory, personal
 from hyperjax.types import Batch, ClientData, Model
 
 KEY = jax.random.key(0)
@@ -55,7 +55,7 @@ def prepared(model):
         return x + 0.1 * jnp.abs(noise) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     variables = jax.tree.map(moved, variables)
-    return {**variables, "condition": model.condition(variables, data())}
+    return memory.put(variables, "condition", model.condition(variables, data()))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def found(stack):
         same = jax.tree.structure({k: exported[k] for k in ("params", "stats")})
         is_plain = same == jax.tree.structure(plain.init(KEY))
         x = batch().x
-        trained = {k: variables[k] for k in ("params", "stats")}
+        trained = memory.without(variables, "condition")
         context = model.context(trained, data())
         out = {
             "predicted": model.predict(variables, x),
@@ -120,8 +120,7 @@ def test_outputs_of_training_are_the_predicting_networks():
         context = model.context(variables, data())
         trained = model.loss(KEY, variables, batch(), context)[1]
         if stack == "pfedme":  # whose personal model is found anew for each batch
-            own = trained.stats["personal"]
-            variables["stats"] = {**variables["stats"], "personal": own}
+            variables = memory.put(variables, "personal", trained.memory["personal"])
         predicted = model.predict(variables, batch().x)
         features = model.features(variables, batch())
         np.testing.assert_allclose(trained.logits, predicted, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 
 from hyperjax import training
 from hyperjax.data import clients
-from hyperjax.models import MLP, from_linen
+from hyperjax.models import MLP, from_linen, memory
 from hyperjax.models.linen import masked_mean
 from hyperjax.training import Local, Phase
 from hyperjax.types import AdaptData, ClientData, Model, Pool, Trained
@@ -409,13 +409,13 @@ def test_optimizer_state_among_the_variables_goes_on():
         key, data = jax.random.key(0), data_of([1, 2, 6])
         return train(key, variables, data, jnp.int32(0), training.no_adjustment)[0]
 
-    first = visit({**start, "opt": opt})
+    first = visit(memory.put(start, "optimizer", opt))
     # 10 - 0.1 * 7, then the trace is 0.9 * 7 + 6.3.
     assert weights(first) == pytest.approx({"a": 9.3, "b": -4.0}, rel=1e-6)
     assert weights(visit(first))["a"] == pytest.approx(9.3 - 1.26, rel=1e-6)
     forgetful = {name: first[name] for name in ("params", "stats")}
     assert weights(visit(forgetful))["a"] == pytest.approx(9.3 - 0.63, rel=1e-6)
-    assert "opt" not in visit(forgetful)
+    assert "memory" not in visit(forgetful)
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(0.5), optax.sgd(0.1, 0.9)])
@@ -434,7 +434,7 @@ def test_what_is_apart_has_an_optimizer_of_its_own(optimizer):
         key, data = jax.random.key(0), data_of([1, 2, 6])
         return train(key, variables, data, jnp.int32(0), training.no_adjustment)[0]
 
-    found = visit(visit({**start, "opt": opt}))
+    found = visit(visit(memory.put(start, "optimizer", opt)))
     a, b = jnp.float32(10), jnp.float32(-4)
     state_b = optimizer.init(b)
     for _ in range(2):
@@ -445,7 +445,7 @@ def test_what_is_apart_has_an_optimizer_of_its_own(optimizer):
             moved, state_b = optimizer.update(b - 6, state_b)
             b = b + moved
     assert weights(found) == pytest.approx({"a": a, "b": b}, rel=1e-5)
-    kept = [*jax.tree.leaves(found["opt"])], jax.tree.leaves(state_b)
+    kept = [*jax.tree.leaves(memory.get(found, "optimizer"))], jax.tree.leaves(state_b)
     chex.assert_trees_all_close(*kept, rtol=1e-5)
 
 
@@ -489,7 +489,7 @@ def test_tuner_trains_on_the_clients_samples(train):
         freeze=r"params/.*",
     )
     tune = training.tuner(model, how, train)
-    start = {**model.init(None), "condition": jnp.float32(0)}
+    start = memory.put(model.init(None), "condition", jnp.float32(0))
     data = AdaptData(data_of([1, 2, 6]), data_of([5, 5]))
 
     @jax.jit
@@ -497,16 +497,16 @@ def test_tuner_trains_on_the_clients_samples(train):
         return tune(jax.random.key(0), start, data, jnp.int32(0), epochs)
 
     chex.assert_trees_all_equal(
-        tuned(jnp.int32(0), start), {**start, "condition": jnp.float32(12)}
+        tuned(jnp.int32(0), start), memory.put(start, "condition", jnp.float32(12))
     )
     after = tuned(jnp.int32(2), start)
     # a as above; b: -4 + 0.1 * 10, then the trace is 0.9 * 10 + 9.
     b = -4.0 if train else -3 + 1.8
     assert weights(after) == pytest.approx({"a": 8.04, "b": b}, rel=1e-6)
     # The condition is computed anew, on the inputs.
-    assert float(after["condition"]) == pytest.approx(8.04 + 2, rel=1e-6)
-    plain = tuned(jnp.int32(2), {**start, "condition": ()})
-    assert plain["condition"] == () and weights(plain) == weights(after)
+    assert float(memory.get(after, "condition")) == pytest.approx(8.04 + 2, rel=1e-6)
+    plain = tuned(jnp.int32(2), memory.without(start, "condition"))
+    assert "memory" not in plain and weights(plain) == weights(after)
 
 
 # Gradient and rate -----------------------------------------------------------------

@@ -22,7 +22,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
-from hyperjax.types import Algorithm, Downlink, Model, ServerSide
+from hyperjax.types import Algorithm, Model
 
 
 @hands_on(fedavg, without=("correction",))
@@ -64,10 +64,6 @@ def fedamp(
     inner = fedavg(
         model, local=local, correction=corrections.prox(lam / alpha), **fedavg_options
     )
-    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
-
-    def init(common):
-        return mixing.table(inner.server.init(common).theta, num_clients)
 
     def weights(models, ids):
         """Mixing weights [C, N]; they sum to one."""
@@ -78,23 +74,17 @@ def fedamp(
             return jnp.sum(jnp.square(gap), tuple(range(2, gap.ndim)))
 
         distance = sum(apart(path) for path in tree.parameters(own)[0])
+        # alpha A'(d), the derivative of 1 - exp(-d / sigma).
         near = alpha / sigma * jnp.exp(-distance / sigma)
         itself = jax.nn.one_hot(ids, num_clients)
         near = jnp.where(itself > 0, 0.0, near)
         return near + itself * (1.0 - jnp.sum(near, 1, keepdims=True))
 
-    def downlink(key, server, cohort):
+    def send(state, cohort):
         known = jnp.minimum(cohort.ids, num_clients - 1)
-        share = weights(server, known)
-        mixed = jax.tree.map(lambda x: mixing.combine(share, x), server)
-        own = mixing.rows(server, cohort.ids)
-        return Downlink(own=tree.where_rows(cohort.ids < num_clients, mixed, own))
+        share = weights(state.models, known)
+        mixed = jax.tree.map(lambda x: mixing.combine(share, x), state.models)
+        return mixing.or_mean(mixed, state.models, cohort.ids)
 
-    def update(key, server, uplink, cohort):
-        sent = downlink(key, server, cohort).own
-        trained = tree.add(sent, uplink.delta)
-        return mixing.put(server, cohort.ids, trained, cohort.active), {}
-
-    return Algorithm(
-        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
-    )
+    server = mixing.server(inner, num_clients, send, max_table_gb=max_table_gb)
+    return Algorithm(server, wrappers.own_as_shared(inner.client))

@@ -19,8 +19,9 @@ import optax
 
 from hyperjax import aggregators, corrections, tree
 from hyperjax.errors import check_choice
+from hyperjax.models import memory
 from hyperjax.registry import has_traits
-from hyperjax.training import Local, trainer, tuner
+from hyperjax.training import OPTIMIZER, Local, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
@@ -45,11 +46,11 @@ class State(NamedTuple):
 
 
 class Client(NamedTuple):
-    """Client state: variables that stay home, the correction's memory, and (only in
+    """Client state: variables that stay home, what the correction keeps, and (only in
     an adapted copy) the condition the client is deployed with."""
 
     kept: PyTree
-    memory: PyTree
+    correction: PyTree
     condition: PyTree = ()
 
 
@@ -124,7 +125,8 @@ def fedavg(
         if persist_optimizer != "none":
             states = train.init_optimizer(variables)
             kept = ("apart",) if persist_optimizer == "kept" else tuple(states)
-            variables["opt"] = {name: states[name] for name in kept}
+            states = {name: states[name] for name in kept}
+            variables = memory.put(variables, OPTIMIZER, states)
         return variables
 
     template = jax.eval_shape(start, jax.random.key(0))
@@ -147,8 +149,8 @@ def fedavg(
         """What a correction sends, of a client that did not move."""
         sent = correction.send(correction.init_server(params))
         report: Any = collections.defaultdict(lambda: jnp.float32(0))  # what it reads
-        memory = correction.init_client(params)
-        return correction.finish(params, params, sent, memory, report)[1]
+        own = correction.init_client(params)
+        return correction.finish(params, params, sent, own, report)[1]
 
     # Lossy channels are for the change: a correction would lose what it counts on.
     moving, _ = tree.parameters(shared_part(template))
@@ -167,11 +169,13 @@ def fedavg(
         # A server optimizer descends, and the clients have gone downhill: minus.
         updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
-        memory, params = correction.absorb(
+        absorbed, params = correction.absorb(
             server.correction, params, _plain_means(uplink, cohort)
         )
         # An exchange in which nobody took part must not move momentum either.
-        new = State({**params, **tree.add(stats, stats_delta)}, opt, memory, aggregate)
+        new = State(
+            {**params, **tree.add(stats, stats_delta)}, opt, absorbed, aggregate
+        )
         new = _where(jnp.sum(weight) > 0, new, server)
         return new, {"update_norm": tree.norm(delta)}
 
@@ -188,7 +192,7 @@ def fedavg(
         def adjust(grads, params):
             shared = {k: g for k, g in grads.items() if k in anchor}
             adjusted = correction.adjust(
-                shared, params, anchor_params, sent, client.memory
+                shared, params, anchor_params, sent, client.correction
             )
             return {**grads, **adjusted}
 
@@ -196,10 +200,10 @@ def fedavg(
         after, info = train(key, before, data, down.round, adjust)
         kept, theta = home.split(model.leave(after))
         params, _ = tree.parameters(theta)
-        memory, extra = correction.finish(
-            params, anchor_params, sent, client.memory, info
+        own, extra = correction.finish(
+            params, anchor_params, sent, client.correction, info
         )
-        return Uplink(tree.sub(theta, anchor), extra), Client(kept, memory), info
+        return Uplink(tree.sub(theta, anchor), extra), Client(kept, own), info
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
@@ -207,7 +211,9 @@ def fedavg(
 
     def deploy(down, client):
         variables = home.merge(client.kept, down.shared[0])
-        return {**variables, "condition": client.condition}
+        if jax.tree.leaves(client.condition):
+            variables = memory.put(variables, "condition", client.condition)
+        return variables
 
     return Algorithm(
         ServerSide(init, downlink, server_update),
@@ -224,8 +230,8 @@ def fedavg(
 
 
 def told(client: Client, entries: PyTree) -> Client:
-    """Returns the client after it was told some of its statistics, {entry: tree}."""
-    return client._replace(kept={**client.kept, **tree.by_path({"stats": entries})})
+    """Returns the client after it was told entries of its memory, {name: tree}."""
+    return client._replace(kept={**client.kept, **tree.by_path({"memory": entries})})
 
 
 def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
@@ -233,8 +239,8 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     patterns = tree.as_patterns(keep)
     if bn_stats == "local" and jax.tree.leaves(template["stats"]):
         patterns += (r"stats/.*",)
-    has_state = jax.tree.leaves(template.get("opt", ()))
-    return patterns + ((r"opt/.*",) if has_state else ())
+    remembers = jax.tree.leaves(template.get("memory", ()))
+    return patterns + ((r"memory/.*",) if remembers else ())
 
 
 def _plain_means(uplink: Uplink, cohort) -> corrections.Means:

@@ -29,14 +29,13 @@ from hyperjax.types import (
     Downlink,
     Model,
     PyTree,
-    ServerSide,
 )
 
 
 class State(NamedTuple):
     """What the server knows.
 
-    `seed` is constant: `downlink` and `update` draw the same choice from it.
+    `seed` is constant: `send` and `learn` draw the same choice from it.
     """
 
     models: PyTree  # leaves [N, ...] by path
@@ -99,17 +98,15 @@ def fedfomo(
     check_number(at_least=0, epsilon_decay=epsilon_decay)
     check_number(above=0, below=1, validation_fraction=validation_fraction)
     inner = fedavg(model, local=local, **fedavg_options)
-    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
 
-    def init(common):
-        models = mixing.table(inner.server.init(common).theta, num_clients)
+    def begin(common, models):
         nobody = jnp.zeros(num_clients, bool)
         seed = jax.random.bits(rng.stream(common, "choice"), (), jnp.uint32)
         return State(models, jnp.eye(num_clients), nobody, seed)
 
-    def choose(server, cohort):
+    def choose(state, cohort):
         """Whose models each client is sent, [C, M]; its own where nobody is left."""
-        key = jax.random.fold_in(jax.random.key(server.seed), cohort.round)
+        key = jax.random.fold_in(jax.random.key(state.seed), cohort.round)
         chance = jnp.clip(epsilon - epsilon_decay * cohort.round, 0.0, 1.0)
 
         def one(key, client):
@@ -117,38 +114,35 @@ def fedfomo(
             random = jax.random.uniform(key_draw, (num_clients,))
             wander = jax.random.uniform(key_greedy) < chance
             known = jnp.minimum(client, num_clients - 1)
-            score = jnp.where(wander, random, server.preference[known])
-            open_ = server.trained & (jnp.arange(num_clients) != client)
+            score = jnp.where(wander, random, state.preference[known])
+            open_ = state.trained & (jnp.arange(num_clients) != client)
             score = jnp.where(open_, score, -jnp.inf)
             best, who = jax.lax.top_k(score, num_models)
             return jnp.where(jnp.isfinite(best), who, known)
 
         return jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
 
-    def downlink(key, server, cohort):
-        own = mixing.rows(server.models, cohort.ids)
-        chosen = choose(server, cohort)
-        return Downlink(own=Own(own, mixing.take(server.models, chosen)))
+    def send(state, cohort):
+        own = mixing.rows(state.models, cohort.ids)
+        return Own(own, mixing.take(state.models, choose(state, cohort)))
 
-    def update(key, server, uplink, cohort):
-        models = mixing.put(server.models, cohort.ids, uplink.model, cohort.active)
+    def learn(state, after, models, uplink, cohort):
         alive = jnp.where(cohort.active > 0, cohort.ids, num_clients)
-        chosen = choose(server, cohort)
-        preference = server.preference.at[alive[:, None], chosen].add(
+        preference = state.preference.at[alive[:, None], choose(state, cohort)].add(
             uplink.scores, mode="drop"
         )
-        trained = server.trained.at[alive].set(True, mode="drop")
-        return State(models, preference, trained, server.seed), {}
+        trained = state.trained.at[alive].set(True, mode="drop")
+        return after._replace(preference=preference, trained=trained)
 
     def gap(other, mine):
         """Differences of parameters; running statistics have no part in a distance."""
         return {k: other[k] - x for k, x in tree.parameters(mine)[0].items()}
 
-    def plain(down):
+    def received(down):
         return Downlink(shared=(down.own.model, ()), round=down.round)
 
     def client_update(key, down, client, data):
-        train, validation = split(data, validation_fraction)
+        train, validation = parted(data, validation_fraction)
         mine, others = down.own
 
         def loss(theta):
@@ -170,12 +164,20 @@ def fedfomo(
         sent, client, info = inner.client.update(key, start, client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = wrappers.through(inner.client, plain)
-    server = ServerSide(init, downlink, update)
+    side = wrappers.through(inner.client, received)
+    server = mixing.server(
+        inner,
+        num_clients,
+        send,
+        begin=begin,
+        received=lambda sent, uplink: uplink.model,  # clients mix, so nobody else knows
+        learn=learn,
+        max_table_gb=max_table_gb,
+    )
     return Algorithm(server, side._replace(update=client_update), exact=("scores",))
 
 
-def split(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
+def parted(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
     """Cuts a client's samples in those to train on and the first few, to validate."""
     held = jnp.where(data.size > 1, jnp.maximum(1, data.size * fraction), 0)
     held = held.astype(jnp.int32)

@@ -33,7 +33,7 @@ from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models.beside import beside, pattern
+from hyperjax.models import memory
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
@@ -41,7 +41,7 @@ from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
-NAME = "generator"  # among a client's statistics
+NAME = "generator"  # in a client's memory
 COUNT_BATCH = 256
 FLOOR = 1e-4  # of the coefficients, in the authors' code
 
@@ -91,7 +91,6 @@ def fedgen(
     generator_learning_rate: float = 3e-4,
     teacher_weight: float = 1.0,
     diversity_weight: float = 0.0,
-    keep: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedGen; defaults are those of the count that HyperFedNet's paper charges.
@@ -110,7 +109,6 @@ def fedgen(
       generator_learning_rate: of Adam.
       teacher_weight: alpha_s.
       diversity_weight: eta_s (1 in the authors' runs).
-      keep: patterns of variables that stay home.
       **fedavg_options: of `fedavg`.
 
     Raises:
@@ -175,12 +173,12 @@ def fedgen(
             "decay": jnp.float32(0),  # decay^t; 0 in the first round
         }
 
-    plain = beside(model, NAME, beginning)
+    plain = memory.with_entry(model, NAME, beginning)
     full = local.batch_size
 
     def loss(key, variables, batch, context):
         value, trained = plain.loss(key, variables, batch, context)
-        extra = trained.stats[NAME]
+        extra = memory.get(variables, NAME)
         key_same, key_draw, key_other = jax.random.split(jax.random.fold_in(key, 1), 3)
         params = tree.by_path({"params": variables["params"]})
         z, _ = emit(extra["params"], key_same, batch.y, batch.mask)
@@ -200,8 +198,7 @@ def fedgen(
         return total, trained
 
     whole = plain._replace(loss=loss)
-    home = (*tree.as_patterns(keep), pattern(NAME))
-    inner = fedavg(whole, local=local, keep=home, **fedavg_options)
+    inner = fedavg(whole, local=local, **fedavg_options)
 
     # Server ----------------------------------------------------------------------
 

@@ -135,7 +135,8 @@ def fedjets(
         rest = {"common": common, "which": own.which, "pinned": own.pinned}
         return {
             "params": {"experts": own.experts["params"], "gate": gate},
-            "stats": {"experts": own.experts["stats"], **rest},
+            "stats": {"experts": own.experts["stats"]},
+            "memory": rest,
         }
 
     def experts_of(variables):
@@ -143,12 +144,12 @@ def fedjets(
 
     def each(variables):
         """The experts of a mixture, one after another."""
-        for slot in range(variables["stats"]["which"].shape[0]):
+        for slot in range(variables["memory"]["which"].shape[0]):
             yield jax.tree.map(lambda x, s=slot: x[s], experts_of(variables))
 
     def rank(variables, batch):
         """The gate's scores of all experts, [B, M]."""
-        features = model.features(variables["stats"]["common"], batch)
+        features = model.features(variables["memory"]["common"], batch)
         return network.apply({"params": variables["params"]["gate"]}, features)
 
     def answers(which, pinned):
@@ -156,8 +157,8 @@ def fedjets(
         return (pinned == nobody) | (which == pinned)
 
     def loss(key, variables, batch, context):
-        stats, scores = variables["stats"], rank(variables, batch)
-        which, pinned = stats["which"], stats["pinned"]
+        scores, told = rank(variables, batch), variables["memory"]
+        which, pinned = told["which"], told["pinned"]
         share = jax.nn.softmax(scores[:, which], where=answers(which, pinned))
         logits, seen = jnp.float32(0), []
         for slot, expert in enumerate(each(variables)):
@@ -169,13 +170,12 @@ def fedjets(
         named = cross_entropy(scores, batch._replace(y=expert))
         total = value + jnp.where(pinned == nobody, 0.0, named)
         seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
-        stats = {**stats, "experts": seen}
         # A mixture's logits are not those of the one expert that predicts.
-        return total, Trained(stats, {"loss": value})
+        return total, Trained({"experts": seen}, {"loss": value})
 
     def by_the_best(answer, variables, batch):
         """For each input what the expert says that the gate ranks first, [B, ...]."""
-        scores = rank(variables, batch)[:, variables["stats"]["which"]]
+        scores = rank(variables, batch)[:, variables["memory"]["which"]]
         answers = jnp.stack([answer(expert) for expert in each(variables)])
         return answers[jnp.argmax(scores, -1), jnp.arange(len(scores))]
 

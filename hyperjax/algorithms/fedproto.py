@@ -21,7 +21,7 @@ from hyperjax import wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.data import clients
 from hyperjax.errors import check_number
-from hyperjax.models.beside import beside
+from hyperjax.models import memory
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
@@ -35,7 +35,7 @@ from hyperjax.types import (
     ServerSide,
 )
 
-NAME = "prototypes"  # among a client's statistics
+NAME = "prototypes"  # in a client's memory
 FEATURE_BATCH = 64
 # Accelerators would otherwise round features to TF32.
 FULL_PRECISION = jax.lax.Precision.HIGHEST
@@ -116,12 +116,14 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
     pulled = _pulled(model, lam, empty)
     inner = fedavg(pulled, local=local, keep=r".*", **options).client
 
-    def plain(down):
+    def received(down):
         return Downlink(shared=({}, ()), round=down.round)
 
     # Fine-tuning goes on with the prototypes of today.
     side = wrappers.through(
-        inner, plain, lambda down, client: told(client, {NAME: down.shared._asdict()})
+        inner,
+        received,
+        lambda down, client: told(client, {NAME: down.shared._asdict()}),
     )
 
     def update(key, down, client, data):
@@ -133,13 +135,13 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
 
 
 def _pulled(model: Model, lam: float, empty) -> Model:
-    """The model, its features pulled to the prototypes among its statistics."""
+    """The model, its features pulled to the prototypes in its memory."""
 
-    inner = beside(model, NAME, lambda key, variables: empty()._asdict())
+    inner = memory.with_entry(model, NAME, lambda key, variables: empty()._asdict())
 
     def loss(key, variables, batch, context):
         value, trained = inner.loss(key, variables, batch, context)
-        z, prototypes = trained.features, trained.stats[NAME]
+        z, prototypes = trained.features, memory.get(variables, NAME)
         label = jnp.maximum(batch.y, 0)
         apart = jnp.mean(jnp.square(z - prototypes["mean"][label]), -1)
         pull = masked_mean(prototypes["known"][label] * apart, batch.mask)

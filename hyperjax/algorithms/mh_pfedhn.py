@@ -12,7 +12,7 @@ As published clients come one after another (the engine's sequential rounds). Wi
 several at once g is the sum over them divided by their number: the averaged variant,
 which wants a larger learning rate. Running statistics stay home.
 
-Newcomers are embedded in what the hypernetwork has learned: `freeze` names the
+Unseen clients are embedded in what the hypernetwork has learned: `freeze` names the
 extractor and the heads that were taken over; heads of new sizes are trained with the
 embeddings.
 """
@@ -27,6 +27,7 @@ import optax
 from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
+from hyperjax.hypernets.heads import check_emitted
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
@@ -102,7 +103,7 @@ def mh_pfedhn(
     if refresh_stats:
         inner = {name: with_refreshed_statistics(alg) for name, alg in inner.items()}
     for alg in inner.values():
-        mixing.check_emitted(jax.eval_shape(alg.server.init, jax.random.key(0)).theta)
+        check_emitted(wrappers.shared(alg))
     flats = {name: wrappers.flat(alg) for name, alg in inner.items()}
     net = multi_head(
         [flat.size for flat in flats.values()],

@@ -25,7 +25,7 @@ from hyperjax import mixing, over_families, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.errors import check_choice, check_number
-from hyperjax.models.beside import beside
+from hyperjax.models import memory
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
@@ -41,7 +41,7 @@ from hyperjax.types import (
 )
 
 GLOBAL = "~global"  # the global model as a family of one; sorts last
-NAME = "teacher"  # among a client's statistics
+NAME = "teacher"  # in a client's memory
 KNOWN = "known"  # 1 once the client has been sent its teacher
 TEACHERS = ("stale", "fresh")
 
@@ -204,7 +204,7 @@ def _informed(client: ClientSide, flat: wrappers.Flat) -> ClientSide:
 
 
 def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model:
-    """A network that learns from labels and from a teacher among its statistics."""
+    """A network that learns from labels and from a teacher in its memory."""
     check_gives(model, "logits")
     template = jax.eval_shape(small.init, jax.random.key(0))
     whole = tree.splitter(template, r".*").merge
@@ -212,14 +212,15 @@ def _taught(model: Model, small: Model, lam: float, temperature: float) -> Model
     def nobody(key, _):
         return {**tree.by_path(small.init(key)), KNOWN: jnp.float32(0)}
 
-    inner = beside(model, NAME, nobody)
+    inner = memory.with_entry(model, NAME, nobody)
 
     def loss(key, variables, batch, context):
         value, trained = inner.loss(key, variables, batch, context)
-        z_teacher = small.predict(whole(trained.stats[NAME], {}), batch.x)
+        told_of = memory.get(variables, NAME)
+        z_teacher = small.predict(whole(told_of, {}), batch.x)
         z_teacher = jax.lax.stop_gradient(z_teacher)
         kl = distillation(trained.logits, z_teacher, batch, temperature)
-        share = lam * trained.stats[NAME][KNOWN]
+        share = lam * told_of[KNOWN]
         info = {**trained.info, "distillation": kl}
         return share * kl + (1 - share) * value, trained._replace(info=info)
 

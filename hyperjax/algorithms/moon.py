@@ -15,17 +15,15 @@ two-layer projection in front of it.
 import jax
 import jax.numpy as jnp
 
-from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
-from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax.models import memory
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
-from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Model
 
-NAME = "previous"  # model, among a client's statistics
+NAME = "previous"  # model, in a client's memory
 
 
 @has_traits(base=True)
@@ -36,7 +34,6 @@ def moon(
     local: Local,
     mu: float = 5.0,
     temperature: float = 0.5,
-    keep: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
     """Returns MOON.
@@ -46,7 +43,6 @@ def moon(
       local: how clients train, see `fedavg`.
       mu: weight of the contrast; the paper tunes it among 0.1, 1, 5 and 10.
       temperature: T.
-      keep: patterns of variables that stay home.
       **fedavg_options: of `fedavg`.
 
     Raises:
@@ -61,16 +57,15 @@ def moon(
         return {"params": ours["params"], "stats": ours["stats"]}
 
     def renewed(variables):
-        ours, _ = split(variables, NAME)
-        return join(ours, NAME, snapshot(ours))
+        return memory.put(variables, NAME, snapshot(variables))
 
-    inner = beside(
+    inner = memory.with_entry(
         model, NAME, lambda key, ours: jax.tree.map(jnp.copy, snapshot(ours))
     )
 
     def context(variables, data):
-        ours, previous = split(variables, NAME)
-        return snapshot(ours), previous, model.context(ours, data)
+        previous = memory.get(variables, NAME)
+        return snapshot(variables), previous, inner.context(variables, data)
 
     def loss(key, variables, batch, context):
         received, before, rest = context
@@ -87,8 +82,7 @@ def moon(
         arrive=lambda key, variables: renewed(inner.arrive(key, variables)),
         leave=lambda variables: renewed(inner.leave(variables)),
     )
-    home = (*tree.as_patterns(keep), pattern(NAME))
-    return fedavg(whole, local=local, keep=home, **fedavg_options)
+    return fedavg(whole, local=local, **fedavg_options)
 
 
 def _cosine(a: Array, b: Array) -> Array:

@@ -18,7 +18,7 @@ Clients may have different networks (a mapping of models): the hypernetwork emit
 parameters of all of them, and each client is sent the slice of its own, which alone
 passes a gradient back; decay and momentum move the others' too.
 
-Newcomers are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
+Unseen clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 
 Deviations, which `faithful=True` undoes: momentum and decay do not move embeddings of
 clients that are absent (the authors' code has one dense table), and the local gradient
@@ -114,12 +114,9 @@ def pfedhn(
     if isinstance(model, Mapping):
         over_families.check(models, family_sizes, num_clients)
     inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
-    shared = {
-        name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
-        for name, alg in inner.items()
-    }
+    shared = {name: wrappers.shared(alg) for name, alg in inner.items()}
     for theta in shared.values():
-        mixing.check_emitted(theta)
+        heads.check_emitted(theta)
     template = {
         f"{name}/{path}" if name else path: leaf
         for name, theta in shared.items()

@@ -17,6 +17,7 @@ some layers at home, is not here.
 """
 
 import itertools
+import re
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
-from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import Algorithm, Array, Model, PyTree
 
 SIGNS = (1, -1)
 DEPTH = 3  # hidden layers of the generator
@@ -81,8 +82,7 @@ def pfedla(
         raise ValueError(f"sign={sign} must be 1 or -1")
     check_number(at_least=0, generator_learning_rate=generator_learning_rate)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = wrappers.shared(inner)
-    layers = mixing.layers(theta)
+    layers = layers_of(wrappers.shared(inner))
 
     def init_generator(key):
         sizes = [embedding_size, *[hidden_size] * DEPTH]
@@ -108,10 +108,8 @@ def pfedla(
 
     # A generator has as many heads as there are clients.
     psi = jax.eval_shape(init_generator, jax.random.key(0))
-    mixing.check_table((theta, psi), num_clients, max_table_gb)
 
-    def init(common):
-        models = mixing.table(inner.server.init(common).theta, num_clients)
+    def begin(common, models):
         keys = jax.random.split(rng.stream(common, "generators"), num_clients)
         return State(models, jax.vmap(init_generator)(keys))
 
@@ -124,35 +122,45 @@ def pfedla(
             for path in paths
         }
 
-    def downlink(key, server, cohort):
-        psi = mixing.take(server.psi, cohort.ids)
-        known = mixing.rows(server.models, cohort.ids)
-        own = jax.vmap(mixed, (0, 0, None))(psi, cohort.ids, server.models)
-        return Downlink(own=tree.where_rows(cohort.ids < num_clients, own, known))
+    def send(state, cohort):
+        psi = mixing.take(state.psi, cohort.ids)
+        own = jax.vmap(mixed, (0, 0, None))(psi, cohort.ids, state.models)
+        return mixing.or_mean(own, state.models, cohort.ids)
 
-    def update(key, server, uplink, cohort):
-        psi = mixing.take(server.psi, cohort.ids)
-        sent = downlink(key, server, cohort).own
-        models = mixing.put(
-            server.models, cohort.ids, tree.add(sent, uplink.delta), cohort.active
-        )
+    def learn(state, after, trained, uplink, cohort):
+        psi = mixing.take(state.psi, cohort.ids)
 
         def gradient(psi, client, delta):
-            _, pull = jax.vjp(lambda p: mixed(p, client, server.models), psi)
+            _, pull = jax.vjp(lambda p: mixed(p, client, state.models), psi)
             return pull(delta)[0]
 
         # Running statistics are not trained: their change leads nowhere downhill.
         params, stats = tree.parameters(uplink.delta)
-        trained = {**params, **tree.zeros_like(stats)}
-        grads = jax.vmap(gradient)(psi, cohort.ids, trained)
+        change = {**params, **tree.zeros_like(stats)}
+        grads = jax.vmap(gradient)(psi, cohort.ids, change)
         rate = sign * generator_learning_rate
         new = jax.tree.map(lambda p, g: p + rate * g, psi, grads)
-        psi = mixing.put(server.psi, cohort.ids, new, cohort.active)
-        return State(models, psi), {}
+        return after._replace(psi=mixing.put(state.psi, cohort.ids, new, cohort.active))
 
-    return Algorithm(
-        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
+    server = mixing.server(
+        inner,
+        num_clients,
+        send,
+        begin=begin,
+        learn=learn,
+        beside=psi,
+        max_table_gb=max_table_gb,
     )
+    return Algorithm(server, wrappers.own_as_shared(inner.client))
+
+
+def layers_of(theta: PyTree) -> list[list[str]]:
+    """Returns the paths of each layer: weight, bias and running statistics together."""
+    found: dict[str, list[str]] = {}
+    for path in theta:
+        place = re.sub(r"params/|stats/[^/]*/", "", path, count=1)
+        found.setdefault(place.rpartition("/")[0], []).append(path)
+    return list(found.values())
 
 
 def layer_weights(psi: PyTree, client: Array) -> Array:

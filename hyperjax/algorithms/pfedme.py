@@ -15,16 +15,15 @@ sampled clients train, and u is deployed with w's running statistics.
 import jax
 import jax.numpy as jnp
 
-from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax.models import memory
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
-NAME = "personal"  # model's parameters, among a client's statistics
+NAME = "personal"  # model's parameters, in a client's memory
 
 
 @has_traits(base=True)
@@ -36,7 +35,6 @@ def pfedme(
     lam: float = 15.0,
     inner_steps: int = 5,
     inner_learning_rate: float = 0.05,
-    keep: Patterns = (),
     finetune: Patterns = (),
     **fedavg_options,
 ) -> Algorithm:
@@ -48,7 +46,6 @@ def pfedme(
       lam: lambda, 15 to 30 in the paper's runs.
       inner_steps: gradient steps for u (K).
       inner_learning_rate: their learning rate; times lambda it must stay below 2.
-      keep: patterns of w's variables that stay home.
       finetune: None; fine-tuning moves w and with it all of u.
       **fedavg_options: of `fedavg`.
 
@@ -70,11 +67,11 @@ def pfedme(
     rate = inner_learning_rate
 
     def arrive(key, variables):
-        shared = model.arrive(key, split(variables, NAME)[0])
-        return join(shared, NAME, shared["params"])
+        shared = model.arrive(key, memory.without(variables, NAME))
+        return memory.put(shared, NAME, shared["params"])
 
     def loss(key, variables, batch, context):
-        shared, _ = split(variables, NAME)
+        shared = memory.without(variables, NAME)
         w = shared["params"]
 
         def objective(u):
@@ -92,13 +89,12 @@ def pfedme(
         # Squares, not the norm's: its derivative is not a number where u is w.
         squares = jax.tree.map(lambda w, u: jnp.sum(jnp.square(w - u)), w, u)
         envelope = value + 0.5 * lam * sum(jax.tree.leaves(squares))
-        return envelope, trained._replace(stats={**trained.stats, NAME: u})
+        return envelope, trained._replace(memory={**dict(trained.memory), NAME: u})
 
-    whole = beside(
+    whole = memory.with_entry(
         model,
         NAME,
         lambda key, shared: jax.tree.map(jnp.copy, shared["params"]),
         deployed=lambda shared, own: {**shared, "params": own},
     )._replace(loss=loss, arrive=arrive)
-    home = (*tree.as_patterns(keep), pattern(NAME))
-    return fedavg(whole, local=local, keep=home, **fedavg_options)
+    return fedavg(whole, local=local, **fedavg_options)

@@ -25,7 +25,7 @@ from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on
 from hyperjax.training import Local, round_at
 from hyperjax.tree import Patterns
-from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import Algorithm, Array, Model, PyTree
 
 LARGEST = 0.9999
 
@@ -74,10 +74,8 @@ def pfedsim(
     kernel = next((path for path in tops if path.endswith("/kernel")), None)
     if kernel is None:
         raise ValueError(f"pfedsim needs a head with a kernel; {head!r} has {[*tops]}")
-    mixing.check_table(theta, num_clients, max_table_gb)
 
-    def init(common):
-        models = mixing.table(inner.server.init(common).theta, num_clients)
+    def begin(common, models):
         return State(models, jnp.zeros((num_clients, num_clients)))
 
     def weights(phi, ids):
@@ -88,38 +86,35 @@ def pfedsim(
         raw = -jnp.log1p(-similar)
         return raw / jnp.sum(raw, 1, keepdims=True)
 
-    def downlink(key, server, cohort):
-        stored = mixing.rows(server.models, cohort.ids)
-        share = weights(server.phi, cohort.ids)
+    def send(state, cohort):
+        stored = mixing.rows(state.models, cohort.ids)
+        share = weights(state.phi, cohort.ids)
         mix = (cohort.round >= warmup_rounds) & (cohort.ids < num_clients)
 
         def body(path, own):
-            mixed = mixing.combine(share, server.models[path])
+            mixed = mixing.combine(share, state.models[path])
             return tree.where_rows(mix, mixed, own)
 
-        own = {k: x if k in tops else body(k, x) for k, x in stored.items()}
-        return Downlink(own=own)
+        return {k: x if k in tops else body(k, x) for k, x in stored.items()}
 
-    def update(key, server, uplink, cohort):
-        sent = downlink(key, server, cohort).own
-        trained = tree.add(sent, uplink.delta)
+    def learn(state, after, trained, uplink, cohort):
         weight = cohort.weight * cohort.active
         mean = aggregators.mean_over_clients(trained, weight)
         same = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), mean
         )
-        apart = mixing.put(server.models, cohort.ids, trained, cohort.active)
         warm, anybody = cohort.round < warmup_rounds, jnp.sum(weight) > 0
         models = jax.tree.map(
             lambda x, y, z: jnp.where(warm, jnp.where(anybody, x, z), y),
-            *(same, apart, server.models),
+            *(same, after.models, state.models),
         )
-        renewed = _renewed(server.phi, trained[kernel], cohort)
-        return State(models, jnp.where(warm, server.phi, renewed)), {}
+        renewed = _renewed(state.phi, trained[kernel], cohort)
+        return State(models, jnp.where(warm, state.phi, renewed))
 
-    return Algorithm(
-        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
+    server = mixing.server(
+        inner, num_clients, send, begin=begin, learn=learn, max_table_gb=max_table_gb
     )
+    return Algorithm(server, wrappers.own_as_shared(inner.client))
 
 
 def _renewed(phi: Array, kernels: Array, cohort) -> Array:

@@ -81,3 +81,16 @@ def per_tensor(
         return jax.tree.unflatten(structure, found)
 
     return HyperNet(init, generate)
+
+
+def check_emitted(theta: PyTree) -> None:
+    """Refuses running statistics among what a hypernetwork is to emit.
+
+    Raises:
+      ValueError: there are some.
+    """
+    if tree.parameters(theta)[1]:
+        raise ValueError(
+            "bn_stats='average' would have the hypernetwork emit running variances, "
+            "negative ones too; use 'local'"
+        )

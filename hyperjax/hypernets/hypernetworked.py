@@ -69,7 +69,7 @@ def hypernetworked(
             return variables
         return {**variables, "params": {**params, "generated": kernels(params)}}
 
-    def plain(variables: PyTree, generated=None) -> PyTree:
+    def network_of(variables: PyTree, generated=None) -> PyTree:
         """The variables of the network itself."""
         params = variables["params"]
         generated = kernels(params) if generated is None else generated
@@ -78,12 +78,12 @@ def hypernetworked(
 
     def in_training(variables):
         if not per_round:
-            return plain(variables)
+            return network_of(variables)
         params = variables["params"]
         fresh = kernels(params)
         # The value of the independent kernels, the derivative of both.
         passed_on = tree.sub(fresh, jax.lax.stop_gradient(fresh))
-        return plain(variables, tree.add(params["generated"], passed_on))
+        return network_of(variables, tree.add(params["generated"], passed_on))
 
     def arrive(key, variables):
         if embedding_init == "common":
@@ -99,13 +99,15 @@ def hypernetworked(
         "leave",
         init=init,
         loss=loss,
-        predict=lambda variables, x: model.predict(plain(variables), x),
-        context=lambda variables, data: model.context(plain(variables), data),
-        condition=lambda variables, inputs: model.condition(plain(variables), inputs),
-        export=lambda variables: model.export(plain(variables)),
-        inspect=lambda variables, inputs: model.inspect(plain(variables), inputs),
+        predict=lambda variables, x: model.predict(network_of(variables), x),
+        context=lambda variables, data: model.context(network_of(variables), data),
+        condition=lambda variables, inputs: model.condition(
+            network_of(variables), inputs
+        ),
+        export=lambda variables: model.export(network_of(variables)),
+        inspect=lambda variables, inputs: model.inspect(network_of(variables), inputs),
         with_shape=cannot_rebuild,
-        features=lambda variables, batch: model.features(plain(variables), batch),
+        features=lambda variables, batch: model.features(network_of(variables), batch),
         arrive=arrive,
         visit=visit,
     )

@@ -16,6 +16,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_choice
 from hyperjax.hypernets import embedding as embeddings
 from hyperjax.hypernets.embedding import Embedding
+from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy
 from hyperjax.types import Array, HyperNet, Model, PyTree, Trained, cannot_rebuild
 
@@ -144,14 +145,14 @@ def conditioned(
         return moments(variables, inputs)[0] if deploy_granularity == "client" else ()
 
     def predict(variables, x):
-        e = variables.get("condition", ())
+        e = memory.get(variables, "condition")
         if isinstance(e, tuple):
             e, _ = embed(_noise_key(eval_noise), variables, x)
             return logits_per_sample(variables, e, x)
         return model.predict(*bound(variables, e, x))
 
     def export(variables):
-        e = variables.get("condition", ())
+        e = memory.get(variables, "condition")
         if isinstance(e, tuple):  # no single network to speak of
             return variables
         x = jnp.zeros((1, *model.sample_shape))
@@ -162,7 +163,7 @@ def conditioned(
         return {"embedding": mean, "embedding_entropy": spread}
 
     def features(variables, batch):
-        e = variables.get("condition", ())
+        e = memory.get(variables, "condition")
         if not isinstance(e, tuple):
             plain, x = bound(variables, e, batch.x)
             return model.features(plain, batch._replace(x=x))

@@ -10,6 +10,7 @@ import quadratics as q
 
 from hyperjax.algorithms.fedamp import fedamp
 from hyperjax.engine import comm
+from hyperjax.mixing import State
 from hyperjax.types import Cohort
 
 BODY, HEAD = "params/body/w", "params/head/w"
@@ -32,7 +33,7 @@ def ours(num_clients=q.N, alpha=ALPHA, sigma=SIGMA, lam=LAM):
 def table(models):
     """A server's state from models [N, 2]."""
     models = jnp.asarray(models, jnp.float32)
-    return {BODY: models[:, 0], HEAD: models[:, 1]}
+    return State({BODY: models[:, 0], HEAD: models[:, 1]})
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def test_three_clients_by_hand():
         (1 - far - near) * models[2] + near * models[1],
     ]
     np.testing.assert_allclose(received(models), expected, rtol=1e-6)
-    # Whatever their order, and strangers get the mean of all models.
+    # Whatever their order, and unseen clients get the mean of all models.
     some = received(models, (2, 3, 0, 17))
     mean = [1, 3]
     np.testing.assert_allclose(some, [expected[2], mean, expected[0], mean], rtol=1e-6)
@@ -126,13 +127,13 @@ def test_whole_runs_by_hand():
             )
     # Aggregation weights play no part.
     state = q.play(ours(), *q.PARTIAL, weight=(1, 2, 3, 4))
-    np.testing.assert_allclose(q.vector(state.server), models, **q.CLOSE)
+    np.testing.assert_allclose(q.vector(state.server.models), models, **q.CLOSE)
 
 
 def test_models_far_apart_train_alone_from_their_own():
     models = q.START + 100 * np.arange(q.N)[:, None]
     state = q.start(ours())._replace(server=table(models))
-    after = q.vector(q.play(ours(), (1, 3), state=state).server)
+    after = q.vector(q.play(ours(), (1, 3), state=state).server.models)
     for k in (1, 3):
         alone = q.descend(
             k,

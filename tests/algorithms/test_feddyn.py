@@ -19,7 +19,7 @@ def exact():
 
 
 def duals(state):
-    return q.vector(state.rows.memory)
+    return q.vector(state.rows.correction)
 
 
 def test_exchanges_equal_the_algorithm_with_exact_solutions():

@@ -11,7 +11,7 @@ import quadratics as q
 from federated import make_local, normed, tiny
 
 from hyperjax import training, tree
-from hyperjax.algorithms.fedfomo import Own, State, Uplink, fedfomo, split
+from hyperjax.algorithms.fedfomo import Own, State, Uplink, fedfomo, parted
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
 from hyperjax.engine import comm
@@ -213,7 +213,7 @@ def test_scores_come_from_samples_held_out_and_training_from_the_others():
 )
 def test_a_fifth_is_held_out(size, held):
     data = ClientData(jnp.arange(16), jnp.int32(size), None)
-    train, validation = split(data, 0.2)
+    train, validation = parted(data, 0.2)
     assert (train.size, validation.size) == (size - held, held)
     assert validation.rows[:held].tolist() == list(range(held))
     assert train.rows[: size - held].tolist() == list(range(held, size))
@@ -269,7 +269,7 @@ def test_the_best_of_those_that_have_trained():
     assert others.tolist() == [[2, 2], [0, 0], [3, 3], [1, 1]]
 
 
-def test_strangers_get_the_mean_model():
+def test_unseen_clients_get_the_mean_model():
     own, _ = received(ours(), server(LIKES), cohort((4, 9)))
     assert own == [1.5, 1.5]
 

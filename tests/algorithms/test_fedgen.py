@@ -16,6 +16,7 @@ from hyperjax.algorithms.fedavg import Uplink as Change
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedgen import Generator, Uplink, diversity, fedgen
 from hyperjax.engine import comm
+from hyperjax.models import memory
 from hyperjax.types import Batch
 
 EVERYONE = tuple(range(len(PARTS)))
@@ -81,17 +82,17 @@ def test_clients_hold_the_generator_as_it_was_sent():
         held = state.rows.kept
         for k in EVERYONE:
             found = {
-                path.removeprefix("stats/generator/params/"): x[k]
+                path.removeprefix("memory/generator/params/"): x[k]
                 for path, x in held.items()
-                if path.startswith("stats/generator/params/")
+                if path.startswith("memory/generator/params/")
             }
             leaves = jax.tree.leaves(generator)
             sent = dict(zip(tree.paths(generator), leaves, strict=True))
             chex.assert_trees_all_equal(found, sent)
         # Coefficients fall from the second round on; labels are the client's own.
-        decay = held["stats/generator/decay"]
+        decay = held["memory/generator/decay"]
         np.testing.assert_allclose(decay, [0.98**number if number else 0] * q.N)
-        available = held["stats/generator/available"]
+        available = held["memory/generator/available"]
         np.testing.assert_array_equal(available, [counts(part) for part in PARTS])
         np.testing.assert_array_equal(state.uplink.counts, available)
         generator = state.server.generator
@@ -177,7 +178,7 @@ def _loss(**options):
 
     def value(theta, extra, batch):
         variables = nest(theta)
-        variables["stats"] = {**variables["stats"], "generator": extra}
+        variables = memory.put(variables, "generator", extra)
         return alg.client.model.loss(jax.random.key(2), variables, batch, ())[0]
 
     return jax.jit(jax.value_and_grad(value))

@@ -238,8 +238,8 @@ def mixture(alg, server, client, pinned=M):
     shares = jnp.zeros((NUM_CLIENTS, M)).at[:, jnp.array([1, 3])].set(0.5)
     down = message(alg, client, server._replace(experts=dead, shares=shares))
     variables = alg.client.deploy(down, tiny().model.init(ROOT))
-    np.testing.assert_array_equal(variables["stats"]["which"], [1, 3])
-    variables["stats"]["pinned"] = jnp.int32(pinned)
+    np.testing.assert_array_equal(variables["memory"]["which"], [1, 3])
+    variables["memory"]["pinned"] = jnp.int32(pinned)
     return variables
 
 

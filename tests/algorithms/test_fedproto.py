@@ -143,7 +143,7 @@ def test_fine_tuning_is_pulled_to_the_prototypes_of_today():
     data = AdaptData(data_of(PARTS[1]), data_of(PARTS[1]))
     adapted = side.adapt(key, down, side.init(key, key, down), data)
     variables = side.deploy(down, adapted)
-    chex.assert_trees_all_equal(variables["stats"]["prototypes"], SENT._asdict())
+    chex.assert_trees_all_equal(variables["memory"]["prototypes"], SENT._asdict())
 
 
 # The server -------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_two_rounds_of_two_networks():
     np.testing.assert_array_equal(first.server.known, seen)
     # The second one differs, and holds what the first made.
     second = run.play((0, 1), state=first, first=1)
-    told = second.rows["wide"].kept["stats/prototypes/mean"]
+    told = second.rows["wide"].kept["memory/prototypes/mean"]
     np.testing.assert_array_equal(told[0], first.server.mean)
     assert np.all(told[1] == 0)
     assert second.info["pull"] > 0

@@ -394,12 +394,12 @@ def test_feddyn_remembers_the_generators_gradients():
     alg = method(base="feddyn")  # alpha = 0.01
     messages = comm.describe(alg)
     assert comm.cost(messages) == comm.cost(comm.describe(method()))
-    assert messages.client.memory.keys() == messages.uplink.delta.keys()
-    assert tree.count(messages.client.memory) == NUM_PHI
+    assert messages.client.correction.keys() == messages.uplink.delta.keys()
+    assert tree.count(messages.client.correction) == NUM_PHI
     after = play(alg, (0, 2, 3))
     delta = after.uplink.delta
     expected = jax.tree.map(lambda x: -0.01 * x, row_of(delta, 0))
-    chex.assert_trees_all_close(row_of(after.rows.memory, 0), expected, **CLOSE)
+    chex.assert_trees_all_close(row_of(after.rows.correction, 0), expected, **CLOSE)
     # theta = theta_0 + weighted mean - h / alpha, with h / alpha minus the sum of all
     # changes over N.
     change = jax.tree.map(
@@ -414,16 +414,16 @@ def test_scaffold_sends_control_variates_of_the_generator():
     messages = comm.describe(alg)
     cost = comm.cost(messages)
     assert (cost.down_numbers, cost.up_numbers) == (2 * NUM_PHI, 2 * NUM_PHI)
-    assert tree.count(messages.client.memory) == NUM_PHI
+    assert tree.count(messages.client.correction) == NUM_PHI
     after = play(alg, (0, 1))
     # c_k = -change / (steps x rate), from c = 0; client 1 took two steps.
     for client, steps in ((0, 1), (1, 2)):
         change = row_of(after.uplink.delta, client)
         expected = jax.tree.map(lambda x, s=steps: -x / (s * LR), change)
         chex.assert_trees_all_close(
-            row_of(after.rows.memory, client), expected, **CLOSE
+            row_of(after.rows.correction, client), expected, **CLOSE
         )
-    mean = jax.tree.map(lambda x: x[:2].sum(0) / N, after.rows.memory)
+    mean = jax.tree.map(lambda x: x[:2].sum(0) / N, after.rows.correction)
     chex.assert_trees_all_close(after.server.correction, mean, **CLOSE)
 
 

@@ -14,7 +14,7 @@ from hyperjax.algorithms.constant_embedding import constant_embedding
 from hyperjax.algorithms.hyperfedzero import hyperfedzero
 from hyperjax.algorithms.opt1 import opt1
 from hyperjax.data import clients
-from hyperjax.models import MLP, from_linen
+from hyperjax.models import MLP, from_linen, memory
 from hyperjax.types import AdaptData, ClientData, Cohort, Downlink
 
 SHAPE, K, LR = (4, 4, 1), 3, 0.1
@@ -107,7 +107,7 @@ def test_initial_loss():
     ]
     init, *predict = map(jax.jit, (models[0].init, *(m.predict for m in models)))
     for seed in range(3):
-        variables = {**init(jax.random.key(seed)), "condition": condition}
+        variables = memory.put(init(jax.random.key(seed)), "condition", condition)
         plain, scaled = (np.asarray(f(variables, x)) for f in predict)
         loss, loss_scaled = (
             np.mean(np.log(np.exp(logits).sum(1)) - logits.mean(1))

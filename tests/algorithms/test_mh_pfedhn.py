@@ -423,7 +423,7 @@ def test_heads_are_found_by_size_whatever_families_are_called(order):
         )
 
 
-def test_strangers_get_the_network_of_the_mean_embedding():
+def test_unseen_clients_get_the_network_of_the_mean_embedding():
     alg = ours()
     server = start(alg)
     own = received(alg, server, line=(0, 3, 17), deep=(2,))

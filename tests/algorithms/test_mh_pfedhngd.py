@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federated import normed
+from federated import normed, tiny
 from test_fedavg import FULL, LR, MODEL, PARTS, K, pool
 from test_fedproto import inputs
 from test_fml import LINE, data_of, flat_of
@@ -289,7 +289,7 @@ def _tuned(lam, met):
 
 def test_fine_tuning_learns_from_the_teacher_last_received():
     variables, after = _tuned(LAM, True)
-    teacher = dict(variables["stats"]["teacher"])
+    teacher = dict(variables["memory"]["teacher"])
     assert teacher.pop("known") == 1
     chex.assert_trees_all_equal(teacher, FLAT.cut(THETA_G))
     flat = wrappers.flat(fedavg(MODEL, local=FULL))
@@ -304,8 +304,8 @@ def test_fine_tuning_learns_from_the_teacher_last_received():
 
 
 def test_whoever_has_met_no_teacher_fine_tunes_on_labels_alone():
-    (_, strangers), (_, by_labels) = _tuned(LAM, False), _tuned(0.0, True)
-    chex.assert_trees_all_close(flat_of(strangers), flat_of(by_labels), rtol=1e-6)
+    (_, unseen), (_, by_labels) = _tuned(LAM, False), _tuned(0.0, True)
+    chex.assert_trees_all_close(flat_of(unseen), flat_of(by_labels), rtol=1e-6)
 
 
 # The server -------------------------------------------------------------------------
@@ -589,8 +589,9 @@ def test_rounds_are_those_of_the_official_loop():
             for row in range(len(ids)):
                 held = FLAT.join(
                     {
-                        path.removeprefix("stats/teacher/"): x[row]
+                        path.removeprefix("memory/teacher/"): x[row]
                         for path, x in rows[name].kept.items()
+                        if path != "memory/teacher/known"
                     }
                 )
                 np.testing.assert_allclose(held, teacher, rtol=1e-4, atol=1e-5)
@@ -634,7 +635,6 @@ def test_the_halves_of_a_round_send_one_network_each():
         (dict(teacher="frehs"), r"teacher='frehs' is unknown; .*'fresh'"),
         (dict(temperature=0.0), r"temperature=0\.0 must be positive"),
         (dict(keep=r"params/head/.*"), r"keep='params/head/\.\*' must be None"),
-        (dict(bn_stats="average"), r"bn_stats='average'.*use 'local'"),
     ],
 )
 def test_bad_input(options, message):
@@ -645,3 +645,11 @@ def test_bad_input(options, message):
 def test_a_teacher_with_running_statistics_is_refused():
     with pytest.raises(ValueError, match="must do without running statistics"):
         mh_pfedhngd({"a": normed()}, local=FULL, family_sizes={"a": 1})
+
+
+def test_statistics_that_would_be_emitted_are_refused_and_the_teacher_is_none():
+    sizes, both = {"a": 1, "b": 1}, {"a": tiny().model, "b": normed()}
+    with pytest.raises(ValueError, match=r"bn_stats='average'.*use 'local'"):
+        mh_pfedhngd(both, local=FULL, family_sizes=sizes, bn_stats="average")
+    alike = {"a": tiny().model, "b": tiny().model}
+    mh_pfedhngd(alike, local=FULL, family_sizes=sizes, bn_stats="average")

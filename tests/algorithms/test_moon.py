@@ -22,7 +22,7 @@ def ours(mu=MU):
 
 
 def previous(state):
-    return q.vector(state.rows.kept, "stats/previous/params")
+    return q.vector(state.rows.kept, "memory/previous/params")
 
 
 def cosine(a, b):

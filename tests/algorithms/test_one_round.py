@@ -73,7 +73,7 @@ def test_clients_without_samples_do_no_harm(name):
     for delta in jax.tree.leaves(empty.uplink.delta):
         assert delta[0] == 0 and np.all(np.isfinite(delta))
     if name == "moon":  # its previous model is the one it ended with: what it received
-        ended = q.vector(empty.rows.kept, "stats/previous/params")[0]
+        ended = q.vector(empty.rows.kept, "memory/previous/params")[0]
         np.testing.assert_array_equal(ended, q.vector(first.server.theta))
     else:
         for before, after in zip(

@@ -370,7 +370,7 @@ def test_each_family_pulls_through_its_own_slice():
     assert np.all(after.table[3] != server.table[3])
 
 
-def test_strangers_of_a_family_get_the_network_of_the_mean_embedding():
+def test_unseen_clients_of_a_family_get_the_network_of_the_mean_embedding():
     alg, key = over_families(**MOVING), jax.random.key(0)
     server = jax.jit(alg.server.init)(key)
     down = jax.jit(alg.server.downlink)(key, server, {"b": cohort_of(1, 0)})
@@ -397,7 +397,7 @@ def test_families_must_be_those_of_the_models():
 # Messages ----------------------------------------------------------------------------
 
 
-def test_strangers_get_the_network_of_the_mean_embedding():
+def test_unseen_clients_get_the_network_of_the_mean_embedding():
     alg = ours(**MOVING)
     server = q.play(alg, (2,), (0,)).server
     ones = jnp.ones(3)

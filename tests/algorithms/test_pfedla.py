@@ -14,7 +14,7 @@ from hyperjax import training, tree
 from hyperjax.algorithms.fedavg import Uplink
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
-from hyperjax.algorithms.pfedla import State, layer_weights, pfedla
+from hyperjax.algorithms.pfedla import State, layer_weights, layers_of, pfedla
 from hyperjax.engine import comm
 from hyperjax.types import Cohort
 
@@ -105,7 +105,7 @@ def test_layers_are_mixed_with_their_own_weights():
     share = shares(server)
     expected = np.einsum("klj,jl->kl", share, THETA)
     np.testing.assert_allclose(q.vector(received(ours(), server)), expected, rtol=1e-5)
-    # Strangers get the mean.
+    # Unseen clients get the mean.
     cohort = everyone(2)._replace(ids=jnp.array([4, 9]))
     found = q.vector(received(ours(), server, cohort))
     np.testing.assert_allclose(found, [THETA.mean(0)] * 2, rtol=1e-6)
@@ -262,3 +262,19 @@ def test_with_hyperfednet_generators_are_mixed_and_nothing_else():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         pfedla(q.model(), local=q.training(), **(SMALL | options))
+
+
+def test_a_layer_is_its_weights_and_its_biases():
+    theta = dict.fromkeys(
+        [
+            "params/conv/kernel",
+            "params/norm/bias",
+            "params/conv/bias",
+            "params/norm/scale",
+            "stats/batch_stats/norm/mean",
+        ]
+    )
+    assert layers_of(theta) == [
+        ["params/conv/kernel", "params/conv/bias"],
+        ["params/norm/bias", "params/norm/scale", "stats/batch_stats/norm/mean"],
+    ]

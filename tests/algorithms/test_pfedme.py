@@ -26,7 +26,7 @@ def exact():
 
 
 def personal(state):
-    return q.vector(state.rows.kept, "stats/personal")
+    return q.vector(state.rows.kept, "memory/personal")
 
 
 def envelope_gradient(client, w):

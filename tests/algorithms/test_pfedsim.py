@@ -183,7 +183,7 @@ def test_identical_heads_have_equal_say():
     np.testing.assert_allclose(found, np.full(4, 3.75), rtol=1e-6)
 
 
-def test_strangers_get_the_mean_model():
+def test_unseen_clients_get_the_mean_model():
     phi = np.full((q.N, q.N), 0.5)
     found = received(server(phi), cohort((4, 17)))
     np.testing.assert_allclose(found[BODY], [3.75, 3.75], rtol=1e-6)

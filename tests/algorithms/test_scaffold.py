@@ -23,7 +23,7 @@ def ragged():
 
 
 def controls(state):
-    return q.vector(state.rows.memory)
+    return q.vector(state.rows.correction)
 
 
 def test_exchanges_equal_the_algorithm():

@@ -12,7 +12,7 @@ import pytest
 from hyperjax import tree
 from hyperjax.data import clients
 from hyperjax.hypernets import embedding, mlp, wrap
-from hyperjax.models import MLP, LeNet, from_linen
+from hyperjax.models import MLP, LeNet, from_linen, memory
 from hyperjax.models.linen import cross_entropy
 from hyperjax.types import Batch, ClientData, cannot_rebuild
 
@@ -273,7 +273,9 @@ def test_statistics_of_the_target_are_moved_not_generated():
 
 
 def deployed(model, variables, inputs):
-    return {**variables, "condition": jax.jit(model.condition)(variables, inputs)}
+    return memory.put(
+        variables, "condition", jax.jit(model.condition)(variables, inputs)
+    )
 
 
 def test_client_deployment_is_one_plain_network():
@@ -281,8 +283,10 @@ def test_client_deployment_is_one_plain_network():
     variables = deployed(model, filled(model.init), client(range(7, 17), padding=3))
     x = clients.gather(pool(), np.arange(N), np.ones(N)).x
     mean = np.asarray(jax.jit(embed)(variables, x))[7:17].mean(0)
-    np.testing.assert_allclose(variables["condition"], mean, atol=1e-6)
-    assert float(jnp.sum(variables["condition"])) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(memory.get(variables, "condition"), mean, atol=1e-6)
+    assert float(jnp.sum(memory.get(variables, "condition"))) == pytest.approx(
+        1, abs=1e-6
+    )
     plain = jax.jit(model.export)(variables)
     assert jax.tree.structure(plain) == jax.tree.structure(spec(TARGET.init))
     np.testing.assert_allclose(
@@ -297,7 +301,7 @@ def test_sample_deployment_generates_a_network_per_input():
     # 20 inputs: one full group of networks and a rest.
     model = generated(deploy_granularity="sample")
     variables = deployed(model, filled(model.init), client(range(5)))
-    assert variables["condition"] == ()
+    assert memory.get(variables, "condition") == ()
     x = clients.gather(pool(), np.arange(N), np.ones(N)).x
 
     @jax.jit
@@ -371,7 +375,9 @@ def test_evaluation_noise_is_fixed():
 )
 def test_ways_for_the_condition_to_enter(enter, expected):
     model = generated(enter=enter)
-    variables = {**filled(model.init), "condition": np.float32([0.7, 0.1, 0.1, 0.1])}
+    variables = memory.put(
+        filled(model.init), "condition", np.float32([0.7, 0.1, 0.1, 0.1])
+    )
     params = jax.jit(NET.generate)(variables["params"]["hyper"], np.float32(expected))
     chex.assert_trees_all_close(
         jax.jit(model.export)(variables)["params"], params, rtol=1e-5, atol=1e-5
@@ -430,7 +436,7 @@ def test_concatenated_inputs(module):
         wide = np.concatenate([x, np.broadcast_to(e, (8, 4, 4, P))], axis=3)
     plain = {"params": variables["params"]["network"], "stats": {}}
     np.testing.assert_allclose(
-        jax.jit(model.predict)({**variables, "condition": e}, x),
+        jax.jit(model.predict)(memory.put(variables, "condition", e), x),
         jax.jit(base.with_shape(wide.shape[1:]).predict)(plain, wide),
         rtol=1e-5,
         atol=1e-6,

@@ -1,14 +1,20 @@
-"""What is beside a model, which must not notice."""
+"""What a client remembers, which its model must not notice."""
 
 import chex
+import federated
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from hyperjax.models.beside import beside, join, pattern, split
+from hyperjax import tree
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.engine import comm
+from hyperjax.models import MLP, from_linen, memory
 from hyperjax.models.linen import sizes
-from hyperjax.types import Batch, Model, Trained, no_features
+from hyperjax.training import Local, no_adjustment, trainer
+from hyperjax.types import Batch, ClientData, Model, Trained, no_features
 
 ZEROS = np.zeros((1, 7))
 KEY = jax.random.key(0)
@@ -49,16 +55,20 @@ def plain() -> Model:
 
 def both(deployed=None) -> tuple[Model, dict]:
     more = {} if deployed is None else {"deployed": deployed}
-    model = beside(plain(), "more", lambda key, v: {"x": v["params"] + 1}, **more)
+    model = memory.with_entry(
+        plain(), "more", lambda key, v: {"x": v["params"] + 1}, **more
+    )
     return model, model.init(KEY)
 
 
 def test_an_entry_is_cut_out_and_put_back():
     _, variables = both()
-    ours, entry = split(variables, "more")
+    ours, entry = memory.without(variables, "more"), memory.get(variables, "more")
     assert entry == {"x": 3} and ours == plain().init(KEY)
-    assert join(ours, "more", entry) == variables
-    assert pattern("more") == "stats/more/.*"
+    assert memory.put(ours, "more", entry) == variables
+    assert memory.get(ours, "more") == () and memory.get(ours, "more", 7) == 7
+    both_entries = memory.put(variables, "other", 5)
+    assert memory.without(both_entries, "more", "unknown")["memory"] == {"other": 5}
 
 
 def test_no_function_of_the_model_sees_it():
@@ -67,7 +77,7 @@ def test_no_function_of_the_model_sees_it():
     for name in ("predict", "context", "condition", "export", "inspect", "features"):
         assert getattr(model, name)(variables, BATCH) == (name, ours)
     value, trained = model.loss(KEY, variables, BATCH, ())
-    assert value == 2 and trained.stats == {"seen": 1, "more": {"x": 3}}
+    assert value == 2 and trained.stats == {"seen": 1}
     assert trained[1:] == plain().loss(KEY, ours, BATCH, ())[1][1:]
 
 
@@ -77,6 +87,35 @@ def test_it_passes_through_what_a_client_does_to_its_variables(name, by):
     key = (KEY,) if name == "arrive" else ()
     after = getattr(model, name)(*key, variables)
     chex.assert_trees_all_equal(after, {**variables, "params": jnp.float32(2 + by)})
+
+
+@pytest.mark.parametrize("bn_stats", ["average", "local"])
+def test_it_stays_at_home_by_definition(bn_stats):
+    model = federated.normed()
+    start = lambda key, variables: {"x": jnp.ones(3)}  # noqa: E731
+    whole = memory.with_entry(model, "more", start)
+    local = federated.make_local()
+    alg, plain = (fedavg(m, local=local, bn_stats=bn_stats) for m in (whole, model))
+    found, expected = comm.describe(alg), comm.describe(plain)
+    assert tree.paths(found.uplink) == tree.paths(expected.uplink)
+    assert set(found.client.kept) - set(expected.client.kept) == {"memory/more/x"}
+
+
+def test_a_step_may_leave_it_otherwise():
+    model = from_linen(MLP(3, hidden=(4,)), (4, 4, 1), 3)
+    inner = memory.with_entry(model, "count", lambda key, variables: jnp.float32(0))
+
+    def loss(key, variables, batch, context):
+        value, trained = inner.loss(key, variables, batch, context)
+        seen = memory.get(variables, "count") + jnp.sum(batch.mask)
+        return value, trained._replace(memory={"count": seen})
+
+    whole = inner._replace(loss=loss)
+    data = ClientData(jnp.arange(8), jnp.int32(7), federated.tiny().pool)
+    train = trainer(whole, Local(optax.sgd(0.1), batch_size=3))
+    start = memory.put(whole.init(KEY), "other", jnp.float32(5))
+    after, _ = train(KEY, start, data, jnp.int32(0), no_adjustment)
+    assert after["memory"] == {"count": 7, "other": 5}
 
 
 def test_it_may_be_what_is_deployed():
