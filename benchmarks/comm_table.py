@@ -18,7 +18,6 @@ save is said. FedGen's label counts and FedFomo's scores count, as everything th
 sent does.
 """
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from hyperjax import local, models, registry, server_optimizers
+from hyperjax import models, registry, server_optimizers, training
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
@@ -221,7 +220,7 @@ def make_method(row: Row, network: Network, model: Model) -> Algorithm:
     options |= row.options
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         options = {name: x for name, x in options.items() if name in known}
-    train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
+    train = training.Local(optimizer=optax.sgd(0.1), batch_size=3)
     families_only = known.get("family_sizes")
     if families_only is None or families_only.default is None:
         return factory(model, local=train, **options)

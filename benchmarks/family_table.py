@@ -8,7 +8,6 @@ the authors' code sends. All counts are those of messages, by abstract evaluatio
 exchange; none is a formula.
 """
 
-import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import optax
 from absl import flags
 
 from benchmarks import comm_table, round_time
-from hyperjax import local, models, registry
+from hyperjax import models, registry, training
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
 from hyperjax.launch import build, cli
@@ -63,7 +62,7 @@ def methods(num_classes: int, names: Iterable[str]) -> dict[str, Algorithm]:
         )
         for name in FAMILIES
     }
-    train = functools.partial(local.trainer, optimizer=optax.sgd(0.1), batch_size=3)
+    train = training.Local(optimizer=optax.sgd(0.1), batch_size=3)
     found = {}
     for name in names:
         factory = registry.find(name)

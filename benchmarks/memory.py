@@ -19,7 +19,6 @@ The device store is measured at the smallest number of clients, and computed for
 others: what the host store has on the device, plus state, row numbers and sizes of all.
 """
 
-import functools
 import tempfile
 from typing import Any
 
@@ -29,7 +28,7 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from hyperjax import local, tree
+from hyperjax import training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
@@ -58,9 +57,7 @@ def measure(
     generator = np.random.default_rng(0)
     rows = generator.integers(0, POOL_SIZE, (num_clients, samples), np.int32)
     model = round_time.make_model("mlp", peer_lenet=True)
-    train = functools.partial(
-        local.trainer, optimizer=optax.sgd(round_time.LEARNING_RATE), batch_size=32
-    )
+    train = training.Local(optimizer=optax.sgd(round_time.LEARNING_RATE), batch_size=32)
     alg = fedavg(model, local=train, keep=KEEP)
     with tempfile.TemporaryDirectory() as folder:
         sim = schedule.simulator(

@@ -46,13 +46,14 @@ import numpy as np
 import optax
 from absl import flags
 
-from hyperjax import local, models, tree
+from hyperjax import models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import schedule, sharding
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.launch import cli
 from hyperjax.launch.pages import text_table
+from hyperjax.training import Local, Phase, no_adjustment, trainer
 from hyperjax.types import ClientData, Model
 
 SHAPE, NUM_CLASSES = (28, 28, 1), 10
@@ -173,13 +174,13 @@ def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
 def centre_of(work: Workload, pool) -> Callable:
     """Returns `run()`: the same training of one client with the cohort's samples."""
     model = make_model(work.model, work.peer_lenet)
-    train = training(work)(model)
+    train = trainer(model, training(work))
     size = work.cohort * work.samples
     data = ClientData(jnp.arange(size, dtype=jnp.int32), jnp.int32(size), pool)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(key, variables, data):
-        return train(key, variables, data, jnp.int32(0), local.no_adjustment)
+        return train(key, variables, data, jnp.int32(0), no_adjustment)
 
     variables = model.init(jax.random.key(0))
 
@@ -191,13 +192,12 @@ def centre_of(work: Workload, pool) -> Callable:
     return run
 
 
-def training(work: Workload) -> Callable:
-    """Returns the builder of local training, of the clients' and of the centre's."""
-    return functools.partial(
-        local.trainer,
+def training(work: Workload) -> Local:
+    """Returns how clients train, and the centre."""
+    return Local(
         optimizer=optax.sgd(LEARNING_RATE),
         batch_size=work.batch,
-        phases=(local.Phase(epochs=work.epochs),),
+        phases=(Phase(epochs=work.epochs),),
     )
 
 

@@ -1,34 +1,67 @@
 """Federated learning with hypernetworks, simulated in JAX.
 
-The names here are enough to run an experiment from a script; `experiments.train` does
-so from a config.
+The names here are enough to train, score, serve and save from a notebook; the command
+`hyperjax` does so from configs. Methods are attributes of the package by their names,
+see `methods`.
 """
 
-from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.hyperfedzero import hyperfedzero
-from hyperjax.data.federation import federate
+from typing import Any
+
+from hyperjax import registry
+from hyperjax.data.federation import Federation, federate
 from hyperjax.data.sources import Source, load
 from hyperjax.engine.comm import cost, describe
 from hyperjax.engine.schedule import simulator
-from hyperjax.local import Phase, trainer
 from hyperjax.models.linen import from_linen
+from hyperjax.registry import methods, options
+from hyperjax.runs.run import Run, run
+from hyperjax.training import Local, Phase, trainer
 from hyperjax.types import Algorithm, ClientSide, Model, ServerSide
 
 __version__ = "0.1.0"
 __all__ = [
     "Algorithm",
     "ClientSide",
+    "Federation",
+    "Local",
     "Model",
     "Phase",
+    "Run",
     "ServerSide",
     "Source",
     "cost",
     "describe",
-    "fedavg",
     "federate",
     "from_linen",
-    "hyperfedzero",
     "load",
+    "load_run",
+    "methods",
+    "options",
+    "run",
     "simulator",
     "trainer",
 ]
+
+
+def load_run(path: Any) -> Run:
+    """Returns the run in a folder: what `Run.save` or `hyperjax train` left there.
+
+    A saved run is read by cloudpickle, which runs the code in it: load your own alone.
+
+    Raises:
+      ValueError: there is no run, it is damaged, or it has no checkpoint yet.
+      FileNotFoundError: its data set is not where it was.
+    """
+    from hyperjax.launch import notebook
+
+    return notebook.load_run(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in methods():
+        return registry.find(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *methods()})

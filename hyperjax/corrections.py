@@ -30,7 +30,7 @@ class Correction(NamedTuple):
     gradients of the leaves being trained; its other arguments may hold more paths.
     `send` exists because a server may keep more than clients need, and only what is
     sent counts as communication. `probe` asks the local training for
-    info["displacement"], see `local.trainer`.
+    info["displacement"], see `training.trainer`.
     """
 
     init_server: Callable  # (theta) -> s
@@ -111,7 +111,7 @@ def scaffold() -> Correction:
     participating share of clients times the mean change of their c_k. With momentum or
     a schedule the denominator is the weight that the visit's change gives to its
     gradients, so that the quotient stays a weighted mean of gradients. Optimizers whose
-    change is no such sum (Adam and its kin) are refused by `local.trainer`.
+    change is no such sum (Adam and its kin) are refused by `training.trainer`.
     """
 
     def adjust(grads, theta, anchor, sent, c):

@@ -4,25 +4,16 @@ Memory is N x P by their nature: `check_table` refuses what would not fit. They 
 the shared part of a model, as paths -> leaves: on HyperFedNet they mix generators.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.errors import check_number
 from hyperjax.types import (
-    Algorithm,
     Array,
-    ClientSide,
-    Cohort,
-    Downlink,
-    Model,
     PyTree,
-    ServerSide,
 )
 
 MAX_TABLE_GB = 8.0
@@ -63,7 +54,7 @@ def check_emitted(theta: PyTree) -> None:
     Raises:
       ValueError: there are some.
     """
-    if any(path.startswith("stats/") for path in theta):
+    if tree.parameters(theta)[1]:
         raise ValueError(
             "bn_stats='average' would have the hypernetwork emit running variances, "
             "negative ones too; use 'local'"
@@ -99,126 +90,6 @@ def combine(share: Array, stored: Array) -> Array:
     return jnp.tensordot(share, stored, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
-def shared(alg: Algorithm) -> PyTree:
-    """Returns what a `fedavg` shares, by path; abstract."""
-    return jax.eval_shape(alg.server.init, jax.random.key(0)).theta
-
-
-def smallest(models: Mapping[str, Model]) -> Model:
-    """Returns the network with the fewest parameters."""
-
-    def count(model):
-        return tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
-
-    return min(models.values(), key=count)
-
-
-class Flat(NamedTuple):
-    """Shared variables of one method as a vector: `size`, `join`, and its inverse."""
-
-    size: int
-    join: Callable  # (theta) -> [size]
-    cut: Callable  # ([size]) -> theta
-
-
-def flat(alg: Algorithm) -> Flat:
-    """Returns the vector form of what a `fedavg` shares."""
-    theta = shared(alg)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in theta.items()}
-
-    def join(theta):
-        return jnp.concatenate([theta[path].reshape(-1) for path in sizes])
-
-    def cut(vector):
-        found, first = {}, 0
-        for path, size in sizes.items():
-            part = jax.lax.slice_in_dim(vector, first, first + size)
-            found[path] = part.reshape(theta[path].shape)
-            first += size
-        return found
-
-    return Flat(sum(sizes.values()), join, cut)
-
-
-def through(
-    client: ClientSide,
-    plain: Callable,
-    told: Callable = lambda down, state: state,
-) -> ClientSide:
-    """Returns a client that is sent something else than `client` is.
-
-    Args:
-      client: what it is underneath.
-      plain: `(down) -> Downlink` that `client` takes.
-      told: `(down, state) -> state` with what `client` must know of the rest, before it
-        trains or adapts.
-    """
-    return client._replace(
-        init=lambda key, common, down: client.init(key, common, plain(down)),
-        update=lambda key, down, state, data: client.update(
-            key, plain(down), told(down, state), data
-        ),
-        adapt=lambda key, down, state, data: client.adapt(
-            key, plain(down), told(down, state), data
-        ),
-        deploy=lambda down, adapted: client.deploy(plain(down), adapted),
-    )
-
-
-def own_as_shared(client: ClientSide, vector: Flat | None = None) -> ClientSide:
-    """Returns FedAvg's client for a server that sends each client its own model.
-
-    With `vector` messages are flat: the model [K] down, its change [K] up.
-    """
-
-    def plain(down: Downlink) -> Downlink:
-        theta = down.own if vector is None else vector.cut(down.own)
-        return Downlink(shared=(theta, ()), round=down.round)
-
-    side = through(client, plain)
-    if vector is None:
-        return side
-
-    def update(*args):
-        uplink, state, info = side.update(*args)
-        return vector.join(uplink.delta), state, info
-
-    return side._replace(update=update)
-
-
-def together(cohorts: Iterable[Cohort]) -> Cohort:
-    """Returns several cohorts of a round as one."""
-    first, *others = cohorts
-    joined = {
-        field: jnp.concatenate([getattr(c, field) for c in (first, *others)])
-        for field in ("ids", "active", "weight")
-    }
-    return first._replace(**joined)
-
-
-def check_families(
-    models: Mapping[str, Model],
-    sizes: Mapping[str, int] | None,
-    num_clients: int | None = None,
-) -> None:
-    """Refuses sizes that are not those of the models' families.
-
-    Raises:
-      ValueError: other families, a size below 1, or not `num_clients` in all.
-    """
-    sizes = sizes or {}
-    if set(sizes) != set(models):
-        raise ValueError(
-            f"family_sizes is of {sorted(sizes)}, models of {sorted(models)}"
-        )
-    check_at_least(1, **sizes)
-    if num_clients not in (None, sum(sizes.values())):
-        raise ValueError(
-            f"family_sizes={dict(sizes)} are {sum(sizes.values())} clients, "
-            f"num_clients={num_clients}"
-        )
-
-
 def layers(theta: PyTree) -> list[list[str]]:
     """Returns the paths of each layer: weight, bias and running statistics together."""
     found: dict[str, list[str]] = {}
@@ -226,41 +97,3 @@ def layers(theta: PyTree) -> list[list[str]]:
         place = re.sub(r"params/|stats/[^/]*/", "", path, count=1)
         found.setdefault(place.rpartition("/")[0], []).append(path)
     return list(found.values())
-
-
-def over_families(algorithms: Mapping[str, Algorithm]) -> Algorithm:
-    """Returns one method of FedAvgs whose models differ in what stays home only.
-
-    Their shared variables have equal paths and shapes, and are averaged over the
-    clients of all families together.
-
-    Raises:
-      ValueError: shared variables differ (the message names the families).
-    """
-    sides = dict(algorithms)
-    first, *others = sides
-    shapes = {
-        name: {path: x.shape for path, x in shared(alg).items()}
-        for name, alg in sides.items()
-    }
-    for name in others:
-        if shapes[name] != shapes[first]:
-            raise ValueError(
-                f"families {first!r} and {name!r} do not share the same variables: "
-                f"{shapes[first]} and {shapes[name]}"
-            )
-    server = sides[first].server
-
-    def downlink(key, state, cohorts):
-        return {name: server.downlink(key, state, c) for name, c in cohorts.items()}
-
-    def update(key, state, uplinks, cohorts):
-        sent = [uplinks[name] for name in cohorts]
-        uplink = jax.tree.map(lambda *x: jnp.concatenate(x), *sent)
-        # FedAvg's server asks for nobody's number, so these may repeat.
-        return server.update(key, state, uplink, together(cohorts.values()))
-
-    return Algorithm(
-        ServerSide(server.init, downlink, update),
-        {name: alg.client for name, alg in sides.items()},
-    )

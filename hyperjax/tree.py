@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hyperjax.types import Array, PyTree
 
@@ -17,24 +18,16 @@ from hyperjax.types import Array, PyTree
 Patterns: TypeAlias = str | Sequence[str]
 
 
-def sub(a: PyTree, b: PyTree) -> PyTree:
-    """Returns a - b."""
-    return jax.tree.map(jnp.subtract, a, b)
-
-
-def add(a: PyTree, b: PyTree) -> PyTree:
-    """Returns a + b."""
-    return jax.tree.map(jnp.add, a, b)
+# What optax has: a + b, a - b, zeros like a, and the Euclidean norm over all leaves.
+add = optax.tree.add
+sub = optax.tree.sub
+zeros_like = optax.tree.zeros_like
+norm = optax.tree.norm
 
 
 def scale(a: PyTree, factor: Array | float) -> PyTree:
-    """Returns factor * a, in a's dtypes."""
+    """Returns factor * a, in a's dtypes (optax's makes integers floating-point)."""
     return jax.tree.map(lambda x: (x * factor).astype(x.dtype), a)
-
-
-def zeros_like(a: PyTree) -> PyTree:
-    """Returns zeros with a's structure, shapes and dtypes."""
-    return jax.tree.map(jnp.zeros_like, a)
 
 
 def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
@@ -44,12 +37,6 @@ def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y)
 
     return jax.tree.map(pick, a, b)
-
-
-def norm(a: PyTree) -> Array:
-    """Returns the Euclidean norm over all leaves, [] float32."""
-    squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(a)]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def finite(a: PyTree) -> Array:
@@ -101,6 +88,12 @@ def paths(a: PyTree) -> list[str]:
 def by_path(a: PyTree) -> dict[str, Any]:
     """Returns the leaves by their paths."""
     return dict(zip(paths(a), jax.tree.leaves(a), strict=True))
+
+
+def parameters(theta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides variables by path into parameters ("params/...") and all others."""
+    params = {k: x for k, x in theta.items() if k.startswith("params/")}
+    return params, {k: x for k, x in theta.items() if k not in params}
 
 
 def as_patterns(patterns: Patterns | None) -> tuple[str, ...]:

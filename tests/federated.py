@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperjax import local, models, registry, server_optimizers, tree
+from hyperjax import models, registry, server_optimizers, training, tree
 from hyperjax.data import clients
 from hyperjax.data.sources import load
 from hyperjax.engine import comm, families
@@ -109,11 +109,11 @@ STACKS = [*METHODS, *EXTRA, "mh_pfedhngd" + OPENING]
 
 def make_local(**options):
     """The local training of the tests: momentum and decay on, to catch leaks."""
-    options = {"batch_size": BATCH, "phases": (local.Phase(epochs=2),), **options}
+    options = {"batch_size": BATCH, "phases": (training.Phase(epochs=2),), **options}
     optimizer = optax.chain(
         optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9)
     )
-    return functools.partial(local.trainer, optimizer=optimizer, **options)
+    return training.Local(optimizer=optimizer, **options)
 
 
 @functools.cache

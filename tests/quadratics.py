@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperjax import local
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import comm, exchange, stores
 from hyperjax.models.linen import masked_mean
+from hyperjax.training import Local, Phase
 from hyperjax.types import AdaptData, ClientData, Cohort, Downlink, Model, Pool, Trained
 
 N, LR = 4, 0.125
@@ -42,15 +42,13 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 @functools.cache
 def training(optimizer=PLAIN, batch_size=1, **options):
-    """A training loop; batches of one, so that sizes are steps."""
-    return functools.partial(
-        local.trainer, optimizer=optimizer, batch_size=batch_size, **options
-    )
+    """How clients train; batches of one, so that sizes are steps."""
+    return Local(optimizer=optimizer, batch_size=batch_size, **options)
 
 
 def steps(count: int, optimizer=PLAIN):
-    """A training loop of `count` epochs of one step, for every client."""
-    return training(optimizer, batch_size=8, phases=(local.Phase(epochs=count),))
+    """Local training of `count` epochs of one step, for every client."""
+    return training(optimizer, batch_size=8, phases=(Phase(epochs=count),))
 
 
 def gradient(client: int, theta: np.ndarray) -> np.ndarray:

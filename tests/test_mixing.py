@@ -10,7 +10,6 @@ import quadratics as q
 from hyperjax import mixing
 from hyperjax.algorithms.fedfomo import fedfomo
 from hyperjax.algorithms.pfedla import pfedla
-from hyperjax.types import ClientSide
 
 TWO = {"params/a": jnp.arange(3.0), "params/b": jnp.float32(7)}
 TABLE = {
@@ -70,26 +69,6 @@ def test_sums_are_weighted():
         mixing.combine(share, TABLE["params/a"]), [[2.25, 2.5], [2, 3]]
     )
     np.testing.assert_array_equal(mixing.combine(share[1], TABLE["params/b"]), 2)
-
-
-def test_a_client_reads_other_messages_and_is_told_the_rest():
-    def shown(*names):
-        return lambda *args: dict(zip(names, args, strict=True))
-
-    client = ClientSide(
-        init=shown("key", "common", "down"),
-        update=shown("key", "down", "state", "data"),
-        adapt=shown("key", "down", "state", "data"),
-        deploy=shown("down", "state"),
-        tune=None,
-        model=None,
-    )
-    side = mixing.through(client, lambda down: down[0], lambda down, s: s + down[1])
-    down = ("plain", "!")
-    assert side.init("k", "c", down) == dict(key="k", common="c", down="plain")
-    told = dict(key="k", down="plain", state="s!", data="d")
-    assert side.update("k", down, "s", "d") == side.adapt("k", down, "s", "d") == told
-    assert side.deploy(down, "s") == dict(down="plain", state="s")
 
 
 def test_a_layer_is_its_weights_and_its_biases():

@@ -78,6 +78,13 @@ def test_norm():
     assert tree.norm(a).dtype == jnp.float32
 
 
+def test_parameters_are_what_has_their_prefix():
+    theta = {"params/w": 1, "stats/params/w": 2, "params/b": 3, "paramsx": 4}
+    params, rest = tree.parameters(theta)
+    assert list(params.items()) == [("params/w", 1), ("params/b", 3)]
+    assert rest == {"stats/params/w": 2, "paramsx": 4}
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_finite_finds_one_bad_entry(bad):
     good = {"x": jnp.ones((2, 2)), "n": jnp.array([2**31 - 1], jnp.int32)}

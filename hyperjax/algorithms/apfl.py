@@ -15,6 +15,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model, cannot_rebuild
 
@@ -24,7 +25,7 @@ from hyperjax.types import Algorithm, Model, cannot_rebuild
 def apfl(
     model: Model,
     *,
-    local,
+    local: Local,
     alpha: float = 0.5,
     adaptive: bool = True,
     keep: Patterns = (),
@@ -35,7 +36,7 @@ def apfl(
 
     Args:
       model: what is trained, twice.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       alpha: a, the personal model's share of the mixture, at first.
       adaptive: train it.
       keep: patterns of the global model's variables that stay home too.

@@ -6,34 +6,24 @@ FedAvg but not over this control comes from the parametrisation, not from condit
 
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedzero import emitted
-from hyperjax.hypernets import embedding
-from hyperjax.registry import hands_on
+from hyperjax.hypernets import embedding, mlp
+from hyperjax.registry import hands_on, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
+PARTS = (embedding.constant_embedding, mlp.chunked_mlp, fedavg)
 
-@hands_on(fedavg, without=("condition_source",))
-def constant_embedding(
-    model: Model,
-    *,
-    local,
-    embedding_size: int = 16,
-    chunk_size: int = 576,
-    chunk_embedding_size: int = 16,
-    hidden: tuple[int, ...] = (300, 300),
-    out_scale: str = "none",
-    norm_scale_offset: float = 0.0,
-    **fedavg_options,
-) -> Algorithm:
-    """Returns the control; arguments as in `hyperfedzero`."""
-    whole = emitted(
-        model,
-        embedding.constant_embedding(embedding_size),
-        hypernet=dict(
-            chunk_size=chunk_size,
-            chunk_embedding_size=chunk_embedding_size,
-            hidden=hidden,
-            out_scale=out_scale,
-            norm_scale_offset=norm_scale_offset,
-        ),
-    )
-    return fedavg(whole, local=local, **fedavg_options)
+
+@hands_on(*PARTS, without=("condition_size",))
+def constant_embedding(model: Model, *, local: Local, **options) -> Algorithm:
+    """Returns the control.
+
+    Args:
+      model: the target classifier; all its parameters are generated.
+      local: how clients train, see `fedavg`.
+      **options: of `embedding.constant_embedding`, `mlp.chunked_mlp` and `fedavg`, as
+        in `hyperfedzero`.
+    """
+    uniform, hypernet, averaging = routed(options, *PARTS)
+    whole = emitted(model, embedding.constant_embedding(**uniform), hypernet)
+    return fedavg(whole, local=local, **averaging)

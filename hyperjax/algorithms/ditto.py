@@ -19,6 +19,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -28,7 +29,7 @@ from hyperjax.types import Algorithm, Model
 def ditto(
     model: Model,
     *,
-    local,
+    local: Local,
     lam: float = 1.0,
     keep: Patterns = (),
     finetune: Patterns = (),
@@ -38,7 +39,7 @@ def ditto(
 
     Args:
       model: what is trained, twice.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       lam: lambda; the paper's code tunes it among 0.1, 1 and 2.
       keep: patterns of the global model's variables that stay home. They are not
         received, so nothing pulls their personal copies.
@@ -66,11 +67,8 @@ def ditto(
         value, trained = double.loss(key, variables, batch, inner)
         own = personal.only(variables)
         there, here = received(anchor), received(own["params"])
-        distance = sum(
-            jnp.sum(jnp.square(here[path] - there[path]))
-            for path in here
-            if path.startswith("params/")
-        )
+        pulled, _ = tree.parameters(here)
+        distance = sum(jnp.sum(jnp.square(x - there[k])) for k, x in pulled.items())
         return value + 0.5 * lam * distance, trained
 
     both = double._replace(loss=loss, context=context)

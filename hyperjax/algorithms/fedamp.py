@@ -17,10 +17,11 @@ cosine similarities instead.
 import jax
 import jax.numpy as jnp
 
-from hyperjax import corrections, mixing, tree
+from hyperjax import corrections, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 
 
@@ -28,7 +29,7 @@ from hyperjax.types import Algorithm, Downlink, Model, ServerSide
 def fedamp(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     alpha: float = 100.0,
     sigma: float = 1e4,
@@ -40,7 +41,7 @@ def fedamp(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       alpha: step of the attentive mixing; (N - 1) alpha / sigma must be at most 1.
       sigma: scale of squared distances.
@@ -63,7 +64,7 @@ def fedamp(
     inner = fedavg(
         model, local=local, correction=corrections.prox(lam / alpha), **fedavg_options
     )
-    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
+    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         return mixing.table(inner.server.init(common).theta, num_clients)
@@ -76,7 +77,7 @@ def fedamp(
             gap = own[path][:, None] - models[path][None]
             return jnp.sum(jnp.square(gap), tuple(range(2, gap.ndim)))
 
-        distance = sum(apart(path) for path in own if path.startswith("params/"))
+        distance = sum(apart(path) for path in tree.parameters(own)[0])
         near = alpha / sigma * jnp.exp(-distance / sigma)
         itself = jax.nn.one_hot(ids, num_clients)
         near = jnp.where(itself > 0, 0.0, near)
@@ -95,5 +96,5 @@ def fedamp(
         return mixing.put(server, cohort.ids, trained, cohort.active), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )

@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import aggregators, corrections, tree
-from hyperjax.data import clients
 from hyperjax.errors import check_choice
-from hyperjax.local import tuner
 from hyperjax.registry import has_traits
+from hyperjax.training import Local, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
-    ClientData,
     ClientSide,
     Downlink,
     Model,
@@ -35,8 +33,6 @@ from hyperjax.types import (
 
 PERSIST = ("none", "kept", "all")
 BN_STATS = ("average", "local")
-REFRESH_BATCH = 64
-CONDITION_SOURCES = ("eval_inputs", "local_train_inputs")
 
 
 class State(NamedTuple):
@@ -68,7 +64,7 @@ class Uplink(NamedTuple):
 def fedavg(
     model: Model,
     *,
-    local,
+    local: Local,
     keep: Patterns = (),
     bn_stats: str = "average",
     persist_optimizer: str = "none",
@@ -77,15 +73,12 @@ def fedavg(
     correction: corrections.Correction | None = None,
     aggregator: aggregators.Aggregator | None = None,
     finetune: Patterns = (),
-    refresh_stats: bool = False,
-    condition_source: str = "eval_inputs",
 ) -> Algorithm:
     """Returns federated averaging of `model`.
 
     Args:
       model: what is trained.
-      local: builds the client's training loop from a model, for example
-        `functools.partial(hyperjax.local.trainer, optimizer=..., batch_size=...)`.
+      local: how clients train: optimizer, batch size, epochs and so on.
       keep: patterns on paths of variables that stay on the client; (): none.
       bn_stats: "average" running statistics like parameters, or keep them "local".
       persist_optimizer: what of its optimizer's state a client keeps between visits:
@@ -97,18 +90,11 @@ def fedavg(
       correction: gradient term against client drift; default none.
       aggregator: default the weighted mean.
       finetune: patterns of the parameters that fine-tuning moves; (): all.
-      refresh_stats: running statistics at home see the deployed parameters once more,
-        in a pass over the client's training samples, before it predicts: they are of
-        the parameters as trained, which the server may since have changed.
-      condition_source: inputs a deployed model's condition is computed from, for
-        models that have one: "eval_inputs" (those it predicts on, without labels) or
-        "local_train_inputs" (its training inputs; those it predicts on if it has none).
 
     Raises:
-      ValueError: `keep` matches no variable, an unknown choice, or there are no running
-        statistics at home to refresh.
+      ValueError: `keep` matches no variable, an unknown choice, or an optimizer is kept
+        of nothing or under a correction that assumes a new one.
     """
-    check_choice("condition_source", condition_source, CONDITION_SOURCES)
     check_choice("bn_stats", bn_stats, BN_STATS)
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
@@ -124,10 +110,14 @@ def fedavg(
             f"persist_optimizer={persist_optimizer!r} does not go with SCAFFOLD or "
             "FedNova: they assume a local optimizer that starts anew at every visit"
         )
-    options: dict[str, Any] = {"probe": True} if correction.probe else {}
-    if persist_optimizer == "kept" or not clip_kept:
-        options |= dict(apart=tree.as_patterns(keep), clip_apart=clip_kept)
-    train = local(model, **options)
+    own_optimizer = persist_optimizer == "kept" or not clip_kept
+    train = trainer(
+        model,
+        local,
+        apart=tree.as_patterns(keep) if own_optimizer else None,
+        clip_apart=clip_kept,
+        probe=correction.probe,
+    )
 
     def start(common):
         variables = model.init(common)
@@ -140,17 +130,12 @@ def fedavg(
     template = jax.eval_shape(start, jax.random.key(0))
     home = tree.splitter(template, _kept(template, keep, bn_stats))
 
-    if refresh_stats and bn_stats != "local":
-        raise ValueError(
-            "refresh_stats=True is for statistics that stay at home: bn_stats='local'"
-        )
-
     def shared_part(variables):
         return home.split(variables)[1]
 
     def init(common):
         theta = shared_part(start(common))
-        params, _ = _split_stats(theta)
+        params, _ = tree.parameters(theta)
         return State(
             theta,
             server_opt.init(params),
@@ -166,7 +151,7 @@ def fedavg(
         return correction.finish(params, params, sent, memory, report)[1]
 
     # Lossy channels are for the change: a correction would lose what it counts on.
-    moving, _ = _split_stats(shared_part(template))
+    moving, _ = tree.parameters(shared_part(template))
     sends = jax.tree.leaves(jax.eval_shape(extra, moving))
 
     def downlink(key, server, cohort):
@@ -177,8 +162,9 @@ def fedavg(
         (mean, _), aggregate = aggregator.combine(
             key, (uplink.delta, uplink.extra), weight, server.aggregator
         )
-        params, stats = _split_stats(server.theta)
-        delta, stats_delta = _split_stats(mean)
+        params, stats = tree.parameters(server.theta)
+        delta, stats_delta = tree.parameters(mean)
+        # A server optimizer descends, and the clients have gone downhill: minus.
         updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
         memory, params = correction.absorb(
@@ -193,11 +179,11 @@ def fedavg(
         theta, _ = down.shared
         kept, _ = home.split(start(common))
         kept, _ = home.split(model.arrive(key, home.merge(kept, theta)))
-        return Client(kept, correction.init_client(_split_stats(theta)[0]))
+        return Client(kept, correction.init_client(tree.parameters(theta)[0]))
 
     def client_update(key, down, client, data):
         anchor, sent = down.shared
-        anchor_params, _ = _split_stats(anchor)
+        anchor_params, _ = tree.parameters(anchor)
 
         def adjust(grads, params):
             shared = {k: g for k, g in grads.items() if k in anchor}
@@ -209,7 +195,7 @@ def fedavg(
         before = model.visit(home.merge(client.kept, anchor))
         after, info = train(key, before, data, down.round, adjust)
         kept, theta = home.split(model.leave(after))
-        params, _ = _split_stats(theta)
+        params, _ = tree.parameters(theta)
         memory, extra = correction.finish(
             params, anchor_params, sent, client.memory, info
         )
@@ -217,19 +203,7 @@ def fedavg(
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
-        if refresh_stats:
-            variables = _refreshed(model, key, variables, data.train)
-            client = client._replace(kept=home.split(variables)[0])
-        inputs = data.inputs
-        if condition_source == "local_train_inputs":
-            train = data.train
-            use = train.size > 0
-            # Same pool, so choosing rows and size chooses the data.
-            width = max(train.rows.shape[0], inputs.rows.shape[0])
-            rows = jnp.where(use, _widen(train.rows, width), _widen(inputs.rows, width))
-            size = jnp.where(use, train.size, inputs.size)
-            inputs = inputs._replace(rows=rows, size=size)
-        return client._replace(condition=model.condition(variables, inputs))
+        return client._replace(condition=model.condition(variables, data.inputs))
 
     def deploy(down, client):
         variables = home.merge(client.kept, down.shared[0])
@@ -265,33 +239,11 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
 
 def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
     """Means over the participants that ignore their weights."""
-    delta, _ = _split_stats(uplink.delta)
+    delta, _ = tree.parameters(uplink.delta)
     delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)
     participation = jnp.sum(cohort.active) / cohort.population
     return corrections.Means(delta, extra, participation)
 
 
-def _refreshed(model: Model, key, variables: PyTree, data: ClientData) -> PyTree:
-    """Returns variables whose running statistics saw every sample of a client."""
-    context = model.context(variables, data)
-
-    def step(variables, batch):
-        _, trained = model.loss(key, variables, batch, context)
-        return {**variables, "stats": trained.stats}
-
-    return clients.fold(step, variables, data, REFRESH_BATCH)
-
-
-def _split_stats(theta: PyTree) -> tuple[PyTree, PyTree]:
-    """Cuts shared variables into parameters and statistics."""
-    params = {k: v for k, v in theta.items() if k.startswith("params/")}
-    stats = {k: v for k, v in theta.items() if not k.startswith("params/")}
-    return params, stats
-
-
 def _where(condition, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def _widen(rows, width: int):
-    return jnp.pad(rows, (0, width - rows.shape[0]))

@@ -6,30 +6,25 @@ the optimizer, so neither momentum nor weight decay moves it; fine-tuning before
 evaluation moves the whole network.
 """
 
-import functools
-
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
 
 @hands_on(fedavg, without=("keep",))
 def fedbabu(
-    model: Model, *, local, head: Patterns = HEAD, **fedavg_options
+    model: Model, *, local: Local, head: Patterns = HEAD, **fedavg_options
 ) -> Algorithm:
     """Returns FedBABU.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       head: patterns of the parameters that are neither trained nor sent.
       **fedavg_options: of `fedavg`.
     """
-    return fedavg(
-        model,
-        local=functools.partial(local, freeze=head),
-        keep=head,
-        **fedavg_options,
-    )
+    frozen = local._replace(freeze=head)
+    return fedavg(model, local=frozen, keep=head, **fedavg_options)

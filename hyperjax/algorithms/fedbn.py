@@ -13,18 +13,19 @@ import jax
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model, PyTree
 
 
 @hands_on(fedavg, without=("keep",))
 def fedbn(
-    model: Model, *, local, bn_stats: str = "local", **fedavg_options
+    model: Model, *, local: Local, bn_stats: str = "local", **fedavg_options
 ) -> Algorithm:
     """Returns FedBN; without normalisation layers it is FedAvg.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       bn_stats: as in `fedavg`.
       **fedavg_options: of `fedavg`.
     """

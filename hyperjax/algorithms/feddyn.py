@@ -9,17 +9,20 @@ client's relative size, as the authors' code does and the paper does not.
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
 @has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
-def feddyn(model: Model, *, local, alpha: float = 0.01, **fedavg_options) -> Algorithm:
+def feddyn(
+    model: Model, *, local: Local, alpha: float = 0.01, **fedavg_options
+) -> Algorithm:
     """Returns FedDyn.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       alpha: weight of the dynamic regulariser; the paper tunes it among 0.1, 0.01 and
         0.001. It does not vanish with alpha: the server's shift h/alpha is the mean of
         all changes so far, whatever alpha is.

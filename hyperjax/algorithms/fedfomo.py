@@ -17,12 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models.linen import cross_entropy
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local, mean_loss
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -32,8 +31,6 @@ from hyperjax.types import (
     PyTree,
     ServerSide,
 )
-
-VALIDATION_BATCH = 64
 
 
 class State(NamedTuple):
@@ -67,7 +64,7 @@ class Uplink(NamedTuple):
 def fedfomo(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     num_models: int = 5,
     epsilon: float = 0.3,
@@ -80,7 +77,7 @@ def fedfomo(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       num_models: M, models of others that a client receives; 0 never mixes.
       epsilon: probability of a random choice in the first round.
@@ -102,7 +99,7 @@ def fedfomo(
     check_number(at_least=0, epsilon_decay=epsilon_decay)
     check_number(above=0, below=1, validation_fraction=validation_fraction)
     inner = fedavg(model, local=local, **fedavg_options)
-    mixing.check_table(mixing.shared(inner), num_clients, max_table_gb)
+    mixing.check_table(wrappers.shared(inner), num_clients, max_table_gb)
 
     def init(common):
         models = mixing.table(inner.server.init(common).theta, num_clients)
@@ -145,7 +142,7 @@ def fedfomo(
 
     def gap(other, mine):
         """Differences of parameters; running statistics have no part in a distance."""
-        return {k: other[k] - mine[k] for k in mine if k.startswith("params/")}
+        return {k: other[k] - x for k, x in tree.parameters(mine)[0].items()}
 
     def plain(down):
         return Downlink(shared=(down.own.model, ()), round=down.round)
@@ -157,7 +154,7 @@ def fedfomo(
         def loss(theta):
             state = Downlink(shared=(theta, ()), round=down.round)
             variables = inner.client.deploy(state, client)
-            return _mean_loss(model, variables, validation)
+            return mean_loss(model, variables, validation)
 
         distance = jax.vmap(lambda other: tree.norm(gap(other, mine)))(others)
         gain = loss(mine) - jax.lax.map(loss, others)
@@ -173,7 +170,7 @@ def fedfomo(
         sent, client, info = inner.client.update(key, start, client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = mixing.through(inner.client, plain)
+    side = wrappers.through(inner.client, plain)
     server = ServerSide(init, downlink, update)
     return Algorithm(server, side._replace(update=client_update), exact=("scores",))
 
@@ -184,14 +181,3 @@ def split(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
     held = held.astype(jnp.int32)
     train = data._replace(rows=jnp.roll(data.rows, -held), size=data.size - held)
     return train, data._replace(size=held)
-
-
-def _mean_loss(model: Model, variables: PyTree, data: ClientData) -> Array:
-    """Mean cross-entropy over a client's samples, []."""
-
-    def step(total, batch):
-        logits = model.predict(variables, batch.x)
-        return total + cross_entropy(logits, batch) * jnp.sum(batch.mask)
-
-    total = clients.fold(step, jnp.float32(0), data, VALIDATION_BATCH)
-    return total / jnp.maximum(data.size, 1)

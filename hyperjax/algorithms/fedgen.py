@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import mixing, tree
+from hyperjax import tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
@@ -37,6 +37,7 @@ from hyperjax.models.beside import beside, pattern
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
@@ -78,7 +79,7 @@ class Uplink(NamedTuple):
 def fedgen(
     model: Model,
     *,
-    local,
+    local: Local,
     head: Patterns = HEAD,
     noise_size: int = 32,
     hidden_size: int = 32,
@@ -97,7 +98,7 @@ def fedgen(
 
     Args:
       model: what is trained; its last layer is linear and matches `head`.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       head: patterns of the last layer's kernel [L, K] and bias [K].
       noise_size: numbers in eps.
       hidden_size: of the generator (256 in the authors' runs).
@@ -175,7 +176,7 @@ def fedgen(
         }
 
     plain = beside(model, NAME, beginning)
-    full = local(model).batch_size
+    full = local.batch_size
 
     def loss(key, variables, batch, context):
         value, trained = plain.loss(key, variables, batch, context)
@@ -253,7 +254,7 @@ def fedgen(
 
     # Client ----------------------------------------------------------------------
 
-    side = mixing.through(
+    side = wrappers.through(
         inner.client, lambda down: Downlink(down.shared[0], down.own, down.round)
     )
 

@@ -37,9 +37,9 @@ from hyperjax import mixing, rng, tree
 from hyperjax.aggregators import mean_over_clients
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least
-from hyperjax.local import no_adjustment, tuner
 from hyperjax.models.layers import Dense
 from hyperjax.models.linen import check_gives, cross_entropy
+from hyperjax.training import Local, no_adjustment, trainer, tuner
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -86,7 +86,7 @@ class Uplink(NamedTuple):
 def fedjets(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     num_experts: int = 5,
     top_k: int = 2,
@@ -99,7 +99,7 @@ def fedjets(
 
     Args:
       model: a classifier with a layer named "head"; experts and common expert are such.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       num_experts: M.
       top_k: K, experts that a client trains and sends back.
@@ -220,7 +220,7 @@ def fedjets(
         with_shape=cannot_rebuild,
         features=features,
     )
-    train = local(whole)
+    train = trainer(whole, local)
 
     # Server ----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ tau_eff = sum_k p_k |a_k|:
     theta += (sum_k p_k |a_k|) sum_k p_k delta_k / |a_k|,
 
 where |a_k| is the weight that client k's change gives to its gradients. It is measured,
-not typed in: the local optimizer is run on a constant gradient (`local.trainer`'s
+not typed in: the local optimizer is run on a constant gradient (`training.trainer`'s
 probe), which is exact for SGD with any momentum, Nesterov's too, and any schedule.
 """
 
@@ -16,17 +16,18 @@ import jax.numpy as jnp
 from hyperjax import aggregators, corrections, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
 @has_traits(base=True)
 @hands_on(fedavg, without=("correction", "aggregator"))
-def fednova(model: Model, *, local, **fedavg_options) -> Algorithm:
+def fednova(model: Model, *, local: Local, **fedavg_options) -> Algorithm:
     """Returns FedNova; the uplink holds one number more than FedAvg's.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`; its optimizer must be linear in the
+      local: how clients train, see `fedavg`; its optimizer must be linear in the
         gradients (SGD with or without momentum) and start anew at every visit.
       **fedavg_options: of `fedavg`.
     """
@@ -56,9 +57,8 @@ def normalised_mean() -> aggregators.Aggregator:
         total = jnp.maximum(jnp.sum(weight), 1e-30)
         effective = jnp.sum(weight * displacement) / total
         mean = aggregators.mean_over_clients(delta, weight)
-        normalised = aggregators.mean_over_clients(delta, per_unit)
-        normalised = tree.scale(normalised, effective * jnp.sum(per_unit) / total)
-        mean |= {k: x for k, x in normalised.items() if k.startswith("params/")}
+        normalised = aggregators.mean_over_clients(tree.parameters(delta)[0], per_unit)
+        mean |= tree.scale(normalised, effective * jnp.sum(per_unit) / total)
         return (mean, ()), state
 
     return aggregators.Aggregator(init=lambda spec: (), combine=combine)

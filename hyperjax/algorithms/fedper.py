@@ -6,6 +6,7 @@ Layers" (arXiv:1912.00818). All heads start from the same draw.
 
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -14,13 +15,13 @@ HEAD = r"params/head/.*"
 
 @hands_on(fedavg, without=("keep",))
 def fedper(
-    model: Model, *, local, head: Patterns = HEAD, **fedavg_options
+    model: Model, *, local: Local, head: Patterns = HEAD, **fedavg_options
 ) -> Algorithm:
     """Returns FedPer.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       head: patterns of the parameters that stay on the client.
       **fedavg_options: of `fedavg`.
     """

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing
+from hyperjax import wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.data import clients
 from hyperjax.errors import check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -58,7 +59,7 @@ class Uplink(NamedTuple):
 def fedproto(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     lam: float = 1.0,
     **fedavg_options,
@@ -67,7 +68,7 @@ def fedproto(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       lam: lambda.
       **fedavg_options: of `fedavg`, for the clients.
@@ -119,7 +120,7 @@ def _client(model: Model, local, lam: float, empty, options) -> ClientSide:
         return Downlink(shared=({}, ()), round=down.round)
 
     # Fine-tuning goes on with the prototypes of today.
-    side = mixing.through(
+    side = wrappers.through(
         inner, plain, lambda down, client: told(client, {NAME: down.shared._asdict()})
     )
 

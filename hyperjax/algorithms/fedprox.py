@@ -9,17 +9,20 @@ draws them by size and averages uniformly.
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
 @has_traits(base=True)
 @hands_on(fedavg, without=("correction",))
-def fedprox(model: Model, *, local, mu: float = 0.1, **fedavg_options) -> Algorithm:
+def fedprox(
+    model: Model, *, local: Local, mu: float = 0.1, **fedavg_options
+) -> Algorithm:
     """Returns FedProx.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       mu: weight of the proximal term on shared parameters; the paper tunes it among
         0.001, 0.01, 0.1 and 1. Statistics of batch-norm are not pulled.
       **fedavg_options: of `fedavg`.

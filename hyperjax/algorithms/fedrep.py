@@ -7,13 +7,11 @@ while the head trains. The paper ends with tuning of the head alone, and so does
 fine-tuning here.
 """
 
-import functools
-
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least
-from hyperjax.local import Phase
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local, Phase
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -23,7 +21,7 @@ from hyperjax.types import Algorithm, Model
 def fedrep(
     model: Model,
     *,
-    local,
+    local: Local,
     head: Patterns = HEAD,
     head_epochs: int = 10,
     body_epochs: int = 1,
@@ -34,7 +32,7 @@ def fedrep(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`; its length is that of the phases.
+      local: how clients train, see `fedavg`; its length is that of the phases.
       head: patterns of the parameters that stay on the client.
       head_epochs: local epochs of the head (10 for CIFAR-10).
       body_epochs: local epochs of the body (1 for CIFAR-10, 5 for CIFAR-100).
@@ -51,7 +49,7 @@ def fedrep(
     )
     return fedavg(
         model,
-        local=functools.partial(local, phases=phases),
+        local=local._replace(phases=phases),
         keep=head,
         finetune=finetune or head,
         **fedavg_options,

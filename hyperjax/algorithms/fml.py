@@ -16,11 +16,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing
+from hyperjax import over_families
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model, cannot_rebuild
 
 PARTS = ("params", "stats")
@@ -30,7 +31,7 @@ PARTS = ("params", "stats")
 def fml(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     alpha: float = 0.5,
     beta: float = 0.5,
@@ -40,7 +41,7 @@ def fml(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       alpha: weight of the labels in the own model's loss.
       beta: weight of the labels in the shared model's loss.
@@ -50,7 +51,7 @@ def fml(
       ValueError: a weight is outside [0, 1].
     """
     check_number(at_least=0, at_most=1, alpha=alpha, beta=beta)
-    small = mixing.smallest(models)
+    small = over_families.smallest(models)
 
     def one(own):
         both = mutual(own, small, alpha, beta)
@@ -60,7 +61,7 @@ def fml(
             keep.append(r"stats/own/.*")
         return fedavg(both, local=local, keep=keep, **fedavg_options)
 
-    return mixing.over_families({name: one(own) for name, own in models.items()})
+    return over_families.averaged({name: one(own) for name, own in models.items()})
 
 
 def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:

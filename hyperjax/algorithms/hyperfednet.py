@@ -19,10 +19,11 @@ import jax
 
 from hyperjax import calls, registry
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 # What stays home, by what is shared beside the generator.
@@ -37,7 +38,7 @@ KEEP = {
 def hyperfednet(
     model: Model,
     *,
-    local,
+    local: Local,
     embedding_size: int = 128,
     hidden_size: int | None = None,
     tile: int = 16,
@@ -57,7 +58,7 @@ def hyperfednet(
     Args:
       model: a network with 3x3 convolutions of multiples of 16 channels and a last
         layer named "head".
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       embedding_size: n, numbers of an embedding.
       hidden_size: width d of the generator; None for n, as published.
       tile: channels of a tile; 16 as published.
@@ -81,7 +82,11 @@ def hyperfednet(
       ValueError: an unknown choice, or no kernel can be generated.
     """
     check_choice("share_aux", share_aux, KEEP)
-    build = _base(base, dict(num_clients=num_clients, num_rounds=num_rounds))
+    known = dict(num_clients=num_clients, num_rounds=num_rounds)
+    check_at_least(
+        0, **{k: number for k, number in known.items() if number is not None}
+    )
+    build = _base(base, known)
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     net = tiles.tile_net(
         template,

@@ -20,90 +20,50 @@ import jax
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
-from hyperjax.registry import hands_on, has_traits
+from hyperjax.registry import hands_on, has_traits, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
+from hyperjax.wrappers import with_condition_of
+
+# What a method of this kind is put together from, in the order in which options are
+# asked whose they are.
+PARTS = (
+    distribution_embedding,
+    wrap.conditioned,
+    mlp.chunked_mlp,
+    with_condition_of,
+    fedavg,
+)
 
 
 @has_traits(per_sample=True)
-@hands_on(fedavg)
-def hyperfedzero(
-    model: Model,
-    *,
-    local,
-    embedding_size: int = 16,
-    alpha: float = 0.1,
-    beta: float = 0.01,
-    cv_mode: str = "batch_mean",
-    ent_reduction: str = "sum",
-    noise: bool = True,
-    noise_net: str = "shared",
-    eval_noise: bool = False,
-    embed_granularity: str = "batch",
-    deploy_granularity: str = "client",
-    enter: str = "embedding",
-    chunk_size: int = 576,
-    chunk_embedding_size: int = 16,
-    hidden: tuple[int, ...] = (300, 300),
-    out_scale: str = "none",
-    norm_scale_offset: float = 0.0,
-    chunk_batch_size: int = 0,
-    **fedavg_options,
-) -> Algorithm:
+@hands_on(*PARTS, without=("extractor", "condition_size"))
+def hyperfedzero(model: Model, *, local: Local, **options) -> Algorithm:
     """Returns HyperFedZero for the target `model`.
 
     Args:
       model: the target classifier; all its parameters are generated.
-      local: builds a training loop, see `fedavg`.
-      embedding_size: P.
-      alpha: weight of the dispersion of the mean embedding.
-      beta: weight of the embeddings' entropy.
-      cv_mode: "batch_mean" or "per_sample", see `embedding.balancing_penalty`.
-      ent_reduction: "sum" or "mean" over dimensions.
-      noise: NoisyEmbed on (its ablation drops the noise head too).
-      noise_net: "shared" trunk or a "separate" one.
-      eval_noise: keep the noise on at evaluation.
-      embed_granularity: "sample", "batch" or "client", see `wrap.conditioned`.
-      deploy_granularity: "client" or "sample".
-      enter: how e enters the hypernetwork; all but "embedding" are deviations.
-      chunk_size: S.
-      chunk_embedding_size: d_c.
-      hidden: widths of the hypernetwork's hidden layers.
-      out_scale: "none" or "fan_in" (deviation), see `mlp.chunked_mlp`.
-      norm_scale_offset: added to generated normalisation scales (deviation if 1).
-      chunk_batch_size: chunks generated at a time; 0 for all.
-      **fedavg_options: `server_opt`, `condition_source`, ... of `fedavg`.
+      local: how clients train, see `fedavg`.
+      **options: of `embedding.distribution_embedding`, `wrap.conditioned` (all values
+        of `enter` but "embedding" are deviations), `mlp.chunked_mlp` (so are "fan_in"
+        and an offset of normalisation scales), `wrappers.with_condition_of` and
+        `fedavg`.
     """
-    embedding = distribution_embedding(
-        model.sample_shape,
-        embedding_size=embedding_size,
-        alpha=alpha,
-        beta=beta,
-        cv_mode=cv_mode,
-        ent_reduction=ent_reduction,
-        noise=noise,
-        noise_net=noise_net,
-    )
-    whole = emitted(
-        model,
-        embedding,
-        hypernet=dict(
-            chunk_size=chunk_size,
-            chunk_embedding_size=chunk_embedding_size,
-            hidden=hidden,
-            out_scale=out_scale,
-            norm_scale_offset=norm_scale_offset,
-            chunk_batch_size=chunk_batch_size,
-        ),
-        eval_noise=eval_noise,
-        embed_granularity=embed_granularity,
-        deploy_granularity=deploy_granularity,
-        enter=enter,
-    )
-    return fedavg(whole, local=local, **fedavg_options)
+    extractor, condition, hypernet, source, averaging = routed(options, *PARTS)
+    embedding = distribution_embedding(model.sample_shape, **extractor)
+    whole = emitted(model, embedding, hypernet, **condition)
+    return with_condition_of(fedavg(whole, local=local, **averaging), **source)
 
 
 def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Model:
-    """Returns `model` with its parameters emitted by a chunked hypernetwork."""
+    """Returns `model` with its parameters emitted by a chunked hypernetwork.
+
+    Args:
+      model: the target classifier.
+      embedding: what the hypernetwork's condition is computed by.
+      hypernet: options of `mlp.chunked_mlp`.
+      **choices: of `wrap.conditioned`.
+    """
     template = jax.jit(model.init)(jax.random.key(0))["params"]
     net = mlp.chunked_mlp(template, condition_size=embedding.size, **hypernet)
     return wrap.generated_from_input(model, embedding, net, **choices)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 
 import jax
 
-from hyperjax import mixing, tree
+from hyperjax import over_families, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -23,7 +24,7 @@ from hyperjax.types import Algorithm, Model
 def lg_fedavg(
     model: Model | Mapping[str, Model],
     *,
-    local,
+    local: Local,
     share: Patterns = HEAD,
     family_sizes: Mapping[str, int] | None = None,
     **fedavg_options,
@@ -32,7 +33,7 @@ def lg_fedavg(
 
     Args:
       model: what is trained; or the network of each family, with equal heads.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       share: patterns of the parameters that are federated.
       family_sizes: given with several networks.
       **fedavg_options: of `fedavg`.
@@ -42,7 +43,7 @@ def lg_fedavg(
     """
     if isinstance(model, Mapping):
         options = dict(local=local, share=share, **fedavg_options)
-        return mixing.over_families(
+        return over_families.averaged(
             {k: lg_fedavg(m, **options) for k, m in model.items()}
         )
     template = jax.eval_shape(model.init, jax.random.key(0))

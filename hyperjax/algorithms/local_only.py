@@ -7,9 +7,10 @@ same number of gradient steps.
 
 from collections.abc import Mapping
 
-from hyperjax import mixing
+from hyperjax import over_families
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
@@ -17,7 +18,7 @@ from hyperjax.types import Algorithm, Model
 def local_only(
     model: Model | Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int] | None = None,
     **fedavg_options,
 ) -> Algorithm:
@@ -25,13 +26,13 @@ def local_only(
 
     Args:
       model: what is trained; or the network of each family.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: given with several networks.
       **fedavg_options: of `fedavg`.
     """
     if isinstance(model, Mapping):
         options = dict(local=local, **fedavg_options)
-        return mixing.over_families(
+        return over_families.averaged(
             {k: local_only(m, **options) for k, m in model.items()}
         )
     return fedavg(model, local=local, keep=r".*", **fedavg_options)

@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.hypernets.multi_head import multi_head
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
+from hyperjax.wrappers import with_refreshed_statistics
 
 
 class State(NamedTuple):
@@ -49,7 +51,7 @@ class State(NamedTuple):
 def mh_pfedhn(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local | Mapping[str, Local],
     family_sizes: Mapping[str, int],
     output_size: int = 3072,
     embedding_size: int = 64,
@@ -61,13 +63,14 @@ def mh_pfedhn(
     share_heads: bool = True,
     freeze: Patterns = (),
     bn_stats: str = "local",
+    refresh_stats: bool = False,
     **fedavg_options,
 ) -> Algorithm:
     """Returns MH-pFedHN.
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, the same for all families or by family.
       family_sizes: clients of each family.
       output_size: O.
       embedding_size: d.
@@ -79,22 +82,28 @@ def mh_pfedhn(
       share_heads: False gives every family a head of its own (ablation).
       freeze: patterns of paths in phi that do not move.
       bn_stats: "local"; what a hypernetwork emits has no running statistics.
+      refresh_stats: running statistics see the network that a client is sent once
+        more before it predicts, see `wrappers.with_refreshed_statistics`.
       **fedavg_options: of `fedavg`, for the clients.
 
     Raises:
       ValueError: a size is out of range, a pattern matches nothing, or `family_sizes`
         is of other families.
     """
-    mixing.check_families(models, family_sizes)
+    over_families.check(models, family_sizes)
     check_number(above=0, clip_norm=clip_norm)
     server_opt = server_opt or optax.adam(2e-4)
     options = {"bn_stats": bn_stats, **fedavg_options}
+    by_family = local if isinstance(local, Mapping) else dict.fromkeys(models, local)
     inner = {
-        name: fedavg(model, local=local, **options) for name, model in models.items()
+        name: fedavg(model, local=by_family[name], **options)
+        for name, model in models.items()
     }
+    if refresh_stats:
+        inner = {name: with_refreshed_statistics(alg) for name, alg in inner.items()}
     for alg in inner.values():
         mixing.check_emitted(jax.eval_shape(alg.server.init, jax.random.key(0)).theta)
-    flats = {name: mixing.flat(alg) for name, alg in inner.items()}
+    flats = {name: wrappers.flat(alg) for name, alg in inner.items()}
     net = multi_head(
         [flat.size for flat in flats.values()],
         output_size=output_size,
@@ -211,7 +220,7 @@ def mh_pfedhn(
         return State(phi, tables, opt), {"gradient_norm": norm}
 
     clients = {
-        name: mixing.own_as_shared(alg.client, flats[name])
+        name: wrappers.own_as_shared(alg.client, flats[name])
         for name, alg in inner.items()
     }
     return Algorithm(ServerSide(init, downlink, update), clients)

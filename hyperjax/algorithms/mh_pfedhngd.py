@@ -21,13 +21,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, tree
+from hyperjax import mixing, over_families, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.errors import check_choice, check_number
 from hyperjax.models.beside import beside
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -50,7 +51,7 @@ TEACHERS = ("stale", "fresh")
 def mh_pfedhngd(
     models: Mapping[str, Model],
     *,
-    local,
+    local: Local,
     family_sizes: Mapping[str, int],
     lam: float = 0.2,
     temperature: float = 15.0,
@@ -63,7 +64,7 @@ def mh_pfedhngd(
 
     Args:
       models: the network of each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       family_sizes: clients of each family.
       lam: lambda; 0 gives the networks of MH-pFedHN the gradients of MH-pFedHN.
       temperature: T.
@@ -82,7 +83,7 @@ def mh_pfedhngd(
     check_choice("teacher", teacher, TEACHERS)
     check_number(at_least=0, at_most=1, lam=lam)
     check_number(above=0, temperature=temperature)
-    small = mixing.smallest(models)
+    small = over_families.smallest(models)
     if jax.tree.leaves(jax.eval_shape(small.init, jax.random.key(0))["stats"]):
         raise ValueError(
             "the smallest network is the global model, and must do without running "
@@ -94,21 +95,17 @@ def mh_pfedhngd(
             "parts of the global model, which is generated whole"
         )
 
-    def loop(model, **options):
-        if model is small and not clip_global:
-            options["clip_norm"] = None
-        return local(model, **options)
-
     taught = {name: _taught(m, small, lam, temperature) for name, m in models.items()}
     alone = {GLOBAL: 1}
     everybody = {**family_sizes, **alone}
+    copying = local if clip_global else local._replace(clip_norm=None)
     inner = mh_pfedhn(
         {**taught, GLOBAL: small},
-        local=loop,
+        local={**dict.fromkeys(taught, local), GLOBAL: copying},
         family_sizes=everybody,
         **mh_pfedhn_options,
     )
-    flat = mixing.flat(fedavg(small, local=local))
+    flat = wrappers.flat(fedavg(small, local=local))
     no_key = jax.random.key(0)  # MH-pFedHN's server draws nothing
 
     def theta_g(state, round):
@@ -171,13 +168,13 @@ def _cohorts(sizes: Mapping[str, int], round: Array) -> dict[str, Cohort]:
     }
 
 
-def _entry(flat: mixing.Flat, theta_g: Array) -> PyTree:
+def _entry(flat: wrappers.Flat, theta_g: Array) -> PyTree:
     """What a client remembers of its teacher."""
     return {NAME: {**flat.cut(theta_g), KNOWN: jnp.float32(1)}}
 
 
 def _copying(
-    client: ClientSide, copies: ClientSide, flat: mixing.Flat, model: Model
+    client: ClientSide, copies: ClientSide, flat: wrappers.Flat, model: Model
 ) -> ClientSide:
     """MH-pFedHN's client as a round opens: it is told theta_g and trains a copy."""
     size = tree.count(jax.eval_shape(model.init, jax.random.key(0))["params"])
@@ -197,9 +194,9 @@ def _copying(
     return client._replace(init=init, update=update)
 
 
-def _informed(client: ClientSide, flat: mixing.Flat) -> ClientSide:
+def _informed(client: ClientSide, flat: wrappers.Flat) -> ClientSide:
     """MH-pFedHN's client, which is told its teacher with every network of its own."""
-    return mixing.through(
+    return wrappers.through(
         client,
         lambda down: Downlink(own=down.own, round=down.round),
         lambda down, state: told(state, _entry(flat, down.shared)),

@@ -21,6 +21,7 @@ from hyperjax.errors import check_number
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Model
 
@@ -32,7 +33,7 @@ NAME = "previous"  # model, among a client's statistics
 def moon(
     model: Model,
     *,
-    local,
+    local: Local,
     mu: float = 5.0,
     temperature: float = 0.5,
     keep: Patterns = (),
@@ -42,7 +43,7 @@ def moon(
 
     Args:
       model: what is trained; with a layer named "head".
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       mu: weight of the contrast; the paper tunes it among 0.1, 1, 5 and 10.
       temperature: T.
       keep: patterns of variables that stay home.

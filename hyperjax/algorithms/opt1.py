@@ -8,46 +8,26 @@ generating its parameters.
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import wrap
 from hyperjax.hypernets.embedding import distribution_embedding
-from hyperjax.registry import hands_on, has_traits
+from hyperjax.registry import hands_on, has_traits, routed
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
+from hyperjax.wrappers import with_condition_of
+
+PARTS = (distribution_embedding, wrap.conditioned, with_condition_of, fedavg)
 
 
 @has_traits(per_sample=True)
-@hands_on(fedavg)
-def opt1(
-    model: Model,
-    *,
-    local,
-    embedding_size: int = 16,
-    alpha: float = 0.1,
-    beta: float = 0.01,
-    cv_mode: str = "batch_mean",
-    ent_reduction: str = "sum",
-    noise: bool = True,
-    noise_net: str = "shared",
-    eval_noise: bool = False,
-    embed_granularity: str = "batch",
-    deploy_granularity: str = "client",
-    enter: str = "embedding",
-    **fedavg_options,
-) -> Algorithm:
-    """Returns the control; arguments as in `hyperfedzero`."""
-    embedding = distribution_embedding(
-        model.sample_shape,
-        embedding_size=embedding_size,
-        alpha=alpha,
-        beta=beta,
-        cv_mode=cv_mode,
-        ent_reduction=ent_reduction,
-        noise=noise,
-        noise_net=noise_net,
-    )
-    whole = wrap.concatenated_to_input(
-        model,
-        embedding,
-        embed_granularity=embed_granularity,
-        deploy_granularity=deploy_granularity,
-        eval_noise=eval_noise,
-        enter=enter,
-    )
-    return fedavg(whole, local=local, **fedavg_options)
+@hands_on(*PARTS, without=("extractor",))
+def opt1(model: Model, *, local: Local, **options) -> Algorithm:
+    """Returns the control.
+
+    Args:
+      model: the classifier, which is rebuilt for wider inputs.
+      local: how clients train, see `fedavg`.
+      **options: of `embedding.distribution_embedding`, `wrap.conditioned`,
+        `wrappers.with_condition_of` and `fedavg`, as in `hyperfedzero`.
+    """
+    extractor, condition, source, averaging = routed(options, *PARTS)
+    embedding = distribution_embedding(model.sample_shape, **extractor)
+    whole = wrap.concatenated_to_input(model, embedding, **condition)
+    return with_condition_of(fedavg(whole, local=local, **averaging), **source)

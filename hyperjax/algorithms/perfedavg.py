@@ -11,8 +11,6 @@ choose `local.batch_size` three times that of a draw. What is deployed is the st
 point; fine-tuning takes plain steps of SGD at the inner rate a.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,8 +18,8 @@ import optax
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_choice, check_number
-from hyperjax.local import tuner
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local, constant, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Batch, Model
 
@@ -34,7 +32,7 @@ DRAWS = ("thirds", "same")
 def perfedavg(
     model: Model,
     *,
-    local,
+    local: Local,
     inner_learning_rate: float = 0.01,
     order: str = "first",
     draws: str = "thirds",
@@ -45,7 +43,7 @@ def perfedavg(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`; its learning rate is b of the paper,
+      local: how clients train, see `fedavg`; its learning rate is b of the paper,
         its batches hold at least 3 samples if `draws` is "thirds".
       inner_learning_rate: a.
       order: "first" or "exact" (one Hessian-vector product a step).
@@ -91,17 +89,14 @@ def perfedavg(
         aux = aux._replace(logits=(), features=())
         return sum(jax.tree.leaves(products), jax.lax.stop_gradient(value)), aux
 
-    size = local(model).batch_size
-    if draws == "thirds" and size < 3:
-        raise ValueError(f"batches of {size} cannot be cut in three; use draws='same'")
+    if draws == "thirds" and local.batch_size < 3:
+        raise ValueError(
+            f"batches of {local.batch_size} cannot be cut in three; use draws='same'"
+        )
     alg = fedavg(model._replace(loss=loss), local=local, **fedavg_options)
-    plain = functools.partial(
-        local,
-        optimizer=optax.sgd(rate),
-        schedule=lambda round: jnp.float32(1.0),
-        clip_norm=None,
-    )
-    client = alg.client._replace(tune=tuner(model, plain, finetune))
+    # The step that the starting point was trained for: plain, at a, unclipped.
+    inner = local._replace(optimizer=optax.sgd(rate), schedule=constant, clip_norm=None)
+    client = alg.client._replace(tune=tuner(model, inner, finetune))
     return alg._replace(client=client)
 
 

@@ -34,11 +34,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.hypernets import heads
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
 
@@ -66,7 +67,7 @@ def published_size(num_clients: int) -> int:
 def pfedhn(
     model: Model | Mapping[str, Model],
     *,
-    local,
+    local: Local,
     num_clients: int,
     family_sizes: Mapping[str, int] | None = None,
     embedding_size: int = 0,
@@ -84,7 +85,7 @@ def pfedhn(
 
     Args:
       model: the target network, or one for each family of clients.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N, of all families together.
       family_sizes: clients of each family, if there are any.
       embedding_size: d; 0 for `published_size`, 1 + N // 4.
@@ -111,7 +112,7 @@ def pfedhn(
     options = {"bn_stats": bn_stats, "clip_kept": not faithful, **fedavg_options}
     models = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping):
-        mixing.check_families(models, family_sizes, num_clients)
+        over_families.check(models, family_sizes, num_clients)
     inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
     shared = {
         name: jax.eval_shape(alg.server.init, jax.random.key(0)).theta
@@ -174,7 +175,7 @@ def pfedhn(
         after = jax.tree.map(lambda x, y: jnp.where(alive, x, y), after, server)
         return after, {"gradient_norm": norm}
 
-    sides = {name: mixing.own_as_shared(alg.client) for name, alg in inner.items()}
+    sides = {name: wrappers.own_as_shared(alg.client) for name, alg in inner.items()}
     if isinstance(model, Mapping):
         whole = ServerSide(init, downlink, update)
         return Algorithm(_sliced(whole, shared, dict(family_sizes or {})), sides)
@@ -212,7 +213,7 @@ def _sliced(
         return found
 
     def update(key, state, uplinks, cohorts):
-        everybody = mixing.together(
+        everybody = over_families.together(
             everywhere(name, cohort) for name, cohort in cohorts.items()
         )
 

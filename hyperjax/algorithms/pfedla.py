@@ -22,11 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import mixing, rng, tree
+from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
 SIGNS = (1, -1)
@@ -45,7 +46,7 @@ class State(NamedTuple):
 def pfedla(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     embedding_size: int = 100,
     hidden_size: int = 100,
@@ -58,7 +59,7 @@ def pfedla(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       embedding_size: of a client's generator.
       hidden_size: of its three layers.
@@ -80,7 +81,7 @@ def pfedla(
         raise ValueError(f"sign={sign} must be 1 or -1")
     check_number(at_least=0, generator_learning_rate=generator_learning_rate)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = mixing.shared(inner)
+    theta = wrappers.shared(inner)
     layers = mixing.layers(theta)
 
     def init_generator(key):
@@ -141,10 +142,8 @@ def pfedla(
             return pull(delta)[0]
 
         # Running statistics are not trained: their change leads nowhere downhill.
-        trained = {
-            path: d if path.startswith("params/") else jnp.zeros_like(d)
-            for path, d in uplink.delta.items()
-        }
+        params, stats = tree.parameters(uplink.delta)
+        trained = {**params, **tree.zeros_like(stats)}
         grads = jax.vmap(gradient)(psi, cohort.ids, trained)
         rate = sign * generator_learning_rate
         new = jax.tree.map(lambda p, g: p + rate * g, psi, grads)
@@ -152,7 +151,7 @@ def pfedla(
         return State(models, psi), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )
 
 

@@ -20,6 +20,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.beside import beside, join, pattern, split
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -31,7 +32,7 @@ NAME = "personal"  # model's parameters, among a client's statistics
 def pfedme(
     model: Model,
     *,
-    local,
+    local: Local,
     lam: float = 15.0,
     inner_steps: int = 5,
     inner_learning_rate: float = 0.05,
@@ -43,7 +44,7 @@ def pfedme(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`; its learning rate is w's (eta).
+      local: how clients train, see `fedavg`; its learning rate is w's (eta).
       lam: lambda, 15 to 30 in the paper's runs.
       inner_steps: gradient steps for u (K).
       inner_learning_rate: their learning rate; times lambda it must stay below 2.

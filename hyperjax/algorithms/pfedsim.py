@@ -18,12 +18,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import aggregators, mixing, tree
+from hyperjax import aggregators, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.local import round_at
 from hyperjax.registry import hands_on
+from hyperjax.training import Local, round_at
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
 
@@ -41,7 +41,7 @@ class State(NamedTuple):
 def pfedsim(
     model: Model,
     *,
-    local,
+    local: Local,
     num_clients: int,
     num_rounds: int,
     warmup: float = 0.5,
@@ -53,7 +53,7 @@ def pfedsim(
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       num_clients: N.
       num_rounds: of the whole run.
       warmup: fraction of the rounds that are FedAvg's at first; half as published.
@@ -69,7 +69,7 @@ def pfedsim(
     check_number(at_least=0, at_most=1, warmup=warmup)
     warmup_rounds = round_at(warmup, num_rounds)
     inner = fedavg(model, local=local, **fedavg_options)
-    theta = mixing.shared(inner)
+    theta = wrappers.shared(inner)
     tops, _ = tree.splitter(theta, head).split(theta)
     kernel = next((path for path in tops if path.endswith("/kernel")), None)
     if kernel is None:
@@ -118,7 +118,7 @@ def pfedsim(
         return State(models, jnp.where(warm, server.phi, renewed)), {}
 
     return Algorithm(
-        ServerSide(init, downlink, update), mixing.own_as_shared(inner.client)
+        ServerSide(init, downlink, update), wrappers.own_as_shared(inner.client)
     )
 
 

@@ -9,17 +9,18 @@ paper averages uniformly (`weights="uniform"` in a config) and trains with plain
 from hyperjax import corrections
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on, has_traits
+from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
 
 @has_traits(base=True, weights="uniform")
 @hands_on(fedavg, without=("correction",))
-def scaffold(model: Model, *, local, **fedavg_options) -> Algorithm:
+def scaffold(model: Model, *, local: Local, **fedavg_options) -> Algorithm:
     """Returns SCAFFOLD; it sends twice what FedAvg sends, both ways.
 
     Args:
       model: what is trained.
-      local: builds a training loop, see `fedavg`.
+      local: how clients train, see `fedavg`.
       **fedavg_options: of `fedavg`; the server's learning rate is `server_opt`'s.
     """
     return fedavg(

@@ -3,6 +3,12 @@
 A checkpoint holds the carry (server state, client rows, seen flags) after a number of
 rounds, written by orbax, and a digest of it; no key, since keys follow from the round.
 It counts once its digest exists, which is written last and atomically.
+
+Arrays go by their paths, so that orbax alone can open one:
+
+  with orbax.checkpoint.PyTreeCheckpointer() as reader:
+      arrays = reader.restore("<run>/checkpoints/round_00000050/carry")
+  arrays["server/theta/params/head/kernel"]
 """
 
 import errno
@@ -23,6 +29,11 @@ from hyperjax.errors import first_line
 from hyperjax.types import PyTree
 
 DIGEST = "digest.json"
+FORMAT = 2  # of a checkpoint; before, arrays went by number and no format was said
+OLDER = (
+    "was made by an older version of hyperjax and can be neither continued nor served "
+    "by this one"
+)
 
 
 class Restored(NamedTuple):
@@ -127,6 +138,9 @@ def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) ->
 
     Returns:
       The digest of the carry.
+
+    Raises:
+      ValueError: two arrays have one path.
     """
     import orbax.checkpoint as ocp
 
@@ -138,8 +152,9 @@ def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) ->
     arrays = jax.device_get(carry)
     digest = tree.sha256(arrays)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(path / "carry", _named(arrays))
-    write_atomically(path / DIGEST, json.dumps({"round": round, "sha256": digest}))
+        checkpointer.save(path / "carry", _by_path(arrays))
+    record = {"format": FORMAT, "round": round, "sha256": digest}
+    write_atomically(path / DIGEST, json.dumps(record))
     for old in finished(folder)[: -max(keep, 2)]:
         # Without its digest it does not count. Network file systems may refuse to
         # remove a folder with files that somebody has open.
@@ -158,12 +173,15 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
       template: an abstract carry: its structure, shapes and dtypes.
 
     Raises:
-      ValueError: there are checkpoints, and every one is damaged.
+      ValueError: there are checkpoints, and every one is damaged, or the newest intact
+        one is that of an older version.
     """
     found = finished(Path(folder).absolute())
     for path in reversed(found):
         try:
             return _read(path, template)
+        except _Older:
+            raise ValueError(f"{str(path)!r} {OLDER}") from None
         except Exception as error:  # any sign of damage, from orbax or our own check
             logging.warning(
                 "Checkpoint %s is damaged (%s); trying the one before.",
@@ -179,15 +197,25 @@ def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
     return None
 
 
+class _Older(Exception):
+    """A checkpoint is of an older format."""
+
+
 def _read(path: Path, template: PyTree) -> Restored:
     import orbax.checkpoint as ocp
 
     record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
+    if record.get("format", 1) < FORMAT:
+        raise _Older
     with ocp.PyTreeCheckpointer() as checkpointer:
         named = checkpointer.restore(path / "carry")
     leaves, structure = jax.tree.flatten(template)
-    arrays = [np.asarray(named[_name(i)]) for i in range(len(leaves))]
-    carry = jax.tree.unflatten(structure, arrays)
+    names = tree.paths(template)
+    other = sorted({*named} ^ {*names})
+    if other:
+        holds = "holds" if other[0] in named else "lacks"
+        raise ValueError(f"it {holds} {other[0]!r}, which is that of another state")
+    carry = jax.tree.unflatten(structure, [np.asarray(named[name]) for name in names])
     if tree.sha256(carry) != record["sha256"]:
         raise ValueError("its content does not match its digest")
     for leaf, found in zip(leaves, jax.tree.leaves(carry), strict=True):
@@ -204,10 +232,11 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"round_*/{DIGEST}"))
 
 
-def _name(i: int) -> str:
-    return f"leaf_{i:05d}"
-
-
-def _named(carry: PyTree) -> dict[str, Any]:
-    """Leaves by number: orbax rebuilds plain dicts, not our named tuples."""
-    return {_name(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(carry))}
+def _by_path(carry: PyTree) -> dict[str, np.ndarray]:
+    """Leaves by path: orbax rebuilds plain dicts, not our named tuples."""
+    names = tree.paths(carry)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the state has several arrays under {', '.join(twice)}")
+    leaves = map(np.asarray, jax.tree.leaves(carry))
+    return dict(zip(names, leaves, strict=True))

@@ -136,10 +136,10 @@ def distribution_embedding(
     Args:
       input_shape: (H, W, c).
       embedding_size: P.
-      alpha: weight of the dispersion term.
-      beta: weight of the entropy term.
-      cv_mode: see `balancing_penalty`.
-      ent_reduction: see `balancing_penalty`.
+      alpha: weight of the dispersion of the mean embedding.
+      beta: weight of the embeddings' entropy.
+      cv_mode: "batch_mean" or "per_sample", see `balancing_penalty`.
+      ent_reduction: entropy as a "sum" or "mean" over dimensions.
       noise: NoisyEmbed; False drops the noise head with the noise.
       noise_net: "shared" trunk with its own linear head, or a "separate" network.
       extractor: another linen module with the outputs of `Extractor`.
@@ -190,8 +190,15 @@ def distribution_embedding(
     return Embedding(embedding_size, init, embed, penalty)
 
 
-def constant_embedding(embedding_size: int = 16) -> Embedding:
-    """Returns the control: e is uniform whatever the input; no parameters."""
+def constant_embedding(*, embedding_size: int = 16) -> Embedding:
+    """Returns the control: e is uniform whatever the input; no parameters.
+
+    Args:
+      embedding_size: P.
+
+    Raises:
+      ValueError: it is below 1.
+    """
     check_at_least(1, embedding_size=embedding_size)
 
     def embed(key, params, x):

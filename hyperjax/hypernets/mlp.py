@@ -7,8 +7,6 @@ points to (arXiv:2508.12673):
     u_k = [condition, chunk embedding k] -> Linear H1 -> ReLU -> ... -> Linear S
 """
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,7 +39,7 @@ def chunked_mlp(
     condition_size: int,
     chunk_size: int = 576,
     chunk_embedding_size: int = 16,
-    hidden: Sequence[int] = (300, 300),
+    hidden: tuple[int, ...] = (300, 300),
     out_scale: str = "none",
     norm_scale_offset: float = 0.0,
     chunk_batch_size: int = 0,

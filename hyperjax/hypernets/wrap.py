@@ -21,7 +21,10 @@ from hyperjax.types import Array, HyperNet, Model, PyTree, Trained, cannot_rebui
 
 GRANULARITIES = ("sample", "batch", "client")
 DEPLOYMENTS = ("client", "sample")
-# How the condition enters; all but "embedding" are deviations from the paper.
+# How e enters; all but "embedding" are deviations from the paper. P e is 1 everywhere
+# for a uniform e and P in one place for a one-hot one, hence -1 and the logarithm, both
+# 0 or nearly so for a uniform e. An entry of e may vanish: 0.05 bounds its logarithm by
+# -3, the magnitude that a one-hot e reaches at P = 20.
 ENTRIES: dict[str, Callable] = {
     "embedding": lambda e: e,
     "centred": lambda e: e.shape[-1] * e - 1.0,
@@ -52,10 +55,12 @@ def conditioned(
       embedding: where the condition comes from.
       bind: `(variables, condition [d], x [B, ...]) -> (variables of model, its x)`.
       init: `(key) -> variables` of everything but the embedding.
-      embed_granularity: inputs that share a condition in training.
-      deploy_granularity: inputs that share a condition when deployed.
-      eval_noise: keep NoisyEmbed on outside training.
-      enter: key of `ENTRIES`.
+      embed_granularity: inputs that share a condition in training: "sample" (none),
+        "batch" or "client".
+      deploy_granularity: inputs that share one when deployed: "client" or "sample".
+      eval_noise: keep NoisyEmbed's noise on outside training.
+      enter: how e becomes the condition: as it is ("embedding"), "centred" or as
+        "log_ratio" to the uniform one, see `ENTRIES`.
 
     Raises:
       ValueError: an unknown choice, or a model that has a condition or hooks already.

@@ -19,7 +19,6 @@ from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families, schedule, sharding
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
-from hyperjax.local import round_at
 from hyperjax.protocols import common
 from hyperjax.runs.experiment import (
     Experiment,
@@ -29,6 +28,7 @@ from hyperjax.runs.experiment import (
     make_evaluator,
 )
 from hyperjax.runs.run import through_channel
+from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
 
 

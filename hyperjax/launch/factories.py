@@ -13,9 +13,9 @@ import optax
 from hyperjax import (
     calls,
     corrections,
-    local,
     models,
     server_optimizers,
+    training,
 )
 from hyperjax.errors import check_choice
 from hyperjax.protocols import common
@@ -66,20 +66,22 @@ def milestones(
         if rounds is None:
             raise ValueError(f"local.milestones has {mark}: a fraction of what?")
         # Of a few rounds the first trains at the full rate all the same.
-        return max(1, local.round_at(mark, rounds))
+        return max(1, training.round_at(mark, rounds))
 
     return [resolved(mark) for mark in config.milestones]
 
 
-def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
-    """Returns the builder of the local training loop: model -> train function.
+def make_local(
+    config: ml_collections.ConfigDict, rounds: int | None = None
+) -> training.Local:
+    """Returns how clients train.
 
     Args:
       config: `config.local`.
       rounds: of the run, see `milestones`.
     """
     neither = config.epochs is None and config.steps is None
-    phase = local.Phase(epochs=1 if neither else config.epochs, steps=config.steps)
+    phase = training.Phase(epochs=1 if neither else config.epochs, steps=config.steps)
     falls = jnp.asarray(milestones(config, rounds) or (0,), jnp.int32)
 
     def schedule_fn(round):
@@ -89,8 +91,7 @@ def make_local(config: ml_collections.ConfigDict, rounds: int | None = None):
             factor = factor * config.milestone_factor**passed
         return factor
 
-    return functools.partial(
-        local.trainer,
+    return training.Local(
         optimizer=local_optimizer(config),
         batch_size=config.batch_size,
         batches=config.batches,

@@ -33,7 +33,8 @@ def load_config(path: str, field: str) -> ml_collections.ConfigDict:
     """Reads the config of the run in a folder; `field` is what gave the folder.
 
     Raises:
-      ValueError: there is no run, or its config.json is damaged.
+      ValueError: there is no run, its config.json is damaged, or an older version made
+        it.
     """
     return as_config(_record(path, field))
 
@@ -48,14 +49,17 @@ def _record(path: str, field: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if not (folder / workdir.CONFIG).is_file():
         raise ValueError(f"{field}={path!r} holds no run (no {workdir.CONFIG})")
-    return workdir.read(folder)
+    record = workdir.read(folder)
+    workdir.check_format(f"{field}={path!r}", record)
+    return record
 
 
 def load(path: str, field: str = "workdir") -> Run:
     """Reads a run's folder; needs neither its data set nor its clients.
 
     Raises:
-      ValueError: there is no run, no intact checkpoint in it, or a damaged file.
+      ValueError: there is no run, no intact checkpoint in it, or a damaged file, or an
+        older version made it.
     """
     compiled.check_jax()
     record = _record(path, field)
@@ -93,7 +97,7 @@ def _restore(config: ml_collections.ConfigDict, folder: Path, facts: Any):
 def _made_by(record: dict[str, Any]) -> str:
     """Returns words on the version of a run, if it is not this one; else nothing."""
     commit, now = record.get("commit"), workdir.commit()
-    if commit == now and record.get("format", 1) == workdir.FORMAT:
+    if commit == now:
         return ""
     return (
         f" (the run was made by an older or another version of hyperjax, commit "

@@ -35,7 +35,8 @@ PARTITION, REPORT, STORE, LOCK = "partition.npz", "report.html", "store", ".lock
 CHECKPOINTS = "checkpoints"
 PACKAGES = ("hyperjax", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 AGAIN = "remove it: the command that made the run writes it anew"
-FORMAT = 2  # of config.json; those of format 1 do not say so
+# Of a folder; those of format 1 do not say so. Before 3, checkpoints had no names.
+FORMAT = 3
 
 # What a folder holds before its first checkpoint, none of it worth keeping.
 _BEGINNINGS = (
@@ -270,9 +271,11 @@ def compare(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Refuses to go on with a run that would become another one.
 
     Raises:
-      ValueError: it was made by another config, or under other settings of JAX.
+      ValueError: it was made by another config, by an older version, or under other
+        settings of JAX.
     """
     record = read(workdir)
+    check_format(f"workdir={str(workdir)!r}", record)
     differing = changes(workdir, config)
     refused = {
         field: values
@@ -289,6 +292,16 @@ def compare(workdir: Path, config: ml_collections.ConfigDict) -> None:
             f"or the same values. Differing: {_listed(refused, 'given')}"
         )
     check_settings(workdir, record)
+
+
+def check_format(where: str, record: Mapping[str, Any]) -> None:
+    """Refuses a run whose state is laid out as in older versions.
+
+    Raises:
+      ValueError: naming `where`; `record` is the content of its config.json.
+    """
+    if record.get("format", 1) < FORMAT:
+        raise ValueError(f"{where} {checkpoint.OLDER}")
 
 
 def check_settings(workdir: Path, record: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import functools
 
 import chex
-import federated
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,17 @@ import optax
 import pytest
 import quadratics as q
 
-from hyperjax import corrections, local, rng, tree
+from hyperjax import corrections, rng, training, tree
 from hyperjax.algorithms.fedavg import Uplink, fedavg
 from hyperjax.data import clients
 from hyperjax.models import MLP, from_linen
-from hyperjax.types import AdaptData, Batch, ClientData, Cohort, Downlink
+from hyperjax.types import AdaptData, ClientData, Cohort, Downlink
 
 SHAPE, K, LR = (2, 2, 1), 3, 0.2
 MODEL = from_linen(MLP(K, hidden=(4,)), SHAPE, K)
 HEAD = r"params/head/.*"
-FULL = functools.partial(local.trainer, optimizer=optax.sgd(LR), batch_size=8)
-BATCHES = functools.partial(local.trainer, optimizer=optax.sgd(LR, 0.9), batch_size=3)
+FULL = training.Local(optimizer=optax.sgd(LR), batch_size=8)
+BATCHES = training.Local(optimizer=optax.sgd(LR, 0.9), batch_size=3)
 # 20 samples of 4 clients.
 PARTS = [np.arange(0, 4), np.arange(4, 12), np.arange(12, 18), np.arange(18, 20)]
 
@@ -106,7 +105,7 @@ def test_one_client_is_copied():
 
 
 def test_rate_zero_is_a_fixed_point():
-    still = functools.partial(BATCHES, optimizer=optax.sgd(0.0, 0.9))
+    still = BATCHES._replace(optimizer=optax.sgd(0.0, 0.9))
     start, server, _, _, info = one_round(fedavg(MODEL, local=still), PARTS)
     chex.assert_trees_all_equal(server.theta, start.theta)
     assert info["steps"].tolist() == [2, 3, 2, 1]
@@ -410,48 +409,3 @@ def test_deployed_model_is_the_servers():
     np.testing.assert_array_equal(
         predict(variables, x), jax.jit(MODEL.predict)(nest(server.theta), x)
     )
-
-
-def test_unknown_condition_source():
-    with pytest.raises(ValueError, match=r"did you mean 'eval_inputs'"):
-        fedavg(MODEL, local=FULL, condition_source="eval_input")
-
-
-def test_statistics_at_home_may_see_what_is_deployed():
-    model = federated.normed()
-    alg = fedavg(
-        model, local=federated.make_local(), bn_stats="local", refresh_stats=True
-    )
-    plain = fedavg(model, local=federated.make_local(), bn_stats="local")
-    table, pool = federated.tiny().table, federated.tiny().pool
-    key = jax.random.key(0)
-    server = jax.jit(alg.server.init)(key)
-    down = Downlink(shared=(server.theta, ()), round=jnp.int32(0))
-    state = alg.client.init(key, key, down)
-    rows, size = jnp.asarray(table.rows[0]), jnp.asarray(table.size[0])
-    train = ClientData(rows, size, pool)
-    inputs = train._replace(pool=pool._replace(y=jnp.full_like(pool.y, -1)))
-
-    def deployed(alg, train):
-        data = AdaptData(train, inputs)
-        adapted = alg.client.adapt(key, down, state, data)
-        return alg.client.deploy(down, adapted)
-
-    found, before = deployed(alg, train), deployed(plain, train)
-    expected = before
-    for first in range(0, int(size), 64):  # one pass, in batches of 64
-        chosen = rows[first : min(first + 64, int(size))]
-        x = (pool.x[chosen] / 255.0 - pool.mean) / pool.std
-        batch = Batch(x, pool.y[chosen], jnp.ones(len(chosen)))
-        stats = model.loss(key, expected, batch, ())[1].stats
-        expected = {**expected, "stats": stats}
-    chex.assert_trees_all_close(found["stats"], expected["stats"], rtol=1e-5)
-    chex.assert_trees_all_equal(found["params"], before["params"])
-    moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), found, before)
-    assert all(jax.tree.leaves(moved["stats"]))
-    # A client without samples keeps its own, and nobody can refresh what is shared.
-    chex.assert_trees_all_equal(
-        deployed(alg, train._replace(size=jnp.int32(0))), deployed(plain, train)
-    )
-    with pytest.raises(ValueError, match="refresh_stats=True is for statistics that"):
-        fedavg(model, local=federated.make_local(), refresh_stats=True)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from test_fedavg import PARTS, SHAPE, K, Normalised, one_round, pool
 
-from hyperjax import local
+from hyperjax import training
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedbn import fedbn, normalisation
 from hyperjax.data import clients
@@ -22,7 +22,7 @@ HOME = {f"params/{NORM}/{name}" for name in ("scale", "bias")} | {
     f"stats/batch_stats/{NORM}/{name}" for name in ("mean", "var")
 }
 MODEL = from_linen(Normalised(), SHAPE, K)
-TRAIN = functools.partial(local.trainer, optimizer=optax.sgd(0.2, 0.9), batch_size=3)
+TRAIN = training.Local(optimizer=optax.sgd(0.2, 0.9), batch_size=3)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 import quadratics as q
 from federated import make_local, normed, tiny
 
-from hyperjax import local, tree
+from hyperjax import training, tree
 from hyperjax.algorithms.fedfomo import Own, State, Uplink, fedfomo, split
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
@@ -19,7 +19,7 @@ from hyperjax.models.linen import cross_entropy
 from hyperjax.types import ClientData, Cohort, Downlink
 
 BODY, HEAD = "params/body/w", "params/head/w"
-STILL = q.training(phases=(local.Phase(epochs=0),))
+STILL = q.training(phases=(training.Phase(epochs=0),))
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def test_the_scale_of_losses_does_not_matter(monkeypatch):
     others = [(1.5, 0.75), (0.5, 1.25)]
     theta, scores = visit(ours(train=STILL), MINE, others, ROWS, 5)
     monkeypatch.setattr(
-        "hyperjax.algorithms.fedfomo.cross_entropy",
+        "hyperjax.training.cross_entropy",
         lambda logits, batch: 4 * cross_entropy(logits, batch),
     )
     # A method of its own, as the others are compiled already.

@@ -172,7 +172,7 @@ Z = np.array([0.5, -1.0, 2.0, 0.25])
 
 @functools.cache
 def _loss(**options):
-    train = functools.partial(FULL, batch_size=3)
+    train = FULL._replace(batch_size=3)
     alg = fedgen(MODEL, local=train, generator_batch_size=6, **(SMALL | options))
 
     def value(theta, extra, batch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from federated import NUM_CLASSES, NUM_CLIENTS, make_local, normed, tiny, weights
 
-from hyperjax import local, server_optimizers, tree
+from hyperjax import server_optimizers, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedjets import Uplink, fedjets
 from hyperjax.data import clients
@@ -204,7 +204,7 @@ def visit(alg):
 
 
 def test_experts_are_chosen_by_the_gate_without_labels():
-    still = make_local(phases=(local.Phase(epochs=0),))
+    still = make_local(phases=(training.Phase(epochs=0),))
     alg = ours(num_sent=M, local=still)
     server = constant_gate(start(alg), [0, 2, 1, -1])
     common, up, client = visit(alg)(message(alg, 5, server), data_of(5))

@@ -11,7 +11,7 @@ from federated import normed
 from test_fedavg import FULL, MODEL, PARTS, SHAPE, K, one_round, pool, stacked
 from test_lg_fedavg import FAMILY_SIZES, MEMBERS, joint
 
-from hyperjax import local, rng, tree
+from hyperjax import rng, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fml import fml, mutual
 from hyperjax.engine import comm, families
@@ -40,7 +40,7 @@ def data_of(part):
 @functools.cache
 def trained_alone(model):
     """`(params, data) -> params` of a client that does nothing but local training."""
-    train, no = FULL(model), local.no_adjustment
+    train, no = training.trainer(model, FULL), training.no_adjustment
 
     @jax.jit
     def run(params, data):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from federated import NUM_CLASSES, normed, tiny
 
-from hyperjax import local, models, rng, tree
+from hyperjax import models, rng, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedbn import normalisation
 from hyperjax.algorithms.hyperfednet import KEEP, hyperfednet
@@ -25,7 +25,7 @@ from hyperjax.types import AdaptData, Batch, ClientData, Cohort, Downlink
 N, LR, BATCH, WIDTH = 4, 0.1, 4, 8
 # Full batches of 4, so that 1 to 4 samples are one step and up to 8 are two.
 PARTS = (range(0, 4), range(4, 12), range(12, 14), range(14, 19))
-TRAIN = functools.partial(local.trainer, optimizer=optax.sgd(LR), batch_size=BATCH)
+TRAIN = training.Local(optimizer=optax.sgd(LR), batch_size=BATCH)
 SMALL = dict(tile=2, embedding_size=4)
 # Tiles 3x3x2x2: in w [2, 4, 4], b [2, 4]; out w [18, 4], b [18].
 PHI = {"in/w": 32, "in/b": 8, "out/w": 72, "out/b": 18}
@@ -266,7 +266,7 @@ def test_one_client_is_centralised_training():
 
 
 def test_a_frozen_generator_leaves_local_training():
-    frozen = functools.partial(TRAIN, freeze=HYPER)
+    frozen = TRAIN._replace(freeze=HYPER)
     alg = hyperfednet(normed(), local=frozen, embedding_init="own", **SMALL)
     after = play(alg, (0, 2), (2, 0))
     chex.assert_trees_all_equal(
@@ -469,11 +469,10 @@ def test_tuning_leaves_what_is_stored():
 def overfit(model, source, num, epochs, **options) -> float:
     """Trains one client on all samples; returns the loss on them afterwards."""
     pool = clients.make_pool(source.x, source.y, np.arange(num))
-    train = functools.partial(
-        local.trainer,
+    train = training.Local(
         optimizer=optax.adam(0.01),
         batch_size=num,
-        phases=(local.Phase(epochs=epochs),),
+        phases=(training.Phase(epochs=epochs),),
     )
     alg = hyperfednet(model, local=train, **options)
     data = ClientData(jnp.arange(num), jnp.int32(num), pool)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from hyperjax import local, rng, tree
+from hyperjax import rng, training, tree
 from hyperjax.algorithms.constant_embedding import constant_embedding
 from hyperjax.algorithms.hyperfedzero import hyperfedzero
 from hyperjax.algorithms.opt1 import opt1
@@ -21,11 +21,10 @@ SHAPE, K, LR = (4, 4, 1), 3, 0.1
 MODEL = from_linen(MLP(K, hidden=(4,)), SHAPE, K)
 SMALL = dict(embedding_size=4, chunk_size=20, chunk_embedding_size=2, hidden=(6,))
 PASSES = 3
-FULL = functools.partial(
-    local.trainer,
+FULL = training.Local(
     optimizer=optax.sgd(LR),
     batch_size=8,
-    phases=(local.Phase(epochs=PASSES),),
+    phases=(training.Phase(epochs=PASSES),),
 )
 
 
@@ -50,14 +49,9 @@ def published():
     return model._replace(init=jax.jit(model.init))
 
 
-def untrained(model, **options):
-    """A training loop that leaves everything as it is: sizes do not depend on it."""
-    return lambda key, variables, data, round, adjust: (variables, {})
-
-
 def wire(method, **options):
     """Numbers (down, up) of one client at the published sizes, without computing."""
-    alg = method(published(), local=untrained, **options)
+    alg = method(published(), local=FULL, **options)
     key = jax.random.key(0)
     data = ClientData(
         jnp.zeros(4, jnp.int32),

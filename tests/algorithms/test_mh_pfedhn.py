@@ -12,7 +12,7 @@ import pytest
 from federated import NUM_CLASSES, make_local, tiny
 from jax.flatten_util import ravel_pytree
 
-from hyperjax import local, mixing, tree
+from hyperjax import training, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.engine import comm, exchange, families
@@ -59,7 +59,7 @@ def networks():
 @functools.cache
 def one_plain_step():
     """A single step on all samples of a client."""
-    return functools.partial(local.trainer, optimizer=optax.sgd(RATE), batch_size=16)
+    return training.Local(optimizer=optax.sgd(RATE), batch_size=16)
 
 
 @functools.cache
@@ -482,7 +482,7 @@ def test_published_costs(name, numbers, num_bytes):
 def test_vectors_come_back_as_they_were(name):
     model = from_linen(ZOO[name](10), (32, 32, 3), 10)
     alg = fedavg(model, local=make_local(), bn_stats="local")
-    vector = mixing.flat(alg)
+    vector = wrappers.flat(alg)
     params = jax.eval_shape(model.init, KEY)["params"]
     numbers = jnp.arange(tree.count(params), dtype=jnp.float32)
     assert vector.size == len(numbers)

@@ -15,7 +15,7 @@ from test_fedproto import inputs
 from test_fml import LINE, data_of, flat_of
 from test_lg_fedavg import FAMILY_SIZES, MEMBERS
 
-from hyperjax import local, mixing, rng, tree
+from hyperjax import rng, training, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.algorithms.mh_pfedhngd import GLOBAL, mh_pfedhngd
@@ -41,14 +41,14 @@ OPTIONS = dict(
     clip_norm=1e9,
 )
 WEIGHT = {"plain": [4.0, 6.0], "wide": [8.0, 2.0]}
-FLAT = mixing.flat(fedavg(LINE, local=FULL))
+FLAT = wrappers.flat(fedavg(LINE, local=FULL))
 
 
 @functools.cache
 def ours(lam=LAM, clip=None, **options):
     return mh_pfedhngd(
         NETWORKS,
-        local=functools.partial(FULL, clip_norm=clip),
+        local=FULL._replace(clip_norm=clip),
         family_sizes=FAMILY_SIZES,
         lam=lam,
         temperature=T,
@@ -292,7 +292,7 @@ def test_fine_tuning_learns_from_the_teacher_last_received():
     teacher = dict(variables["stats"]["teacher"])
     assert teacher.pop("known") == 1
     chex.assert_trees_all_equal(teacher, FLAT.cut(THETA_G))
-    flat = mixing.flat(fedavg(MODEL, local=FULL))
+    flat = wrappers.flat(fedavg(MODEL, local=FULL))
     change = tree.sub(flat_of(after), flat_of(variables))
     np.testing.assert_allclose(flat.join(change), visit("wide").own, **CLOSE)
     # Its predictions are its own network's.
@@ -436,7 +436,7 @@ def test_a_fresh_teacher_is_the_global_model_of_the_hypernetwork_as_it_is():
 # The official loop written anew: dictionaries of numbers, autodiff, no engine.
 
 RATE, EPS, CLIP, EPOCHS = 0.05, 1e-3, 0.02, 2
-TWICE = functools.partial(FULL, phases=(local.Phase(epochs=EPOCHS),))
+TWICE = FULL._replace(phases=(training.Phase(epochs=EPOCHS),))
 WHO = ["plain 0", "wide 0", "plain 1", "wide 1"]  # clients 0 to 3
 
 

@@ -11,16 +11,15 @@ import pytest
 import quadratics as q
 from test_fedavg import LR, MODEL, one_round
 
-from hyperjax import local, tree
+from hyperjax import training, tree
 from hyperjax.algorithms.fedavg import fedavg
 
 # Four clients of five samples, three steps on whole batches: nothing depends on keys.
 EQUAL = np.split(np.arange(20), 4)
-TRAIN = functools.partial(
-    local.trainer,
+TRAIN = training.Local(
     optimizer=optax.sgd(LR),
     batch_size=8,
-    phases=(local.Phase(epochs=3),),
+    phases=(training.Phase(epochs=3),),
 )
 
 LIKE_FEDAVG = {

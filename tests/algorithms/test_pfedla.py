@@ -10,7 +10,7 @@ import pytest
 import quadratics as q
 from federated import make_local, normed
 
-from hyperjax import local, tree
+from hyperjax import training, tree
 from hyperjax.algorithms.fedavg import Uplink
 from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
@@ -165,7 +165,7 @@ def test_running_statistics_teach_the_generators_nothing():
 
 
 def test_without_a_change_generators_keep_their_bits():
-    alg = ours(train=q.training(phases=(local.Phase(epochs=0),)))
+    alg = ours(train=q.training(phases=(training.Phase(epochs=0),)))
     before = different()
     after = q.play(alg, q.EVERYONE, state=before)
     chex.assert_trees_all_equal(after.server.psi, jax.device_get(before.server.psi))

@@ -10,7 +10,7 @@ import quadratics as q
 from test_fedavg import FULL, MODEL
 from test_fedgen import play
 
-from hyperjax import local
+from hyperjax import training
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.scaffold import scaffold
 from hyperjax.engine import comm
@@ -113,7 +113,7 @@ def test_sends_the_control_with_the_model_both_ways():
 
 
 def test_identical_clients_are_fedavg_in_every_round():
-    train = functools.partial(FULL, phases=(local.Phase(epochs=3),))
+    train = FULL._replace(phases=(training.Phase(epochs=3),))
     parts, cohorts = [np.arange(8)] * q.N, [tuple(range(q.N))] * 3
     corrected, plain = (
         play(method(MODEL, local=train), *cohorts, parts=parts)

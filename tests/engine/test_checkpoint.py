@@ -55,6 +55,38 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert tree.sha256(restored.carry) == digest
 
 
+def test_a_person_can_open_one(tmp_path):
+    import orbax.checkpoint as ocp
+
+    checkpoint.save(tmp_path, 7, carry())
+    with ocp.PyTreeCheckpointer() as reader:
+        found = reader.restore(tmp_path / "round_00000007" / "carry")
+    assert set(found) == {"server/w", "server/step", "rows/0/head", "seen"}
+    np.testing.assert_array_equal(found["server/w"], carry().server["w"])
+
+
+def test_two_arrays_under_one_path_are_refused(tmp_path):
+    state = {"a": {"b": jnp.zeros(1)}, "a/b": jnp.ones(1)}
+    with pytest.raises(ValueError, match="several arrays under a/b"):
+        checkpoint.save(tmp_path, 0, state)
+    assert checkpoint.restore(tmp_path, abstract(state)) is None
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_sentence(tmp_path, caplog):
+    for round in (2, 4):
+        checkpoint.save(tmp_path, round, carry(round))
+        path = tmp_path / f"round_{round:08d}" / checkpoint.DIGEST
+        record = json.loads(path.read_text())
+        del record["format"]
+        path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="older version") as error:
+        checkpoint.restore(tmp_path, TEMPLATE)
+    newest = str(tmp_path / "round_00000004")
+    assert str(error.value) == f"{newest!r} {checkpoint.OLDER}"
+    assert checkpoint.OLDER.startswith("was made by an older version of hyperjax and ")
+    assert not caplog.records
+
+
 def test_sharded_arrays_are_saved_as_any_others(tmp_path):
     from hyperjax.engine import sharding
 
@@ -140,19 +172,24 @@ def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "said"),
     [
-        abstract(carry()._replace(rows=())),
-        abstract(carry()._replace(seen=jnp.zeros(5, bool))),
-        abstract(carry()._replace(seen=jnp.zeros(4, jnp.float32))),
-        abstract(carry()._replace(rows=(carry().rows, jnp.zeros(3)))),
+        (carry()._replace(rows=()), "it holds 'rows/0/head', which is that of another"),
+        (carry()._replace(seen=jnp.zeros(5, bool)), "bool(4,) where bool(5,) is"),
+        (carry()._replace(seen=jnp.zeros(4)), "bool(4,) where float32(4,) is"),
+        (carry()._replace(rows=(*carry().rows, jnp.ones(3))), "it lacks 'rows/2'"),
     ],
     ids=["fewer leaves", "another shape", "another dtype", "more leaves"],
 )
-def test_a_checkpoint_of_another_state_is_refused(template, tmp_path):
+def test_a_checkpoint_of_another_state_is_refused(template, said, tmp_path, caplog):
+    template = abstract(template)
     checkpoint.save(tmp_path, 2, carry())
-    with pytest.raises(ValueError, match="every checkpoint"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match="every checkpoint"),
+    ):
         checkpoint.restore(tmp_path, template)
+    assert said in caplog.text
 
 
 def test_text_is_replaced_as_a_whole(tmp_path):

@@ -126,7 +126,7 @@ def test_what_optax_has_is_what_is_offered():
 
 
 def factors(rounds, **fields):
-    schedule = factories.make_local(config(**fields).local).keywords["schedule"]
+    schedule = factories.make_local(config(**fields).local).schedule
     return [float(schedule(jnp.int32(round))) for round in rounds]
 
 
@@ -210,9 +210,9 @@ def test_pfedsim_mixes_after_half_of_whatever_rounds_there_are():
 
 
 def test_steps_replace_epochs():
-    by_epochs = factories.make_local(config(local__epochs=3).local).keywords["phases"]
+    by_epochs = factories.make_local(config(local__epochs=3).local).phases
     assert [(p.epochs, p.steps) for p in by_epochs] == [(3, None)]
-    by_steps = factories.make_local(config(local__steps=7).local).keywords["phases"]
+    by_steps = factories.make_local(config(local__steps=7).local).phases
     assert [(p.epochs, p.steps) for p in by_steps] == [(None, 7)]
 
 
@@ -324,7 +324,7 @@ def test_unknown_options_of_a_method_are_named(option):
 def test_options_that_are_handed_on_are_known_by_name():
     # From MH-pFedHNGD to MH-pFedHN, and from there to FedAvg.
     known = inspect.signature(mh_pfedhngd).parameters
-    assert {"lam", "output_size", "condition_source"} <= set(known)
+    assert {"lam", "output_size", "persist_optimizer"} <= set(known)
     assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
     with pytest.raises(ValueError, match=r"'outputsize' is unknown; .*'output_size'"):
         calls.call("method", mh_pfedhngd, None, local=None, outputsize=1)

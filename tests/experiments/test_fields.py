@@ -210,7 +210,7 @@ def test_two_lengths_of_local_training_are_refused():
         build.check(config)
     config.local.steps = None
     build.check(config)
-    (phase,) = factories.make_local(config.local).keywords["phases"]
+    (phase,) = factories.make_local(config.local).phases
     assert (phase.epochs, phase.steps) == (7, None)
     fedrep = personalised.get_config("fedrep")
     build.check(fedrep)

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from hyperjax.engine import checkpoint, log
-from hyperjax.launch import build, saved, train, workdir
+from hyperjax.launch import build, report, saved, train, workdir
 from hyperjax.protocols import zero_shot
 
 # One worker runs everything that starts processes, and starts the server once.
@@ -650,7 +650,7 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
 
 def test_a_run_of_an_older_version_goes_on_with_defaults(run):
     record = read(run, "config.json")
-    for name in ("format", "settings", "data", "flags", "history"):
+    for name in ("settings", "data", "flags", "history"):
         del record[name]
     del record["config"]["uplink"], record["config"]["data"]["stratified"]
     (run / "config.json").write_text(json.dumps(record))
@@ -661,6 +661,31 @@ def test_a_run_of_an_older_version_goes_on_with_defaults(run):
         train.train(small(data__stratified=True), str(run))
     workdir.describe(run, small(), record["plan"], {"labels": "0"}, 3)
     assert read(run, "config.json")["data"] == {"labels": "0"}
+
+
+@pytest.mark.parametrize("format", [None, 2])
+def test_a_run_whose_state_is_laid_out_otherwise_is_refused(format, run):
+    record = read(run, "config.json")
+    del record["format"]
+    record |= {} if format is None else {"format": format}
+    (run / "config.json").write_text(json.dumps(record))
+    before = contents(run)
+    for field, read_it in (
+        ("workdir", lambda: train.train(small(), str(run))),
+        ("workdir", lambda: train.train(small(rounds=9), str(run))),
+        ("run", lambda: saved.load(str(run), "run")),
+        ("run", lambda: saved.load_config(str(run), "run")),
+    ):
+        with pytest.raises(ValueError, match="older version") as error:
+            read_it()
+        assert str(error.value) == (
+            f"{field}={str(run)!r} was made by an older version of hyperjax and can be "
+            "neither continued nor served by this one"
+        )
+    assert contents(run) == before
+    report.run_report(str(run))  # what it found is still told
+    digest = read(run, "summary.json")["state_sha256"]
+    assert digest in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_weights_of_the_penalty():
 
 
 def test_constant_embedding_is_uniform_and_free():
-    e = embedding.constant_embedding(8)
+    e = embedding.constant_embedding(embedding_size=8)
     params = e.init(jax.random.key(0))
     assert tree.count(params) == 0
     out, info = e.embed(jax.random.key(1), params, jnp.ones((3, *SHAPE)))
@@ -265,4 +265,4 @@ def test_bad_arguments(options, message):
 
 def test_constant_embedding_size_below_one():
     with pytest.raises(ValueError, match="embedding_size=0 must be at least 1"):
-        embedding.constant_embedding(0)
+        embedding.constant_embedding(embedding_size=0)

@@ -170,7 +170,7 @@ def test_sample_loss_generates_a_network_per_sample():
 
 
 def test_sample_mode_with_equal_embeddings_equals_batch_mode():
-    constant = embedding.constant_embedding(P)
+    constant = embedding.constant_embedding(embedding_size=P)
     variables = filled(generated(constant).init)
     outputs = [
         value_and_grads(
@@ -379,7 +379,7 @@ def test_ways_for_the_condition_to_enter(enter, expected):
 
 
 def test_constant_embedding_has_no_parameters():
-    model = generated(embedding.constant_embedding(P))
+    model = generated(embedding.constant_embedding(embedding_size=P))
     params = spec(model.init)["params"]
     assert tree.count(params["extractor"]) == 0
     assert tree.count(params) == tree.count(params["hyper"])

@@ -16,9 +16,17 @@ import optax
 from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.models.linen import cross_entropy
+from hyperjax.tree import Patterns
 from hyperjax.types import Array, ClientData, Model, PyTree
 
 BATCHES = ("passes", "fresh")
+LOSS_BATCH = 64  # samples at a time where nothing is trained
+
+
+def constant(round: Array) -> Array:
+    """The schedule that leaves the learning rate as it is."""
+    return jnp.float32(1.0)
 
 
 class Phase(NamedTuple):
@@ -34,8 +42,34 @@ class Phase(NamedTuple):
 
     epochs: int | None = None
     steps: int | None = None
-    train: Sequence[str] | str | None = None
-    freeze: Sequence[str] | str | None = None
+    train: Patterns | None = None
+    freeze: Patterns | None = None
+
+
+class Local(NamedTuple):
+    """How clients train; a method that wants it otherwise changes it by `_replace`.
+
+    Attributes:
+      optimizer: made anew at every visit, unless its state is one of the variables;
+        its learning rate is that of round 0.
+      batch_size: B; a batch with fewer samples is masked, not dropped.
+      phases: run in order.
+      freeze: patterns of leaves that no phase trains which does not set its own.
+      clip_norm: bound on the global norm of the (corrected) gradient.
+      batches: "passes" through reshuffled samples, of which the last batch may be
+        short, or "fresh": every step draws B from all samples (all, if there are less).
+      schedule: round [] int32 -> factor [] on every update, which is a factor on the
+        learning rate for all optimizers that end in a multiplication by it. The rate
+        itself is known to the optimizer alone; `trainer`'s probe measures what it does.
+    """
+
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    phases: Sequence[Phase] = (Phase(epochs=1),)
+    freeze: Patterns | None = None
+    clip_norm: float | None = None
+    batches: str = "passes"
+    schedule: Callable[[Array], Array] = constant
 
 
 class Trainer(NamedTuple):
@@ -51,12 +85,10 @@ class Trainer(NamedTuple):
         with "steps" and "samples" [] float32.
       init_optimizer: `(variables) -> states`, of which `variables["opt"]` holds all or
         some: {"all": state}, or {"apart": state, "others": state}.
-      batch_size: B.
     """
 
     train: Callable
     init_optimizer: Callable
-    batch_size: int
 
     def __call__(self, *args, **options):
         return self.train(*args, **options)
@@ -64,35 +96,20 @@ class Trainer(NamedTuple):
 
 def trainer(
     model: Model,
+    local: Local,
     *,
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    phases: Sequence[Phase] = (Phase(epochs=1),),
-    freeze: Sequence[str] | str | None = None,
-    apart: Sequence[str] | str | None = None,
-    clip_norm: float | None = None,
+    apart: Patterns | None = None,
     clip_apart: bool = True,
-    batches: str = "passes",
-    schedule: Callable[[Array], Array] = lambda round: jnp.float32(1.0),
     probe: bool = False,
 ) -> Trainer:
     """Builds the function that trains one client.
 
     Args:
       model: what is trained.
-      optimizer: made anew at every visit, unless its state is one of the variables;
-        its learning rate is that of round 0.
-      batch_size: B; a batch with fewer samples is masked, not dropped.
-      phases: run in order.
-      freeze: patterns of leaves that no phase trains which does not set its own.
+      local: how.
       apart: patterns of leaves with an optimizer of their own, of the same kind, with
         a state of its own.
-      clip_norm: bound on the global norm of the (corrected) gradient.
       clip_apart: whether leaves that are apart are clipped, together with the others.
-      batches: "passes" through reshuffled samples, of which the last batch may be
-        short, or "fresh": every step draws B from all samples (all, if there are less).
-      schedule: round [] int32 -> factor [] on every update, which is a factor on the
-        learning rate for all optimizers that end in a multiplication by it.
       probe: also report info["displacement"] [] float32, how far the visit's steps
         move a parameter whose gradient is always -1. For SGD with any momentum and
         schedule it is the sum of the weights that the change of a parameter gives to
@@ -104,13 +121,14 @@ def trainer(
         an optimizer state by `init_optimizer`) or of an optimizer whose steps are not
         linear in the gradients.
     """
+    optimizer, batch_size, phases = local.optimizer, local.batch_size, local.phases
     # Above, counting samples would overflow.
     check_number(at_least=1, at_most=2**30, whole=True, batch_size=batch_size)
-    check_choice("batches", batches, BATCHES)
+    check_choice("batches", local.batches, BATCHES)
     clip = optax.identity()
-    if clip_norm is not None:
-        check_number(above=0, clip_norm=clip_norm)
-        clip = optax.clip_by_global_norm(clip_norm)
+    if local.clip_norm is not None:
+        check_number(above=0, clip_norm=local.clip_norm)
+        clip = optax.clip_by_global_norm(local.clip_norm)
     for phase in phases:
         lengths = {k: n for k, n in phase._asdict().items() if k in ("epochs", "steps")}
         given = {k: n for k, n in lengths.items() if n is not None}
@@ -156,7 +174,7 @@ def trainer(
     def cut(phase, variables):
         """Paths -> leaves of what a phase trains, and the splitter."""
         params = {"params": variables["params"]}
-        frozen = freeze if phase.freeze is None else phase.freeze
+        frozen = local.freeze if phase.freeze is None else phase.freeze
         split = tree.splitter(
             params, r".*" if phase.train is None else phase.train, without=frozen
         )
@@ -169,7 +187,7 @@ def trainer(
 
     def train(key, variables, data: ClientData, round, adjust, epochs=None):
         context = model.context(variables, data)
-        factor = schedule(round)
+        factor = local.schedule(round)
         totals = _zero_totals(model, variables, data, batch_size, context)
         if probe:
             totals["displacement"] = jnp.float32(0)
@@ -197,7 +215,7 @@ def trainer(
 
         def step(i, carry, order, key):
             active, stats, opt, totals, probed = carry
-            if batches == "fresh":
+            if local.batches == "fresh":
                 drawn = clients.shuffled(jax.random.fold_in(order, i), data)
                 batch = clients.take(data, drawn, 0, batch_size)
             else:
@@ -218,7 +236,7 @@ def trainer(
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
             # An order of all samples, or the key of one for every step.
             order = key_order
-            if batches == "passes":
+            if local.batches == "passes":
                 order = clients.shuffled(key_order, data)
             length = per_pass
             if phase.steps is not None:
@@ -247,19 +265,19 @@ def trainer(
             variables = {**variables, "opt": {name: opt[name] for name in kept}}
         return {**variables, **split.merge(active, frozen), "stats": stats}, totals
 
-    return Trainer(train, init_optimizer, batch_size)
+    return Trainer(train, init_optimizer)
 
 
 def tuner(
     model: Model,
-    local: Callable,
-    train: Sequence[str] | str | None = None,
+    local: Local,
+    train: Patterns | None = None,
 ) -> Callable:
     """Returns a `ClientSide.tune`: plain local training on the client's own samples.
 
     Args:
       model: what `deploy`'s variables belong to.
-      local: builder of the training loop, as for a method.
+      local: how clients train; its phases and what it freezes do not matter.
       train: patterns of the leaves that are tuned; None, or none, tunes all.
 
     Raises:
@@ -268,8 +286,9 @@ def tuner(
     if train:
         template = jax.eval_shape(model.init, jax.random.key(0))["params"]
         tree.splitter({"params": template}, train)
+    # Not to freeze is a choice here: fine-tuning moves the head that FedBABU froze.
     phase = Phase(epochs=1, train=train or None, freeze=())
-    run = local(model, phases=(phase,))
+    run = trainer(model, local._replace(phases=(phase,)))
 
     def tune(key, variables, data, round, epochs):
         start = {name: variables[name] for name in ("params", "stats")}
@@ -341,6 +360,21 @@ def _count(totals: PyTree, info: dict[str, Array], batch) -> PyTree:
         "steps": totals["steps"] + 1.0,
         "samples": totals["samples"] + size,
     }
+
+
+def mean_loss(model: Model, variables: PyTree, data: ClientData) -> Array:
+    """Returns the mean cross-entropy of what a model predicts of a client, [].
+
+    Nothing is trained: what a method wants to know of a model that a client received.
+    0 for a client without samples.
+    """
+
+    def step(total, batch):
+        logits = model.predict(variables, batch.x)
+        return total + cross_entropy(logits, batch) * jnp.sum(batch.mask)
+
+    total = clients.fold(step, jnp.float32(0), data, LOSS_BATCH)
+    return total / jnp.maximum(data.size, 1)
 
 
 def no_adjustment(grads: PyTree, params: PyTree) -> PyTree:

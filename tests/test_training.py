@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from hyperjax import local
+from hyperjax import training
 from hyperjax.data import clients
-from hyperjax.local import Phase
 from hyperjax.models import MLP, from_linen
 from hyperjax.models.linen import masked_mean
+from hyperjax.training import Local, Phase
 from hyperjax.types import AdaptData, ClientData, Model, Pool, Trained
 
 LR = 0.1
@@ -62,8 +62,10 @@ def data_of(values, n_max=8):
 @functools.cache
 def compiled(optimizer, **options):
     """One program per set of options: all clients of this file have equal shapes."""
-    train = local.trainer(quadratic(), optimizer=optimizer, **options)
-    return jax.jit(lambda *args: train(*args, local.no_adjustment))
+    beside = {k: v for k, v in options.items() if k not in Local._fields}
+    how = {k: v for k, v in options.items() if k in Local._fields}
+    train = training.trainer(quadratic(), Local(optimizer, **how), **beside)
+    return jax.jit(lambda *args: train(*args, training.no_adjustment))
 
 
 def run(data, *, optimizer=PLAIN, seed=0, round=0, **options):
@@ -103,8 +105,8 @@ def test_network_step_equals_plain_gradient_descent():
     value, grads = jax.jit(jax.value_and_grad(objective))(start["params"])
     expected = jax.tree.map(lambda w, g: w - LR * g, start["params"], grads)
     # Batch of 8: the three masked rows must not enter the mean.
-    train = local.trainer(model, optimizer=PLAIN, batch_size=8)
-    after, info = jax.jit(lambda *args: train(*args, local.no_adjustment))(
+    train = training.trainer(model, Local(PLAIN, batch_size=8))
+    after, info = jax.jit(lambda *args: train(*args, training.no_adjustment))(
         jax.random.key(0), start, data, jnp.int32(0)
     )
     chex.assert_trees_all_close(after["params"], expected, atol=1e-7, rtol=1e-6)
@@ -184,15 +186,15 @@ def test_epochs_are_shuffled_anew():
     # With lr = 1 and batches of one, a is the last sample seen; over many seeds the
     # last sample of one and of two epochs must differ about 7 times in 8.
     data = data_of(2 ** np.arange(8))
-    train = local.trainer(quadratic(), optimizer=optax.sgd(1.0), batch_size=1)
-    twice = local.trainer(
-        quadratic(), optimizer=optax.sgd(1.0), batch_size=1, phases=(Phase(epochs=2),)
+    train = training.trainer(quadratic(), Local(optax.sgd(1.0), batch_size=1))
+    twice = training.trainer(
+        quadratic(), Local(optax.sgd(1.0), batch_size=1, phases=(Phase(epochs=2),))
     )
     start = quadratic().init(None)
 
     def last(train):
         def one(key):
-            out, _ = train(key, start, data, jnp.int32(0), local.no_adjustment)
+            out, _ = train(key, start, data, jnp.int32(0), training.no_adjustment)
             return out["params"]["a"]["w"]
 
         return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 64))
@@ -317,13 +319,13 @@ def test_freeze_without_match():
 
 def test_number_of_epochs_can_be_given_at_the_visit():
     phases = (Phase(epochs=1, train=r"params/a/.*"), Phase(steps=2))
-    given = local.trainer(quadratic(), optimizer=DECAYING, batch_size=2, phases=phases)
+    given = training.trainer(quadratic(), Local(DECAYING, batch_size=2, phases=phases))
     start, data = quadratic().init(None), data_of([1, 2, 6])
 
     @jax.jit
     def visit(epochs):
         key = jax.random.key(0)
-        return given(key, start, data, jnp.int32(0), local.no_adjustment, epochs)
+        return given(key, start, data, jnp.int32(0), training.no_adjustment, epochs)
 
     for epochs in (0, 3):
         lengths = tuple(p._replace(epochs=epochs, steps=None) for p in phases)
@@ -395,11 +397,8 @@ def test_displacement_follows_schedule_and_phases():
 
 
 def test_optimizer_state_among_the_variables_goes_on():
-    train = local.trainer(
-        quadratic(),
-        optimizer=optax.sgd(LR, RHO),
-        batch_size=3,
-        freeze=r"params/b/.*",
+    train = training.trainer(
+        quadratic(), Local(optax.sgd(LR, RHO), batch_size=3, freeze=r"params/b/.*")
     )
     start = quadratic().init(None)
     opt = train.init_optimizer(start)
@@ -408,7 +407,7 @@ def test_optimizer_state_among_the_variables_goes_on():
     @jax.jit
     def visit(variables):
         key, data = jax.random.key(0), data_of([1, 2, 6])
-        return train(key, variables, data, jnp.int32(0), local.no_adjustment)[0]
+        return train(key, variables, data, jnp.int32(0), training.no_adjustment)[0]
 
     first = visit({**start, "opt": opt})
     # 10 - 0.1 * 7, then the trace is 0.9 * 7 + 6.3.
@@ -422,11 +421,9 @@ def test_optimizer_state_among_the_variables_goes_on():
 @pytest.mark.parametrize("optimizer", [optax.adam(0.5), optax.sgd(0.1, 0.9)])
 def test_what_is_apart_has_an_optimizer_of_its_own(optimizer):
     # Over two visits: that of a starts anew, counter and all, that of b goes on.
-    train = local.trainer(
+    train = training.trainer(
         quadratic(),
-        optimizer=optimizer,
-        batch_size=3,
-        phases=(Phase(epochs=3),),
+        Local(optimizer, batch_size=3, phases=(Phase(epochs=3),)),
         apart=r"params/b/.*",
     )
     start = quadratic().init(None)
@@ -435,7 +432,7 @@ def test_what_is_apart_has_an_optimizer_of_its_own(optimizer):
     @jax.jit
     def visit(variables):
         key, data = jax.random.key(0), data_of([1, 2, 6])
-        return train(key, variables, data, jnp.int32(0), local.no_adjustment)[0]
+        return train(key, variables, data, jnp.int32(0), training.no_adjustment)[0]
 
     found = visit(visit({**start, "opt": opt}))
     a, b = jnp.float32(10), jnp.float32(-4)
@@ -475,8 +472,8 @@ def test_what_is_apart_may_escape_the_clip(clip_apart, b):
 )
 def test_what_weighs_no_gradients_has_no_displacement(optimizer):
     with pytest.raises(ValueError, match=r"SCAFFOLD and FedNova.*: sgd, with any"):
-        local.trainer(quadratic(), optimizer=optimizer, batch_size=1, probe=True)
-    local.trainer(quadratic(), optimizer=optimizer, batch_size=1)
+        training.trainer(quadratic(), Local(optimizer, batch_size=1), probe=True)
+    training.trainer(quadratic(), Local(optimizer, batch_size=1))
 
 
 @pytest.mark.parametrize("train", [None, (), r"params/a/.*"])
@@ -485,14 +482,13 @@ def test_tuner_trains_on_the_clients_samples(train):
     model = quadratic()._replace(
         condition=lambda variables, inputs: variables["params"]["a"]["w"] + inputs.size
     )
-    build = functools.partial(
-        local.trainer,
-        optimizer=optax.sgd(LR, RHO),
+    how = Local(
+        optax.sgd(LR, RHO),
         batch_size=3,
         phases=(Phase(steps=7),),
         freeze=r"params/.*",
     )
-    tune = local.tuner(model, build, train)
+    tune = training.tuner(model, how, train)
     start = {**model.init(None), "condition": jnp.float32(0)}
     data = AdaptData(data_of([1, 2, 6]), data_of([5, 5]))
 
@@ -528,7 +524,7 @@ def test_clip_norm_bounds_the_global_norm():
 
 def test_corrections_enter_before_clipping():
     # (7, -10) + (-4, 14) = (3, 4): norm 5, clipped to 1.
-    train = local.trainer(quadratic(), optimizer=PLAIN, batch_size=3, clip_norm=1.0)
+    train = training.trainer(quadratic(), Local(PLAIN, batch_size=3, clip_norm=1.0))
 
     def adjust(grads, params):
         assert set(grads) == set(params) == {"params/a/w", "params/b/w"}
@@ -578,17 +574,17 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
         pool_of(np.arange(20)),
     )
     model = quadratic()
-    train = local.trainer(
-        model,
-        optimizer=optax.sgd(LR, momentum=0.9),
+    how = Local(
+        optax.sgd(LR, momentum=0.9),
         batch_size=3,
         phases=(Phase(**length),),
         clip_norm=5.0,
     )
+    train = training.trainer(model, how)
     start = model.init(None)
 
     def one(key, data):
-        return train(key, start, data, jnp.int32(0), local.no_adjustment)
+        return train(key, start, data, jnp.int32(0), training.no_adjustment)
 
     keys = jax.random.split(jax.random.key(7), 5)
     axes = ClientData(0, 0, None)
@@ -600,6 +596,17 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
         chex.assert_trees_all_close(mine, alone(keys[i], row), rtol=1e-6, atol=1e-6)
         steps = 2 * -(-size // 3) if "steps" not in length else 5 * (size > 0)
         assert float(mine[1]["steps"]) == steps
+
+
+def test_mean_loss_is_over_samples_and_trains_nothing():
+    model = from_linen(MLP(3, hidden=(4,)), (1, 1, 1), 3)
+    variables = model.init(jax.random.key(0))
+    data = data_of([1, 2, 6])
+    logits = model.predict(variables, jnp.float32([1, 2, 6]).reshape(3, 1, 1, 1))
+    expected = -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+    found = training.mean_loss(model, variables, data)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert float(training.mean_loss(model, variables, data_of([]))) == 0.0
 
 
 # Errors ----------------------------------------------------------------------------
@@ -631,4 +638,4 @@ def test_vmap_over_ragged_clients_equals_one_by_one(length):
 )
 def test_bad_arguments_fail_when_built(options, message):
     with pytest.raises(ValueError, match=message):
-        local.trainer(quadratic(), optimizer=PLAIN, **options)
+        training.trainer(quadratic(), Local(PLAIN, **options))

@@ -1,0 +1,41 @@
+"""Runs in folders as objects."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+
+from hyperjax.engine import log
+from hyperjax.launch import build, saved, workdir
+from hyperjax.runs.experiment import Experiment
+from hyperjax.runs.loop import State
+from hyperjax.runs.run import ABOUT, Run, load_saved
+
+
+class _Config(NamedTuple):
+    """What an experiment of the launcher is made of."""
+
+    config: ml_collections.ConfigDict
+
+    def build(self) -> Experiment:
+        return build.build(self.config)
+
+
+def load_run(path: str | Path) -> Run:
+    """Returns the run in a folder; see `hyperjax.load_run`."""
+    folder = Path(path).expanduser()
+    if (folder / ABOUT).exists():
+        return load_saved(folder)
+    if not (folder / workdir.CONFIG).exists():
+        raise ValueError(
+            f"path={str(path)!r} holds no run (neither {ABOUT} nor {workdir.CONFIG})"
+        )
+    found = saved.load(str(folder), "path")
+    workdir.check_settings(folder, workdir.read(folder))
+    recipe = _Config(found.config)
+    experiment = recipe.build()
+    carry = experiment.simulator.load(found.restored.carry)
+    state = State(found.restored.round, carry)
+    records = [r for r in log.read_lines(folder / log.METRICS)]
+    done = tuple(r for r in records if r["round"] <= state.round)
+    return Run(found.config.method.name, recipe, experiment, state, done)

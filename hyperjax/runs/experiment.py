@@ -1,0 +1,234 @@
+"""Everything that a run needs, put together from objects: no config, no folder."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hyperjax.data.clients import Table
+from hyperjax.data.federation import Federation
+from hyperjax.engine import comm, evaluate, families, schedule, sharding
+from hyperjax.errors import check_choice
+from hyperjax.types import Algorithm
+
+WEIGHTS = ("size", "uniform")
+
+
+class Settings(NamedTuple):
+    """What a loop and a summary ask of an experiment, beside its parts."""
+
+    seed: int = 0
+    rounds: int = 100
+    every: int = 5  # rounds between evaluations
+    rounds_per_call: int = 0  # of the compiled program; 0: all between evaluations
+    finetune_epochs: tuple[int, ...] = ()  # at the end, copies after so many epochs
+    thresholds: tuple[float, ...] = ()  # % pACC whose cost is told
+    pooled: bool = False  # all samples are in one place, and nothing is sent
+
+
+class Experiment(NamedTuple):
+    """A method on a federation, ready to run."""
+
+    federation: Federation
+    algorithm: Algorithm
+    members: families.Families | None  # who has which network, if they differ
+    simulator: schedule.Simulator
+    evaluator: evaluate.Evaluator
+    costs: dict[str, comm.Cost]  # of one exchange with a client, by family
+    settings: Settings
+    plan: dict[str, Any]  # what was chosen: mapper, devices, store, cohort_size, ...
+    by_sample: evaluate.Evaluator | None = None  # with one classifier per input
+
+    @property
+    def cost(self) -> comm.Cost:
+        """Of one exchange, the mean over clients; whole numbers for one family."""
+        if self.members is None:
+            return next(iter(self.costs.values()))
+        weight = [self.members.size(name) for name in self.costs]
+        columns = np.average(list(self.costs.values()), axis=0, weights=weight)
+        return comm.Cost(*columns.tolist())
+
+    def totals(self, root: Any, rounds: int) -> dict[str, int]:
+        """Returns the bytes of all clients in so many rounds, in Python integers."""
+        visits = self.simulator.visits(root, rounds)
+        return {
+            f"{way}_bytes_total": sum(
+                getattr(cost, f"{way}_bytes") * visits[name]
+                for name, cost in self.costs.items()
+            )
+            for way in ("up", "down")
+        }
+
+
+def experiment(
+    federation: Federation,
+    algorithm: Algorithm,
+    settings: Settings,
+    *,
+    sampler: str = "full",
+    cohort_size: int | None = None,
+    weights: str = "size",
+    sequential: bool = False,
+    mapper: str = "auto",
+    block_size: int = 5,
+    devices: int = 0,
+    store: str = "device",
+    store_dir: str | None = None,
+    eval_batch_size: int = 256,
+    clients_per_call: int = 64,
+) -> Experiment:
+    """Puts a run together.
+
+    Args:
+      federation: who has which samples.
+      algorithm: the method. Where it has several networks, clients have them in equal
+        blocks, see `blocks`.
+      settings: how long, how often.
+      sampler: "full" (all clients every round) or "uniform" (some, drawn each round).
+      cohort_size: of the sampler "uniform".
+      weights: of clients in the mean: "size", their training samples, or "uniform".
+      sequential: the server steps after every client of a round.
+      mapper: "map", "vmap", "block" or "auto", see `sharding.resolve_mapper`.
+      block_size: of "block".
+      devices: at most so many; 0: all that help.
+      store: of clients' state and row numbers: "device" or "host".
+      store_dir: folder of a host store in files.
+      eval_batch_size: inputs predicted at a time.
+      clients_per_call: clients evaluated at a time.
+
+    Raises:
+      ValueError: an unknown choice, or parts that do not go together.
+    """
+    check_choice("weights", weights, WEIGHTS)
+    members = None
+    if algorithm.has_families:
+        names = families.clients(algorithm)
+        members = families.families(blocks(names, federation.num_clients))
+    num = federation.num_trainers
+    cohort_size = num if sampler == "full" else (cohort_size or num)
+    backend = jax.default_backend()
+    resolved = sharding.resolve_mapper(mapper, block_size, backend)
+    # One client at a time needs one device.
+    mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
+    sizes = federation.trainers.size
+    simulator = schedule.simulator(
+        algorithm,
+        federation.trainers,
+        federation.pool,
+        weight=sizes if weights == "size" else np.ones_like(sizes),
+        cohort_size=cohort_size,
+        members=members,
+        sampler=sampler,
+        sequential=sequential,
+        mapper=resolved,
+        mesh=mesh,
+        store=store,
+        store_dir=store_dir,
+    )
+    evaluator = make_evaluator(
+        federation, algorithm, members, eval_batch_size, clients_per_call, devices
+    )
+    plan = dict(
+        backend=backend,
+        device=jax.local_devices()[0].device_kind,
+        devices=1 if mesh is None else mesh.size,
+        mapper=resolved,
+        store=store,
+        rounds_per_call=settings.rounds_per_call or settings.every,
+        cohort_size=cohort_size,
+    )
+    costs = {}
+    for name in families.clients(algorithm):
+        messages = comm.describe(families.view(algorithm, name))
+        free = comm.Cost(0, 0, 0, 0)  # in one place nothing is sent
+        costs[name] = free if settings.pooled else comm.cost(messages)
+    return Experiment(
+        federation, algorithm, members, simulator, evaluator, costs, settings, plan
+    )
+
+
+def blocks(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
+    """Returns the clients of each family: equal blocks, leftovers to the first.
+
+    Raises:
+      ValueError: there are fewer clients than families.
+    """
+    names = list(names)
+    if num_clients < len(names):
+        raise ValueError(
+            f"{num_clients} clients take part: less than the {len(names)} families"
+        )
+    ids = np.array_split(np.arange(num_clients, dtype=np.int32), len(names))
+    return dict(zip(names, ids, strict=True))
+
+
+# Who is evaluated -------------------------------------------------------------------
+
+
+def populations(federation: Federation) -> dict[str, evaluate.Population]:
+    """Who is evaluated for each metric: participants, unseen clients, everybody."""
+    n, m = federation.num_clients, federation.num_novel
+
+    def untrained(inputs: Table, first_id: int) -> evaluate.Population:
+        num = len(inputs.size)
+        empty = Table(np.zeros((num, 1), np.int32), np.zeros(num, np.int32))
+        ids = np.arange(first_id, first_id + num, dtype=np.int32)
+        return evaluate.Population(ids, empty, inputs)
+
+    found = {
+        "pacc": evaluate.Population(
+            federation.trainer_ids, federation.train, federation.held_out
+        )
+    }
+    if federation.validation is not None:
+        found["vacc"] = found["pacc"]._replace(inputs=federation.validation)
+    if federation.novel is not None:
+        found["zacc"] = untrained(federation.novel, n)
+    if federation.test is not None:
+        found["gacc"] = untrained(federation.test, n + m)
+    return found
+
+
+def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
+    """Who is fine-tuned, on what, and scored on what: participants, unseen clients."""
+    found = {"pacc": populations(federation)["pacc"]}
+    if federation.novel_train is not None and federation.novel_held_out is not None:
+        n, m = federation.num_clients, federation.num_novel
+        found["zacc"] = evaluate.Population(
+            np.arange(n, n + m, dtype=np.int32),
+            federation.novel_train,
+            federation.novel_held_out,
+        )
+    return found
+
+
+def make_evaluator(
+    federation: Federation,
+    algorithm: Algorithm,
+    members: families.Families | None = None,
+    batch_size: int = 256,
+    clients_per_call: int = 64,
+    devices: int = 0,
+) -> evaluate.Evaluator:
+    """Builds the evaluation of a run; arguments as of `experiment`."""
+    most = max(federation.num_clients, federation.num_novel)
+    clients_per_call = min(clients_per_call, most)
+    whom, unseen = populations(federation), np.zeros(0, np.int32)
+    if members is not None:
+        # The global test set belongs to no family.
+        whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
+        parts = np.array_split(np.arange(federation.num_novel), len(members.names))
+        unseen = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
+    return evaluate.evaluator(
+        algorithm,
+        federation.pool,
+        whom,
+        members=members,
+        unseen=unseen,
+        source_prior=federation.source_prior,
+        tuned=tuned_populations(federation),
+        batch_size=batch_size,
+        clients_per_call=clients_per_call,
+        mesh=sharding.client_mesh(clients_per_call, devices),
+    )

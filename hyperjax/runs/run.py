@@ -1,0 +1,534 @@
+"""A run as an object: train, score, serve, go on, save; for notebooks and scripts."""
+
+import inspect
+import json
+import logging
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hyperjax import calls, channels, models, registry
+from hyperjax.data import clients, sources
+from hyperjax.data.federation import Federation
+from hyperjax.engine import checkpoint, comm, families, log, schedule
+from hyperjax.engine.deploy import Deployed
+from hyperjax.engine.progress import Progress
+from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.runs import loop, results
+from hyperjax.runs.experiment import Experiment, Settings, blocks, experiment
+from hyperjax.runs.loop import State
+from hyperjax.training import Local, Phase
+from hyperjax.types import Algorithm, ClientData, Model
+
+RECIPE, ABOUT, CHECKPOINTS = "run.pkl", "run.json", "checkpoints"
+SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}
+
+
+def run(
+    method: str | Algorithm | Callable[..., Algorithm],
+    network: Any = None,
+    data: Federation | None = None,
+    *,
+    rounds: int,
+    optimizer: optax.GradientTransformation | None = None,
+    batch_size: int = 32,
+    epochs: int = 1,
+    local: Local | None = None,
+    server_opt: optax.GradientTransformation | None = None,
+    cohort_size: int | None = None,
+    weights: str | None = None,
+    sequential: bool = False,
+    uplink: str = "",
+    seed: int = 0,
+    every: int | None = None,
+    finetune_epochs: Sequence[int] = (),
+    mapper: str = "auto",
+    devices: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> "Run":
+    """Trains a method on a federation; evaluates as it goes.
+
+    Args:
+      method: a name of `hyperjax.methods()`, "package.module:function", such a function
+        itself, or an `Algorithm` that is ready, which has its own network and training.
+      network: a linen module, a `Model`, or the name of a network ("mlp"); several of
+        them, in a list or by name, for methods whose clients differ: these are dealt
+        out in equal blocks.
+      data: from `federate`.
+      rounds: how many.
+      optimizer: of the clients; default: SGD with learning rate 0.1.
+      batch_size: of the clients.
+      epochs: of a client's training in a round.
+      local: the clients' training in full, instead of these three.
+      server_opt: of the server; default: the method's own.
+      cohort_size: clients that take part in a round, drawn each time; None: all.
+      weights: of clients in the mean: "size", their training samples, or "uniform";
+        default: the method's own.
+      sequential: the server steps after every client of a round.
+      uplink: what clients send goes through: "topk(fraction=0.3)".
+      seed: of the run; the federation has one of its own.
+      every: rounds between evaluations; default: a tenth of all.
+      finetune_epochs: `scores` also has copies that are fine-tuned so long.
+      mapper: "map", "vmap" or "auto": by what clients are trained.
+      devices: at most so many; 0: all that help.
+      progress: shows what is done.
+      **options: of the method; `hyperjax.options(method)` lists them.
+
+    Returns:
+      The run. Interrupted, by Ctrl-C or the notebook's button, it is returned as far
+      as it came, and `resume` goes on.
+
+    Raises:
+      ValueError, TypeError: naming what was given and what is accepted, before any
+        work.
+      Diverged: a loss or the state is not finite.
+    """
+    check_at_least(0, rounds=rounds)
+    if not isinstance(data, Federation):
+        raise ValueError(
+            f"data is {type(data).__name__}; accepted: what hyperjax.federate returns"
+        )
+    settings = Settings(
+        seed=seed,
+        rounds=rounds,
+        every=every or max(1, math.ceil(rounds / 10)),
+        finetune_epochs=tuple(finetune_epochs),
+    )
+    if isinstance(method, Algorithm):
+        name = "algorithm"
+        given = dict(network=network, optimizer=optimizer, local=local, **options)
+        if extra := [k for k, v in given.items() if v is not None]:
+            raise ValueError(f"{', '.join(extra)}: an Algorithm has its own already")
+    else:
+        name = method if isinstance(method, str) else method.__name__
+        if local is not None and optimizer is not None:
+            raise ValueError("give optimizer, or local, which has one")
+    if local is None:
+        optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+        local = Local(optimizer, batch_size, phases=(Phase(epochs=epochs),))
+    recipe = Recipe(
+        method,
+        network,
+        data,
+        local,
+        server_opt,
+        uplink,
+        settings,
+        options,
+        dict(
+            sampler="full" if cohort_size is None else "uniform",
+            cohort_size=cohort_size,
+            weights=_traits(method).weights if weights is None else weights,
+            sequential=sequential,
+            mapper=mapper,
+            devices=devices,
+        ),
+    )
+    built = recipe.build()
+    fresh = Run(name, recipe, built, loop.start(built), ())
+    return fresh.resume(rounds, progress=progress)
+
+
+class Recipe(NamedTuple):
+    """What an experiment is made of, as it was given: this is what can be saved."""
+
+    method: str | Algorithm | Callable[..., Algorithm]
+    network: Any
+    data: Federation
+    local: Local
+    server_opt: optax.GradientTransformation | None
+    uplink: str
+    settings: Settings
+    options: dict[str, Any]
+    engine: dict[str, Any]
+
+    def build(self) -> Experiment:
+        """Makes it."""
+        if isinstance(self.method, Algorithm):
+            algorithm = self.method
+        else:
+            algorithm = _algorithm(
+                self.method,
+                self.network,
+                self.data,
+                self.local,
+                self.server_opt,
+                self.settings.rounds,
+                dict(self.options),
+            )
+        if self.uplink:
+            algorithm = through_channel(algorithm, self.uplink)
+        return experiment(self.data, algorithm, self.settings, **self.engine)
+
+
+def _function(method: Any) -> Any:
+    return registry.find(method) if isinstance(method, str) else method
+
+
+def _traits(method: Any) -> registry.Traits:
+    return getattr(_function(method), "traits", registry.Traits())
+
+
+def _algorithm(
+    method: str | Callable[..., Algorithm],
+    network: Any,
+    data: Federation,
+    local: Local,
+    server_opt: optax.GradientTransformation | None,
+    rounds: int,
+    options: dict[str, Any],
+) -> Algorithm:
+    """Builds a method around networks for a federation."""
+    function = _function(method)
+    takes = inspect.signature(function).parameters
+    several = registry.families(function) == "several"
+    networks = _networks(network, data)
+    if isinstance(networks, Model) and several:
+        networks = {"network": networks}
+    supplied: dict[str, Any] = dict(
+        num_clients=data.num_trainers, num_rounds=rounds, server_opt=server_opt
+    )
+    if isinstance(networks, dict):
+        if "family_sizes" not in takes:
+            raise ValueError(
+                f"network: {getattr(function, '__name__', method)} needs one network "
+                f"for all clients, and {len(networks)} are given"
+            )
+        members = blocks(networks, data.num_clients)
+        supplied["family_sizes"] = {k: len(ids) for k, ids in members.items()}
+    if server_opt is not None and "server_opt" not in takes:
+        raise ValueError("server_opt: the server of this method has no optimizer")
+    known = registry.options(function)
+    for option in options:
+        if option not in takes:
+            check_choice("option", option, known)
+    options |= {k: v for k, v in supplied.items() if k in takes and v is not None}
+    return calls.call("method", function, networks, local=local, **options)
+
+
+def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
+    """Returns a model for the federation's images, or several by name."""
+    if isinstance(network, Mapping):
+        found = {str(name): _networks(one, data) for name, one in network.items()}
+        return {name: one for name, one in found.items() if isinstance(one, Model)}
+    if isinstance(network, (list, tuple)) and not isinstance(network, Model):
+        names = [n if isinstance(n, str) else type(n).__name__ for n in network]
+        pairs = enumerate(zip(names, network, strict=True))
+        return _networks({f"{i:02d}_{name}": one for i, (name, one) in pairs}, data)
+    if isinstance(network, Model):
+        return network
+    shape, num_classes = data.pool.x.shape[1:], data.num_classes
+    if isinstance(network, str):
+        check_choice("network", network, models.ZOO)
+        network = models.ZOO[network](num_classes)
+    if network is None:
+        raise ValueError(
+            "network: give a linen module, a hyperjax.Model or the name of a network: "
+            f"{', '.join(models.ZOO)}"
+        )
+    return models.from_linen(network, shape, num_classes)
+
+
+def through_channel(algorithm: Algorithm, text: str) -> Algorithm:
+    """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
+    name, options = calls.parse("uplink", text)
+    check_choice("uplink", name, channels.CHANNELS)
+    channel = calls.call("uplink", channels.CHANNELS[name], **options)
+
+    def uplink(family: str):
+        return comm.describe(families.view(algorithm, family)).uplink
+
+    return channels.with_uplink(algorithm, channel, uplink)
+
+
+class Run(NamedTuple):
+    """A method that was trained on a federation, as far as it has come.
+
+    A value: what goes on from it is another one, and it stays as it is. Clients are
+    numbers: participants 0 to N - 1, unseen ones N to N + M - 1; N + M stands for
+    somebody who is none of them.
+    """
+
+    name: str
+    recipe: Any  # has build() -> Experiment
+    experiment: Experiment
+    state: State
+    records: tuple[dict[str, Any], ...]  # one for each evaluated round
+
+    def __repr__(self) -> str:
+        data, best = self.experiment.federation, self.records[-1:]
+        shown = [
+            f"{label} {record[metric]:.2f}"
+            for record in best
+            for metric, label in SHOWN.items()
+            if record.get(metric) is not None
+        ]
+        who = f"{data.num_clients} clients"
+        who += f" + {data.num_novel} unseen" if data.num_novel else ""
+        parts = [self.name, who, f"round {self.state.round}", *shown]
+        return f"Run({', '.join(parts)})"
+
+    # Training ------------------------------------------------------------------------
+
+    def resume(self, rounds: int, *, progress: bool = True) -> "Run":
+        """Returns the run after `rounds` rounds in all; this one stays as it is.
+
+        The bits are those of a run that was never interrupted, if both were evaluated
+        after the same rounds.
+
+        Raises:
+          ValueError: it has come further already.
+          Diverged: a loss or the state is not finite.
+        """
+        if rounds < self.state.round:
+            raise ValueError(
+                f"rounds={rounds}: the run has {self.state.round} behind it; accepted: "
+                "as many or more"
+            )
+        settings = self.experiment.settings._replace(rounds=rounds)
+        current = self._replace(experiment=self.experiment._replace(settings=settings))
+        with Progress(self.name, rounds) if progress else _Silent() as shown:
+            for part in (current.experiment.simulator, current.experiment.evaluator):
+                part.program.watcher = shown.compiling
+            try:
+                if not current.records:
+                    current = current._scored(shown, {})
+                shown.stage("training")
+                for call in loop.rounds(current.experiment, current.state):
+                    current = current._replace(state=call.state)
+                    if loop.is_due(settings, call.state.round):
+                        current = current._scored(shown, call.last)
+                    shown.stage("training")
+            except KeyboardInterrupt:
+                logging.warning(
+                    "Stopped after round %d of %d; `resume` goes on from there.",
+                    current.state.round,
+                    rounds,
+                )
+        return current
+
+    def _scored(self, shown: Any, info: Mapping[str, Any]) -> "Run":
+        """The run with a record of its present state."""
+        shown.stage("evaluating")
+        seed, (round, carry) = self.experiment.settings.seed, self.state
+        values = self.experiment.evaluator.evaluate(seed, carry, round)
+        record: dict[str, Any] = dict(round=round, loss=info.get("loss"))
+        record |= results.record(values)
+        record |= self.experiment.totals(seed, round)
+        record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
+        record = log.plain(record)
+        words = {
+            label: f"{record[metric]:.2f}"
+            for metric, label in SHOWN.items()
+            if record.get(metric) is not None
+        }
+        shown.update(round, words)
+        kept = (r for r in self.records if r["round"] < round)
+        return self._replace(records=(*kept, record))
+
+    # Results -------------------------------------------------------------------------
+
+    @property
+    def curves(self) -> Any:
+        """A pandas DataFrame of the evaluated rounds, by round."""
+        import pandas
+
+        return pandas.DataFrame(self.records).set_index("round")
+
+    def scores(self) -> dict[str, float]:
+        """Returns accuracies in per cent of the present state.
+
+        "pacc" is that of participants on what they hold out, "zacc" of unseen clients
+        without any training, "gacc" on the global test set: by samples, with "_mean",
+        "_std" and "_p10" over clients; "_em" and "_oracle" with an estimated and the
+        true class prior, "_swapped" with the next client's network. With
+        `finetune_epochs` also "pacc_ft5" and so on, after 5 epochs.
+        """
+        seed, (round, carry) = self.experiment.settings.seed, self.state
+        evaluator = self.experiment.evaluator
+        found = results.record(evaluator.evaluate(seed, carry, round))
+        for epochs in self.experiment.settings.finetune_epochs:
+            tuned = evaluator.tune(seed, carry, round, epochs)
+            found |= results.fine_tuned(tuned, f"_ft{epochs}")
+        return found
+
+    # Serving -------------------------------------------------------------------------
+
+    def variables(self, client: int | None = None) -> dict[str, Any]:
+        """Returns the variables of the network that a client runs, {"params": ...}.
+
+        They are for `module.apply`, with the client's own inputs, if there are any, as
+        what the network is conditioned on; it is the network that was scored.
+
+        Args:
+          client: a number; None for somebody who is none of them.
+        """
+        data = self.experiment.federation
+        found: Any = self._deploy(client, self._own_inputs(client, data)).network
+        stats = found.get("stats", {})
+        return {"params": found["params"], **(stats if isinstance(stats, dict) else {})}
+
+    def predict(self, client: int | None, x: Any) -> np.ndarray:
+        """Returns the classes of a client's images, [n] int32.
+
+        Args:
+          client: a number; None for somebody who is none of them.
+          x: [n, H, W] or [n, H, W, C] as they were given to `federate`: normalisation
+            is done here. All of them together are what the client's network may be
+            conditioned on.
+
+        Raises:
+          FloatingPointError: the network's outputs are not finite.
+        """
+        return self.probabilities(client, x).argmax(-1).astype(np.int32)
+
+    def probabilities(self, client: int | None, x: Any) -> np.ndarray:
+        """Returns class probabilities [n, K] float32; see `predict`."""
+        pool = self.experiment.federation.pool
+        images = np.asarray(x)
+        images = images[..., None] if images.ndim == pool.x.ndim - 1 else images
+        images = sources.check_images(images, "x")
+        if images.dtype != pool.x.dtype or images.shape[1:] != pool.x.shape[1:]:
+            shape = ", ".join(map(str, pool.x.shape[1:]))
+            raise ValueError(
+                f"x is {images.dtype} of shape {images.shape}; this run takes "
+                f"{pool.x.dtype} [n, {shape}]"
+            )
+        labels = jnp.full(len(images), -1, jnp.int32)
+        own = pool._replace(x=jnp.asarray(images), y=labels)
+        rows = jnp.arange(len(images), dtype=jnp.int32)[None]
+        inputs = ClientData(rows, jnp.array([len(images)], jnp.int32), own)
+        logits = np.asarray(self._deploy(client, inputs).logits)
+        if not np.isfinite(logits).any(-1).all() or np.isnan(logits).any():
+            raise FloatingPointError("the network's outputs for x are not finite")
+        return np.asarray(jax.nn.softmax(logits))
+
+    def _own_inputs(self, client: int | None, data: Federation) -> ClientData:
+        """What a client is scored on."""
+        n, m = data.num_clients, data.num_novel
+        if client is not None and 0 <= client < n:
+            table, row = data.held_out, client
+        elif client is not None and n <= client < n + m and data.novel is not None:
+            table, row = data.novel, client - n
+        else:
+            table, row = clients.table([np.zeros(0, np.int32)]), 0
+            table = data.test if data.test is not None else table
+        return ClientData(
+            jnp.asarray(table.rows[row : row + 1]),
+            jnp.asarray(table.size[row : row + 1]),
+            data.pool,
+        )
+
+    def _deploy(self, client: int | None, inputs: ClientData) -> Deployed:
+        data = self.experiment.federation
+        n, m = data.num_clients, data.num_novel
+        number = n + m if client is None else client
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise ValueError(f"client={client!r} must be a whole number, or None")
+        if not 0 <= number <= n + m:
+            raise ValueError(
+                f"client={client}: participants are 0..{n - 1}, unseen clients "
+                f"{n}..{n + m - 1}, and {n + m} is somebody else"
+            )
+        train = None
+        if number < n:
+            own = slice(number, number + 1)
+            train = ClientData(
+                jnp.asarray(data.train.rows[own]),
+                jnp.asarray(data.train.size[own]),
+                data.pool,
+            )
+        whose = data.trainer_ids[number] if number < n else number
+        seed, (round, carry) = self.experiment.settings.seed, self.state
+        deploy = self.experiment.evaluator.deploy
+        (found,) = deploy(seed, carry, round, [int(whose)], inputs, train)
+        return found
+
+    # Keeping -------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Writes the run to a new or empty folder, for `load_run`.
+
+        run.json says what it is; checkpoints/ has its state, leaves by path; run.pkl
+        has what it is made of (data, network, method) by cloudpickle. Like every pickle
+        it runs code when it is read: load your own runs alone.
+
+        Raises:
+          ValueError: there is something in the folder.
+        """
+        import cloudpickle
+
+        folder = Path(path).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"path={str(path)!r} is not a new or empty folder")
+        settings = self.experiment.settings
+        try:
+            recipe = cloudpickle.dumps((self.name, self.recipe, settings))
+        except Exception as error:
+            raise ValueError(
+                f"what this run was made of cannot be saved ({first_line(error)}); that "
+                "of a method by name, or as a function, and of a linen module can"
+            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE).write_bytes(recipe)
+        checkpoint.save(folder / CHECKPOINTS, self.state.round, self.state.carry, 1)
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        checkpoint.write_atomically(folder / log.METRICS, lines)
+        about = dict(
+            method=self.name,
+            run=repr(self),
+            settings=settings._asdict(),
+            plan=self.experiment.plan,
+            python=platform.python_version(),
+            jax=jax.__version__,
+        )
+        # Written last: a folder that has it is whole.
+        checkpoint.write_atomically(
+            folder / ABOUT, json.dumps(about, indent=2, default=str) + "\n"
+        )
+
+
+def load_saved(path: str | Path) -> Run:
+    """Reads what `Run.save` wrote, which runs the code that is pickled there.
+
+    Raises:
+      ValueError: there is no run, or it is damaged.
+    """
+    import cloudpickle
+
+    folder = Path(path).expanduser()
+    if not (folder / ABOUT).exists():
+        raise ValueError(f"path={str(path)!r} holds no run (no {ABOUT})")
+    name, recipe, settings = cloudpickle.loads((folder / RECIPE).read_bytes())
+    built = recipe.build()._replace(settings=settings)
+    members = built.members or built.federation.num_trainers
+    template = schedule.abstract_carry(built.algorithm, members)
+    restored = checkpoint.restore(folder / CHECKPOINTS, template)
+    if restored is None:
+        raise ValueError(f"path={str(path)!r} has no intact checkpoint")
+    state = State(restored.round, built.simulator.load(restored.carry))
+    records = tuple(log.read_lines(folder / log.METRICS))
+    return Run(name, recipe, built, state, records)
+
+
+class _Silent:
+    """Progress that shows nothing."""
+
+    def compiling(self, program: str | None) -> None: ...
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def stage(self, what: str) -> None: ...
+
+    def update(self, done: int, values: Mapping[str, str]) -> None: ...
