@@ -18,20 +18,18 @@ SMALL = [
     *("--config.evaluation.batch_size=16", "--config.tensorboard=False"),
 ]
 RESIDUAL = (  # train residual networks: built by test_build, run by a slow test
-    "python -m experiments.train --config=configs/hyperfednet_mnist.py",
-    "python -m experiments.train --config=configs/ditto_mnist.py",
+    "python -m experiments.train --config=configs/personalised.py --",
+    "python -m experiments.train --config=configs/personalised.py:ditto",
 )
 TRAIN = "python -m experiments.train --config=configs/"
 SHORTENED = {
     "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
     "make test": None,  # it is running
     "pip install -e .": None,  # `make test` has done it
-    TRAIN + "hyperfedzero_digits.py --workdir=runs/try": SHORT,
-    TRAIN + "hyperfedzero_mnist.py:alpha=0.1": SHORT,
-    TRAIN + "fedavg_mnist.py": SHORT,
+    TRAIN + "zero_shot.py": SHORT,
     "python -m experiments.evaluate": [],
     **dict.fromkeys(RESIDUAL),
-    TRAIN + "mh_pfedhn_cifar10.py:data=digits": [
+    TRAIN + "families.py:data=digits": [
         *("--config.rounds=1", "--config.tensorboard=False"),
         "--config.evaluation.finetune_epochs=()",
     ],

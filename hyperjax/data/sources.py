@@ -337,6 +337,7 @@ _EMBEDDED: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "synthetic": _synthetic,
 }
+EMBEDDED = tuple(_EMBEDDED)  # sets that need no reading
 
 
 _PACKAGES = {

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from hyperjax import protocols, registry
 from hyperjax.engine.compiled import setting
+from hyperjax.launch import overview
 from hyperjax.protocols import common, methods
 
 
@@ -45,6 +46,9 @@ def run(
             if "config" in flags.FLAGS:
                 parser = flags.FLAGS["config"].parser
                 sys.argv, parser.chosen = _split_names(sys.argv)
+            if {"--help", "-help", "-h"} & set(argv):
+                print(overview.text(sys.modules["__main__"].__doc__ or "", _asked()))
+                sys.exit(0)
             rest = flags.FLAGS(sys.argv)
             _check_config(removed)
             for name in needs:
@@ -197,6 +201,12 @@ def _split_none(argv: list[str]) -> tuple[list[str], list[str]]:
             if match:
                 removed = [name for name in removed if name != match[1]]
     return kept, removed
+
+
+def _asked() -> Any:
+    """The config that --config names beside --help; None without it."""
+    paths = [a.partition("=")[2] for a in sys.argv if re.match("--?config=", a)]
+    return flags.FLAGS["config"].parser.parse(paths[-1]) if paths else None
 
 
 def _split_names(argv: list[str]) -> tuple[list[str], dict[str, str]]:

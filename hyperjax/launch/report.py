@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -41,6 +42,10 @@ _SUMMARY_COLUMNS: pages.Columns = (
     ("down_bytes", "down, bytes"),
     ("seconds", "seconds"),
     ("finished", "finished"),
+)
+# Settings that say where a run is made, and not what comes out.
+_ANYWHERE = re.compile(
+    r"data\.(data_dir|download)|engine\..*|checkpoint\..*|tensorboard"
 )
 
 
@@ -115,12 +120,57 @@ def comparison_report(
     body = [
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="muted">{len(runs)} runs</p></header>',
+        _apart(runs, labels),
         pages.section("Summary", _comparison_table(runs, path, labels, rows)),
         _overlaid(runs, labels),
         _shared_partition(runs),
     ]
     write_atomically(path, pages.page(title, body))
     return path
+
+
+def differing(configs: Sequence[Row]) -> dict[str, list[str]]:
+    """Returns the settings in which runs differ beside their method, by field.
+
+    Args:
+      configs: as config.json has them. Options of a method are compared among its own
+        runs.
+
+    Returns:
+      {"group.field": a value for each run, "" where it has none of it}.
+    """
+    flat = [dict(pages.flatten(config)) for config in configs]
+    found = {}
+    for field in dict.fromkeys(field for config in flat for field in config):
+        if field == "method.name" or _ANYWHERE.fullmatch(field):
+            continue
+        values = [config.get(field, "") for config in flat]
+        if field.startswith("method."):
+            seen: dict[str, set[str]] = {}
+            for config, value in zip(flat, values, strict=True):
+                seen.setdefault(config.get("method.name", ""), set()).add(value)
+            if all(len(of_one) == 1 for of_one in seen.values()):
+                continue
+        if len(set(values)) > 1:
+            found[field] = values
+    return found
+
+
+def _apart(runs: Sequence[Run], labels: Sequence[str]) -> str:
+    """What differs between runs beside the method, and in whom."""
+    heading = "Settings that differ beside the method"
+    found = differing([run.about.get("config", {}) for run in runs])
+    if not found:
+        return pages.section(heading, "<p>None.</p>")
+    rows = []
+    for field, values in found.items():
+        name = pages.Html(f"<code>{escape(field)}</code>")
+        for value in dict.fromkeys(values):
+            who = [k for k, v in zip(labels, values, strict=True) if v == value]
+            rows.append((name, value or pages.NOTHING, ", ".join(who)))
+            name = pages.Html("")
+    table = pages.table(("field", "value", "runs"), rows)
+    return pages.section(heading, f'<div class="scroll">{table}</div>')
 
 
 def _comparison_table(

@@ -28,12 +28,19 @@ PRESETS = {
     "fashion_mnist": {"model.name": "resnet38"},
     "cifar10": {"model.name": "resnet38", **_LONG},
     "cifar100": {"model.name": "resnet38x2", **_LONG},
+    # A network of two convolutions, the second of which HyperFedNet generates.
     "digits": {
+        "model.name": "lenet",
+        "model.channels": (16, 16),
+        "model.size": 3,
+        "model.padding": "SAME",
+        "model.hidden": (32,),
         "rounds": 20,
         "data.split": "train",
         "data.num_clients": 10,
         "data.num_novel": 5,
         "data.min_size": 20,
+        "local.learning_rate": 0.02,
         "local.batch_size": 16,
     },
 }

@@ -235,6 +235,16 @@ def test_debug_shows_where(name, tmp_path):
     assert re.search(COMMANDS[name][1], result.err, re.DOTALL)
 
 
+@pytest.mark.xdist_group("launcher")
+@pytest.mark.parametrize("argv", [["--help"], [DIGITS, "--help"]])
+def test_help_comes_first_whatever_else_is_given(argv, tmp_path):
+    result = launch(tmp_path / "said", *argv).result()
+    assert (result.code, result.err) == (0, "")
+    for words in ("Trains one method", "--workdir", "zero_shot", "fedprox", "rounds=1"):
+        assert words in result.out
+    assert ("Options of hyperfedzero" in result.out) == (DIGITS in argv)
+
+
 def test_a_process_of_its_own_says_the_same(tmp_path):
     """The same as above without the helper: what a user types."""
     workdir = tmp_path / "file"

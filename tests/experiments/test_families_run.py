@@ -9,6 +9,7 @@ import pytest
 from hyperjax.engine import checkpoint, log
 from hyperjax.launch import build, evaluate, train
 from hyperjax.protocols import families
+from hyperjax.runs.experiment import blocks
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families_run")
@@ -150,7 +151,7 @@ def test_an_unmet_client_cannot_be_served(finished):
 
 
 def test_blocks_of_clients_are_equal_and_leftovers_go_to_the_first():
-    found = build.assigned(("a", "b", "c"), 8)
+    found = blocks(("a", "b", "c"), 8)
     assert {k: v.tolist() for k, v in found.items()} == {
         "a": [0, 1, 2],
         "b": [3, 4, 5],

@@ -500,6 +500,50 @@ def test_comparison_of_two_runs(tmp_path: Path) -> None:
         assert len(re.findall(f"<polyline[^>]*><title>{label}</title>", text)) == 3
 
 
+def _config(name: str, **fields: Any) -> dict[str, Any]:
+    """The config of a run in a method; `local__steps=1` sets `local.steps`."""
+    config: dict[str, Any] = {"seed": 0, "method": {"name": name}, "local": {"rate": 1}}
+    config |= {"engine": {"devices": 0}, "data": {"data_dir": None}}
+    for field, value in fields.items():
+        group, _, name = field.rpartition("__")
+        (config[group] if group else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ([_config("a"), _config("b", method__mu=0.1)], {}),
+        ([_config("a"), _config("b", local__rate=2)], {"local.rate": ["1", "2"]}),
+        ([_config("a"), _config("a", seed=3)], {"seed": ["0", "3"]}),
+        ([_config("a"), _config("b", local__clip=5)], {"local.clip": ["", "5"]}),
+        ([_config("a", engine__devices=2), _config("b", data__data_dir="x")], {}),
+        (
+            [_config("a", method__mu=1), _config("a", method__mu=2), _config("b")],
+            {"method.mu": ["1", "2", ""]},
+        ),
+        ([_config("a", method__mu=1), _config("b", method__mu=2)], {}),
+    ],
+)
+def test_what_differs_beside_the_method(configs: list, expected: dict) -> None:
+    assert report.differing(configs) == expected
+
+
+def test_a_comparison_says_first_what_differs(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="fedavg")]
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
+    text, _ = _read(path)
+    heading = "<h2>Settings that differ beside the method</h2>"
+    assert f"{heading}<p>None.</p>" in text
+    folders.append(make_run(tmp_path / "c", rounds=20, seed=7))
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
+    text, _ = _read(path)
+    assert text.index(heading) < text.index("<h2>Summary</h2>")
+    row = "<td><code>rounds</code></td><td>40</td><td>a, b</td></tr><tr><td></td>"
+    assert f"{row}<td>20</td><td>c</td>" in text
+    assert "<td>7</td><td>c</td>" in text
+
+
 def test_comparison_with_other_partitions(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "Seeds")

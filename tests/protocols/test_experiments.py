@@ -14,7 +14,6 @@ SHAPE, NUM_CLASSES = (8, 8, 1), 10  # of the digits
 REFUSED = {
     ("zero_shot", "hyperfednet"): "no kernel of the model is made of tiles",
     ("pfedhn", "hyperfednet"): "no kernel of the model is made of tiles",
-    ("personalised", "mh_pfedhngd"): "must do without running statistics",
 }
 
 
@@ -135,6 +134,14 @@ GOLDEN = {
         "local.milestones": (4 / 15, 8 / 15),
         "server.cohort_size": 25,
         "method.embedding_size": 128,
+    },
+    "personalised:digits": {
+        "model.name": "lenet",
+        "model.channels": (16, 16),
+        "rounds": 20,
+        "local.learning_rate": 0.02,
+        "server.cohort_size": 3,
+        "method.embedding_size": 64,
     },
     "personalised:cifar100": {"model.name": "resnet38x2", "model.width": 32},
     "personalised:fashion_mnist": {"model.name": "resnet38", "rounds": 90},
