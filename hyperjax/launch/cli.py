@@ -44,7 +44,7 @@ def run(
         try:
             sys.argv, removed = _split_none(argv)
             if "config" in flags.FLAGS:
-                parser = flags.FLAGS["config"].parser
+                parser: Any = flags.FLAGS["config"].parser
                 sys.argv, parser.chosen = _split_names(sys.argv)
             if {"--help", "-help", "-h"} & set(argv):
                 print(overview.text(sys.modules["__main__"].__doc__ or "", _asked()))
@@ -248,7 +248,8 @@ def _check_config(removed: list[str]) -> None:
             raise fields.unknown(field, list(fields.flat(config)))
         config.update_from_flattened_dict({field: None})
     fields.check(config)
-    chosen = [f"{group}.name" for group in flags.FLAGS["config"].parser.chosen]
+    parser: Any = flags.FLAGS["config"].parser
+    chosen = [f"{group}.name" for group in parser.chosen]
     fields.check_used(config, _given_fields() + removed + chosen)
 
 

@@ -68,7 +68,9 @@ def parse(
         an unknown method (the nearest is named).
     """
     known: dict[str, Any] = {**SHARED, **more}
-    given = {k: None if isinstance(v, type) else v for k, v in known.items()}
+    given: dict[str, Any] = {
+        k: None if isinstance(v, type) else v for k, v in known.items()
+    }
     first, seen = None, set()
     for item in arg.split(",") if arg else ():
         name, equals, text = item.strip().partition("=")

@@ -19,12 +19,14 @@ networks of their own, as the authors' code has it. A sparse uplink is of these
 networks; the changes of the copies are sent whole.
 """
 
+from typing import Any
+
 from hyperjax.protocols import arguments, common, methods
 
 DEFAULT = "mh_pfedhn"
 EXTRA = dict(averaged=False)
 FAMILIES = ("mh_cnn", "vgg8", "mh_resnet10", "mh_resnet12", "mh_resnet18")
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "cifar100": {"data.classes_per_client": 10},
     "tiny_imagenet": {"data.classes_per_client": 20},

@@ -16,13 +16,15 @@ scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux
 feddyn and scaffold average without weights: add `--config.server.weights=uniform`.
 """
 
+from typing import Any
+
 from hyperjax.protocols import arguments, common, methods
 from hyperjax.protocols.methods import Tuned
 
 DEFAULT = "hyperfednet"
 EXTRA: dict = {}
 _LONG = {"rounds": 150, "local.milestones": (4 / 15, 8 / 15)}
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "mnist5k": {"data.split": "train", "data.num_clients": 20, "data.num_novel": 5},
     "mnist": {},
     "fashion_mnist": {"model.name": "resnet38"},

@@ -20,12 +20,14 @@ summary has the accuracy of the last round, and, as published, that of the round
 the best validation accuracy (`best_by_validation`).
 """
 
+from typing import Any
+
 from hyperjax.protocols import arguments, common, methods
 
 DEFAULT = "pfedhn"
 EXTRA: dict = {}
 # Classes of a client are those of MH-pFedHN's experiment where pFedHN's has none.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {"data.split": "train+test"},
     "cifar100": {"data.split": "train+test", "data.classes_per_client": 10},
     "mnist5k": {},

@@ -98,7 +98,7 @@ print(*run.predict(4, numpy.load(sys.argv[1] + "/x.npy")))
         [sys.executable, "-c", program, str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},  # Net is here
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # Net is here
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
