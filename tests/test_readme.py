@@ -120,6 +120,15 @@ def test_the_example_of_an_own_network_runs(capsys):
     assert "loss by round" in out
 
 
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (cells,) = blocks(SECTIONS["In a notebook"], "python")
+    names: dict = {}
+    exec(compile(cells, "README.md", "exec"), names)
+    assert names["run"].state.round == 6
+    assert (tmp_path / "runs/digits/run.json").exists()
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_package_and_nothing_else(repository, tmp_path):
     subprocess.run(
