@@ -735,7 +735,6 @@ def test_other_damaged_files_are_named_or_written_anew(run, finished, caplog):
     [
         (train.report, "run_report"),
         (train.results, "per_client"),
-        (train.results, "fine_tuned"),
         (train.reach, "of_records"),
     ],
 )
