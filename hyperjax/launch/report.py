@@ -161,7 +161,7 @@ def _apart(runs: Sequence[Run], labels: Sequence[str]) -> str:
     heading = "Settings that differ beside the method"
     found = differing([run.about.get("config", {}) for run in runs])
     if not found:
-        return pages.section(heading, "<p>None.</p>")
+        return pages.section(heading, "<p>They share every other setting.</p>")
     rows = []
     for field, values in found.items():
         name = pages.Html(f"<code>{escape(field)}</code>")

@@ -534,7 +534,7 @@ def test_a_comparison_says_first_what_differs(tmp_path: Path) -> None:
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
     heading = "<h2>Settings that differ beside the method</h2>"
-    assert f"{heading}<p>None.</p>" in text
+    assert f"{heading}<p>They share every other setting.</p>" in text
     folders.append(make_run(tmp_path / "c", rounds=20, seed=7))
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
