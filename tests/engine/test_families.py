@@ -11,7 +11,7 @@ import optax
 import pytest
 from federated import BATCH, NUM_CLASSES, NUM_CLIENTS, make_local, tiny, weights
 
-from hyperjax import mixing, models, rng, tree
+from hyperjax import models, over_families, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data import clients
@@ -733,7 +733,7 @@ def test_families_of_one_structure_have_programs_of_their_own():
     model = same.client.model
     upside_down = model._replace(predict=lambda *args: -model.predict(*args))
     other = same._replace(client=same.client._replace(model=upside_down))
-    alg = mixing.over_families({"a": same, "b": other})
+    alg = over_families.averaged({"a": same, "b": other})
     members = families.families({"a": np.arange(4), "b": np.arange(4, NUM_CLIENTS)})
     nothing = {name: jnp.zeros(4, bool) for name in "ab"}
     server = alg.server.init(ROOT)
