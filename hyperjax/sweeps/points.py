@@ -125,8 +125,8 @@ def axis(flag: str, text: str, named: Mapping[str, Callable]) -> list[Texts]:
     name, colon, argument = text.partition(":")
     if not named:
         raise ValueError(
-            f"--{flag}={text!r} is neither field=values nor the name of a sweep; "
-            "neither the config's file nor its experiment has a function sweep_NAME(add)"
+            f"--{flag}={text!r} is neither field=values nor the name of a sweep: "
+            "neither the config's file nor its experiment has a function sweep_NAME"
         )
     check_choice(flag, name, named)
     found: list[Texts] = []

@@ -1,0 +1,126 @@
+"""Runs the points of a sweep, one after another; what fails does not end the rest."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from hyperjax.data import sources
+from hyperjax.launch import build, train, workdir
+from hyperjax.sweeps import record as records
+from hyperjax.sweeps.live import Shown
+from hyperjax.sweeps.points import Point, shown
+from hyperjax.sweeps.record import Record
+
+
+def check(points: Sequence[Point]) -> None:
+    """Builds every point's network and method, once for each; nothing is compiled.
+
+    Raises:
+      ValueError: it says which point cannot be, and why.
+    """
+    read: dict[str, sources.Source] = {}
+    for point in points:
+        config = point.config
+        data = str([config.data[k] for k in ("name", "data_dir", "split", "shrink")])
+        try:
+            if data not in read:
+                read[data] = build.load_source(config.data)
+            shape, classes = read[data].x.shape[1:], read[data].num_classes
+            build.make_algorithm(config, build.make_model(config, shape, classes))
+        except Exception as error:
+            raise ValueError(f"the point {shown(point.fields)}: {error}") from error
+
+
+def part(points: Sequence[Point], index: str | None) -> list[Point]:
+    """Returns the slice of the points that --index=i/n names, i from 0 to n - 1.
+
+    Slices are of neighbours, whose programs are alike, and differ in size by one.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if index is None:
+        return list(points)
+    first, _, second = index.partition("/")
+    if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise ValueError(
+            f"--index={index!r} must be i/n with i from 0 to n - 1, such as 0/8"
+        )
+    i, n = int(first), int(second)
+    return list(points[i * len(points) // n : (i + 1) * len(points) // n])
+
+
+def run(
+    record: Record,
+    points: Sequence[Point],
+    show: Shown,
+    each: Callable[[], object] = lambda: None,
+    run_one: Callable[..., dict[str, Any]] = train.train,
+) -> dict[str, str]:
+    """Trains points, or reads what they gave.
+
+    Args:
+      record: of the sweep; what becomes of each point is written there.
+      points: to be run, in this order.
+      show: what is shown.
+      each: called after every point.
+      run_one: `launch.train.train`.
+
+    Returns:
+      {name: status}; "running" where another process is at work on it.
+
+    Raises:
+      train.Stopped, KeyboardInterrupt: it was asked to stop.
+    """
+    found = {}
+    with _stops_at_once():
+        for point in points:
+            found[point.name] = _one(record, point, show, run_one)
+            each()
+    return found
+
+
+def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
+    folder = record.folder / point.name
+    before = record.entry(point.name)
+    if before["status"] == records.DIVERGED and folder.exists():
+        # The same config gives the same bits.
+        show.ended(point.name, f"diverged: {before['message']}", ran=False)
+        return records.DIVERGED
+    show.begin()
+    ran = not (folder / workdir.SUMMARY).exists()
+    record.set_status(point.name, records.RUNNING)
+    status, message = records.FINISHED, ""
+    try:
+        summary = run_one(point.config, str(folder), point.name, show=show.point)
+    except train.Stopped:
+        raise
+    except workdir.InUse:
+        show.ended(point.name, "another process is at work on it", ran=False)
+        return records.RUNNING
+    except FloatingPointError as error:
+        status, message = records.DIVERGED, str(error)
+    except Exception as error:
+        logging.debug("%s", point.name, exc_info=True)
+        status, message = records.FAILED, f"{type(error).__name__}: {error}"
+    record.set_status(point.name, status, message)
+    said = f"{status}: {message}" if message else train.outcome(summary).splitlines()[0]
+    show.ended(point.name, said, ran)
+    return status
+
+
+@contextlib.contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """SIGTERM interrupts as SIGINT does; while it trains, `train` has its own way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
