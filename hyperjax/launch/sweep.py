@@ -1,7 +1,7 @@
 """Trains many runs from one command; the same command goes on with a stopped sweep.
 
 hyperjax sweep --config=zero_shot:hyperfedzero,data=digits --workdir=runs/abl \
-    --sweep='seed=0..2' --sweep='data.alpha=0.1,1.0' --sweep='method.name=fedavg,fedprox'
+    --sweep='seed=0..2' --sweep='data.alpha=0.1,1' --sweep='method.name=fedavg,fedprox'
 
 Points are the product of the --sweep flags: a field and its values (a..b and a..b..step
 are whole numbers, both ends included; commas inside brackets and quotes belong to a

@@ -324,7 +324,10 @@ def _name(point: Mapping[str, Any], words: Mapping[str, str]) -> str:
     ordered = sorted(point, key=lambda field: field in SEEDS)  # stable; seeds last
     parts = []
     for field in ordered:
-        safe = re.sub(r"[^A-Za-z0-9.+-]+", "_", as_text(point[field])).strip("_")
+        value = point[field]
+        exact = isinstance(value, float) and float(f"{value:g}") == value
+        text = f"{value:g}" if exact else as_text(value)
+        safe = re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")
         parts.append(f"{words[field]}={safe}")
     name = ",".join(parts) or "all"
     return name if len(name) <= _LONGEST else _with_digest(name, point)

@@ -89,7 +89,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     before = record.entry(point.name)
     if before["status"] == records.DIVERGED and folder.exists():
         # The same config gives the same bits.
-        show.ended(point.name, f"diverged: {before['message']}", ran=False)
+        show.ended(point.name, _said(before["status"], before["message"]), ran=False)
         return records.DIVERGED
     show.begin()
     ran = not (folder / workdir.SUMMARY).exists()
@@ -108,9 +108,18 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
         logging.debug("%s", point.name, exc_info=True)
         status, message = records.FAILED, f"{type(error).__name__}: {error}"
     record.set_status(point.name, status, message)
-    said = f"{status}: {message}" if message else train.outcome(summary).splitlines()[0]
+    said = _said(status, message) if message else _accuracies(summary)
     show.ended(point.name, said, ran)
     return status
+
+
+def _said(status: str, message: str) -> str:
+    """A line's worth of what went wrong."""
+    return f"{status}: {message.splitlines()[0].partition('. ')[0]}"
+
+
+def _accuracies(summary: dict[str, Any]) -> str:
+    return train.outcome(summary).splitlines()[0]
 
 
 @contextlib.contextmanager
