@@ -1,19 +1,21 @@
-"""Trains many runs from one command; the same command goes on with a stopped sweep.
+r"""Trains many runs from one command; the same command continues a stopped sweep.
 
 hyperjax sweep --config=zero_shot:hyperfedzero,data=digits --workdir=runs/abl \
-    --sweep='seed=0..2' --sweep='data.alpha=0.1,1' --sweep='method.name=fedavg,fedprox'
+    --sweep=seed=0..2 --sweep=data.alpha=0.1,1.0 --sweep=method.name=fedavg,fedprox
 
-Points are the product of the --sweep flags: a field and its values (a..b and a..b..step
-are whole numbers, both ends included; commas inside brackets and quotes belong to a
-value), or the name of a function sweep_NAME(add) in the config's file or the
-experiment's, which adds points one by one: add({"method.name": "fedprox", "seed": 1}).
+Points are the product of the --sweep flags. Each is a field and its values, where
+a..b and a..b..step are whole numbers, both ends included, and commas in brackets or
+quotes belong to a value; or the name of a function sweep_NAME(add) in the config's
+file or the experiment's, which adds points one by one:
+add({"method.name": "fedprox", "method.mu": 0.1}).
+
 Every point is a run in a folder of its own, which `train` continues and `evaluate`
-serves. One that diverges or fails is marked, and the others go on; the exit code is 0
-only if every point has ended well.
+serves. One that diverges or fails is marked, and the others go on; the exit code
+is 0 only if every point has ended well.
 
---tune='local.learning_rate=0.03,0.1' chooses a value for everything that is swept but
-seeds, by what participants set aside for validation (data.validation_fraction), or on a
-federation of the seed --tune_seed; --by names the metric.
+--tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
+swept but seeds), by what participants set aside (data.validation_fraction), or on a
+federation of the seed --tune_seed. --by names the metric.
 """
 
 import shlex
@@ -24,7 +26,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from hyperjax.launch import cli, train
+from hyperjax import protocols
+from hyperjax.launch import cli, overview, train
 from hyperjax.sweeps import live, page, points, record, runner, tune
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
@@ -75,7 +78,13 @@ def main(asked: Asked) -> int:
     try:
         return ended(run(plan, asked))
     except (train.Stopped, KeyboardInterrupt):
-        print("Stopped; the same command goes on.", flush=True)
+        entries = plan.record.read()["points"]
+        done = sum(entry["status"] in record.ENDED for entry in entries)
+        print(
+            f"Stopped: {done} of {len(entries)} points have ended; the same command "
+            "continues.",
+            flush=True,
+        )
         return 130
 
 
@@ -189,8 +198,22 @@ def ended(statuses: dict[str, str]) -> int:
     return 0 if set(values) <= {record.FINISHED} else 1
 
 
+def named_sweeps(argv: Sequence[str]) -> str:
+    """Returns a table of the named sweeps of --config, or of all experiments."""
+    given = [text.partition("=")[2] for text in argv if text.startswith("--config=")]
+    rows = [
+        (f"{path.partition(':')[0]}: {name}", overview.first_line(function))
+        for path in given or protocols.NAMES
+        for name, function in points.find_named(path).items()
+    ]
+    return overview.table("Named sweeps: --sweep=NAME", rows)
+
+
 def launch() -> None:
     """Runs the command with what the command line says."""
+    if {"--help", "-help", "-h"} & set(sys.argv):
+        doc = f"{(__doc__ or '').strip()}\n\n{named_sweeps(sys.argv)}"
+        sys.modules["__main__"].__doc__ = doc
     command = shlex.join(["hyperjax", "sweep", *sys.argv[1:]])
     arguments = cli.config_arguments(sys.argv[1:])
     config = cli.define_config()

@@ -81,7 +81,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(trainer, tmp_path, capsys):
     trainer.stop_at = 2
     flags = ("seed=0..1", "local.learning_rate=0.05,0.1")
     assert sweep.main(asked(tmp_path, *flags)) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    stopped = "2 of 4 points have ended; the same command continues"
+    assert stopped in capsys.readouterr().out
     assert sorted(statuses(tmp_path).values()) == [
         *["finished"] * 2,
         "running",
