@@ -18,9 +18,10 @@ swept but seeds), by what participants set aside (data.validation_fraction), or 
 federation of the seed --tune_seed. --by names the metric.
 """
 
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -115,7 +116,8 @@ def make_plan(asked: Asked) -> Plan:
     else:
         record.check_runs(there, given)
     trials = [trial for setting in settings for trial in setting.trials]
-    cli.use_cores(max(point.config.engine.devices for point in given))
+    devices = [point.config.engine.devices for point in given]
+    cli.use_cores(max(devices) if all(devices) else 0)
     runner.check([*given, *trials])
     return Plan(
         there,
@@ -134,33 +136,37 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     record.begin(there, plan.points, plan.first, plan.trials, **about)
     show = live.Shown(sum(len(s.points) + len(s.trials) for s in plan.mine))
     statuses: dict[str, str] = {}
-
-    def each() -> None:
-        page.write(there.folder, there.read(), show.left())
-
-    each()
+    pages = page.Page(there, show)
     for setting in plan.mine:
         members = setting.points
         if setting.trials:
-            runner.run(there, setting.trials, show, each)
-            chosen = tune.choose(there, setting, plan.tuned["by"])
-            if chosen is None:
-                for point in members:
-                    statuses[point.name] = record.FAILED
-                    there.set_status(point.name, record.FAILED, tune.NONE_ENDED)
-                    show.ended(point.name, f"failed: {tune.NONE_ENDED}", ran=False)
-                continue
-            values = {field: chosen[field] for field in plan.tuned["fields"]}
-            record.set_tuned(there, members, values)
-            members = [with_values(point, values, asked) for point in members]
-        statuses |= runner.run(there, members, show, each)
+            tried = runner.run(there, setting.trials, show, pages.write)
+            members = with_values(plan, setting, tried, asked)
+            for point in setting.points if not members else ():
+                message = tune.unknown(tried)
+                there.set_status(point.name, record.FAILED, message)
+                show.ended(point.name, f"failed: {message}", ran=False)
+                statuses[point.name] = record.FAILED
+        statuses |= runner.run(there, members, show, pages.write)
+    pages.write(last=True)
     return statuses
 
 
-def with_values(point: Point, values: dict[str, Any], asked: Asked) -> Point:
-    """Returns a point with the values that were chosen for it."""
-    texts = points.as_texts({**point.fields, **values})
-    return point._replace(config=points.read(asked.config, asked.arguments, texts))
+def with_values(
+    plan: Plan, setting: Setting, tried: Mapping[str, str], asked: Asked
+) -> list[Point]:
+    """Returns the points of a setting with the values chosen for them; [] if none."""
+    chosen = tune.choose(plan.record, setting, plan.tuned["by"], tried)
+    if chosen is None:
+        return []
+    values = {field: chosen[field] for field in plan.tuned["fields"]}
+    record.set_tuned(plan.record, setting.points, values)
+    found = []
+    for point in setting.points:
+        texts = points.as_texts({**point.fields, **values})
+        config = points.read(asked.config, asked.arguments, texts)
+        found.append(point._replace(config=config))
+    return found
 
 
 def listed(plan: Plan) -> str:
@@ -214,7 +220,8 @@ def launch() -> None:
     if {"--help", "-help", "-h"} & set(sys.argv):
         doc = f"{(__doc__ or '').strip()}\n\n{named_sweeps(sys.argv)}"
         sys.modules["__main__"].__doc__ = doc
-    command = shlex.join(["hyperjax", "sweep", *sys.argv[1:]])
+    whole = [text for text in sys.argv[1:] if not re.match("--?index=", text)]
+    command = shlex.join(["hyperjax", "sweep", *whole])
     arguments = cli.config_arguments(sys.argv[1:])
     config = cli.define_config()
     workdir = cli.define_path("workdir", None, "Folder of the sweep.")

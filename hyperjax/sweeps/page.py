@@ -1,6 +1,7 @@
 """The page of a sweep that is running: what each point is at, and its accuracies."""
 
 import json
+import time
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,13 +12,35 @@ from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.launch import pages, workdir
 from hyperjax.launch.train import SHOWN
+from hyperjax.sweeps.live import Shown
+from hyperjax.sweeps.record import ENDED, Record
 
 PAGE = "report.html"
 _RELOADED = "<script>setTimeout(()=>location.reload(),15000)</script>"
 
 
-def write(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
-    """Writes `report.html`, which loads itself anew as long as the sweep runs.
+class Page:
+    """Writes `report.html` again and again, as often as costs little."""
+
+    SHARE = 0.05  # of the time, at most
+
+    def __init__(self, record: Record, show: Shown):
+        self._record, self._show = record, show
+        self._next = 0.0
+        self.write()
+
+    def write(self, last: bool = False) -> None:
+        """Writes it if it is time, or for the last time."""
+        began = time.monotonic()
+        if last or began >= self._next:
+            with self._record.change() as found:  # one process at a time
+                draw(self._record.folder, found, self._show.left())
+            now = time.monotonic()
+            self._next = now + (now - began) / self.SHARE
+
+
+def draw(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
+    """Writes the page, which loads itself anew as long as the sweep runs.
 
     Args:
       folder: of the sweep.
@@ -38,7 +61,7 @@ def write(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
         f'<p class="muted">{len(entries)} runs: {counts}{rest}</p></header>',
         f'<div class="scroll">{table}</div>',
         f"<p><code>{escape(found['command'])}</code></p>",
-        _RELOADED,
+        "" if set(statuses) <= set(ENDED) else _RELOADED,
     ]
     write_atomically(folder / PAGE, pages.page(folder.name, body))
 

@@ -1,11 +1,13 @@
 """Runs the points of a sweep, one after another; what fails does not end the rest."""
 
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import ml_collections
 from absl import logging
 
@@ -117,6 +119,7 @@ def run(
         for point in points:
             found[point.name] = _one(record, point, show, run_one)
             each()
+            _drop_programs()
     return found
 
 
@@ -156,6 +159,17 @@ def _said(status: str, message: str) -> str:
 
 def _accuracies(summary: dict[str, Any]) -> str:
     return train.outcome(summary).splitlines()[0]
+
+
+def _drop_programs() -> None:
+    """Drops compiled programs before they are too many.
+
+    A process may have 65,530 memory maps, and every program takes a few.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as maps:
+        if sum(1 for _ in maps) > 40_000:
+            jax.clear_caches()
+            gc.collect()
 
 
 @contextlib.contextmanager

@@ -225,10 +225,14 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
         assert entry["tuned"] == {"local.learning_rate": 0.1}
 
 
-def test_a_setting_with_no_good_value_fails_alone(trainer, tmp_path):
-    more = dict(tune=("local.learning_rate=0.2,0.3",), arguments=VALIDATED)
+@pytest.mark.parametrize(
+    ("tried", "message"), [("0.2", "no value of"), ("0.1,0.3", "0.3,seed=0 failed")]
+)
+def test_without_a_choice_a_setting_fails(trainer, tmp_path, tried, message, capsys):
+    more = dict(tune=(f"local.learning_rate={tried}",), arguments=VALIDATED)
     assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 1
     assert set(statuses(tmp_path).values()) == {"failed"}
+    assert message in capsys.readouterr().out
 
 
 # What is shown ----------------------------------------------------------------------
