@@ -1,0 +1,1 @@
+"""Many runs: grids of settings, and tables, statistics and figures of their results."""
