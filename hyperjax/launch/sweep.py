@@ -28,7 +28,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from hyperjax import protocols
-from hyperjax.launch import cli, overview, train
+from hyperjax.launch import cli, overview, train, workdir
 from hyperjax.sweeps import live, page, points, record, runner, tune
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
@@ -77,7 +77,8 @@ def main(asked: Asked) -> int:
         print(f"--index={asked.index}: of {len(plan.points)} points it has none.")
         return 0
     try:
-        return ended(run(plan, asked))
+        well = ended(run(plan, asked))
+        return 0 if results(plan.record) and well else 1
     except (train.Stopped, KeyboardInterrupt):
         entries = plan.record.read()["points"]
         done = sum(entry["status"] in record.ENDED for entry in entries)
@@ -195,13 +196,35 @@ def listed(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def ended(statuses: dict[str, str]) -> int:
-    """Prints what became of the points; returns the exit code."""
+def results(there: Record) -> bool:
+    """Writes tables and figures once all points have ended; whether all went well."""
+    from hyperjax.sweeps import outputs  # which takes long to import
+
+    with there.change() as found:  # one process at a time
+        if not all(entry["status"] in record.ENDED for entry in found["points"]):
+            print("Tables are written when the other points have ended.")
+            return True
+        runs = [there.folder / entry["name"] for entry in found["points"]]
+        runs = [run for run in runs if (run / workdir.CONFIG).exists()]
+        if not runs:
+            return True
+        try:
+            fields = record.telling(there.folder, found)
+            outputs.write(there.folder, runs, fields, found["baseline"])
+        except Exception as error:
+            print(f"error: no tables: {error}", file=sys.stderr)
+            return False
+    print(f"tables: {there.folder / 'table.md'}\nreport: {there.folder / page.PAGE}")
+    return True
+
+
+def ended(statuses: dict[str, str]) -> bool:
+    """Prints what became of the points; returns whether all ended well."""
     values = list(statuses.values())
     counts = {status: values.count(status) for status in dict.fromkeys(values)}
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(values)} points: {said}")
-    return 0 if set(values) <= {record.FINISHED} else 1
+    return set(values) <= {record.FINISHED}
 
 
 def named_sweeps(argv: Sequence[str]) -> str:
@@ -224,12 +247,12 @@ def launch() -> None:
     command = shlex.join(["hyperjax", "sweep", *whole])
     arguments = cli.config_arguments(sys.argv[1:])
     config = cli.define_config()
-    workdir = cli.define_path("workdir", None, "Folder of the sweep.")
+    folder = cli.define_path("workdir", None, "Folder of the sweep.")
     sweeps = flags.DEFINE_multi_string("sweep", [], "field=values, or a sweep's name.")
     list_only = flags.DEFINE_bool("list", False, "Print the points; run nothing.")
     index = flags.DEFINE_string("index", None, "i/n: run slice i, 0 to n - 1, of n.")
     baseline = flags.DEFINE_string(
-        "baseline", None, "field=value of the points that others are compared with."
+        "baseline", None, "METHOD or field=value that the others are compared with."
     )
     tuned = flags.DEFINE_multi_string("tune", [], "field=values to choose among.")
     by = flags.DEFINE_string("by", None, "What --tune chooses by; vacc or pacc.")
@@ -241,7 +264,7 @@ def launch() -> None:
         path = flags.FLAGS[config.name].config_filename  # type: ignore[attr-defined]
         asked = Asked(
             path,
-            str(workdir.value),
+            str(folder.value),
             sweeps.value,
             arguments,
             list_only.value,

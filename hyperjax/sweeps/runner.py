@@ -12,12 +12,11 @@ import ml_collections
 from absl import logging
 
 from hyperjax.data import sources
-from hyperjax.errors import check_choice
 from hyperjax.launch import build, train, workdir
 from hyperjax.launch.fields import flat
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
-from hyperjax.sweeps.points import Point, as_text, shown
+from hyperjax.sweeps.points import SEEDS, Point, shown
 from hyperjax.sweeps.record import Record
 
 Item = TypeVar("Item")
@@ -43,15 +42,18 @@ def check(points: Sequence[Point]) -> None:
 
 
 def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
-    """Raises ValueError unless some points have --baseline=field=value, and not all."""
+    """Raises ValueError unless some points are those that --baseline names."""
     if baseline is None:
         return
-    field, _, text = baseline.partition("=")
-    there = [as_text(p.fields[field]) for p in points if field in p.fields]
-    if not there:
-        swept = ", ".join(dict.fromkeys(f for p in points for f in p.fields))
-        raise ValueError(f"--baseline={baseline}: {field!r} is not swept; {swept} are")
-    check_choice(f"--baseline={field}", text, dict.fromkeys(there))
+    from hyperjax.sweeps import statistics  # which takes long to import
+
+    swept = dict.fromkeys(f for p in points for f in p.fields if f not in SEEDS)
+    fields = [field for field in swept if field != "method.name"]
+    groups = []
+    for point in points:
+        values = {field: flat(point.config).get(field) for field in fields}
+        groups.append({"method": point.config.method.name, **values})
+    statistics.parse_baseline(baseline, groups)
 
 
 def grouped(points: Sequence[Point]) -> list[list[Point]]:

@@ -153,8 +153,8 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     [
         (dict(sweep=()), "--sweep is required"),
         (dict(sweep=("rounds=2,x",)), "rounds=x"),
-        (dict(baseline="data.alpha=1"), "'data.alpha' is not swept"),
-        (dict(baseline="local.learning_rate=3"), "accepted: '0.05', '0.1', '0.2'"),
+        (dict(baseline="data.alpha=1"), r"baseline='data.alpha=1' is none"),
+        (dict(baseline="local.learning_rate=3"), r"there are: .*0.05, 0.1, 0.2"),
         (dict(by="vacc"), "go with --tune"),
         (dict(tune=("local.learning_rate=1,2",)), "is swept twice"),
         (dict(tune=("local.epochs=1,2",), by="zacc"), "--by=zacc: it is measured on"),
