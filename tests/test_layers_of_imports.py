@@ -34,12 +34,17 @@ LAYERS = (
     ("hyperjax.engine",),
     ("hyperjax.runs",),
     ("hyperjax.protocols",),
-    ("hyperjax.launch", "hyperjax.__main__"),
+    ("hyperjax.launch", "hyperjax.sweeps", "hyperjax.__main__"),
 )
 # Nothing in the engine knows that there are methods.
 NEVER = {"hyperjax.engine": "hyperjax.algorithms"}
 # What reads configs and draws pages.
-COMMANDS = ("hyperjax.protocols", "hyperjax.launch", "hyperjax.__main__")
+COMMANDS = (
+    "hyperjax.protocols",
+    "hyperjax.launch",
+    "hyperjax.sweeps",
+    "hyperjax.__main__",
+)
 HEAVY = (
     "array_record",
     "matplotlib",
