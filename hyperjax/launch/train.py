@@ -36,7 +36,9 @@ class Stopped(Exception):
 def train(
     config: ml_collections.ConfigDict,
     path: str,
-    name: str | None = None,
+    label: str | None = None,
+    *,
+    experiment: Experiment | None = None,
     show: Callable[[str, int], Progress] = Progress,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
@@ -47,8 +49,9 @@ def train(
     Args:
       config: see `protocols.common.defaults`; its method under `config.method`.
       path: the run's folder; made if it is not there.
-      name: shown in progress lines; the method's name by default.
-      show: what makes these lines of a name and a number of rounds.
+      label: of the run in progress lines; the method's name by default.
+      experiment: what `build.build` made of this config; default: it is made here.
+      show: what makes progress lines of a label and a number of rounds.
 
     Returns:
       The summary, also written to summary.json.
@@ -69,16 +72,20 @@ def train(
             if not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
-        with show(name or config.method.name, config.rounds) as progress:
-            return _train(config, folder, progress)
+        with show(label or config.method.name, config.rounds) as progress:
+            return _train(config, experiment, folder, progress)
 
 
 def _train(
-    config: ml_collections.ConfigDict, folder: Path, progress: Progress
+    config: ml_collections.ConfigDict,
+    experiment: Experiment | None,
+    folder: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Runs, or continues, an experiment in a folder that is this process's."""
-    progress.stage(f"reading {config.data.name}, building {config.method.name}")
-    experiment = build.build(config, str(folder / workdir.STORE))
+    if experiment is None:
+        progress.stage(f"reading {config.data.name}, building {config.method.name}")
+        experiment = build.build(config, str(folder / workdir.STORE))
     settings, checkpoints = experiment.settings, folder / workdir.CHECKPOINTS
     for part in (experiment.simulator, experiment.evaluator):
         part.program.watcher = progress.compiling

@@ -21,7 +21,7 @@ class Trainer:
         self.ran: list[str] = []
         self.stop_at: int | None = None
 
-    def __call__(self, config, path, name, show):
+    def __call__(self, config, path, name, experiment, show):
         folder = Path(path)
         if not (folder / workdir.SUMMARY).exists():
             if len(self.ran) == self.stop_at:
@@ -42,6 +42,7 @@ class Trainer:
 def trainer(monkeypatch):
     found = Trainer()
     monkeypatch.setattr(runner, "check", lambda points: None)
+    monkeypatch.setattr(runner.group, "experiments", lambda configs: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
     monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found))
     return found
@@ -110,10 +111,10 @@ def test_another_grid_adds_points_and_another_base_is_refused(trainer, tmp_path)
 
 
 def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
-    def busy(config, path, name, show):
+    def busy(config, path, *args, **kwargs):
         if "seed=1" in path:
             raise workdir.InUse("in use")
-        return trainer(config, path, name, show)
+        return trainer(config, path, *args, **kwargs)
 
     monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
