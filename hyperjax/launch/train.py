@@ -21,7 +21,7 @@ from absl import logging
 from hyperjax import tree
 from hyperjax.data import federation as federations
 from hyperjax.engine import checkpoint, compiled, log, schedule
-from hyperjax.engine.progress import Progress, Silent
+from hyperjax.engine.progress import Progress
 from hyperjax.launch import cli, origin, pages, report, saved, workdir
 from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.runs import loop, reach, results
@@ -36,9 +36,8 @@ def train(
     config: ml_collections.ConfigDict,
     path: str | os.PathLike,
     label: str | None = None,
-    *,
+    show: Callable[[str, int], Progress] = Progress,
     experiment: Experiment | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -50,10 +49,10 @@ def train(
       config: see `protocols.common.defaults`; its method under `config.method`.
       path: the run's folder; made if it is not there.
       label: of the run in progress lines; the method's name by default.
+      show: what makes these lines of a label and a number of rounds; `Silent` none.
       experiment: what `build.build` made of this config, or of one that differs from
-        it in nothing but `seed` (with a `data.seed` of its own), `rounds` and
-        `evaluation`; its compiled programs are used again. Default: it is made here.
-      progress: shows what is done.
+        it in nothing but `seed` (with a `data.seed` of its own) and `evaluation`; its
+        compiled programs are used again. Default: it is made here.
 
     Returns:
       The summary, also written to summary.json.
@@ -66,7 +65,6 @@ def train(
     """
     compiled.check_jax()
     resolved = resolve(config)
-    rounds = resolved.settings.rounds
     with workdir.claim(path) as folder:
         if (folder / workdir.CONFIG).exists():
             origin.compare(folder, resolved.config)
@@ -76,9 +74,8 @@ def train(
             if not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
-        name = label or resolved.method
-        with Progress(name, rounds) if progress else Silent() as shown:
-            return _train(resolved, experiment, folder, shown)
+        with show(label or resolved.method, resolved.settings.rounds) as progress:
+            return _train(resolved, experiment, folder, progress)
 
 
 def _train(

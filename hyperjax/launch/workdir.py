@@ -37,6 +37,10 @@ _BEGINNINGS = (
 )
 
 
+class InUse(ValueError):
+    """Another process runs in this folder."""
+
+
 @contextlib.contextmanager
 def claim(path: str | os.PathLike) -> Iterator[Path]:
     """Yields the folder of a run, new or to be continued, for this process alone.
@@ -72,9 +76,7 @@ def claim(path: str | os.PathLike) -> Iterator[Path]:
             outputs.remove_empty(absent)
             raise
     except BlockingIOError:
-        raise ValueError(
-            f"workdir={str(path)!r} is in use by another process"
-        ) from None
+        raise InUse(f"workdir={str(path)!r} is in use by another process") from None
     except OSError as error:
         raise ValueError(
             f"workdir={str(path)!r} cannot be written to: {error.strerror}"

@@ -51,11 +51,6 @@ def _function(method: Any) -> Any:
     return registry.find(method) if isinstance(method, str) else method
 
 
-def traits(method: Any) -> registry.Traits:
-    """Returns what is special about a method, by name or itself."""
-    return getattr(_function(method), "traits", registry.Traits())
-
-
 def _algorithm(
     method: str | Callable[..., Algorithm],
     network: Any,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hyperjax import registry
 from hyperjax.data import clients, sources
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, log, schedule, scoring
@@ -22,7 +23,7 @@ from hyperjax.errors import check_at_least, first_line
 from hyperjax.runs import loop, results
 from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.runs.loop import State
-from hyperjax.runs.recipe import Recipe, traits
+from hyperjax.runs.recipe import Recipe
 from hyperjax.training import Local, Phase
 from hyperjax.types import Algorithm, ClientData
 
@@ -124,7 +125,7 @@ def run(
         dict(
             sampler="full" if cohort_size is None else "uniform",
             cohort_size=cohort_size,
-            weights=traits(method).weights if weights is None else weights,
+            weights=registry.weights(method, options) if weights is None else weights,
             sequential=sequential,
             mapper=mapper,
             devices=devices,

@@ -10,7 +10,7 @@ from hyperjax.launch import cli
 from hyperjax.protocols import common, zero_shot
 
 PLAIN = """
-from hyperjax.protocols import common
+from configs import common
 
 def get_config():
     config = common.defaults()
@@ -90,7 +90,7 @@ def test_the_files_are_the_experiments_of_the_package(repository, monkeypatch):
         file = f"configs/{name}.py:local_only,data=digits"
         assert parsed(file) == protocols.find(name).get_config("local_only,data=digits")
     found = {path.stem for path in (repository / "configs").glob("*.py")}
-    assert found == set(protocols.NAMES)
+    assert found == {*protocols.NAMES, "common"}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,18 @@ def _named(network):
     config = common.defaults()
     config.model.name = network
     return config
+
+
+def test_weights_of_a_fusion_follow_its_base():
+    base = "--config.method.base=scaffold"
+    assert given("--config=personalised").server.weights == "size"
+    assert given("--config=personalised", base).server.weights == "uniform"
+    own = "--config.server.weights=size"  # A flag wins, before it or after.
+    assert given("--config=personalised", own, base).server.weights == "size"
+    assert given("--config=personalised", base, own).server.weights == "size"
+    # The method says what is wrong with a base, when it is built.
+    wrong = given("--config=personalised", "--config.method.base=scafold(")
+    assert wrong.server.weights == "size"
 
 
 def test_files_of_ones_own_take_methods_too(nowhere):
