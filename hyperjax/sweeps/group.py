@@ -12,6 +12,7 @@ import ml_collections
 from hyperjax.data import federation as federations
 from hyperjax.data.federation import Federation
 from hyperjax.launch import build, fields
+from hyperjax.protocols import common
 from hyperjax.runs.experiment import Experiment
 
 # What decides who has which samples, but not of what shape anything else is.
@@ -31,7 +32,7 @@ _TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
 def key(config: ml_collections.ConfigDict) -> Hashable:
     """Returns what runs of one program have in common: fields and their values."""
     return tuple(
-        sorted((k, repr(v)) for k, v in fields.flat(config).items() if k not in FREE)
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
     )
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.launch import pages, workdir
-from hyperjax.launch.train import SHOWN
+from hyperjax.runs.results import SHOWN
 from hyperjax.sweeps.live import Shown
 from hyperjax.sweeps.record import ENDED, Record
 

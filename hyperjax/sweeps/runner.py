@@ -13,7 +13,7 @@ from absl import logging
 
 from hyperjax.data import sources
 from hyperjax.launch import build, train, workdir
-from hyperjax.launch.fields import flat
+from hyperjax.protocols.common import flat
 from hyperjax.runs.experiment import Experiment
 from hyperjax.sweeps import group
 from hyperjax.sweeps import record as records
