@@ -43,17 +43,17 @@ from hyperjax.training import Local, no_adjustment, trainer, tuner
 from hyperjax.types import (
     Algorithm,
     Array,
-    Batch,
     ClientSide,
     Downlink,
     Model,
     PyTree,
+    Serve,
     ServerSide,
     Trained,
+    Visit,
     cannot_rebuild,
 )
 
-HOOKS = ("context", "condition", "arrive", "visit", "leave")  # experts have none
 GATE_BATCH = 256  # inputs ranked at a time
 
 
@@ -121,7 +121,7 @@ def fedjets(
     check_at_least(top_k, num_sent=num_sent)
     check_at_least(num_sent, num_experts=num_experts)
     check_gives(model, "logits")
-    model.check_without("fedjets", *HOOKS)
+    model.check_without("fedjets", *Visit._fields, "condition")
     common_expert = common_expert or model.init
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     nobody = num_experts  # where the number of an expert is asked for
@@ -147,9 +147,9 @@ def fedjets(
         for slot in range(variables["memory"]["which"].shape[0]):
             yield jax.tree.map(lambda x, s=slot: x[s], experts_of(variables))
 
-    def rank(variables, batch):
+    def rank(variables, x):
         """The gate's scores of all experts, [B, M]."""
-        features = model.features(variables["memory"]["common"], batch)
+        features = model.features(variables["memory"]["common"], x)
         return network.apply({"params": variables["params"]["gate"]}, features)
 
     def answers(which, pinned):
@@ -157,7 +157,7 @@ def fedjets(
         return (pinned == nobody) | (which == pinned)
 
     def loss(key, variables, batch, context):
-        scores, told = rank(variables, batch), variables["memory"]
+        scores, told = rank(variables, batch.x), variables["memory"]
         which, pinned = told["which"], told["pinned"]
         share = jax.nn.softmax(scores[:, which], where=answers(which, pinned))
         logits, seen = jnp.float32(0), []
@@ -173,34 +173,25 @@ def fedjets(
         # A mixture's logits are not those of the one expert that predicts.
         return total, Trained({"experts": seen}, {"loss": value})
 
-    def by_the_best(answer, variables, batch):
-        """For each input what the expert says that the gate ranks first, [B, ...]."""
-        scores = rank(variables, batch)[:, variables["memory"]["which"]]
-        answers = jnp.stack([answer(expert) for expert in each(variables)])
-        return answers[jnp.argmax(scores, -1), jnp.arange(len(scores))]
-
-    def predict(variables, x):
-        return by_the_best(
-            lambda expert: model.predict(expert, x), variables, _inputs(x)
-        )
-
-    def features(variables, batch):
-        return by_the_best(
-            lambda expert: model.features(expert, batch), variables, batch
-        )
+    def apply(variables, x):
+        """For each input what the expert says that the gate ranks first."""
+        scores = rank(variables, x)[:, variables["memory"]["which"]]
+        best, every = jnp.argmax(scores, -1), jnp.arange(len(x))
+        outputs = [model.apply(expert, x) for expert in each(variables)]
+        return jax.tree.map(lambda *rows: jnp.stack(rows)[best, every], *outputs)
 
     def shares(variables, data):
         """The gate's mean softmax over a client's inputs, [M]; labels are not read."""
 
         def step(total, batch):
-            return total + batch.mask @ jax.nn.softmax(rank(variables, batch))
+            return total + batch.mask @ jax.nn.softmax(rank(variables, batch.x))
 
         total = clients.fold(step, jnp.zeros(num_experts), data, GATE_BATCH)
         return total / jnp.maximum(data.size, 1)
 
     def first_gate(common, first):
         x = jnp.zeros((1, *model.sample_shape), jnp.float32)
-        features = model.features(first, _inputs(x))
+        features = model.features(first, x)
         return network.init(rng.stream(common, "gate"), features)["params"]
 
     def first_mixture(key):
@@ -211,14 +202,12 @@ def fedjets(
 
     whole = model.around(
         "sample_shape",
-        *HOOKS,
         init=first_mixture,
         loss=loss,
-        predict=predict,
-        export=lambda variables: variables,  # there is no single network to speak of
-        inspect=lambda variables, inputs: {},
+        apply=apply,
+        visit=Visit(),
+        serve=Serve(),  # there is no single network to speak of
         with_shape=cannot_rebuild,
-        features=features,
     )
     train = trainer(whole, local)
 
@@ -301,8 +290,3 @@ def fedjets(
 def _put_first(shares: Array, pinned: Array) -> Array:
     """Shares [M] with that of the pinned expert above all others, if there is one."""
     return shares.at[pinned].set(2.0, mode="drop")
-
-
-def _inputs(x: Array) -> Batch:
-    """A batch of inputs [B, ...] without labels."""
-    return Batch(x, jnp.full(len(x), -1), jnp.ones(len(x)))
