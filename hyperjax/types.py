@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -69,6 +70,22 @@ class Downlink(NamedTuple):
     shared: PyTree = ()  # one copy for the whole cohort, no client axis
     own: PyTree = ()  # different for each client, leading axis [C]
     round: Array | tuple[()] = ()  # [] int32, filled in by the engine
+
+
+class Messages(NamedTuple):
+    """Abstract server state, downlink, state and uplink of one client."""
+
+    server: PyTree
+    shared: PyTree
+    own: PyTree
+    client: PyTree
+    uplink: PyTree
+    opening: "Messages | None" = None  # of the exchange that opens a round
+
+    def sent(self) -> tuple[PyTree, PyTree]:
+        """Returns what a client is sent in a round, and what it sends."""
+        every = [self, self.opening] if self.opening else [self]
+        return [(one.shared, one.own) for one in every], [one.uplink for one in every]
 
 
 class Cohort(NamedTuple):
@@ -287,3 +304,44 @@ class Algorithm(NamedTuple):
     def as_given(self, by_family: Mapping[str, PyTree]) -> PyTree:
         """Undoes `by_family`."""
         return by_family if self.has_families else by_family[ALONE]
+
+    def messages(self) -> Messages:
+        """Returns those of a round with one client, by abstract evaluation.
+
+        The server's update is part of it, so what a method cannot do raises here. For
+        methods without families; `describe` is the same, once for each method.
+        """
+        opening = self.opening and self.opening.messages()
+        return jax.eval_shape(self._exchange, jax.random.key(0))._replace(
+            opening=opening
+        )
+
+    def _exchange(self, key: Key) -> Messages:
+        shape = self.client.model.sample_shape
+        images = jnp.zeros((1, *shape), jnp.uint8)
+        no, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.float32)
+        pool = Pool(images, no, jnp.zeros(shape[-1]), jnp.ones(shape[-1]))
+        data = ClientData(no, jnp.int32(1), pool)
+        server = self.server.init(key)
+        cohort = Cohort(no, one, one, jnp.int32(0), jnp.float32(1))
+        down = self.server.downlink(key, server, cohort)
+        shared, own = down.shared, jax.tree.map(lambda x: x[0], down.own)
+        down = down._replace(own=own, round=cohort.round)
+        client = self.client.init(key, key, down)
+        uplink, _, _ = self.client.update(key, down, client, data)
+        self.server.update(key, server, jax.tree.map(lambda x: x[None], uplink), cohort)
+        return Messages(server, shared, own, client, uplink)
+
+    def __repr__(self) -> str:
+        if self.has_families:
+            return (
+                f"Algorithm(clients of the families {', '.join(sorted(self.client))})"
+            )
+        try:
+            down, up = (
+                f"{sum(leaf.size for leaf in jax.tree.leaves(part)):,}"
+                for part in self.messages().sent()
+            )
+        except Exception:  # a method that does not run can be looked at all the same
+            return "Algorithm(of messages that cannot be evaluated)"
+        return f"Algorithm(a client is sent {down} numbers a round and sends {up})"

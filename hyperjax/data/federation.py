@@ -20,7 +20,7 @@ from hyperjax import tree
 from hyperjax.data import clients, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data.clients import Table
-from hyperjax.data.sources import Source
+from hyperjax.data.sources import Source, shown_shape
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Pool
 
@@ -61,6 +61,13 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+
+    def __repr__(self) -> str:
+        who = f"{self.num_clients} clients"
+        who += f" + {self.num_novel} unseen" if self.num_novel else ""
+        number, *shape = self.pool.x.shape
+        what = f"{number:,} images of {shown_shape(shape)}, {self.num_classes} classes"
+        return f"Federation({who}, {what})"
 
     @property
     def num_classes(self) -> int:
