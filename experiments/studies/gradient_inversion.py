@@ -37,7 +37,7 @@ from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
-from hyperjax.launch import cli, outputs, workdir
+from hyperjax.launch import cli, origin, outputs
 from hyperjax.launch.pages import text_table
 from hyperjax.types import Array, Key, Model, PyTree
 
@@ -287,7 +287,7 @@ def main(
     files = outputs.files(json=record_path, picture=svg)
     settings = {"data": data, **scale._asdict()}
     check(folder, settings)
-    record = grid.record(commit=workdir.commit(), **settings)
+    record = grid.record(commit=origin.commit(), **settings)
     results = {}
     for label in ATTACKS:
         results[label] = inverted(label, source, scale, folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
-from hyperjax.launch import cli, train, workdir
+from hyperjax.launch import cli, origin, train
 
 
 def whole_numbers(flag: str, given: Sequence[str], least: int = 0) -> list[int]:
@@ -60,7 +60,7 @@ def result(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | 
         return None
     records = log.read_lines(folder / log.METRICS)
     curve = {r["round"]: r["pacc"] for r in records if r["round"] > 0}
-    made_by = workdir.read(folder)
+    made_by = origin.read(folder)
     return {**summary, "last": records[-1], "curve": curve, "commit": made_by["commit"]}
 
 
@@ -96,7 +96,7 @@ def record(**settings: Any) -> dict[str, Any]:
     return dict(
         settings=settings,
         machine=f"{platform.machine()}, {cli.num_cores()} cores",
-        versions={name: workdir.version(name) for name in workdir.PACKAGES},
+        versions={name: origin.version(name) for name in origin.PACKAGES},
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         rows=[],
     )

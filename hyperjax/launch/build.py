@@ -27,7 +27,7 @@ from hyperjax.runs.experiment import (
     experiment,
     make_evaluator,
 )
-from hyperjax.runs.run import through_channel
+from hyperjax.runs.recipe import through_channel
 from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -35,7 +35,7 @@ from hyperjax.types import Algorithm, Model
 def build(
     config: ml_collections.ConfigDict, store_dir: str | None = None
 ) -> Experiment:
-    """Resolves a config: the last that reads it but for what is told about a run.
+    """Makes the experiment of a config, which stays as it is.
 
     Args:
       config: see `protocols.common.defaults`; with `config.method`.
@@ -45,16 +45,23 @@ def build(
       ValueError, TypeError, FileNotFoundError, ImportError: naming the field, what was
         given and what is accepted.
     """
+    config = common.filled(config)
     check(config)
+    return make_experiment(config, store_dir)
+
+
+def make_experiment(
+    config: ml_collections.ConfigDict, store_dir: str | None = None
+) -> Experiment:
+    """Makes the experiment of a config that is checked and complete."""
     warn_of_the_end(config)
     source = load_source(config.data)
     federation = federate(source, config)
     model = make_model(config, source.x.shape[1:], source.num_classes)
-    algorithm = make_algorithm(config, model)
     engine, evaluation = config.engine, config.evaluation
     found = experiment(
         federation,
-        algorithm,
+        make_algorithm(config, model),
         settings(config),
         sampler=config.server.sampler,
         cohort_size=config.server.cohort_size,
@@ -71,17 +78,15 @@ def build(
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
         return found
-    by_sample = ml_collections.ConfigDict(config.to_dict())
-    by_sample.method.deploy_granularity = "sample"
-    evaluator = make_evaluator(
+    by_sample = make_evaluator(
         federation,
-        make_algorithm(by_sample, model),
+        make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
         evaluation.batch_size,
         evaluation.clients_per_call,
         engine.devices,
     )
-    return found._replace(by_sample=evaluator)
+    return found._replace(by_sample=by_sample)
 
 
 def settings(config: ml_collections.ConfigDict) -> Settings:
@@ -265,9 +270,14 @@ def _family(number: int, name: str) -> str:
 
 
 def make_algorithm(
-    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model], **instead: Any
 ) -> Algorithm:
     """Builds `config.method` around a model, or one per family.
+
+    Args:
+      config: checked.
+      model: from `make_model`.
+      **instead: options of the method that go before those of the config.
 
     Raises:
       ValueError: an unknown method or option, or a server optimizer that the method's
@@ -278,7 +288,7 @@ def make_algorithm(
     known = registry.options(name)
     options = {
         k: value
-        for k, value in config.method.items()
+        for k, value in {**config.method, **instead}.items()
         if k != "name" and not (value is None and _must_be_given(known.get(k)))
     }
     for option in options:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.launch import pages, workdir
-from hyperjax.launch.train import SHOWN
+from hyperjax.runs.results import SHOWN
 
 PAGE = "report.html"
 _RELOADED = "<script>setTimeout(()=>location.reload(),15000)</script>"

@@ -12,7 +12,7 @@ from absl import logging
 from hyperjax.data import sources
 from hyperjax.errors import check_choice
 from hyperjax.launch import build, train, workdir
-from hyperjax.launch.fields import flat
+from hyperjax.protocols.common import flat
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
 from hyperjax.sweeps.points import Point, as_text, shown
