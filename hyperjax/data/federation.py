@@ -11,6 +11,7 @@ validation and no unseen clients.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,21 @@ class Federation(NamedTuple):
         """
         everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
         return self._replace(trainers=everything)
+
+    def widened(self, widths: Mapping[str, int]) -> "Federation":
+        """Returns the same federation with tables of at least so many columns, by name.
+
+        Nothing is added but padding.
+        """
+
+        def widen(table: Table, width: int) -> Table:
+            missing = max(0, width - table.rows.shape[1])
+            return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
+
+        tables = {name: getattr(self, name) for name in widths}
+        return self._replace(
+            **{k: t and widen(t, widths[k]) for k, t in tables.items()}
+        )
 
     def newcomers(self) -> "Federation":
         """Returns the federation of the unseen clients, who now take part.
