@@ -67,7 +67,7 @@ class Federation(NamedTuple):
         who = f"{self.num_clients} clients"
         who += f" + {self.num_novel} unseen" if self.num_novel else ""
         number, *shape = self.pool.x.shape
-        what = f"{number:,} images of {shown_shape(shape)}, {self.num_classes} classes"
+        what = f"{number:,} images of {shown_shape(tuple(shape))}, {self.num_classes} classes"
         return f"Federation({who}, {what})"
 
     @property
@@ -114,10 +114,9 @@ class Federation(NamedTuple):
             missing = max(0, width - table.rows.shape[1])
             return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
 
-        tables = {name: getattr(self, name) for name in widths}
-        return self._replace(
-            **{k: t and widen(t, widths[k]) for k, t in tables.items()}
-        )
+        tables: dict[str, Any] = {name: getattr(self, name) for name in widths}
+        tables = {k: t and widen(t, widths[k]) for k, t in tables.items()}
+        return self._replace(**tables)
 
     def newcomers(self) -> "Federation":
         """Returns the federation of the unseen clients, who now take part.

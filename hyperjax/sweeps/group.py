@@ -32,7 +32,7 @@ _TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
 def key(config: ml_collections.ConfigDict) -> Hashable:
     """Returns what runs of one program have in common: fields and their values."""
     return tuple(
-        sorted((k, repr(v)) for k, v in fields.flat(config).items() if k not in FREE)
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
     )
 
 
