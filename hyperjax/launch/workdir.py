@@ -44,6 +44,7 @@ _BEGINNINGS = (
     PARTITION,
     log.METRICS,
     log.TIMING,
+    log.TRAINING,
     log.EVENTS,
     STORE,
     CHECKPOINTS,
