@@ -118,11 +118,14 @@ def trainer(
         the gradients of all steps, before they are clipped; other optimizers give none.
 
     Raises:
+      TypeError: `local` is something else.
       ValueError: a number is out of range, an unknown choice, a phase has not exactly
         one length, or a `probe` is asked of phases that train different leaves (so is
         an optimizer state by `init_optimizer`) or of an optimizer whose steps are not
         linear in the gradients.
     """
+    if not isinstance(local, Local):
+        raise TypeError(f"local must be a hyperjax.Local; got {local!r}")
     optimizer, batch_size, phases = local.optimizer, local.batch_size, local.phases
     # Above, counting samples would overflow.
     check_number(at_least=1, at_most=2**30, whole=True, batch_size=batch_size)

@@ -81,6 +81,14 @@ def weights(variables):
 # One step --------------------------------------------------------------------------
 
 
+def test_what_is_no_local_is_refused():
+    given = functools.partial(training.trainer, optimizer=optax.sgd(1.0))
+    with pytest.raises(
+        TypeError, match=r"local must be a hyperjax\.Local; got functoo"
+    ):
+        training.trainer(quadratic(), given)
+
+
 def test_full_batch_epoch_is_one_gradient_step():
     # mean x = 3: a <- 10 - 0.1 (10 - 3) = 9.3; b <- -4 - 0.1 (-4 - 6) = -3.
     after, info = run(data_of([1, 2, 6]), batch_size=3)

@@ -133,7 +133,7 @@ def axis(flag: str, text: str, named: Mapping[str, Callable]) -> list[Texts]:
 
     def add(point: Mapping[str, Any] | None = None, **more: Any) -> None:
         given = {**(point or {}), **more}
-        found.append({field: as_text(value) for field, value in given.items()})
+        found.append(as_texts(given))
 
     function = named[name]
     takes = len(inspect.signature(function).parameters) > 1
@@ -149,6 +149,11 @@ def as_text(value: Any) -> str:
     """Returns a value as it is typed on a command line."""
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, str) else repr(value)
+
+
+def as_texts(changed: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a point changes as it is typed on a command line."""
+    return {field: as_text(value) for field, value in changed.items()}
 
 
 def product(axes: Sequence[Sequence[Texts]]) -> list[Texts]:
@@ -204,11 +209,20 @@ def _load(file: str) -> ModuleType:
 # Points -----------------------------------------------------------------------------
 
 
+def check_once(arguments: Sequence[str], grid: Sequence[Texts]) -> None:
+    """Raises ValueError for a field that is swept, and given by --config.field, too."""
+    fixed = {argument.lstrip("-").partition("=")[0] for argument in arguments}
+    for field in dict.fromkeys(field for texts in grid for field in texts):
+        if {f"config.{field}", f"noconfig.{field}"} & fixed:
+            raise ValueError(f"{field!r} is swept, and given by --config.{field}, too")
+
+
 def resolve(
     path: str,
     arguments: Sequence[str],
     grid: Sequence[Texts],
     names: Mapping[str, str] | None = None,
+    more: Texts | None = None,
 ) -> list[Point]:
     """Returns the points of a grid, each with the config that `train` would be given.
 
@@ -217,38 +231,29 @@ def resolve(
       arguments: --config.field=value of the command line.
       grid: what the points change.
       names: {`key` of a point: name} of those that have one already.
+      more: what all points change beside, for now.
 
     Raises:
       ValueError: a point cannot be, or two are the same run; it says which.
     """
-    fixed = {argument.lstrip("-").partition("=")[0] for argument in arguments}
-    resolved: list[tuple[Texts, dict[str, Any], ml_collections.ConfigDict]] = []
+    changes, configs = [], []
     seen: dict[str, Texts] = {}
     for texts in grid:
-        for field in texts:
-            if {f"config.{field}", f"noconfig.{field}"} & fixed:
-                raise ValueError(
-                    f"{field!r} is swept, and given by --config.{field}, too"
-                )
-        config = read(path, arguments, texts)
-        flat = fields.flat(config)
+        config = read(path, arguments, {**texts, **(more or {})})
         content = json.dumps(workdir.as_json(config), sort_keys=True)
         if content in seen:
             raise ValueError(
                 f"two points are one run: {shown(seen[content])}; and {shown(texts)}"
             )
         seen[content] = texts
+        flat = fields.flat(config)
         # A variant is no method's name: what was asked for is the variant.
-        changed = {
-            field: text if field.endswith(".name") else flat[field]
-            for field, text in texts.items()
-        }
-        resolved.append((texts, changed, config))
-    found = name_all([changed for _, changed, _ in resolved], names or {})
-    return [
-        Point(name, changed, config)
-        for name, (_, changed, config) in zip(found, resolved, strict=True)
-    ]
+        changes.append(
+            {k: text if k.endswith(".name") else flat[k] for k, text in texts.items()}
+        )
+        configs.append(config)
+    found = name_all(changes, names)
+    return [Point(*parts) for parts in zip(found, changes, configs, strict=True)]
 
 
 def read(

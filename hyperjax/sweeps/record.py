@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
 from hyperjax.engine.checkpoint import read_json, write_atomically
 from hyperjax.launch import outputs, workdir
 from hyperjax.sweeps import points
@@ -69,16 +71,18 @@ class Record:
 
     def entry(self, name: str) -> dict[str, Any]:
         """Returns what is known of a point."""
-        return next(e for e in self.read()["points"] if e["name"] == name)
+        return _entry(self.read(), name)
 
     def set_status(self, name: str, status: str, message: str = "") -> None:
         """Says what a point is at."""
         with self.change() as found:
-            entry = next(e for e in found["points"] if e["name"] == name)
-            entry["status"] = status
-            entry.pop("message", None)
-            if message:
-                entry["message"] = message
+            entry = _entry(found, name)
+            entry.update(status=status, message=message)
+
+
+def _entry(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    entries = [*found["points"], *found.get("trials", ())]
+    return next(entry for entry in entries if entry["name"] == name)
 
 
 def names(found: Mapping[str, Any]) -> dict[str, str]:
@@ -126,12 +130,20 @@ def check_runs(record: Record, given: Sequence[Point]) -> None:
             workdir.compare(record.folder / point.name, point.config)
 
 
-def begin(record: Record, given: Sequence[Point], **about: Any) -> None:
+def begin(
+    record: Record,
+    given: Sequence[Point],
+    first: ml_collections.ConfigDict,
+    trials: Sequence[Point] = (),
+    **about: Any,
+) -> None:
     """Writes the points of a command beside those that are there.
 
     Args:
       record: of the sweep.
       given: the points of the command.
+      first: the config of the first of them, before anything is chosen for it.
+      trials: runs by which numbers are chosen.
       **about: what else is to be known of it, as JSON.
     """
     record.folder.mkdir(parents=True, exist_ok=True)
@@ -142,16 +154,27 @@ def begin(record: Record, given: Sequence[Point], **about: Any) -> None:
             commit=workdir.commit(),
             versions={name: workdir.version(name) for name in workdir.PACKAGES},
         )
-        first = given[0]
-        config = workdir.as_json(first.config)
-        found.setdefault("first", dict(fields=first.fields, config=config))
-        entries = found.setdefault("points", [])
-        there = {entry["name"] for entry in entries}
-        entries += [
-            dict(name=point.name, fields=point.fields, status=WAITING)
-            for point in given
-            if point.name not in there
-        ]
+        config = workdir.as_json(first)
+        found.setdefault("first", dict(fields=given[0].fields, config=config))
+        for kind, members in (("points", given), ("trials", trials)):
+            entries = found.setdefault(kind, [])
+            there = {entry["name"] for entry in entries}
+            entries += [
+                dict(name=point.name, fields=point.fields, status=WAITING, message="")
+                for point in members
+                if point.name not in there
+            ]
+        swept = [field for entry in found["points"] for field in entry["fields"]]
+        found["fields"] = list(dict.fromkeys(swept))
+
+
+def set_tuned(
+    record: Record, given: Sequence[Point], values: Mapping[str, Any]
+) -> None:
+    """Says what was chosen for points."""
+    with record.change() as found:
+        for point in given:
+            _entry(found, point.name)["tuned"] = dict(values)
 
 
 @contextlib.contextmanager

@@ -3,17 +3,22 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import ml_collections
 from absl import logging
 
 from hyperjax.data import sources
+from hyperjax.errors import check_choice
 from hyperjax.launch import build, train, workdir
+from hyperjax.launch.fields import flat
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
-from hyperjax.sweeps.points import Point, shown
+from hyperjax.sweeps.points import Point, as_text, shown
 from hyperjax.sweeps.record import Record
+
+Item = TypeVar("Item")
 
 
 def check(points: Sequence[Point]) -> None:
@@ -35,7 +40,38 @@ def check(points: Sequence[Point]) -> None:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
 
 
-def part(points: Sequence[Point], index: str | None) -> list[Point]:
+def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
+    """Raises ValueError unless some points have --baseline=field=value, and not all."""
+    if baseline is None:
+        return
+    field, _, text = baseline.partition("=")
+    there = [as_text(p.fields[field]) for p in points if field in p.fields]
+    if not there:
+        swept = ", ".join(dict.fromkeys(f for p in points for f in p.fields))
+        raise ValueError(f"--baseline={baseline}: {field!r} is not swept; {swept} are")
+    check_choice(f"--baseline={field}", text, dict.fromkeys(there))
+
+
+def grouped(points: Sequence[Point]) -> list[list[Point]]:
+    """Returns the points by program, in the order in which these are met first."""
+    found: dict[Hashable, list[Point]] = {}
+    for point in points:
+        found.setdefault(program(point.config), []).append(point)
+    return list(found.values())
+
+
+def ordered(points: Sequence[Point]) -> list[Point]:
+    """Returns the points so that those of one program are neighbours."""
+    return [point for group in grouped(points) for point in group]
+
+
+def program(config: ml_collections.ConfigDict) -> Hashable:
+    """Returns what is the same of runs that can share a compiled program."""
+    free = ("seed", "data.seed")
+    return tuple((k, repr(v)) for k, v in flat(config).items() if k not in free)
+
+
+def part(items: Sequence[Item], index: str | None) -> list[Item]:
     """Returns the slice of the points that --index=i/n names, i from 0 to n - 1.
 
     Slices are of neighbours, whose programs are alike, and differ in size by one.
@@ -44,14 +80,14 @@ def part(points: Sequence[Point], index: str | None) -> list[Point]:
       ValueError: it is none.
     """
     if index is None:
-        return list(points)
+        return list(items)
     first, _, second = index.partition("/")
     if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
         raise ValueError(
             f"--index={index!r} must be i/n with i from 0 to n - 1, such as 0/8"
         )
     i, n = int(first), int(second)
-    return list(points[i * len(points) // n : (i + 1) * len(points) // n])
+    return list(items[i * len(items) // n : (i + 1) * len(items) // n])
 
 
 def run(

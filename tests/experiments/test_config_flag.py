@@ -10,7 +10,7 @@ from hyperjax.launch import cli
 from hyperjax.protocols import common, zero_shot
 
 PLAIN = """
-from hyperjax.protocols import common
+from configs import common
 
 def get_config():
     config = common.defaults()
@@ -90,7 +90,7 @@ def test_the_files_are_the_experiments_of_the_package(repository, monkeypatch):
         file = f"configs/{name}.py:local_only,data=digits"
         assert parsed(file) == protocols.find(name).get_config("local_only,data=digits")
     found = {path.stem for path in (repository / "configs").glob("*.py")}
-    assert found == set(protocols.NAMES)
+    assert found == {*protocols.NAMES, "common"}
 
 
 @pytest.mark.parametrize(
