@@ -45,6 +45,7 @@ NUMBERS: dict[str, Number] = {
     "seed": Number(at_least=0, below=SEEDS, whole=True),
     "rounds": _count(0),
     "data.shrink": _count(1),
+    "data.resize": _count(0),
     "data.seed": Number(at_least=-1, below=SEEDS, whole=True),
     "data.num_clients": _count(1),
     "data.num_novel": _count(0),

@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.data_dir": (str, "folder of prepared TFDS sets; None: TFDS's own"),
     "data.split": ("train", "of a TFDS set: train, train+test, train[:5000], ..."),
     "data.shrink": (1, "images are averaged over squares of so many pixels"),
+    "data.resize": (0, "they are then scaled to so many pixels each way; 0: not"),
     "data.download": (False, "let TFDS download and prepare a missing set"),
     "data.seed": (-1, "of splits and partition; -1: `seed`"),
     "data.num_clients": (10, "N, take part in training"),
