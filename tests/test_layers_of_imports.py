@@ -46,7 +46,9 @@ COMMANDS = (
     "hyperjax.__main__",
 )
 HEAVY = (
+    "altair",
     "array_record",
+    "jinja2",
     "matplotlib",
     "ml_collections",
     "mlxtend",
@@ -54,6 +56,7 @@ HEAVY = (
     "pandas",
     "scipy",
     "sklearn",
+    "statsmodels",
     "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",

@@ -1,1 +1,1 @@
-"""Sweeps: many runs from one command, each an ordinary run's folder."""
+"""Many runs: grids of settings, and tables, statistics and figures of their results."""
