@@ -12,7 +12,14 @@ has 5,000. Local training is the published one for all methods; no rate is searc
 
 import ml_collections
 
-from experiments.studies.study import Study, add_rows, scale_of, with_default
+from experiments.studies.study import (
+    Place,
+    Study,
+    Values,
+    add_rows,
+    scale_of,
+    with_default,
+)
 from hyperjax.protocols import pfedhn
 
 VISITS = 1000
@@ -61,11 +68,11 @@ def sweep_table_1(add):
     add_rows(add, TABLE_1)
 
 
-def published(num_clients: int) -> dict[tuple[str, str, str], float]:
+def published(num_clients: int) -> dict[Place, Values]:
     """Returns table 1's column of so many clients for both data sets."""
     at = CLIENTS.index(num_clients)
     return {
-        (data, "class_shares", label): values[at + 3 * i]
+        (data, "class_shares", label): {"pacc": values[at + 3 * i]}
         for i, data in enumerate(("cifar10", "cifar100"))
         for label, values in ACCURACIES.items()
     }

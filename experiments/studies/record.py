@@ -83,12 +83,8 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
             "them, and run the study in a new folder"
         )
     first = runs[0].about
-    differing = {field for run in runs for field in run.fields} - alike
-    settings = {
-        field: value
-        for field, value in workdir.flatten(first["config"]).items()
-        if field not in differing and not _PLACES.fullmatch(field)
-    }
+    configs = [workdir.flatten(run.about["config"]) for run in runs]
+    shared = in_common(configs) - set(points.SEEDS)
     return dict(
         study=name,
         asks=study.asks,
@@ -99,11 +95,15 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
         date=datetime.date.today().isoformat(),
         hardware=hardware(first),
         versions=first["versions"],
-        tuning=found.get("tuning"),
+        tuning=tuning(found),
         columns=dict(study.columns),
         compared=study.compared,
         baseline=study.baseline,
-        settings=settings,
+        settings={
+            field: value
+            for field, value in configs[0].items()
+            if field in shared and not _PLACES.fullmatch(field)
+        },
         rows=rows_of(runs, study),
     )
 
@@ -123,6 +123,15 @@ def arguments(command: Sequence[str]) -> dict[str, list[str]]:
 def without_places(command: str) -> str:
     """Returns a command without what is of one machine alone."""
     return shlex.join(a for a in shlex.split(command) if not _FLAGS.match(a))
+
+
+def tuning(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns how numbers were chosen and all that were tried; None if none were."""
+    if not found.get("tune"):
+        return None
+    told = ("fields", "value", "chosen", "status")
+    trials = [{k: t.get(k) for k in told} for t in found["trials"]]
+    return {**found["tune"], "trials": trials}
 
 
 def hardware(about: Mapping[str, Any]) -> str:
@@ -146,7 +155,7 @@ def studies_of(config: str) -> Mapping[str, Study]:
 
 
 def in_common(fields: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Returns the fields that all points change to the same value."""
+    """Returns the fields that all have, with the same value."""
     return {
         field
         for field, value in fields[0].items()
@@ -221,7 +230,7 @@ def rows_of(runs: Sequence[Run], study: Study) -> list[dict[str, Any]]:
                 row[metric]["per_seed"] = seeds
         data = config["data"]
         place = data["name"].removesuffix("5k"), data["partition"], group[0]
-        row["published"] = study.published.get(place)
+        row["published"] = dict(study.published.get(place, {}))
         if study.baseline not in (None, group[0]):
             other = by_seed((study.baseline, group[1]), study.compared)
             pair = statistics.paired(by_seed(group, study.compared), other)

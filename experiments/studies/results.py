@@ -9,7 +9,7 @@ default. Nothing else in the files is touched.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,31 +45,37 @@ def markdown(record: Mapping[str, Any], columns: Sequence[str]) -> str:
     """
     for column in columns:
         check_choice("column", column, record["columns"])
-    rows, compared = record["rows"], record["compared"]
-    heads = {
-        "label": "method" if any(row["label"] for row in rows) else "",
-        "settings": "setting" if any(row["settings"] for row in rows) else "",
-        "learning_rate": "rate" if record.get("tuning") else "",
-    }
-    heads = {key: head for key, head in heads.items() if head}
-    is_published = any(row["published"] is not None for row in rows)
-    is_compared = any("difference" in row for row in rows)
-    headings = [*heads.values(), *(record["columns"][c] for c in columns)]
-    headings += [f"paper: {record['columns'][compared]}"] * is_published
-    headings += [f"{record['columns'][compared]}: against {record['baseline']}"] * (
-        is_compared
-    )
-    lines = [_line(headings), "|---" * len(headings) + "|"]
-    for row in rows:
-        row = {**row, "learning_rate": f"{row['learning_rate']:g}"}
-        if row["diverged"]:
-            row["label"] += f" ({row['diverged']} diverged)"
-        cells = [row[key] for key in heads]
-        cells += [spread(row.get(column)) for column in columns]
-        cells += [number(row["published"])] * is_published
-        cells += [difference(row.get("difference"))] * is_compared
-        lines.append(_line(cells))
+    table = [dict(_cells(record, row, columns)) for row in record["rows"]]
+    # Columns in which nothing stands in any row are left out.
+    heads = [h for h in table[0] if any(row[h] not in ("", "–") for row in table)]
+    lines = [
+        _line(heads),
+        "|---" * len(heads) + "|",
+        *(_line([row[head] for head in heads]) for row in table),
+    ]
     return "\n".join([*lines, "", source(record)]) + "\n"
+
+
+def _cells(
+    record: Mapping[str, Any], row: Mapping[str, Any], columns: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yields (heading, cell) of a row from left to right."""
+    named = record["columns"]
+    diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+    yield "method", row["label"] and row["label"] + diverged
+    yield "setting", row["settings"] + ("" if row["label"] else diverged)
+    if record["tuning"]:
+        yield "rate", f"{row['learning_rate']:g}"
+    for column in columns:
+        ours, paper = row.get(column), row["published"].get(column)
+        yield named[column], spread(ours)
+        yield f"paper: {named[column]}", number(paper)
+        if ours is None or paper is None:
+            yield f"{named[column]} - paper", "–"
+        else:
+            yield f"{named[column]} - paper", f"{ours['mean'] - paper:+.2f}"
+    compared = named.get(record["compared"])
+    yield f"{compared} - {record['baseline']}'s", difference(row.get("difference"))
 
 
 def source(record: Mapping[str, Any]) -> str:

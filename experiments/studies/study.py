@@ -21,6 +21,7 @@ from hyperjax.errors import check_choice
 Fields = Mapping[str, Any]  # {"method.name": "fedavg"}: what a point changes
 Values = dict[str, float]  # {"pacc": 91.5}: what a run gave
 Group = tuple[str, str]  # label, and the other settings that tell its points
+Place = tuple[str, str, str]  # data set, partition, label
 
 SCALES = ("small", "paper")
 
@@ -36,8 +37,8 @@ class Study(NamedTuple):
         most fields that it has, other swept fields stand beside it.
       baseline: the label that others are compared with, seed by seed.
       compared: the metric that they are compared by.
-      published: {(data set, partition, label): value of `compared`}, by the names of
-        the paper's data sets; "mnist5k" is compared with "mnist".
+      published: {(data set, partition, label): {metric: value}} of the paper's tables.
+        Runs on "mnist5k" are compared with "mnist".
       measure: `(folder of a run) -> values`, beyond what the run says itself.
       derive: changes the values of all groups, {group: {seed: values}}, in place.
     """
@@ -47,7 +48,7 @@ class Study(NamedTuple):
     rows: Mapping[str, Fields] = {}
     baseline: str | None = None
     compared: str = "pacc"
-    published: Mapping[tuple[str, str, str], float] = {}
+    published: Mapping[Place, Values] = {}
     measure: Callable[[Path], Values] | None = None
     derive: Callable[[dict[Group, dict[int, Values]]], None] | None = None
 

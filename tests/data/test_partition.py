@@ -14,7 +14,7 @@ OPTIONS = {
     "pathological": dict(classes_per_client=2),
     "class_shares": dict(classes_per_client=2),
     "class_draws": dict(classes_per_client=2),
-    "groups": dict(num_groups=2, classes_per_client=2),
+    "groups": dict(num_groups=5, classes_per_client=1),
     "by_client_id": dict(client_ids=np.arange(200) % 10),
 }
 

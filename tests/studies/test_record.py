@@ -12,7 +12,7 @@ STUDY = Study(
     {"pacc": "pACC", "extra": "extra"},
     {"A": {"method.name": "fedavg"}, "B": {"method.name": "fedprox"}},
     baseline="A",
-    published={("mnist", "dirichlet", "B"): 95.0},
+    published={("mnist", "dirichlet", "B"): {"pacc": 95.0}},
     measure=lambda folder: {"extra": len(folder.name)},
 )
 COMMIT = "c" * 40
@@ -79,16 +79,16 @@ def test_a_record_and_its_table(tmp_path):
     assert b["pacc"]["mean"] == 93.0 and b["pacc"]["std"] == 2.0
     assert b["pacc"]["per_seed"] == {0: 91.0, 1: 93.0, 2: 95.0}
     assert b["extra"]["mean"] == len("fedprox_0")
-    assert (a["published"], b["published"]) == (None, 95.0)
+    assert (a["published"], b["published"]) == ({}, {"pacc": 95.0})
     # Differences 1, 2, 3: deviation 1, half-width 4.303 / sqrt(3).
     assert b["difference"]["difference"] == 2.0
     assert b["difference"]["low"] == pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3)
     assert "difference" not in a
     text = results.markdown(json.loads(json.dumps(found)), ["pacc"])
     heading, _, first, second, _, source = text.strip().splitlines()
-    assert heading == "| method | pACC | paper: pACC | pACC: against A |"
-    assert first == "| A | 91.00 ± 1.00 | – | – |"
-    assert second == "| B | 93.00 ± 2.00 | 95.00 | +2.00 [-0.48, +4.48] |"
+    assert heading == "| method | pACC | paper: pACC | pACC - paper | pACC - A's |"
+    assert first == "| A | 91.00 ± 1.00 | – | – | – |"
+    assert second == "| B | 93.00 ± 2.00 | 95.00 | -2.00 | +2.00 [-0.48, +4.48] |"
     assert "seeds 0, 1, 2" in source and COMMIT[:9] in source
 
 
