@@ -141,6 +141,12 @@ def sweep_heads(add, scale="small"):
         add({"method.output_size": WIDE[scale], "method.share_heads": share})
 
 
+def sweep_extractor(add):
+    """An extractor that all networks share, and one for each network."""
+    for share in (True, False):
+        add({"method.share_extractor": share})
+
+
 def sweep_topk(add):
     """Which part of a client's change is sent: 0.3 is the authors' choice."""
     add({"uplink": ""})
@@ -202,6 +208,7 @@ STUDIES = {
     "lambda": Study("How much distillation?", COLUMNS),
     "tau": Study("How soft a teacher?", COLUMNS),
     "heads": Study("Do shared heads matter?", COLUMNS),
+    "extractor": Study("Does a shared extractor matter?", COLUMNS),
     "topk": Study("How much of a change must be sent?", COLUMNS),
     "newcomers": Study(
         "Can clients join what was learned without them?",
