@@ -45,15 +45,11 @@ SHORTENED = {
     "python -m experiments.join": ["--rounds=1"],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m benchmarks.family_table": ["--methods=local_only"],
-    # Studies: see test_studies.
-    "python -m experiments.studies.personalised": None,
-    "python -m experiments.studies.embedding_sizes": None,
+    # Studies: see tests/studies.
+    "python -m experiments.sweep --config=experiments/studies/": None,
+    "python -m experiments.sweep --config=experiments/studies/hyperfedzero": ["--list"],
+    "python -m experiments.studies.record": None,
     "python -m experiments.studies.gradient_inversion": None,
-    "python -m experiments.studies.server_side": None,
-    "python -m experiments.studies.study": [
-        *("python", "-m", "experiments.studies.study", "--data=digits", "--rounds=1"),
-        *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),
-    ],
     "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],
 }
 

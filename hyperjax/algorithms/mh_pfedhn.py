@@ -39,7 +39,8 @@ from hyperjax.wrappers import with_refreshed_statistics
 class State(NamedTuple):
     """Hypernetwork, embeddings {family: [N_f, m, d]}, an optimizer state for each part.
 
-    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}.
+    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}; if
+    families share no extractor, there is one for each under its name.
     """
 
     phi: PyTree
@@ -62,6 +63,7 @@ def mh_pfedhn(
     server_opt: optax.GradientTransformation | None = None,
     clip_norm: float = 50.0,
     share_heads: bool = True,
+    share_extractor: bool = True,
     freeze: Patterns = (),
     bn_stats: str = "local",
     refresh_stats: bool = False,
@@ -81,6 +83,7 @@ def mh_pfedhn(
       server_opt: default Adam at 2e-4.
       clip_norm: bound on the norm of the gradient, over all that received some.
       share_heads: False gives every family a head of its own (ablation).
+      share_extractor: False gives every family an extractor of its own (ablation).
       freeze: patterns of paths in phi that do not move.
       bn_stats: "local"; what a hypernetwork emits has no running statistics.
       refresh_stats: running statistics see the network that a client is sent once
@@ -127,7 +130,20 @@ def mh_pfedhn(
                 head_of(name): heads[head_of(name).partition("_")[0]]
                 for name, heads in drawn.items()
             }
+        if not share_extractor:
+            phi["extractor"] = {
+                name: net.init(rng.stream(key, "extractor of " + name))["extractor"]
+                for name in models
+            }
         return phi
+
+    def extractors(parts):
+        """Those there are, by the family that they are of."""
+        return {"": parts["extractor"]} if share_extractor else parts["extractor"]
+
+    def in_place(found):
+        """As a part of the state, see `extractors`."""
+        return found[""] if share_extractor else found
 
     tree.splitter(jax.eval_shape(init_phi, jax.random.key(0)), freeze)  # checks them
 
@@ -141,7 +157,9 @@ def mh_pfedhn(
             for name, num in family_sizes.items()
         }
         opt = {
-            "extractor": server_opt.init(phi["extractor"]),
+            "extractor": in_place(
+                {k: server_opt.init(x) for k, x in extractors(phi).items()}
+            ),
             "heads": {m: server_opt.init(head) for m, head in phi["heads"].items()},
             "tables": {k: jax.vmap(server_opt.init)(v) for k, v in tables.items()},
         }
@@ -150,7 +168,8 @@ def mh_pfedhn(
     def emit(parts, rows, name):
         """Flat networks [C, K] of one family."""
         head = parts["heads"][head_of(name)]
-        one = lambda v: net.generate(parts["extractor"], head, v, flats[name].size)  # noqa: E731
+        shared = extractors(parts)["" if share_extractor else name]
+        one = lambda v: net.generate(shared, head, v, flats[name].size)  # noqa: E731
         return jax.vmap(one)(rows)
 
     def downlink(key, server, cohorts):
@@ -194,13 +213,16 @@ def mh_pfedhn(
             "heads": dict(server.opt["heads"]),
             "tables": dict(server.opt["tables"]),
         }
-        anybody = jnp.any(jnp.concatenate(list(active.values())))
-        phi["extractor"], opt["extractor"] = step(
-            of_parts["extractor"],
-            server.opt["extractor"],
-            server.phi["extractor"],
-            anybody,
-        )
+        anybody = {"": jnp.any(jnp.concatenate(list(active.values())))}
+        anybody |= {name: jnp.any(x) for name, x in active.items()}
+        own, own_opt = extractors(server.phi), extractors(server.opt)
+        moved = {
+            k: step(g, own_opt[k], own[k], anybody[k])
+            for k, g in extractors(of_parts).items()
+            if k in anybody
+        }
+        phi["extractor"] = in_place(own | {k: x for k, (x, _) in moved.items()})
+        opt["extractor"] = in_place(own_opt | {k: o for k, (_, o) in moved.items()})
         for m in heads:
             present = [jnp.any(active[name]) for name in cohorts if head_of(name) == m]
             phi["heads"][m], opt["heads"][m] = step(

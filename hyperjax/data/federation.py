@@ -21,7 +21,7 @@ from hyperjax import tree
 from hyperjax.data import clients, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data.clients import Table
-from hyperjax.data.sources import Source
+from hyperjax.data.sources import Source, shown_shape
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Pool
 
@@ -62,6 +62,14 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+
+    def __repr__(self) -> str:
+        who = f"{self.num_clients} clients"
+        who += f" + {self.num_novel} unseen" if self.num_novel else ""
+        number, *shape = self.pool.x.shape
+        size = shown_shape(tuple(shape))
+        what = f"{number:,} images of {size}, {self.num_classes} classes"
+        return f"Federation({who}, {what})"
 
     @property
     def num_classes(self) -> int:
@@ -107,10 +115,9 @@ class Federation(NamedTuple):
             missing = max(0, width - table.rows.shape[1])
             return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
 
-        tables = {name: getattr(self, name) for name in widths}
-        return self._replace(
-            **{k: t and widen(t, widths[k]) for k, t in tables.items()}
-        )
+        tables: dict[str, Any] = {name: getattr(self, name) for name in widths}
+        tables = {k: t and widen(t, widths[k]) for k, t in tables.items()}
+        return self._replace(**tables)
 
     def newcomers(self) -> "Federation":
         """Returns the federation of the unseen clients, who now take part.

@@ -38,8 +38,8 @@ class Evaluator(NamedTuple):
     client for one of whose samples the outputs are not finite), for methods whose
     deployment differs between clients "accuracy_swapped" (with the next client's
     adapted state) and "distance_swapped" (relative distance between the two deployed
-    networks), and whatever `model.inspect` reports. With families, the next client is
-    one of the same family, and what only some report is NaN for the others.
+    networks), and whatever `model.serve.inspect` reports. With families, the next
+    client is one of the same family, and what only some report is NaN for the others.
 
     `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
     samples first, at the learning rate of the last round. Names: "size", "accuracy",
@@ -188,7 +188,9 @@ def _programs(
 
     def adapt_one(client: deploy.Arrival, shared: deploy.Shared):
         state, variables, data = deploy.adapt(side, client, shared)
-        return _Ready(client.own, state), side.model.inspect(variables, data.inputs)
+        return _Ready(client.own, state), side.model.serve.inspect(
+            variables, data.inputs
+        )
 
     def score_one(pair: _Pair, common: tuple[deploy.Shared, Samples]):
         shared, samples = common

@@ -226,7 +226,7 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     source = sources.load(
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
-    return sources.shrink(source, data.shrink)
+    return sources.resize(sources.shrink(source, data.shrink), data.resize)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:

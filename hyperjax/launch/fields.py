@@ -45,12 +45,14 @@ NUMBERS: dict[str, Number] = {
     "seed": Number(at_least=0, below=SEEDS, whole=True),
     "rounds": _count(0),
     "data.shrink": _count(1),
+    "data.resize": _count(0),
     "data.seed": Number(at_least=-1, below=SEEDS, whole=True),
     "data.num_clients": _count(1),
     "data.num_novel": _count(0),
     "data.alpha": Number(above=0),
     "data.min_size": _count(1),
     "data.classes_per_client": _count(0),
+    "data.num_groups": _count(1),
     "data.test_fraction": FRACTION,
     "data.eval_fraction": FRACTION,
     "data.validation_fraction": FRACTION,
@@ -85,6 +87,7 @@ PARTITIONS: dict[str, tuple[str, ...]] = {
     "pathological": ("classes_per_client",),
     "class_shares": ("classes_per_client",),
     "class_draws": ("classes_per_client",),
+    "groups": ("num_groups", "classes_per_client"),
     "by_client_id": ("client_ids",),
 }
 # Groups with fields of their own beside the common ones.

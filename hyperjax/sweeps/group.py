@@ -44,6 +44,7 @@ def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment
     Raises:
       ValueError and others: as `build.build`; or the keys differ.
     """
+    configs = [common.filled(config) for config in configs]
     if len({key(config) for config in configs}) > 1:
         raise ValueError("configs of a group differ in more than seeds and partition")
     for config in configs:

@@ -33,7 +33,8 @@ def check(points: Sequence[Point]) -> None:
     read: dict[str, sources.Source] = {}
     for point in points:
         config = point.config
-        data = str([config.data[k] for k in ("name", "data_dir", "split", "shrink")])
+        where = ("name", "data_dir", "split", "shrink", "resize")
+        data = str([config.data[k] for k in where])
         try:
             if data not in read:
                 read[data] = build.load_source(config.data)
