@@ -158,14 +158,11 @@ def clients_of(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
     return _joined(found, _by_client, columns)
 
 
-def last(long: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per point with the newest value of every metric as a column."""
-    about = long.columns[: list(long.columns).index("round")]
-    known = long.dropna(subset=["value"])
-    newest = known.groupby(["point", "metric"], sort=False)["value"].last()
-    heads = long.drop_duplicates("point").set_index("point")[list(about[1:])]
-    wide = heads.join(newest.unstack("metric"))
-    return wide.reset_index()
+def last(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
+    """Returns a row per point, with the newest value of every metric as a column."""
+    heads = pd.DataFrame([head for head, _ in found])
+    known = table_of(found).groupby(["point", "metric"], sort=False)["value"].last()
+    return heads.join(known.unstack("metric"), on="point")
 
 
 def _joined(found, rows_of, columns: list[str]) -> pd.DataFrame:
