@@ -123,6 +123,7 @@ def conditioned(
             clean = embeddings.mean_embedding(
                 embed(None, variables, batch.x)[0], batch.mask
             )
+            # The value of the client's mean, the derivative of the batch's own part.
             mean = mean + jax.lax.stop_gradient(context - clean)
         plain, x = bound(variables, mean, batch.x)
         value, trained = model.loss(key_model, plain, batch._replace(x=x), ())
