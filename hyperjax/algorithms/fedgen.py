@@ -30,10 +30,9 @@ import optax
 
 from hyperjax import tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models import memory
+from hyperjax.models import HEAD, memory
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from hyperjax import aggregators, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least, check_number
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
 from hyperjax.training import Local, round_at
 from hyperjax.tree import Patterns
