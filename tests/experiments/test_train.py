@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from hyperjax.engine import checkpoint, log
+from hyperjax.engine.progress import Silent
 from hyperjax.launch import build, origin, report, saved, train, workdir
 from hyperjax.launch.resolve import resolve
 from hyperjax.protocols import zero_shot
@@ -415,6 +416,20 @@ def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
     assert contents(run) == before
     assert capsys.readouterr().out.startswith("fedavg on digits: gACC ")
     assert train.train(small(), str(run)) == read(run, "summary.json")
+
+
+def test_runs_of_several_seeds_share_an_experiment(finished, tmp_path, monkeypatch):
+    config = small(data__seed=0)  # of the run's seed in any case
+    shared = build.build(config)
+    first = train.train(config, tmp_path / "a", experiment=shared, show=Silent)
+    assert first["state_sha256"] == read(finished, "summary.json")["state_sha256"]
+    monkeypatch.setattr(build, "make_experiment", pytest.fail)
+    seconds = shared.simulator.program.seconds
+    config.seed = 1
+    other = train.train(config, tmp_path / "b", experiment=shared, show=Silent)
+    assert shared.simulator.program.seconds == seconds > 0
+    assert other["seed"] == 1 and other["state_sha256"] != first["state_sha256"]
+    assert read(tmp_path / "b", "config.json")["config"]["seed"] == 1
 
 
 def test_a_run_killed_before_its_summary_gets_one(run, finished):
