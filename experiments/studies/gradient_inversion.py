@@ -40,7 +40,7 @@ from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
-from hyperjax.launch import cli, outputs, workdir
+from hyperjax.launch import cli, origin, outputs
 from hyperjax.launch.pages import text_table
 from hyperjax.types import Array, Key, Model, PyTree
 
@@ -294,10 +294,10 @@ def main(
     check(folder, settings)
     record: dict[str, Any] = dict(
         settings=settings,
-        commit=workdir.commit(),
+        commit=origin.commit(),
         date=datetime.date.today().isoformat(),
         machine=f"{platform.machine()}, {cli.num_cores()} cores",
-        versions={name: workdir.version(name) for name in workdir.PACKAGES},
+        versions={name: origin.version(name) for name in origin.PACKAGES},
         rows=[],
     )
     results = {}

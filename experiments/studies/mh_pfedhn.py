@@ -20,8 +20,8 @@ import ml_collections
 
 from experiments.studies.study import Study, add_rows, scale_of, with_default
 from hyperjax import models
-from hyperjax.launch import fields, join, workdir
-from hyperjax.protocols import families
+from hyperjax.launch import join, origin, workdir
+from hyperjax.protocols import common, families
 
 
 class SlimMLP(models.MLP):
@@ -160,12 +160,12 @@ def sweep_newcomers(add, runs):
     See `hyperjax join`. MH-pFedHNGD's server teaches no newcomers, as published.
     """
     for path in sorted(Path(runs).glob(f"*/{workdir.CONFIG}")):
-        method = workdir.read(path.parent)["config"]["method"]["name"]
+        method = origin.read(path.parent)["config"]["method"]["name"]
         for own in NEWCOMERS.values():
             if own["method.name"] != method:
                 continue
             config = join.joining(str(path.parent), own.get("families"))
-            add({field: fields.flat(config)[field] for field in JOINING} | own)
+            add({field: common.flat(config)[field] for field in JOINING} | own)
 
 
 # What tells a run of newcomers from the run that they join.

@@ -24,7 +24,8 @@ from experiments.studies.study import Group, Study, Values, named
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import check_choice
-from hyperjax.launch import cli, finished, outputs, workdir
+from hyperjax.launch import cli, finished, origin, outputs
+from hyperjax.protocols import common
 from hyperjax.sweeps import points, statistics
 from hyperjax.sweeps import record as sweeps
 
@@ -73,7 +74,7 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
             f"{folder!r}: {len(unfinished)} points have not ended well, such as "
             f"{unfinished[0]!r}; the command that made the sweep goes on"
         )
-    alike = in_common([workdir.as_tuples(e["fields"]) for e in found["points"]])
+    alike = in_common([origin.as_tuples(e["fields"]) for e in found["points"]])
     runs = [read(Path(folder), entry, study, alike) for entry in found["points"]]
     commits = sorted({str(run.about["commit"]) for run in runs})
     changed = [each for each in commits if each.endswith("+") or each == "None"]
@@ -83,7 +84,7 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
             "them, and run the study in a new folder"
         )
     first = runs[0].about
-    configs = [workdir.flatten(run.about["config"]) for run in runs]
+    configs = [common.flat(run.about["config"]) for run in runs]
     shared = in_common(configs) - set(points.SEEDS)
     return dict(
         study=name,
@@ -177,7 +178,7 @@ def read(
     folder = root / entry["name"]
     fields = {
         field: value
-        for field, value in workdir.as_tuples(entry["fields"]).items()
+        for field, value in origin.as_tuples(entry["fields"]).items()
         if field not in points.SEEDS and not _PLACES.fullmatch(field)
     }
     label = named(fields, study.rows) or ""

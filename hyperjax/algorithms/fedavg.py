@@ -182,7 +182,7 @@ def fedavg(
     def client_init(key, common, down):
         theta, _ = down.shared
         kept, _ = home.split(start(common))
-        kept, _ = home.split(model.arrive(key, home.merge(kept, theta)))
+        kept, _ = home.split(model.visit.arrive(key, home.merge(kept, theta)))
         return Client(kept, correction.init_client(tree.parameters(theta)[0]))
 
     def client_update(key, down, client, data):
@@ -196,9 +196,9 @@ def fedavg(
             )
             return {**grads, **adjusted}
 
-        before = model.visit(home.merge(client.kept, anchor))
+        before = model.visit.enter(home.merge(client.kept, anchor))
         after, info = train(key, before, data, down.round, adjust)
-        kept, theta = home.split(model.leave(after))
+        kept, theta = home.split(model.visit.leave(after))
         params, _ = tree.parameters(theta)
         own, extra = correction.finish(
             params, anchor_params, sent, client.correction, info
@@ -207,7 +207,7 @@ def fedavg(
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
-        return client._replace(condition=model.condition(variables, data.inputs))
+        return client._replace(condition=model.serve.condition(variables, data.inputs))
 
     def deploy(down, client):
         variables = home.merge(client.kept, down.shared[0])

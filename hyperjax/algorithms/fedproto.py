@@ -157,7 +157,7 @@ def features_by_class(
     """Returns a client's mean features and samples of each class."""
 
     def step(sums, batch):
-        z = model.features(variables, batch)
+        z = model.features(variables, batch.x)
         member = jax.nn.one_hot(batch.y, like.mean.shape[0]) * batch.mask[:, None]
         z = jnp.where(batch.mask[:, None] > 0, z, 0.0)
         of_class = jnp.matmul(member.T, z, precision=FULL_PRECISION)

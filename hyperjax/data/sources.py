@@ -34,6 +34,19 @@ class Source(NamedTuple):
     num_classes: int
     label_names: tuple[str, ...]  # num_classes of them
 
+    def __repr__(self) -> str:
+        try:
+            number, shape = len(self.x), shown_shape(self.x.shape[1:])
+        except (AttributeError, TypeError):  # not checked yet
+            return f"Source({self.name!r}, of {type(self.x).__name__})"
+        what = f"{number:,} images of {shape}, {self.num_classes} classes"
+        return f"Source({self.name!r}, {what})"
+
+
+def shown_shape(shape: tuple[int, ...]) -> str:
+    """Returns the shape of an image for people, "28x28x1"."""
+    return "x".join(map(str, shape))
+
 
 def checked(source: Source) -> Source:
     """Returns a set whose arrays are what `Source` says, labels in int32.

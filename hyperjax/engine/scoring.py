@@ -138,7 +138,7 @@ def swapped(
     The distance is that of the exported networks, relative to the client's own.
     """
     logits = exam.logits(model, other)
-    mine, theirs = model.export(variables), model.export(other)
+    mine, theirs = model.serve.export(variables), model.serve.export(other)
     return {
         "accuracy_swapped": exam.accuracy(logits, exam.source),
         "distance_swapped": tree.norm(tree.sub(mine, theirs)) / tree.norm(mine),

@@ -18,7 +18,15 @@ from hyperjax.hypernets import embedding as embeddings
 from hyperjax.hypernets.embedding import Embedding
 from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import Array, HyperNet, Model, PyTree, Trained, cannot_rebuild
+from hyperjax.types import (
+    Array,
+    HyperNet,
+    Model,
+    Serve,
+    Trained,
+    Visit,
+    cannot_rebuild,
+)
 
 GRANULARITIES = ("sample", "batch", "client")
 DEPLOYMENTS = ("client", "sample")
@@ -31,7 +39,6 @@ ENTRIES: dict[str, Callable] = {
     "centred": lambda e: e.shape[-1] * e - 1.0,
     "log_ratio": lambda e: jnp.log(e.shape[-1] * e + 0.05),
 }
-HOOKS = ("arrive", "visit", "leave")
 EMBED_BATCH = 256  # inputs embedded at a time outside training
 NETWORKS_AT_ONCE = 16  # networks generated at a time when each sample has its own
 
@@ -73,7 +80,7 @@ def conditioned(
     ):
         check_choice(name, value, accepted)
 
-    model.check_without("a condition", "context", "condition", *HOOKS)
+    model.check_without("a condition", *Visit._fields, "condition")
     stats = jax.eval_shape(model.init, jax.random.key(0))["stats"]
     if embed_granularity == "sample" and jax.tree.leaves(stats):
         raise ValueError(
@@ -94,10 +101,10 @@ def conditioned(
     def bound(variables, e, x):
         return bind(variables, ENTRIES[enter](e), x)
 
-    def logits_per_sample(variables, e, x):
+    def outputs_per_sample(variables, e, x):
         def one(pair):
             plain, x = bound(variables, pair[0], pair[1][None])
-            return model.predict(plain, x)[0]
+            return jax.tree.map(lambda rows: rows[0], model.apply(plain, x))
 
         return jax.lax.map(one, (e, x), batch_size=min(NETWORKS_AT_ONCE, len(x)))
 
@@ -107,7 +114,7 @@ def conditioned(
         penalty, terms = embedding.penalty(e, batch.mask)
         info |= terms
         if embed_granularity == "sample":
-            logits = logits_per_sample(variables, e, batch.x)
+            logits = outputs_per_sample(variables, e, batch.x).logits
             value = cross_entropy(logits, batch)
             info = {"loss": value, **info}
             return value + penalty, Trained(variables["stats"], info, logits)
@@ -144,12 +151,12 @@ def conditioned(
     def condition(variables, inputs):
         return moments(variables, inputs)[0] if deploy_granularity == "client" else ()
 
-    def predict(variables, x):
+    def apply(variables, x):
         e = memory.get(variables, "condition")
         if isinstance(e, tuple):
             e, _ = embed(_noise_key(eval_noise), variables, x)
-            return logits_per_sample(variables, e, x)
-        return model.predict(*bound(variables, e, x))
+            return outputs_per_sample(variables, e, x)
+        return model.apply(*bound(variables, e, x))
 
     def export(variables):
         e = memory.get(variables, "condition")
@@ -162,33 +169,14 @@ def conditioned(
         mean, spread = moments(variables, inputs)
         return {"embedding": mean, "embedding_entropy": spread}
 
-    def features(variables, batch):
-        e = memory.get(variables, "condition")
-        if not isinstance(e, tuple):
-            plain, x = bound(variables, e, batch.x)
-            return model.features(plain, batch._replace(x=x))
-        e, _ = embed(_noise_key(eval_noise), variables, batch.x)
-
-        def one(pair):
-            e, alone = pair
-            plain, x = bound(variables, e, alone.x)
-            return model.features(plain, alone._replace(x=x))[0]
-
-        rows = jax.tree.map(lambda leaf: leaf[:, None], batch)
-        return jax.lax.map(one, (e, rows), batch_size=min(NETWORKS_AT_ONCE, len(e)))
-
     return model.around(
         "sample_shape",
-        *HOOKS,
         init=init_all,
         loss=loss,
-        predict=predict,
-        context=context,
-        condition=condition,
-        export=export,
-        inspect=inspect,
+        apply=apply,
+        visit=Visit(context=context),
+        serve=Serve(condition, export, inspect),
         with_shape=cannot_rebuild,
-        features=features,
     )
 
 
@@ -247,11 +235,8 @@ def concatenated_to_input(model: Model, embedding: Embedding, **choices) -> Mode
 
     joined = conditioned(wide, embedding, bind, init, **choices)
     # Inputs are still the raw ones, and a network fed its condition is not a plain one.
-    return joined._replace(sample_shape=model.sample_shape, export=_identity)
-
-
-def _identity(variables: PyTree) -> PyTree:
-    return variables
+    serve = joined.serve._replace(export=Serve().export)
+    return joined._replace(sample_shape=model.sample_shape, serve=serve)
 
 
 def _noise_key(eval_noise: bool) -> Array | None:

@@ -112,8 +112,8 @@ def check(config: Any) -> None:
     _check_names(expected, config, "")
     with config.unlocked(), config.ignore_type():
         _simplify(config, "")
-    known = flat(expected)
-    for field, value in flat(config).items():
+    known = common.flat(expected)
+    for field, value in common.flat(config).items():
         number = NUMBERS.get(field) or OPTIONS.get(field)
         if number:
             number.check(field, value)
@@ -181,17 +181,6 @@ def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
             )
 
 
-def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns {"a.b": value}."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
-        else:
-            found[name] = value
-    return found
-
-
 def unknown(field: str, known: list[str]) -> ValueError:
     """Returns the error for a field that is not among the known ones."""
 
@@ -211,7 +200,9 @@ def _check_names(expected: Any, given: Any, prefix: str) -> None:
     """Refuses unknown and missing fields; groups must be groups."""
     for name in given:
         if name not in expected and prefix.rstrip(".") not in OPEN:
-            raise unknown(f"{prefix}{name}", [*flat(common.defaults()), "method.name"])
+            raise unknown(
+                f"{prefix}{name}", [*common.flat(common.defaults()), "method.name"]
+            )
     for name, value in expected.items():
         field = f"{prefix}{name}"
         is_group = isinstance(value, ml_collections.ConfigDict)

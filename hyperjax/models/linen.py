@@ -19,7 +19,16 @@ from hyperjax.models.passes import (
     check_switches,
     passes,
 )
-from hyperjax.types import Array, Batch, ClientData, Model, Pool, PyTree, Trained
+from hyperjax.types import (
+    Array,
+    Batch,
+    ClientData,
+    Model,
+    Outputs,
+    Pool,
+    PyTree,
+    Trained,
+)
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -55,8 +64,8 @@ def sizes(model: Model) -> tuple[int, int]:
 
     def trial(key):
         variables = model.init(key)
-        batch = _blank(model.sample_shape)
-        return model.predict(variables, batch.x), model.features(variables, batch)
+        x = _blank(model.sample_shape).x
+        return model.predict(variables, x), model.features(variables, x)
 
     logits, features = jax.eval_shape(trial, jax.random.key(0))
     check_gives(model, "features")
@@ -71,7 +80,7 @@ def check_gives(model: Model, *outputs: str) -> None:
 
     def trial(key, data):
         variables = model.init(key)
-        context = model.context(variables, data)
+        context = model.visit.context(variables, data)
         return model.loss(key, variables, _blank(model.sample_shape), context)[1]
 
     one = jnp.ones(model.sample_shape[-1:], jnp.float32)
@@ -168,19 +177,18 @@ def _built(
             seen.stats, {"loss": value}, seen.logits, *seen.features[:1]
         )
 
-    model = Model(
+    def apply(variables, x):
+        seen = found.run(variables, x)
+        return Outputs(seen.logits, *seen.features[:1])
+
+    return Model(
         sample_shape=shape,
         init=found.init,
         loss=loss,
-        predict=lambda variables, x: found.run(variables, x).logits,
+        apply=apply,
         with_shape=lambda other: _built(
             module, _shape(other), num_classes, frozen, apart=True
         ),
-    )
-    if not predicted.features:
-        return model
-    return model._replace(
-        features=lambda variables, batch: found.run(variables, batch.x).features[0]
     )
 
 

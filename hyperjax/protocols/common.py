@@ -159,6 +159,17 @@ def filled(config: ml_collections.ConfigDict) -> "Config":
     return found
 
 
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"group.field": value} of a config, as such or as JSON has it."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
 # Names and what they bring -----------------------------------------------------------
 
 

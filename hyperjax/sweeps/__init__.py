@@ -1,1 +1,4 @@
-"""Many runs: grids of settings, and tables, statistics and figures of their results."""
+"""Many runs from one command, and what is made of them.
+
+Their numbers as one long table, statistics over seeds, tables, figures and a page.
+"""

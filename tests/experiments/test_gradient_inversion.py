@@ -27,7 +27,7 @@ def test_what_hyperfednet_sends(n, shape, numbers):
     made = 2 * 12 * 12 * 5 * 5
     assert tree.count(kept) == tree.count(whole) - made + 2 * n
     # Nothing but the two kernels is made, and they vary as the plain ones do.
-    exported = model.export({"params": params, "stats": {}})["params"]
+    exported = model.serve.export({"params": params, "stats": {}})["params"]
     for name in ("conv2", "conv3"):
         kernel = np.asarray(exported[name]["kernel"])
         np.testing.assert_allclose(kernel.std(), 12**-0.5, rtol=0.35)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.studies import hyperfednet, study
-from hyperjax.launch import build, fields
+from hyperjax.launch import build
+from hyperjax.protocols import common
 from hyperjax.sweeps import points
 
 PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn")
@@ -60,13 +61,13 @@ def test_every_sweep_is_a_study_and_its_points_are_sound(paper, name):
     # A table is of methods that are given the same data and the same rounds.
     alike = [config for config in found.values() if not config.data.pooled]
     for field in ("rounds", "data.shrink", "data.split", "local.batch_size"):
-        values = {fields.flat(config)[field] for config in alike}
+        values = {common.flat(config)[field] for config in alike}
         assert len(values) == 1 or paper == "pfedhn", field
 
 
 def as_values(texts, config):
     """What a point changes, as the sweep's record has it."""
-    flat = fields.flat(config)
+    flat = common.flat(config)
     return {k: text if k.endswith(".name") else flat[k] for k, text in texts}
 
 
