@@ -67,7 +67,8 @@ class Federation(NamedTuple):
         who = f"{self.num_clients} clients"
         who += f" + {self.num_novel} unseen" if self.num_novel else ""
         number, *shape = self.pool.x.shape
-        what = f"{number:,} images of {shown_shape(tuple(shape))}, {self.num_classes} classes"
+        size = shown_shape(tuple(shape))
+        what = f"{number:,} images of {size}, {self.num_classes} classes"
         return f"Federation({who}, {what})"
 
     @property
