@@ -250,6 +250,13 @@ def main(folder: str, out: str, name: str | None) -> int:
     found = record(folder, name)
     write_atomically(path, json.dumps(log.plain(found), indent=1) + "\n")
     print(f"record: {path}")
+    draw = studies_of(found["config"])[found["study"]].picture
+    if draw:
+        entries = sweeps.Record(folder).read()["points"]
+        done = [e["name"] for e in entries if e["status"] == sweeps.FINISHED]
+        svg = path.with_suffix(".svg")
+        write_atomically(svg, draw([Path(folder) / name for name in done]) + "\n")
+        print(f"picture: {svg}")
     return 0
 
 

@@ -12,7 +12,7 @@ python -m experiments.studies.record runs/table_iv --out=experiments/results/FIL
 paper's experiment takes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Study(NamedTuple):
         Runs on "mnist5k" are compared with "mnist".
       measure: `(folder of a run) -> values`, beyond what the run says itself.
       derive: changes the values of all groups, {group: {seed: values}}, in place.
+      picture: `(folders of all runs) -> SVG text`, which is kept beside the record.
     """
 
     asks: str
@@ -51,6 +52,7 @@ class Study(NamedTuple):
     published: Mapping[Place, Values] = {}
     measure: Callable[[Path], Values] | None = None
     derive: Callable[[dict[Group, dict[int, Values]]], None] | None = None
+    picture: Callable[[Sequence[Path]], str] | None = None
 
 
 def scale_of(arg: str) -> tuple[str, str]:
