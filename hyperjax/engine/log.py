@@ -101,9 +101,8 @@ class Recorder:
             self._append(TRAINING, {"round": start + i + 1, **plain(row)})
             if self._events is not None:
                 for name, value in row.items():
-                    self._events.add_scalar(
-                        f"train/{name}", float(value), start + i + 1
-                    )
+                    at = start + i + 1
+                    self._events.add_scalar(f"train/{name}", float(value), at)
 
     def close(self) -> None:
         """Flushes and closes the event file."""

@@ -14,9 +14,10 @@ import numpy as np
 from hyperjax import protocols
 from hyperjax.data import picture
 from hyperjax.engine import log
-from hyperjax.launch import charts, pages, workdir
+from hyperjax.launch import charts, origin, pages, workdir
 from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Row, Run
+from hyperjax.protocols import common
 
 METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC", "vacc": "vACC"}
 MEANINGS = {
@@ -609,15 +610,15 @@ def configuration(run: Run, latest: Row, linked: bool) -> pages.Html:
 
 def _as_command(config: Row) -> tuple[dict[str, Any], str | None]:
     """Settings that are not its experiment's, and a command that gives them all."""
-    flat = workdir.flatten(config)
+    flat = common.flat(config)
     name = config.get("experiment")
     if name not in protocols.NAMES:
         return {}, None
     method, data = flat.get("method.name"), flat.get("data.name")
     argument = f"{name}:{method},data={data}"
     try:
-        usual = workdir.flatten(
-            workdir.as_json(protocols.find(name).get_config(f"{method},data={data}"))
+        usual = common.flat(
+            origin.as_json(protocols.find(name).get_config(f"{method},data={data}"))
         )
     except Exception:  # a method or data of one's own, or of another version
         return {}, None
@@ -628,7 +629,7 @@ def _as_command(config: Row) -> tuple[dict[str, Any], str | None]:
 
 def _flag(value: Any) -> str:
     if isinstance(value, list):
-        value = workdir.as_tuples(value)
+        value = origin.as_tuples(value)
     text = str(value)
     return text if re.fullmatch(r"[\w.+-]+", text) else f"'{text}'"
 

@@ -17,7 +17,7 @@ import pytest
 from made_runs import make_run, write_json, write_lines
 
 from experiments import demo
-from hyperjax.launch import charts, pages, report, workdir
+from hyperjax.launch import charts, origin, pages, report
 from hyperjax.protocols import zero_shot
 from hyperjax.sweeps import long
 
@@ -140,7 +140,7 @@ def test_every_chart_is_one_that_vega_knows(tmp_path, monkeypatch) -> None:
 
 
 def test_a_run_is_made_again_by_the_command_on_its_page(tmp_path: Path) -> None:
-    config = workdir.as_json(zero_shot.get_config("fedprox,data=digits"))
+    config = origin.as_json(zero_shot.get_config("fedprox,data=digits"))
     folder = tmp_path / "run"
     folder.mkdir()
     config["rounds"], config["local"]["clip_norm"] = 7, 2.5
