@@ -19,6 +19,7 @@ import pandas as pd
 from hyperjax.launch import finished
 from hyperjax.launch.finished import Run
 from hyperjax.protocols import common
+from hyperjax.sweeps.points import SEEDS
 
 Folders = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -92,10 +93,10 @@ def points(
     runs = [finished.read(str(folder)) for folder in found]
     configs = [run.about.get("config", {}) for run in runs]
     flat = [common.flat(config) for config in configs]
-    chosen = [field for field in fields if field not in ("seed", "method.name")]
+    chosen = [field for field in fields if field not in (*SEEDS, "method.name")]
     if not fields:
         chosen = [f for f, v in differing(configs).items() if _beside_method(flat, v)]
-        chosen = [field for field in chosen if field != "seed"]
+        chosen = [field for field in chosen if field not in SEEDS]
     heads = [
         {
             "point": name,
