@@ -29,6 +29,7 @@ AXES = {
 }
 DASHES = {"-": [1, 0], "--": [6, 3], ":": [2, 3], "-.": [7, 3, 2, 3]}
 HEIGHT = 250
+_MOST_MARKS = 300
 
 
 # Whether specifications are checked against Vega-Lite's schema, which takes most of the
@@ -109,8 +110,9 @@ def lines(
         shown.mark_line(strokeWidth=2).encode(
             opacity=_unless(hidden, 1), strokeDash=dash
         ),
+        # Of many points the marks are seen by the mouse alone.
         shown.mark_point(filled=True, size=36).encode(
-            opacity=_unless(hidden, 1), tooltip=tips
+            opacity=_unless(hidden, 1 if len(rows) <= _MOST_MARKS else 0), tooltip=tips
         ),
     ]
     if any("low" in row for row in rows):

@@ -171,11 +171,20 @@ def _where(row: Row) -> dict[str, Any]:
     }
 
 
+def _thinned(rows: Sequence[Any], most: int = 80) -> list[Any]:
+    """Rows at equal steps, the last among them, so that no more than `most` are left.
+
+    More could not be told apart in a chart.
+    """
+    step = -(-len(rows) // most) if rows else 1
+    return list(rows[::-1][::step])[::-1]
+
+
 def _accuracy_chart(run: Run, key: str) -> str:
     """One accuracy, its spread over clients and its controls."""
     names = {"": "as deployed", "_em": "EM control", "_oracle": "oracle"}
     rows: list[dict[str, Any]] = []
-    for record in run.metrics:
+    for record in _thinned(run.metrics):
         at = _where(record)
         rows += [
             {"series": name, **at, "y": record[key + suffix]}
@@ -222,7 +231,7 @@ def training(run: Run) -> pages.Html:
             span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
             constant.append(f"{name} {span}" + (f" ({unit})" if unit else ""))
             continue
-        rows = [{"series": name, "round": x, "y": y} for x, y in points]
+        rows = [{"series": name, "round": x, "y": y} for x, y in _thinned(points)]
         title = f"{name}, {unit}" if unit else name
         series = [Series(name, picture.PARTICIPATING)]
         spec = charts.lines(rows, series, title, ("round", "round"))
@@ -399,7 +408,7 @@ def clients(run: Run) -> pages.Html:
         chart,
         pages.tabular("quantiles", (*headings, "most"), spreads),
         pages.text(f"Lowest: client {said}."),
-        pages.folded(f"All {len(tested)} clients", _client_table(run.clients)),
+        _client_table(run.clients),
     )
 
 
@@ -410,14 +419,20 @@ def _quantiles(side: Sequence[Row]) -> tuple[float, ...]:
 
 
 def _client_table(rows: Sequence[Row]) -> str:
+    """All clients, or of many those served worst, folded."""
     keys = [
         key
         for key in dict.fromkeys(key for row in rows for key in row)
         if all(not isinstance(row.get(key), list | dict) for row in rows)
     ]
-    headings = [key.replace("_", " ") for key in keys]
+    name = f"All {len(rows)} clients"
+    if len(rows) > MANY_CLIENTS:
+        by = sorted(rows, key=lambda row: row.get("accuracy") or 0.0)
+        rows = by[:MANY_CLIENTS]
+        name = f"The {MANY_CLIENTS} clients served worst; clients.json has all"
     table = [[row.get(key) for key in keys] for row in rows]
-    return pages.tabular("clients", headings, table)
+    headings = [key.replace("_", " ") for key in keys]
+    return pages.folded(name, pages.tabular("clients", headings, table))
 
 
 def embeddings(run: Run, latest: Row) -> pages.Html:

@@ -311,6 +311,9 @@ def test_report_and_events_are_there(story):
     found = read_events(story.whole / "events")
     assert found["train/loss"].keys() == {1, 2, 3, 4, 5, 6}
     assert found["eval/zacc"].keys() == {0, 2, 4, 6}
+    assert found["clients/pacc"].keys() == {0, 2, 4, 6}
+    assert found["partition"].keys() == {0}
+    assert found["train/samples_per_second"].keys() <= {2, 4, 6}
     last = log.read_lines(story.whole / "metrics.jsonl")[-1]
     assert found["eval/zacc"][6] == pytest.approx(last["zacc"], rel=1e-5)
 
@@ -320,7 +323,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboardX.proto import event_pb2
 
     found: dict[str, dict[int, float]] = {}
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.iterdir()):  # beside them hparams
         content, place = file.read_bytes(), 0
         while place < len(content):
             size = int.from_bytes(content[place : place + 8], "little")
