@@ -327,7 +327,7 @@ def _dashes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> Any:
     scale = alt.Scale(
         domain=[s.name for s in there], range=[DASHES[s.line] for s in there]
     )
-    legend = {} if len(there) > 1 else {"legend": None}
+    legend: Any = {} if len(there) > 1 else {"legend": None}
     return alt.StrokeDash("series:N", scale=scale, title=None, **legend)
 
 

@@ -166,7 +166,7 @@ def _where(row: Row) -> dict[str, Any]:
     ways = [row.get(f"{way}_bytes_total") for way in ("up", "down")]
     return {
         "round": row["round"],
-        "bytes": None if None in ways else sum(ways),  # type: ignore[arg-type]
+        "bytes": None if None in ways else sum(ways),
         "seconds": row.get("seconds"),
     }
 
@@ -193,7 +193,7 @@ def _accuracy_chart(run: Run, key: str) -> str:
         ]
         mean, std = record.get(f"{key}_mean"), record.get(f"{key}_std")
         if key != "gacc" and None not in (mean, std):
-            edges = {"low": mean - std, "high": mean + std}  # type: ignore[operator]
+            edges = {"low": mean - std, "high": mean + std}
             rows.append({"series": "mean of clients ± std", **at, "y": mean, **edges})
     if not rows:
         return ""
@@ -272,7 +272,7 @@ def fine_tuning(latest: Row) -> pages.Html:
     worse = _gets_worse(found)
     if worse:
         said += f" Fine-tuning makes {worse} worse here."
-    note = ""
+    note = pages.Html("")
     if bad:
         note = pages.text(
             f"{pages.NOTHING}: for some clients the outputs of the fine-tuned network "
@@ -288,7 +288,9 @@ def _gets_worse(found: Mapping[int, Mapping[tuple[str, str], float | None]]) -> 
     who = {"pacc": "participants", "zacc": "unseen clients"}
     pairs = {name: (fewest.get((m, "")), most.get((m, ""))) for m, name in who.items()}
     return " and ".join(
-        name for name, (a, b) in pairs.items() if None not in (a, b) and b < a
+        name
+        for name, (a, b) in pairs.items()
+        if a is not None and b is not None and b < a
     )
 
 
@@ -483,13 +485,13 @@ def embeddings(run: Run, latest: Row) -> pages.Html:
     titles = [f"component {i + 1} ({share:.0f} %)" for i, share in enumerate(shares)]
     spec = charts.places(rows, charts.GROUPS, *titles, named=len(known) <= 40)
     name = f"Embeddings of {len(known)} clients on their two main components"
-    note = (
+    said = (
         "In brackets the share of variance. No client is further than "
         f"{reach:.2g} from the mean."
     )
     if step > 1:
-        note += f" One client in {step} is drawn."
-    return pages.section("Embeddings", use, pages.grid(pages.chart(name, spec, note)))
+        said += f" One client in {step} is drawn."
+    return pages.section("Embeddings", use, pages.grid(pages.chart(name, spec, said)))
 
 
 def _use_table(latest: Row, size: int) -> str:

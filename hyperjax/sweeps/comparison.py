@@ -261,7 +261,7 @@ def _quantiles(values: pd.Series) -> dict[str, float]:
     return {**dict(zip(names, map(float, found), strict=True)), "n": len(values)}
 
 
-def _pairs(results: Results) -> list[str]:
+def _pairs(results: Results) -> Sequence[str]:
     """A chart for each of some groups and its baseline: clients under both."""
     rows = results.clients[results.clients["metric"] == "accuracy"]
     keys = ["seed", "partition", "client", "participating"]

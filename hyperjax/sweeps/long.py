@@ -54,8 +54,10 @@ def table(folders: Folders, fields: Sequence[str] = ()) -> pd.DataFrame:
       ValueError: a file of a run is damaged.
 
     Example:
-      >>> table = hyperjax.table("runs/sweep")  # doctest: +SKIP
-      >>> table[table.metric == "pacc"].groupby("round").value.mean()  # doctest: +SKIP
+      Mean pACC by round, over all points of a sweep::
+
+        table = hyperjax.table("runs/sweep")
+        table[table.metric == "pacc"].groupby("round").value.mean()
     """
     return table_of(points(folders, fields))
 
@@ -187,8 +189,8 @@ def _by_round(run: Run) -> pd.DataFrame:
         rounds.setdefault(row["round"], {}).update(row)
     rows = [rounds[t] for t in sorted(rounds)]
     for row in rows:
-        ways = [row.get(f"{way}_bytes_total") for way in ("up", "down")]
-        row["bytes"] = None if None in ways else sum(ways)
+        up, down = (row.get(f"{way}_bytes_total") for way in ("up", "down"))
+        row["bytes"] = None if up is None or down is None else up + down
     if rows:
         rows[-1] = {**_final(run), **rows[-1]}
     wide = pd.DataFrame(rows, columns=list(_numeric(rows)))
@@ -207,17 +209,16 @@ def _final(run: Run) -> dict[str, Any]:
     found = {k: v for k, v in run.summary.items() if k not in _NO_SCORES}
     # The whole run's, and not those of the last round.
     found["run_seconds"] = found.pop("seconds", None)
-    ways = ("up", "down")
-    numbers_, bytes_ = (
-        [run.summary.get(f"{way}_{unit}") for way in ways]
-        for unit in ("numbers", "bytes")
-    )
+    kinds = ("numbers", "bytes")
+    sent: dict[str, list[Any]]
+    sent = {k: [run.summary.get(f"{way}_{k}") for way in ("up", "down")] for k in kinds}
+    known = None not in (*sent["numbers"], *sent["bytes"])
     for reach in run.summary.get("reach", ()):
         name = f"{reach['threshold']:g}"
         found[f"numbers_to_{name}"] = reach["cost"]
-        if None not in (*numbers_, *bytes_) and sum(numbers_):
-            share = sum(bytes_) / sum(numbers_)
-            found[f"bytes_to_{name}"] = reach["cost"] * share
+        if known and any(sent["numbers"]):
+            per_number: Any = sum(sent["bytes"]) / sum(sent["numbers"])
+            found[f"bytes_to_{name}"] = reach["cost"] * per_number
     return found
 
 

@@ -204,8 +204,8 @@ def _results(found: Content) -> Part:
         headings.append(heading)
         for row, cell in zip(rows, cells, strict=True):
             row.append(cell)
-        for row, mark in zip(bold, marks or [False] * len(rows), strict=True):
-            row.append(mark)
+        for line, mark in zip(bold, marks or [False] * len(rows), strict=True):
+            line.append(mark)
 
     records = found.records
     add("n", [_count(record) for record in records])
@@ -376,8 +376,8 @@ def _costs(
         own = statistics.members(done, group)
         row = {}
         for heading, (name, as_text) in columns.items():
-            values = own[name].dropna() if name in own else ()
-            if not len(values):
+            values = own[name].dropna() if name in own else own["seed"][:0]
+            if values.empty:
                 continue
             text = as_text(float(values.mean()))
             if len(values) < len(own):
