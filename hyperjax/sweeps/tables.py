@@ -16,7 +16,7 @@ _TUNED = re.compile(r"([pz]acc)_ft(\d+)")
 # Beside the accuracies, in the CSV file: means and deviations alone.
 _FURTHER = re.compile(
     r"([gpz]acc)_(mean|std|p10|em|oracle|swapped|distance|sample|ft\d+_mean)"
-    r"|collapse_\w+|loss|flops"
+    r"|collapse_\w+|loss"
 )
 NOTHING = "–"
 _VERDICTS = {"better": "↑", "worse": "↓", "level": "=", None: ""}
@@ -368,7 +368,6 @@ def _costs(
     if set(ways) <= set(done):
         done["bytes_total"] = done[ways].sum(axis=1, min_count=2)
     columns["bytes in all"] = ("bytes_total", log.size)
-    columns["FLOPs a round"] = ("flops", "{:.3g}".format)
     columns["seconds"] = ("run_seconds", "{:,.1f}".format)
     columns["of it compiling"] = ("compile_seconds", "{:,.1f}".format)
     found = []
