@@ -12,6 +12,7 @@ or of runs that were made from files which are no commit.
 import datetime
 import importlib
 import json
+import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -138,7 +139,8 @@ def tuning(found: Mapping[str, Any]) -> dict[str, Any] | None:
 def hardware(about: Mapping[str, Any]) -> str:
     """Returns what a run was made on."""
     device = about.get("device")
-    return f"{device}, {cli.num_cores()} cores" if device == "cpu" else str(device)
+    here = f"{platform.machine()} CPU, {cli.num_cores()} cores"
+    return here if device == "cpu" else str(device)
 
 
 def studies_of(config: str) -> Mapping[str, Study]:
