@@ -114,7 +114,7 @@ def number(value: float | None) -> str:
     """Returns a number as short as it may be; a dash for None."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value == int(value) else f"{value:{_format(value)}}"
+    return f"{value:{_format(value)}}" if value else "0"
 
 
 def _format(value: float) -> str:
@@ -122,7 +122,7 @@ def _format(value: float) -> str:
     size = abs(value)
     if size >= 1000:
         return ",.0f"
-    return ".2f" if size >= 1 else ".3f" if size >= 0.001 or not size else ".1e"
+    return ".2f" if size >= 1 else ".3f" if size >= 0.001 else ".1e"
 
 
 def _line(cells: Sequence[str]) -> str:

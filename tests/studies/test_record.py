@@ -99,7 +99,7 @@ def test_what_diverged_is_counted_and_has_no_mean(tmp_path):
     assert a["diverged"] == 1 and a["pacc"]["n"] == 1 and a["pacc"]["std"] is None
     assert b["diverged"] == 0 and "pacc" not in b
     text = results.markdown(record.record(folder), ["pacc"])
-    assert "| A (1 diverged) | 90 |" in text and "| B | – |" in text
+    assert "| A (1 diverged) | 90.00 |" in text and "| B | – |" in text
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_only_tables_between_marks_are_written_anew(tmp_path):
     ("value", "text"),
     [
         (None, "–"),
-        (12.0, "12"),
+        (0.0, "0"),
         (151840.0, "151,840"),
-        (98.7, "98.70"),
+        (98.0, "98.00"),
         (0.97456, "0.975"),
         (1e-4, "1.0e-04"),
     ],
@@ -157,4 +157,4 @@ def test_a_deviation_has_the_digits_of_its_mean():
     assert results.spread(dict(mean=0.9, std=0.0057)) == "0.900 ± 0.006"
     assert results.spread(dict(mean=95.0, std=0.0057)) == "95.00 ± 0.01"
     assert results.spread(dict(mean=1e-4, std=0.0)) == "1.0e-04"
-    assert results.spread(dict(mean=90.0, std=None)) == "90"
+    assert results.spread(dict(mean=90.0, std=None)) == "90.00"
