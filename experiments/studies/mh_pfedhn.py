@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ml_collections
 
-from experiments.studies.study import Study, add_rows, scale_of, with_default
+from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
 from hyperjax import models
 from hyperjax.launch import join, origin, workdir
 from hyperjax.protocols import common, families
@@ -178,7 +178,7 @@ JOINING = (
     "method.freeze",
     "server.cohort_size",
 )
-NEWCOMERS = {
+NEWCOMERS: Rows = {
     "pFedHN, slices: embeddings": {"method.name": "pfedhn"},
     "MH-pFedHN: embeddings": {"method.name": "mh_pfedhn"},
     "MH-pFedHN: new networks, heads too": {

@@ -166,9 +166,7 @@ def in_common(fields: Sequence[Mapping[str, Any]]) -> set[str]:
     }
 
 
-def read(
-    root: Path, entry: Mapping[str, Any], study: Study, alike: set[str] = frozenset()
-) -> Run:
+def read(root: Path, entry: Mapping[str, Any], study: Study, alike: set[str]) -> Run:
     """Returns a point of a sweep, and what its run gave.
 
     Args:
@@ -213,7 +211,7 @@ def rows_of(runs: Sequence[Run], study: Study) -> list[dict[str, Any]]:
     if study.derive:
         study.derive(values)
 
-    def by_seed(group: Group, metric: str) -> dict[int, float]:
+    def by_seed(group: Group, metric: str) -> dict[int, Any]:
         own = values.get(group, {})
         known = {seed: own[seed].get(metric) for seed in sorted(own)}
         # A mean of the rest would be one of those where nothing went wrong.
