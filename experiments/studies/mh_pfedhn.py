@@ -165,7 +165,8 @@ def sweep_newcomers(add, runs):
             if own["method.name"] != method:
                 continue
             config = join.joining(str(path.parent), own.get("families"))
-            add({field: common.flat(config)[field] for field in JOINING} | own)
+            flat = common.flat(config)
+            add({**{field: flat[field] for field in JOINING}, **own})
 
 
 # What tells a run of newcomers from the run that they join.

@@ -47,7 +47,7 @@ class Study(NamedTuple):
 
     asks: str
     columns: Mapping[str, str]
-    rows: Rows = {}
+    rows: Mapping[str, Fields] = {}
     baseline: str | None = None
     compared: str = "pacc"
     published: Mapping[Place, Values] = {}
