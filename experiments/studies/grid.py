@@ -105,7 +105,7 @@ def record(**settings: Any) -> dict[str, Any]:
 def write(found: Mapping[str, Any], path: Path | None) -> None:
     """Writes a record as JSON, if there is a path."""
     if path:
-        write_atomically(path, json.dumps(log.plain(found), indent=1) + "\n")
+        write_atomically(path, json.dumps(log.jsonable(found), indent=1) + "\n")
 
 
 def named(row: Mapping[str, Any]) -> str:

@@ -19,14 +19,14 @@ METRICS, TIMING, TRAINING = "metrics.jsonl", "timing.jsonl", "training.jsonl"
 EVENTS = "events"
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Turns arrays and NumPy scalars into JSON values; floats keep 6 digits."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [jsonable(v) for v in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -76,7 +76,7 @@ class Recorder:
 
     def evaluation(self, record: Mapping[str, Any], seconds: float) -> None:
         """Writes the record of one evaluation, which names its "round"."""
-        self._append(METRICS, plain(record))
+        self._append(METRICS, jsonable(record))
         self._append(TIMING, {"round": record["round"], "seconds": round(seconds, 3)})
         if self._events is not None:
             for name, value in record.items():

@@ -218,7 +218,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         **options,
     )
     if data.newcomers:
-        return federation.newcomers()
+        return federation.of_novel()
     return federation.pooled() if data.pooled else federation
 
 

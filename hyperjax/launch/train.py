@@ -114,7 +114,7 @@ def _train(
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
         recorder.evaluation(record, time.perf_counter() - began)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
     with contextlib.closing(recorder), _stop_signals() as stop:
@@ -151,7 +151,7 @@ def _train(
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
-    summary = log.plain(summary | spent)
+    summary = log.jsonable(summary | spent)
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
@@ -301,7 +301,7 @@ def _summary(
     """Sums a finished run up; writes what is known of each client."""
     rows = results.per_client(values, experiment.federation)
     checkpoint.write_atomically(
-        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+        folder / workdir.CLIENTS, json.dumps(log.jsonable(rows), indent=1) + "\n"
     )
     settings, cost = experiment.settings, experiment.cost
     summary = dict(
@@ -310,7 +310,7 @@ def _summary(
         rounds=settings.rounds,
         seed=settings.seed,
         unassigned=experiment.federation.unassigned,
-        **log.plain(results.record(values)),
+        **log.jsonable(results.record(values)),
         **cost._asdict(),
         **experiment.totals(settings.seed, state.round),
         plan=experiment.plan,
