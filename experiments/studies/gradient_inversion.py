@@ -20,7 +20,10 @@ guess with the least mismatch, which is all that an attacker sees. A study that 
 stopped continues.
 """
 
+import datetime
 import json
+import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,14 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.studies import grid
 from hyperjax import attacks, models, rng
 from hyperjax.data import picture, sources
+from hyperjax.engine import log
 from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
-from hyperjax.launch import cli, outputs, workdir
+from hyperjax.launch import cli, origin, outputs
 from hyperjax.launch.pages import text_table
 from hyperjax.types import Array, Key, Model, PyTree
 
@@ -158,7 +161,7 @@ def inverted(
     label: str, source: sources.Source, scale: Scale, folder: Path
 ) -> dict[str, np.ndarray]:
     """Runs one attack on every image, or reads what it found."""
-    path = folder / f"{grid.short(label)}.npz"
+    path = folder / f"{re.sub('[^a-z]', '_', label.lower())}.npz"
     if path.exists():
         return read_npz(path, "remove it: the same command writes it anew")
     order = np.random.default_rng(scale.seed).permutation(len(source.y))
@@ -217,9 +220,11 @@ COLUMNS = (
 
 def as_text(record: dict[str, Any]) -> str:
     """Returns the table of all attacks."""
-    rows = [{k: grid.shown(row[k]) for k, _ in COLUMNS} for row in record["rows"]]
-    for row in rows:
-        row["mismatch"] = f"{row['mismatch']:.1e}"
+    rows = []
+    for row in record["rows"]:
+        shown = {k: row[k] for k, _ in COLUMNS}
+        shown["psnr"] = "{:.2f} ± {:.2f}".format(*row["psnr"])
+        rows.append(shown | {"mismatch": f"{row['mismatch']:.1e}"})
     return text_table(rows, COLUMNS)
 
 
@@ -287,12 +292,21 @@ def main(
     files = outputs.files(json=record_path, picture=svg)
     settings = {"data": data, **scale._asdict()}
     check(folder, settings)
-    record = grid.record(commit=workdir.commit(), **settings)
+    record: dict[str, Any] = dict(
+        settings=settings,
+        commit=origin.commit(),
+        date=datetime.date.today().isoformat(),
+        machine=f"{platform.machine()}, {cli.num_cores()} cores",
+        versions={name: origin.version(name) for name in origin.PACKAGES},
+        rows=[],
+    )
     results = {}
     for label in ATTACKS:
         results[label] = inverted(label, source, scale, folder)
         record["rows"].append(row_of(label, results[label]))
-        grid.write(record, files.get("json"))
+    if "json" in files:
+        text = json.dumps(log.jsonable(record), indent=1)
+        write_atomically(files["json"], text + "\n")
     print(as_text(record))
     shown = files.get("picture") or folder / "inversion.svg"
     write_atomically(shown, gallery(results) + "\n")

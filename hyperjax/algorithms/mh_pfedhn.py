@@ -39,7 +39,8 @@ from hyperjax.wrappers import with_refreshed_statistics
 class State(NamedTuple):
     """Hypernetwork, embeddings {family: [N_f, m, d]}, an optimizer state for each part.
 
-    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}.
+    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}; if
+    families share no extractor, there is one for each under its name.
     """
 
     phi: PyTree
@@ -62,6 +63,7 @@ def mh_pfedhn(
     server_opt: optax.GradientTransformation | None = None,
     clip_norm: float = 50.0,
     share_heads: bool = True,
+    share_extractor: bool = True,
     freeze: Patterns = (),
     bn_stats: str = "local",
     refresh_stats: bool = False,
@@ -81,6 +83,7 @@ def mh_pfedhn(
       server_opt: default Adam at 2e-4.
       clip_norm: bound on the norm of the gradient, over all that received some.
       share_heads: False gives every family a head of its own (ablation).
+      share_extractor: False gives every family an extractor of its own (ablation).
       freeze: patterns of paths in phi that do not move.
       bn_stats: "local"; what a hypernetwork emits has no running statistics.
       refresh_stats: running statistics see the network that a client is sent once
@@ -114,7 +117,7 @@ def mh_pfedhn(
         embedding_deviation=embedding_deviation,
     )
     sizes = {name: flat.size for name, flat in flats.items()}
-    generator = _Generator(net, sizes, share_heads)
+    generator = _Generator(net, sizes, share_heads, share_extractor)
     clients = {
         name: wrappers.own_as_shared(alg.client, flats[name])
         for name, alg in inner.items()
@@ -125,11 +128,12 @@ def mh_pfedhn(
 
 
 class _Generator(NamedTuple):
-    """The hypernetwork, and which of its heads is whose."""
+    """The hypernetwork, and which of its heads and extractors is whose."""
 
     net: MultiHead
     sizes: Mapping[str, int]  # numbers in the network of each family
     share_heads: bool
+    share_extractor: bool
 
     def head_of(self, name: str) -> str:
         """The head of a family."""
@@ -147,16 +151,30 @@ class _Generator(NamedTuple):
                 self.head_of(name): heads[self.head_of(name).partition("_")[0]]
                 for name, heads in drawn.items()
             }
+        if not self.share_extractor:
+            keys = {n: rng.stream(key, "extractor of " + n) for n in self.sizes}
+            phi["extractor"] = {
+                name: self.net.init(k)["extractor"] for name, k in keys.items()
+            }
         return phi
+
+    def extractors(self, parts: PyTree) -> dict[str, PyTree]:
+        """The extractors of a part of the state, by whose they are; "" is all's."""
+        return {"": parts["extractor"]} if self.share_extractor else parts["extractor"]
+
+    def in_place(self, found: Mapping[str, PyTree]) -> PyTree:
+        """Undoes `extractors`."""
+        return found[""] if self.share_extractor else dict(found)
 
     def emit(self, phi: PyTree, rows: Mapping[str, Array]) -> dict[str, Array]:
         """Flat networks {family: [C, K]} from embeddings {family: [C, m, d]}."""
 
         def of(name):
             head, size = phi["heads"][self.head_of(name)], self.sizes[name]
-            return jax.vmap(
-                lambda v: self.net.generate(phi["extractor"], head, v, size)
-            )(rows[name])
+            extractor = self.extractors(phi)["" if self.share_extractor else name]
+            return jax.vmap(lambda v: self.net.generate(extractor, head, v, size))(
+                rows[name]
+            )
 
         return {name: of(name) for name in rows}
 
@@ -183,7 +201,9 @@ def _server(
         }
         # A state for each part: what has no gradient must not even count a step.
         opt = {
-            "extractor": optimizer.init(phi["extractor"]),
+            "extractor": generator.in_place(
+                {k: optimizer.init(x) for k, x in generator.extractors(phi).items()}
+            ),
             "heads": {m: optimizer.init(head) for m, head in phi["heads"].items()},
             "tables": {k: jax.vmap(optimizer.init)(v) for k, v in tables.items()},
         }
@@ -223,11 +243,17 @@ def _server(
     def update(key, server, uplinks, cohorts):
         (of_phi, of_rows), norm = gradient(server, uplinks, cohorts)
         active = {name: cohort.active > 0 for name, cohort in cohorts.items()}
-        anybody = jnp.any(jnp.concatenate(list(active.values())))
+        # Who has a part in each extractor: "" is all families'.
+        anybody = {"": jnp.any(jnp.concatenate(list(active.values())))}
+        anybody |= {name: jnp.any(x) for name, x in active.items()}
         old, old_opt = server.phi, server.opt
-        extractor, opt_extractor = step(
-            of_phi["extractor"], old_opt["extractor"], old["extractor"], anybody
-        )
+        extractors = dict(generator.extractors(old))
+        opt_extractors = dict(generator.extractors(old_opt))
+        for k, of_one in generator.extractors(of_phi).items():
+            if k in anybody:
+                extractors[k], opt_extractors[k] = step(
+                    of_one, opt_extractors[k], extractors[k], anybody[k]
+                )
         heads, opt_heads = dict(old["heads"]), dict(old_opt["heads"])
         for m, of_head in of_phi["heads"].items():
             families = [name for name in cohorts if generator.head_of(name) == m]
@@ -242,7 +268,9 @@ def _server(
                 stored, cohort.ids, new, cohort.active
             )
         # Held once more: an optimizer's decay moves what has no gradient.
-        phi = tree.hold(freeze, old, {"extractor": extractor, "heads": heads})
+        phi = {"extractor": generator.in_place(extractors), "heads": heads}
+        phi = tree.hold(freeze, old, phi)
+        opt_extractor = generator.in_place(opt_extractors)
         opt = {"extractor": opt_extractor, "heads": opt_heads, "tables": opt_tables}
         return State(phi, tables, opt), {"gradient_norm": norm}
 

@@ -11,6 +11,7 @@ validation and no novel clients.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ class Federation(NamedTuple):
 
     def __repr__(self) -> str:
         number, *shape = self.pool.x.shape
-        what = f"{number:,} images of {shown_shape(shape)}, {self.num_classes} classes"
+        size = shown_shape(tuple(shape))
+        what = f"{number:,} images of {size}, {self.num_classes} classes"
         return f"Federation({self.who}, {what})"
 
     @property
@@ -106,6 +108,20 @@ class Federation(NamedTuple):
         """
         everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
         return self._replace(trainers=everything)
+
+    def widened(self, widths: Mapping[str, int]) -> "Federation":
+        """Returns the same federation with tables of at least so many columns, by name.
+
+        Nothing is added but padding.
+        """
+
+        def widen(table: Table, width: int) -> Table:
+            missing = max(0, width - table.rows.shape[1])
+            return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
+
+        tables: dict[str, Any] = {name: getattr(self, name) for name in widths}
+        tables = {k: t and widen(t, widths[k]) for k, t in tables.items()}
+        return self._replace(**tables)
 
     def of_novel(self) -> "Federation":
         """Returns the federation of the novel clients, who now take part.

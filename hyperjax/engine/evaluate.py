@@ -67,6 +67,7 @@ def evaluator(
     batch_size: int = 256,
     clients_per_call: int = 64,
     mesh: Any = None,
+    program: Compiled | None = None,
 ) -> Evaluator:
     """Builds the evaluation of a method.
 
@@ -82,12 +83,15 @@ def evaluator(
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
+      program: the compiler, that of an evaluator of the same method and arguments but
+        for pool, populations and prior, whose programs then serve this one too; None
+        for one of its own.
 
     Raises:
       ValueError: the members are not the method's families, or somebody who is to be
         evaluated belongs to none.
     """
-    groups, program = families.check(alg, members), Compiled(mesh)
+    groups, program = families.check(alg, members), program or Compiled(mesh)
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
     # Arguments of the programs, not constants in them: other federations of equal

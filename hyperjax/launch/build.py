@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -27,7 +28,7 @@ from hyperjax.runs.experiment import (
     experiment,
     make_evaluator,
 )
-from hyperjax.runs.run import through_channel
+from hyperjax.runs.recipe import through_channel
 from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -35,7 +36,7 @@ from hyperjax.types import Algorithm, Model
 def build(
     config: ml_collections.ConfigDict, store_dir: str | None = None
 ) -> Experiment:
-    """Resolves a config: the last that reads it but for what is told about a run.
+    """Makes the experiment of a config, which stays as it is.
 
     Args:
       config: see `protocols.common.defaults`; with `config.method`.
@@ -45,12 +46,39 @@ def build(
       ValueError, TypeError, FileNotFoundError, ImportError: naming the field, what was
         given and what is accepted.
     """
+    config = common.filled(config)
     check(config)
+    return make_experiment(config, store_dir)
+
+
+def make_experiment(
+    config: ml_collections.ConfigDict, store_dir: str | None = None
+) -> Experiment:
+    """Makes the experiment of a config that is checked and complete."""
     warn_of_the_end(config)
-    source = load_source(config.data)
-    federation = federate(source, config)
-    model = make_model(config, source.x.shape[1:], source.num_classes)
-    algorithm = make_algorithm(config, model)
+    federation = federate(load_source(config.data), config)
+    return assemble(config, federation, store_dir)
+
+
+def assemble(
+    config: ml_collections.ConfigDict,
+    federation: Federation,
+    store_dir: str | None = None,
+    *,
+    like: Experiment | None = None,
+    widths: Mapping[str, int] | None = None,
+) -> Experiment:
+    """Builds what a config says around a federation.
+
+    Args:
+      config: that was checked.
+      federation: dealt out as it says.
+      store_dir: see `build`.
+      like: see `runs.experiment.experiment`.
+      widths: likewise.
+    """
+    model = make_model(config, federation.pool.x.shape[1:], federation.num_classes)
+    algorithm = like.algorithm if like else make_algorithm(config, model)
     engine, evaluation = config.engine, config.evaluation
     found = experiment(
         federation,
@@ -67,21 +95,23 @@ def build(
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
         clients_per_call=evaluation.clients_per_call,
+        like=like,
+        widths=widths,
     )
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
         return found
-    by_sample = ml_collections.ConfigDict(config.to_dict())
-    by_sample.method.deploy_granularity = "sample"
-    evaluator = make_evaluator(
-        federation,
-        make_algorithm(by_sample, model),
+    other = like and like.by_sample
+    by_sample = make_evaluator(
+        federation.widened(widths or {}),
+        make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
         evaluation.batch_size,
         evaluation.clients_per_call,
         engine.devices,
+        program=other and other.program,
     )
-    return found._replace(by_sample=evaluator)
+    return found._replace(by_sample=by_sample)
 
 
 def settings(config: ml_collections.ConfigDict) -> Settings:
@@ -196,7 +226,7 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     source = sources.load(
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
-    return sources.shrink(source, data.shrink)
+    return sources.resize(sources.shrink(source, data.shrink), data.resize)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
@@ -265,9 +295,14 @@ def _family(number: int, name: str) -> str:
 
 
 def make_algorithm(
-    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model], **instead: Any
 ) -> Algorithm:
     """Builds `config.method` around a model, or one per family.
+
+    Args:
+      config: checked.
+      model: from `make_model`.
+      **instead: options of the method that go before those of the config.
 
     Raises:
       ValueError: an unknown method or option, or a server optimizer that the method's
@@ -278,7 +313,7 @@ def make_algorithm(
     known = registry.options(name)
     options = {
         k: value
-        for k, value in config.method.items()
+        for k, value in {**config.method, **instead}.items()
         if k != "name" and not (value is None and _must_be_given(known.get(k)))
     }
     for option in options:

@@ -245,8 +245,8 @@ def _check_config(removed: list[str]) -> None:
     config = flags.FLAGS["config"].value
     getattr(config, "rounds", None)  # raises what kept the file from being read
     for field in removed:
-        if field not in fields.flat(config):
-            raise fields.unknown(field, list(fields.flat(config)))
+        if field not in common.flat(config):
+            raise fields.unknown(field, list(common.flat(config)))
         config.update_from_flattened_dict({field: None})
     fields.check(config)
     parser: Any = flags.FLAGS["config"].parser
@@ -283,7 +283,7 @@ def read_config(path: str, arguments: list[str]) -> ml_collections.ConfigDict:
     parser = ConfigParser("config")
     parser.chosen = chosen
     config = parser.parse(path)
-    known = list(fields.flat(config))
+    known = list(common.flat(config))
     given = [*_given_fields(kept), *removed]
     for field in given:
         if field not in known:
@@ -323,9 +323,9 @@ def _unknown_field() -> str | None:
     if not paths or not given:
         return None
     try:
-        known = flags.FLAGS["config"].parser.parse(paths[-1])
-        groups = {k.rpartition(".")[0] for k in fields.flat(known)}
-        known = [*fields.flat(known), *groups]
+        known: Any = flags.FLAGS["config"].parser.parse(paths[-1])
+        groups = {k.rpartition(".")[0] for k in common.flat(known)}
+        known = [*common.flat(known), *groups]
     except Exception:  # the file itself is at fault: the parser's words must do
         return None
     unknown = [field for field in given if field not in known]

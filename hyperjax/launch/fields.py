@@ -45,12 +45,14 @@ NUMBERS: dict[str, Number] = {
     "seed": Number(at_least=0, below=SEEDS, whole=True),
     "rounds": _count(0),
     "data.shrink": _count(1),
+    "data.resize": _count(0),
     "data.seed": Number(at_least=-1, below=SEEDS, whole=True),
     "data.num_clients": _count(1),
     "data.num_novel": _count(0),
     "data.alpha": Number(above=0),
     "data.min_size": _count(1),
     "data.classes_per_client": _count(0),
+    "data.num_groups": _count(1),
     "data.test_fraction": FRACTION,
     "data.eval_fraction": FRACTION,
     "data.validation_fraction": FRACTION,
@@ -85,6 +87,7 @@ PARTITIONS: dict[str, tuple[str, ...]] = {
     "pathological": ("classes_per_client",),
     "class_shares": ("classes_per_client",),
     "class_draws": ("classes_per_client",),
+    "groups": ("num_groups", "classes_per_client"),
     "by_client_id": ("client_ids",),
 }
 # Groups with fields of their own beside the common ones.
@@ -109,8 +112,8 @@ def check(config: Any) -> None:
     _check_names(expected, config, "")
     with config.unlocked(), config.ignore_type():
         _simplify(config, "")
-    known = flat(expected)
-    for field, value in flat(config).items():
+    known = common.flat(expected)
+    for field, value in common.flat(config).items():
         number = NUMBERS.get(field) or OPTIONS.get(field)
         if number:
             number.check(field, value)
@@ -178,17 +181,6 @@ def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
             )
 
 
-def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns {"a.b": value}."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
-        else:
-            found[name] = value
-    return found
-
-
 def unknown(field: str, known: list[str]) -> ValueError:
     """Returns the error for a field that is not among the known ones."""
 
@@ -208,7 +200,9 @@ def _check_names(expected: Any, given: Any, prefix: str) -> None:
     """Refuses unknown and missing fields; groups must be groups."""
     for name in given:
         if name not in expected and prefix.rstrip(".") not in OPEN:
-            raise unknown(f"{prefix}{name}", [*flat(common.defaults()), "method.name"])
+            raise unknown(
+                f"{prefix}{name}", [*common.flat(common.defaults()), "method.name"]
+            )
     for name, value in expected.items():
         field = f"{prefix}{name}"
         is_group = isinstance(value, ml_collections.ConfigDict)

@@ -12,7 +12,7 @@ import numpy as np
 
 from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import METRICS, TIMING, TRAINING, read_lines
-from hyperjax.launch import workdir
+from hyperjax.launch import origin, workdir
 
 Row = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def read(folder: str) -> Run:
       FileNotFoundError: the folder holds no `config.json`.
     """
     try:
-        about = workdir.read(Path(folder))
+        about = origin.read(Path(folder))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"no {workdir.CONFIG} in {folder!r}: not a run folder"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hyperjax.engine import log
+from hyperjax.protocols import common
 
 Columns = Sequence[tuple[str, str]]
 NOTHING = "–"  # in pages, where there is no value; "-" on terminals of any locale
@@ -131,13 +132,10 @@ def num_bytes(value: Any) -> str:
     return NOTHING if value is None else log.size(value)
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (a.b.c, value) for nested mappings; lists stay whole."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
+    for name, inner in common.flat(value).items():
+        yield name, inner if isinstance(inner, str) else json.dumps(inner)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -11,6 +11,7 @@ from hyperjax.engine.evaluate import summarise
 NOT_FINITE = "_not_finite"  # how many clients have no accuracy; missing if none
 VARIANTS = ("em", "oracle", "swapped")
 PREFIXES = ("pacc", "vacc", "zacc", "gacc")
+SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # while a run goes on
 
 Values = Mapping[str, np.ndarray]
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from hyperjax.launch import finished
 from hyperjax.launch.finished import Run
-from hyperjax.launch.workdir import flatten
+from hyperjax.protocols import common
 
 Folders = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -91,7 +91,7 @@ def points(
     found = finished.find([Path(folder) for folder in folders])
     runs = [finished.read(str(folder)) for folder in found]
     configs = [run.about.get("config", {}) for run in runs]
-    flat = [flatten(config) for config in configs]
+    flat = [common.flat(config) for config in configs]
     chosen = [field for field in fields if field not in ("seed", "method.name")]
     if not fields:
         chosen = [f for f, v in differing(configs).items() if _beside_method(flat, v)]
@@ -125,7 +125,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     Returns:
       {"group.field": a value for each run, None where it has none of it}.
     """
-    flat = [flatten(config) for config in configs]
+    flat = [common.flat(config) for config in configs]
     found = {}
     for field in dict.fromkeys(field for config in flat for field in config):
         if field in ("method.name", "experiment") or _ANYWHERE.fullmatch(field):

@@ -10,7 +10,8 @@ from typing import Any
 import ml_collections
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import outputs, workdir
+from hyperjax.launch import origin, outputs, workdir
+from hyperjax.protocols import common
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import Point
 
@@ -104,12 +105,10 @@ def check_base(record: Record, path: str, arguments: Sequence[str]) -> None:
     first = record.read().get("first")
     if first is None:
         return
-    texts = {
-        k: points.as_text(workdir.as_tuples(v)) for k, v in first["fields"].items()
-    }
+    texts = {k: points.as_text(origin.as_tuples(v)) for k, v in first["fields"].items()}
     config = points.read(path, arguments, texts)
-    there = workdir.flatten(first["config"])
-    now = workdir.flatten(workdir.as_json(config))
+    there = common.flat(first["config"])
+    now = common.flat(origin.as_json(config))
     for field in sorted(there.keys() | now.keys()):
         if not _FREE.fullmatch(field) and there.get(field) != now.get(field):
             raise ValueError(
@@ -120,14 +119,15 @@ def check_base(record: Record, path: str, arguments: Sequence[str]) -> None:
 
 
 def check_runs(record: Record, given: Sequence[Point]) -> None:
-    """Refuses to go on with runs that would become others, see `workdir.compare`.
+    """Refuses to go on with runs that would become others, see `origin.compare`.
 
     Raises:
       ValueError: naming the run and the fields.
     """
     for point in given:
         if (record.folder / point.name / workdir.CONFIG).exists():
-            workdir.compare(record.folder / point.name, point.config)
+            config = origin.as_json(common.filled(point.config))
+            origin.compare(record.folder / point.name, config)
 
 
 def begin(
@@ -151,10 +151,10 @@ def begin(
         found.update(
             format=FORMAT,
             **about,
-            commit=workdir.commit(),
-            versions={name: workdir.version(name) for name in workdir.PACKAGES},
+            commit=origin.commit(),
+            versions={name: origin.version(name) for name in origin.PACKAGES},
         )
-        config = workdir.as_json(first)
+        config = origin.as_json(first)
         found.setdefault("first", dict(fields=given[0].fields, config=config))
         for kind, members in (("points", given), ("trials", trials)):
             entries = found.setdefault(kind, [])
@@ -175,6 +175,29 @@ def set_tuned(
     with record.change() as found:
         for point in given:
             _entry(found, point.name)["tuned"] = dict(values)
+
+
+def telling(folder: Path, found: Mapping[str, Any]) -> list[str]:
+    """Returns the fields by which a sweep's settings are told apart in its runs.
+
+    Those that it changes, and where variants have one method's name, such as pfedhn and
+    pfedhn_pc, those in which they differ.
+    """
+    swept = [field for field in found["fields"] if field not in points.SEEDS]
+    more: dict[str, None] = {}
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in found["points"]:
+        if not (folder / entry["name"] / workdir.CONFIG).exists():
+            continue
+        config = common.flat(origin.read(folder / entry["name"])["config"])
+        setting = points.key({f: entry["fields"].get(f) for f in swept})
+        values = points.key({field: config.get(field) for field in swept})
+        other, there = seen.setdefault(values, (setting, config))
+        if other != setting:
+            fields = sorted(there.keys() | config.keys())
+            differing = (f for f in fields if there.get(f) != config.get(f))
+            more |= dict.fromkeys(f for f in differing if f not in points.SEEDS)
+    return [*swept, *more]
 
 
 @contextlib.contextmanager

@@ -132,7 +132,8 @@ def test_a_corrected_mistake_may_use_the_same_folder(tmp_path, monkeypatch):
     def stop(*args):
         raise Enough
 
-    monkeypatch.setattr(build, "build", stop)  # reached: the folder was accepted
+    # Reached: the folder was accepted.
+    monkeypatch.setattr(build, "make_experiment", stop)
     with pytest.raises(Enough):
         train.train(config(), str(tmp_path / "run"))
 
@@ -141,7 +142,7 @@ def test_a_diverging_run_stops_and_names_where(tmp_path, monkeypatch):
     diverging = small(local__learning_rate=1e9, local__epochs=1, local__steps=None)
     folder = tmp_path / "run"
     experiment = build.build(diverging)
-    monkeypatch.setattr(build, "build", lambda *args: experiment)
+    monkeypatch.setattr(build, "make_experiment", lambda *args: experiment)
     for _ in range(2):  # the state is intact: it ends the same way again
         with pytest.raises(FloatingPointError) as error:
             train.train(diverging, str(folder))

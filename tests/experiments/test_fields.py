@@ -36,7 +36,7 @@ def numbers(value):
 
 
 def test_the_table_has_every_number_there_is():
-    known = fields.flat(common.defaults())
+    known = common.flat(common.defaults())
     assert set(fields.NUMBERS) <= set(known)
     for field, value in known.items():
         assert not numbers(value) or field in fields.NUMBERS, field
@@ -156,7 +156,7 @@ def test_other_libraries_numbers_become_pythons():
 
 
 def test_fields_without_numbers_keep_their_type():
-    for field, value in fields.flat(common.defaults()).items():
+    for field, value in common.flat(common.defaults()).items():
         if field in fields.NUMBERS:
             continue
         wrong = (3, "x") if isinstance(value, bool) else (3, True, (1,), b"x")
@@ -184,7 +184,7 @@ def test_a_misspelt_field_of_a_file_is_refused_with_the_nearest(field, near):
 
 
 def test_what_a_file_leaves_out_is_named():
-    for field in fields.flat(common.defaults()):
+    for field in common.flat(common.defaults()):
         config = fedavg()
         group, _, name = field.rpartition(".")
         del (config[group] if group else config)[name]
@@ -237,7 +237,7 @@ def test_given_fields_that_nothing_looks_at_are_refused():
     ):
         assert used in fields.idle(config)
         assert used not in fields.idle(changed(config, field, value))
-    known = fields.flat(common.defaults())
+    known = common.flat(common.defaults())
     assert set(idle) <= set(known)
 
 
