@@ -3,7 +3,7 @@
 python -m benchmarks.conv_rules
 
 Local training is a loop of gradient steps, and on the CPU XLA's own derivative of a
-convolution is slow there; `models.layers` picks its rule from this table.
+convolution is slow there; `models.convolutions` picks its rule from this table.
 """
 
 import time
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import app
 
 from hyperjax.launch.pages import text_table
-from hyperjax.models.layers import CONV_RULES, convolve
+from hyperjax.models.convolutions import RULES, convolve
 
 # batch, height, channels, features, kernel, stride, padding, first layer?
 SHAPES = (
@@ -58,7 +58,7 @@ def milliseconds(shape, rule: str) -> float:
 
 def main(argv: list[str]) -> None:
     del argv
-    rules = [rule for rule in CONV_RULES if rule != "auto"]
+    rules = [rule for rule in RULES if rule != "auto"]
     rows = []
     for shape in SHAPES:
         batch, height, channels, features, size, stride, *_ = shape
