@@ -5,6 +5,7 @@ The names here are enough to train, score, serve and save from a notebook; the c
 see `methods`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from hyperjax import registry
@@ -39,6 +40,7 @@ __all__ = [
     "options",
     "run",
     "simulator",
+    "table",
     "trainer",
 ]
 
@@ -55,6 +57,20 @@ def load_run(path: Any) -> Run:
     from hyperjax.launch import notebook
 
     return notebook.load_run(path)
+
+
+def table(folders: Any, fields: Sequence[str] = ()) -> Any:
+    """Returns the results of runs, finished or not, as one long DataFrame.
+
+    See `hyperjax.sweeps.long.table`.
+
+    Raises:
+      ValueError: a file of a run is damaged.
+      FileNotFoundError: there is no run.
+    """
+    from hyperjax.sweeps import long
+
+    return long.table(folders, fields)
 
 
 def __getattr__(name: str) -> Any:

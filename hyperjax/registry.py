@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from hyperjax import calls
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
 
@@ -48,6 +49,7 @@ class Traits(NamedTuple):
     own_length: bool = False  # says itself how long clients train
     base: bool = False  # leaves open what stays home, so HyperFedNet can be under it
     weights: str = "size"  # of clients in its mean: "size" or "uniform"
+    base_option: str = ""  # which names the method that has the say in its mean
 
 
 def hands_on(*targets: Callable, without: tuple[str, ...] = ()) -> Callable:
@@ -156,6 +158,25 @@ def find_object(name: str, field: str, what: str) -> Any:
 def traits(name: str) -> Traits:
     """Returns what a method has declared."""
     return getattr(find(name), "traits", Traits())
+
+
+def weights(method: Any, options: Mapping[str, Any], field: str = "method") -> str:
+    """Returns the weights of clients in a method's mean, "size" or "uniform".
+
+    Args:
+      method: its name, the function, or something else, which has declared nothing.
+      options: that it is given; where they name a base, its weights count.
+      field: for what, for messages.
+
+    Raises:
+      ValueError: there is no such method or base.
+    """
+    function = find(method, field) if isinstance(method, str) else method
+    declared = getattr(function, "traits", Traits())
+    if declared.base_option not in options:
+        return declared.weights
+    option = declared.base_option
+    return weights(calls.parse(option, options[option])[0], {}, option)
 
 
 def families(method: str | Callable) -> str:

@@ -34,14 +34,21 @@ LAYERS = (
     ("hyperjax.engine",),
     ("hyperjax.runs",),
     ("hyperjax.protocols",),
-    ("hyperjax.launch", "hyperjax.__main__"),
+    ("hyperjax.launch", "hyperjax.sweeps", "hyperjax.__main__"),
 )
 # Nothing in the engine knows that there are methods.
 NEVER = {"hyperjax.engine": "hyperjax.algorithms"}
 # What reads configs and draws pages.
-COMMANDS = ("hyperjax.protocols", "hyperjax.launch", "hyperjax.__main__")
+COMMANDS = (
+    "hyperjax.protocols",
+    "hyperjax.launch",
+    "hyperjax.sweeps",
+    "hyperjax.__main__",
+)
 HEAVY = (
+    "altair",
     "array_record",
+    "jinja2",
     "matplotlib",
     "ml_collections",
     "mlxtend",
@@ -49,6 +56,7 @@ HEAVY = (
     "pandas",
     "scipy",
     "sklearn",
+    "statsmodels",
     "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",

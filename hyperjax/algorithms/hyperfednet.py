@@ -22,7 +22,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
-from hyperjax.registry import hands_on
+from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
 
@@ -34,6 +34,7 @@ KEEP = {
 }
 
 
+@has_traits(base_option="base")
 @hands_on(fedavg, without=("keep",))
 def hyperfednet(
     model: Model,

@@ -15,7 +15,8 @@ import numpy as np
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import first_line
 
-METRICS, TIMING, EVENTS = "metrics.jsonl", "timing.jsonl", "events"
+METRICS, TIMING, TRAINING = "metrics.jsonl", "timing.jsonl", "training.jsonl"
+EVENTS = "events"
 
 
 def plain(value: Any) -> Any:

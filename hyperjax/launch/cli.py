@@ -227,9 +227,10 @@ def _split_names(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     return kept, names
 
 
-def _given_fields() -> list[str]:
-    """Fields of --config.field flags."""
-    found = [re.match(r"--?(?:no)?config\.([\w.]+)", text) for text in sys.argv[1:]]
+def _given_fields(argv: list[str] | None = None) -> list[str]:
+    """Fields of --config.field flags, by default of this command line's."""
+    argv = sys.argv[1:] if argv is None else argv
+    found = [re.match(r"--?(?:no)?config\.([\w.]+)", text) for text in argv]
     return [match.group(1) for match in found if match]
 
 
@@ -251,6 +252,52 @@ def _check_config(removed: list[str]) -> None:
     parser: Any = flags.FLAGS["config"].parser
     chosen = [f"{group}.name" for group in parser.chosen]
     fields.check_used(config, _given_fields() + removed + chosen)
+
+
+def config_arguments(argv: list[str]) -> list[str]:
+    """Returns what of a command line is --config.field=value, in either form."""
+    found: list[str] = []
+    waiting = False
+    for argument in argv:
+        field = re.match(r"--?(no)?config\.", argument)
+        if field or (waiting and not argument.startswith("--")):
+            found.append(argument)
+        waiting = bool(field) and "=" not in argument
+    return found
+
+
+def read_config(path: str, arguments: list[str]) -> ml_collections.ConfigDict:
+    """Returns the config that `--config=path` and so many arguments give.
+
+    Args:
+      path: an experiment or a file, as after --config.
+      arguments: each --config.field=value.
+
+    Raises:
+      ValueError and others: as `run` explains them.
+    """
+    from hyperjax.launch import fields
+
+    kept, removed = _split_none(arguments)
+    kept, chosen = _split_names(kept)
+    parser = ConfigParser("config")
+    parser.chosen = chosen
+    config = parser.parse(path)
+    known = list(fields.flat(config))
+    given = [*_given_fields(kept), *removed]
+    for field in given:
+        if field not in known:
+            raise fields.unknown(field, known)
+    values = flags.FlagValues()
+    argv = ["", *kept]
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=argv, lock_config=True
+    )
+    values(argv)
+    config.update_from_flattened_dict(dict.fromkeys(removed))
+    fields.check(config)
+    fields.check_used(config, [*given, *(f"{group}.name" for group in chosen)])
+    return config
 
 
 def complain(message: str) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hyperjax.engine.checkpoint import read_json, read_npz
-from hyperjax.engine.log import read_lines
-from hyperjax.launch import plots, workdir
+from hyperjax.engine.log import METRICS, TIMING, TRAINING, read_lines
+from hyperjax.launch import workdir
 
 Row = Mapping[str, Any]
 
@@ -25,6 +27,7 @@ class Run(NamedTuple):
     clients: list[Row]
     partition: tuple[np.ndarray, np.ndarray, list[str]] | None
     unassigned: int = 0  # samples that the partition left to no client
+    training: Sequence[Row] = ()  # quantities of every round
 
 
 def read(folder: str) -> Run:
@@ -39,11 +42,11 @@ def read(folder: str) -> Run:
         raise FileNotFoundError(
             f"no {workdir.CONFIG} in {folder!r}: not a run folder"
         ) from None
-    records = read_lines(Path(folder) / "metrics.jsonl")
+    records = read_lines(Path(folder) / METRICS)
     seconds = {
-        row["round"]: row["seconds"]
-        for row in read_lines(Path(folder) / "timing.jsonl")
+        row["round"]: row["seconds"] for row in read_lines(Path(folder) / TIMING)
     }
+    training = read_lines(Path(folder) / TRAINING)
     metrics: list[Row] = [
         {"seconds": seconds.get(row["round"]), **row} for row in records
     ]
@@ -58,7 +61,9 @@ def read(folder: str) -> Run:
         partition, unassigned = None, 0
     summary = _read_json(folder, "summary.json") or {}
     clients = _read_json(folder, "clients.json") or []
-    return Run(folder, about, metrics, summary, clients, partition, unassigned)
+    return Run(
+        folder, about, metrics, summary, clients, partition, unassigned, training
+    )
 
 
 def _read_json(folder: str, name: str) -> Any:
@@ -85,6 +90,37 @@ def latest_of(run: Run) -> dict[str, Any]:
     return {key: value for key, value in latest.items() if value is not None}
 
 
-def points(run: Run, key: str) -> list[plots.Point]:
+def find(folders: Iterable[Path]) -> list[Path]:
+    """Returns the runs in folders, at any depth, by their real paths and each once.
+
+    Raises:
+      FileNotFoundError: one of them is no run and holds none.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        runs = list(_runs(folder.expanduser().resolve()))
+        if not runs:
+            raise FileNotFoundError(
+                f"no {workdir.CONFIG} in {str(folder)!r} or below: not a run folder"
+            )
+        found |= dict.fromkeys(runs)
+    return list(found)
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    """A run's folder is not searched for others."""
+    for path, inner, files in os.walk(folder):
+        inner.sort(key=_natural)
+        if workdir.CONFIG in files:
+            inner.clear()
+            yield Path(path)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts p10 after p9."""
+    return [(rest, int(n or 0)) for rest, n in re.findall(r"(\D*)(\d*)", name)]
+
+
+def points(run: Run, key: str) -> list[tuple[float, float]]:
     """Returns (round, value) wherever a quantity was measured."""
     return [(row["round"], row[key]) for row in run.metrics if row.get(key) is not None]

@@ -1,4 +1,4 @@
-"""The command `hyperjax`: train, evaluate, join, report."""
+"""The command `hyperjax`: train, sweep, evaluate, join, report."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ from hyperjax.errors import check_choice
 
 COMMANDS = {
     "train": "train one method on one federation, or continue a run",
+    "sweep": "train many runs: seeds, values of fields, methods side by side",
     "evaluate": "serve a client of whom only unlabelled inputs are known",
     "join": "let the unseen clients of a run join it",
     "report": "make pages about runs, finished or not",

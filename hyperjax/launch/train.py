@@ -34,7 +34,10 @@ class Stopped(Exception):
 
 
 def train(
-    config: ml_collections.ConfigDict, path: str, name: str | None = None
+    config: ml_collections.ConfigDict,
+    path: str,
+    name: str | None = None,
+    show: Callable[[str, int], Progress] = Progress,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -45,6 +48,7 @@ def train(
       config: see `protocols.common.defaults`; its method under `config.method`.
       path: the run's folder; made if it is not there.
       name: shown in progress lines; the method's name by default.
+      show: what makes these lines of a name and a number of rounds.
 
     Returns:
       The summary, also written to summary.json.
@@ -65,7 +69,7 @@ def train(
             if not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
-        with Progress(name or config.method.name, config.rounds) as progress:
+        with show(name or config.method.name, config.rounds) as progress:
             return _train(config, folder, progress)
 
 

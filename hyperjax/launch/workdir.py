@@ -71,6 +71,10 @@ _CIRCUMSTANCES = re.compile(
 )
 
 
+class InUse(ValueError):
+    """Another process runs in this folder."""
+
+
 @contextlib.contextmanager
 def claim(path: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterator[Path]:
     """Yields the folder of a run, new or to be continued, for this process alone.
@@ -109,9 +113,7 @@ def claim(path: str | os.PathLike, config: ml_collections.ConfigDict) -> Iterato
             _remove_empty(absent)
             raise
     except BlockingIOError:
-        raise ValueError(
-            f"workdir={str(path)!r} is in use by another process"
-        ) from None
+        raise InUse(f"workdir={str(path)!r} is in use by another process") from None
     except OSError as error:
         raise ValueError(
             f"workdir={str(path)!r} cannot be written to: {error.strerror}"

@@ -1,14 +1,17 @@
 """From `--config=zero_shot:METHOD,data=digits,smoke` to a config."""
 
 import ast
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
+from ml_collections import config_dict
 
 from hyperjax import registry
 from hyperjax.protocols import common, methods
 from hyperjax.protocols.methods import Tuned
+from hyperjax.registry import Traits
 
 # What every experiment takes; a type stands for "as the data set's preset has it".
 SHARED: dict[str, Any] = dict(
@@ -152,7 +155,9 @@ def apply(
         fields |= {"data.partition": "dirichlet", "data.alpha": args.alpha}
     common.change(config, fields)
     traits, own = registry.traits(args.method), tuned.get(args.method, Tuned({}, ""))
-    fields = {"server.weights": traits.weights}
+    fields: dict[str, Any] = {"server.weights": traits.weights}
+    if traits.base_option:
+        fields["server.weights"] = functools.partial(_weights, traits.base_option)
     if traits.own_length:
         fields |= {"local.epochs": None, "local.steps": None}
     fields |= {**own.fields, **own.on.get(args.like, {}), **args.variant}
@@ -163,3 +168,23 @@ def apply(
             if config.local[length] is not None:
                 config.local[length] = 1
     return config
+
+
+class _Operation(NamedTuple):
+    """What a field of a config does with the value of the one that it follows."""
+
+    fn: Callable
+    args: tuple = ()
+
+
+def _weights(option: str, config: ml_collections.ConfigDict) -> Any:
+    """The weights that a method's base has, whichever a later flag names."""
+
+    def of(base):
+        try:
+            return registry.weights(config.method.name, {option: base})
+        except ValueError:  # the method says what is wrong with it
+            return Traits().weights
+
+    named = config.method.get_ref(option)
+    return config_dict.FieldReference(named, field_type=str, op=_Operation(of))

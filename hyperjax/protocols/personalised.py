@@ -13,7 +13,6 @@ round and 5 unseen.
 
 Fusions need no code: `--config.method.base='fedprox(mu=0.1)'`, feddyn(alpha=0.01),
 scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux=convs`.
-feddyn and scaffold average without weights: add `--config.server.weights=uniform`.
 """
 
 from typing import Any

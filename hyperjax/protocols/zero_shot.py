@@ -67,3 +67,9 @@ def get_config(arg: str = ""):
             )
         config.local.learning_rate = RATES[args.name]
     return config
+
+
+def sweep_embedding_size(add) -> None:
+    """P, the number of entries of an embedding."""
+    for size in (2, 4, 8, 16, 32, 64):
+        add({"method.embedding_size": size})

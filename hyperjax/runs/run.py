@@ -126,7 +126,7 @@ def run(
         dict(
             sampler="full" if cohort_size is None else "uniform",
             cohort_size=cohort_size,
-            weights=_traits(method).weights if weights is None else weights,
+            weights=registry.weights(method, options) if weights is None else weights,
             sequential=sequential,
             mapper=mapper,
             devices=devices,
@@ -171,10 +171,6 @@ class Recipe(NamedTuple):
 
 def _function(method: Any) -> Any:
     return registry.find(method) if isinstance(method, str) else method
-
-
-def _traits(method: Any) -> registry.Traits:
-    return getattr(_function(method), "traits", registry.Traits())
 
 
 def _algorithm(

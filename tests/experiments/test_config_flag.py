@@ -133,6 +133,18 @@ def _named(network):
     return config
 
 
+def test_weights_of_a_fusion_follow_its_base():
+    base = "--config.method.base=scaffold"
+    assert given("--config=personalised").server.weights == "size"
+    assert given("--config=personalised", base).server.weights == "uniform"
+    own = "--config.server.weights=size"  # A flag wins, before it or after.
+    assert given("--config=personalised", own, base).server.weights == "size"
+    assert given("--config=personalised", base, own).server.weights == "size"
+    # The method says what is wrong with a base, when it is built.
+    wrong = given("--config=personalised", "--config.method.base=scafold(")
+    assert wrong.server.weights == "size"
+
+
 def test_files_of_ones_own_take_methods_too(nowhere):
     for text in (PLAIN, WRAPPED, FIXED):
         (nowhere / "own.py").write_text(text)

@@ -8,120 +8,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from made_runs import make_run, write_json, write_lines
 
 from experiments import demo
 from hyperjax.launch import pages, plots, report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def _accuracies(share: float, shift: float) -> dict[str, float]:
-    """All accuracies of one evaluation after a share of the training."""
-    values = {}
-    for name, best in (("gacc", 70.0), ("pacc", 88.0), ("zacc", 81.0)):
-        value = 10 + (best + shift - 10) * (1 - math.exp(-4 * share))
-        values |= {name: value, f"{name}_mean": value - 0.5, f"{name}_p10": value - 9}
-        values |= {f"{name}_std": 0.0 if name == "gacc" else 4.2}
-        values |= {f"{name}_em": value - 4, f"{name}_oracle": value + 3}
-    return values
-
-
-def _evaluation(round_: int, rounds: int, shift: float) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    row: dict[str, Any] = _accuracies(round_ / rounds, shift)
-    row |= {"round": round_, "loss": 2.3 / (1 + round_) if round_ else None}
-    row |= {"pacc_swapped": 55.0, "zacc_swapped": 57.0, "pacc_distance": 0.0412}
-    row |= {"collapse_participating": 1.25, "collapse_novel": 1.1}
-    row |= {"up_bytes_total": 4000 * round_, "down_bytes_total": 8000 * round_}
-    return row | {"dispersion": 0.1 * round_, "update_norm": 1 / (1 + round_)}
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-
-
-def make_run(
-    folder: Path,
-    method: str = "hyperfednet",
-    finished: bool = True,
-    clients: int = 15,
-    novel: int = 5,
-    classes: int = 10,
-    rounds: int = 40,
-    collapsed: bool = False,
-    shift: float = 0.0,
-    seed: int = 0,
-) -> str:
-    """Writes the files that a run leaves behind; returns the folder."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    config = {
-        "seed": seed,
-        "rounds": rounds,
-        "data": {"name": "digits", "labels": [3, 1]},
-        "method": {"name": method, "rate": 0.05},
-    }
-    about = {
-        "config": config,
-        "commit": "0123abc",
-        "versions": {"jax": "0.4.30"},
-        "device": "cpu x 2",
-        "plan": {"clients_at_once": 5},
-    }
-    _write_json(folder / "config.json", about)
-    done = rounds if finished else rounds // 2
-    evaluations = [_evaluation(t, rounds, shift) for t in range(0, done + 1, 4)]
-    _write_lines(folder / "metrics.jsonl", evaluations)
-    times = [{"round": e["round"], "seconds": 1.5 * e["round"]} for e in evaluations]
-    _write_lines(folder / "timing.jsonl", times)
-    counts = rng.multinomial(60, rng.dirichlet(np.full(classes, 0.3), clients))
-    participating = np.arange(clients) < clients - novel
-    names = np.array([f"class {k}" for k in range(classes)])
-    np.savez(
-        folder / "partition.npz",
-        counts=counts,
-        participating=participating,
-        label_names=names,
-    )
-    if not finished:
-        return str(folder)
-    summary = {**evaluations[-1], "method": method, "dataset": "digits", "seed": seed}
-    summary |= {"rounds": rounds, "up_numbers": 1000, "down_numbers": 2000}
-    summary |= {"up_bytes": 4000, "down_bytes": 8000, "seconds": 61.25}
-    summary |= {"samples_per_second": 12345.6, "compile_seconds": 8.5}
-    summary |= {"plan": about["plan"], "state_sha256": "feed" * 16, "finished": True}
-    _write_json(folder / "summary.json", summary)
-    embeddings = rng.dirichlet(np.full(6, 0.4), clients)
-    if collapsed:
-        embeddings = np.full((clients, 6), 1 / 6) + rng.uniform(0, 1e-9, (clients, 6))
-    rows = []
-    for client in range(clients):
-        accuracy = float(rng.uniform(60, 98))
-        rows.append(
-            {
-                "client": client,
-                "participating": bool(participating[client]),
-                "train_samples": int(counts[client].sum()),
-                "eval_samples": 12,
-                "accuracy": accuracy,
-                "accuracy_em": accuracy - 6,
-                "embedding": embeddings[client].tolist(),
-            }
-        )
-    _write_json(folder / "clients.json", rows)
-    return str(folder)
 
 
 class _Checker(HTMLParser):
@@ -230,14 +129,14 @@ def _without(folder: str, *metrics: str) -> str:
         return {key: value for key, value in row.items() if not key.startswith(gone)}
 
     lines = (path / "metrics.jsonl").read_text().splitlines()
-    _write_lines(path / "metrics.jsonl", [keep(json.loads(line)) for line in lines])
-    _write_json(
+    write_lines(path / "metrics.jsonl", [keep(json.loads(line)) for line in lines])
+    write_json(
         path / "summary.json", keep(json.loads((path / "summary.json").read_text()))
     )
     if "zacc" in metrics:
         rows = json.loads((path / "clients.json").read_text())
         rows = [row for row in rows if row["participating"]]
-        _write_json(path / "clients.json", rows)
+        write_json(path / "clients.json", rows)
     return folder
 
 
@@ -275,7 +174,7 @@ def test_the_best_round_by_validation_has_a_card(tmp_path: Path) -> None:
     path = tmp_path / "run/summary.json"
     best = dict(round=3, vacc=61.5, pacc=58.25)
     summary = json.loads(path.read_text()) | dict(vacc=60.0, best_by_validation=best)
-    _write_json(path, summary)
+    write_json(path, summary)
     text, _ = _read(report.run_report(folder))
     assert "58.25 %" in text and "round 3, where vACC was 61.50" in text
     assert "what they set aside for validation" in text
@@ -289,7 +188,7 @@ def test_fine_tuning_is_a_table(tmp_path: Path) -> None:
     summary = json.loads(path.read_text())
     for k in (8, 0, 16):
         summary |= {f"pacc_ft{k}": 40.0 + k, f"pacc_ft{k}_mean": 41.5 + k}
-    _write_json(path, summary | {"zacc_ft8": 33.0})
+    write_json(path, summary | {"zacc_ft8": 33.0})
     text, _ = _read(report.run_report(folder))
     (section,) = re.findall("<h2>Fine-tuning</h2>.*?</section>", text)
     rows = re.findall("<tr>(.*?)</tr>", section)
@@ -314,7 +213,7 @@ def test_what_is_not_finite_is_a_dash_and_said(tmp_path: Path) -> None:
     tuned = {"pacc_ft4": None, "pacc_ft4_mean": None, "pacc_ft4_not_finite": 2}
     best = dict(round=3, vacc=61.5, pacc=None)
     bad = dict(zacc_not_finite=3, best_by_validation=best)
-    _write_json(path, summary | none | tuned | bad)
+    write_json(path, summary | none | tuned | bad)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1]) | none
     (tmp_path / "run/metrics.jsonl").write_text(
@@ -339,7 +238,7 @@ def test_cost_to_an_accuracy_has_its_resolution(tmp_path: Path) -> None:
         dict(threshold=60, round=5, missed=4, cost=500, least_cost=500, full_cost=600),
         dict(threshold=70, round=9, cost=900, full_cost=1000),  # as runs had it before
     ]
-    _write_json(path, json.loads(path.read_text()) | {"reach": reach})
+    write_json(path, json.loads(path.read_text()) | {"reach": reach})
     text, _ = _read(report.run_report(folder))
     for part in ("<td>0 to 4</td><td>0 to 400</td>", "<td>5</td><td>500</td>"):
         assert part in text
@@ -424,7 +323,7 @@ def test_almost_collapsed_embedding_is_said(tmp_path: Path) -> None:
     plain, _ = _read(report.run_report(folder))
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     summary |= {"collapse_participating": 3e-5, "collapse_novel": 2e-5}
-    _write_json(tmp_path / "run/summary.json", summary)
+    write_json(tmp_path / "run/summary.json", summary)
     text, _ = _read(report.run_report(folder))
     assert "all but collapsed" in text and "component 1" in text
     assert "all but collapsed" not in plain
@@ -435,7 +334,7 @@ def test_without_embeddings_no_section(tmp_path: Path) -> None:
     clients = json.loads((tmp_path / "run/clients.json").read_text())
     for client in clients:
         del client["embedding"], client["accuracy_em"]
-    _write_json(tmp_path / "run/clients.json", clients)
+    write_json(tmp_path / "run/clients.json", clients)
     text, _ = _read(report.run_report(folder))
     assert "<h2>Embeddings</h2>" not in text
     assert "Accuracy of every client" in text
@@ -456,7 +355,7 @@ def test_run_that_has_only_started(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     config = {"seed": 1, "method": {"name": "fedavg"}}
-    _write_json(folder / "config.json", {"config": config, "commit": None})
+    write_json(folder / "config.json", {"config": config, "commit": None})
     text, _ = _read(report.run_report(str(folder)))
     assert "No evaluation yet" in text
     assert "not finished" in text

@@ -135,6 +135,13 @@ def test_weights_belong_to_the_method(data):
     assert hj.registry.traits("scaffold").weights == "uniform"
     run = train(data, "scaffold", rounds=0)
     assert run.recipe.engine["weights"] == "uniform"
+    # And of a fusion to its base, given by name with options or by a path.
+    weights, base = hj.registry.weights, "hyperjax.algorithms.scaffold:scaffold"
+    for name in ("scaffold", "feddyn(alpha=0.1)", base):
+        assert weights("hyperfednet", {"base": name}) == "uniform"
+    assert weights("hyperfednet", {}) == weights(hj.fedavg, {"base": 3}) == "size"
+    with pytest.raises(ValueError, match=r"base='scafold' is unknown; .*'scaffold'"):
+        weights("hyperfednet", {"base": "scafold"})
 
 
 @pytest.mark.parametrize(

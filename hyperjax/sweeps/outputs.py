@@ -1,0 +1,62 @@
+"""All that is made of a list of runs: tables, figures and a page in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.sweeps import long, tables
+
+POINTS, CLIENTS = "points.csv", "clients.csv"
+
+
+def write(
+    folder: Path,
+    runs: Sequence[Path],
+    fields: Sequence[str] = (),
+    baseline: str | None = None,
+    *,
+    live: bool = False,
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Path]:
+    """Writes what runs came to, each file as a whole.
+
+    Args:
+      folder: where the files go; it is there.
+      runs: folders of runs, finished or not.
+      fields: the settings that make a point beside method and seed; those in which
+        the runs differ if none are given.
+      baseline: METHOD or FIELD=VALUE, which groups are compared with.
+      live: the runs go on: tables and page alone, and a baseline may be missing yet.
+      paper: published values, {label of a group: {metric: value}}.
+
+    Returns:
+      The files: points.csv, clients.csv, table.md, table.tex and table.csv.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: a run is damaged, or `baseline` or `paper` name no group.
+    """
+    points = long.points(list(runs), fields)
+    table, clients = long.table_of(points), long.clients_of(points)
+    wide = long.last(table)
+    by = [name for name in points[0][0] if name not in ("point", "seed", "finished")]
+    try:
+        found = tables.content(wide, clients, by, baseline, paper)
+    except ValueError:
+        if not live:
+            raise
+        found = tables.content(wide, clients, by)
+    texts = {
+        POINTS: table.to_csv(index=False),
+        CLIENTS: clients.to_csv(index=False),
+        "table.md": tables.markdown(found),
+        "table.tex": tables.latex(found),
+        "table.csv": tables.frame(found).to_csv(index=False),
+    }
+    written = []
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+        written.append(folder / name)
+    return written

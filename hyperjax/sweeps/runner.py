@@ -1,0 +1,171 @@
+"""Runs the points of a sweep, one after another; what fails does not end the rest."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ml_collections
+from absl import logging
+
+from hyperjax.data import sources
+from hyperjax.errors import check_choice
+from hyperjax.launch import build, train, workdir
+from hyperjax.launch.fields import flat
+from hyperjax.sweeps import record as records
+from hyperjax.sweeps.live import Shown
+from hyperjax.sweeps.points import Point, as_text, shown
+from hyperjax.sweeps.record import Record
+
+Item = TypeVar("Item")
+
+
+def check(points: Sequence[Point]) -> None:
+    """Builds every point's network and method, once for each; nothing is compiled.
+
+    Raises:
+      ValueError: it says which point cannot be, and why.
+    """
+    read: dict[str, sources.Source] = {}
+    for point in points:
+        config = point.config
+        data = str([config.data[k] for k in ("name", "data_dir", "split", "shrink")])
+        try:
+            if data not in read:
+                read[data] = build.load_source(config.data)
+            shape, classes = read[data].x.shape[1:], read[data].num_classes
+            build.make_algorithm(config, build.make_model(config, shape, classes))
+        except Exception as error:
+            raise ValueError(f"the point {shown(point.fields)}: {error}") from error
+
+
+def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
+    """Raises ValueError unless some points have --baseline=field=value, and not all."""
+    if baseline is None:
+        return
+    field, _, text = baseline.partition("=")
+    there = [as_text(p.fields[field]) for p in points if field in p.fields]
+    if not there:
+        swept = ", ".join(dict.fromkeys(f for p in points for f in p.fields))
+        raise ValueError(f"--baseline={baseline}: {field!r} is not swept; {swept} are")
+    check_choice(f"--baseline={field}", text, dict.fromkeys(there))
+
+
+def grouped(points: Sequence[Point]) -> list[list[Point]]:
+    """Returns the points by program, in the order in which these are met first."""
+    found: dict[Hashable, list[Point]] = {}
+    for point in points:
+        found.setdefault(program(point.config), []).append(point)
+    return list(found.values())
+
+
+def ordered(points: Sequence[Point]) -> list[Point]:
+    """Returns the points so that those of one program are neighbours."""
+    return [point for group in grouped(points) for point in group]
+
+
+def program(config: ml_collections.ConfigDict) -> Hashable:
+    """Returns what is the same of runs that can share a compiled program."""
+    free = ("seed", "data.seed")
+    return tuple((k, repr(v)) for k, v in flat(config).items() if k not in free)
+
+
+def part(items: Sequence[Item], index: str | None) -> list[Item]:
+    """Returns the slice of the points that --index=i/n names, i from 0 to n - 1.
+
+    Slices are of neighbours, whose programs are alike, and differ in size by one.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if index is None:
+        return list(items)
+    first, _, second = index.partition("/")
+    if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise ValueError(
+            f"--index={index!r} must be i/n with i from 0 to n - 1, such as 0/8"
+        )
+    i, n = int(first), int(second)
+    return list(items[i * len(items) // n : (i + 1) * len(items) // n])
+
+
+def run(
+    record: Record,
+    points: Sequence[Point],
+    show: Shown,
+    each: Callable[[], object] = lambda: None,
+    run_one: Callable[..., dict[str, Any]] = train.train,
+) -> dict[str, str]:
+    """Trains points, or reads what they gave.
+
+    Args:
+      record: of the sweep; what becomes of each point is written there.
+      points: to be run, in this order.
+      show: what is shown.
+      each: called after every point.
+      run_one: `launch.train.train`.
+
+    Returns:
+      {name: status}; "running" where another process is at work on it.
+
+    Raises:
+      train.Stopped, KeyboardInterrupt: it was asked to stop.
+    """
+    found = {}
+    with _stops_at_once():
+        for point in points:
+            found[point.name] = _one(record, point, show, run_one)
+            each()
+    return found
+
+
+def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
+    folder = record.folder / point.name
+    before = record.entry(point.name)
+    if before["status"] == records.DIVERGED and folder.exists():
+        # The same config gives the same bits.
+        show.ended(point.name, _said(before["status"], before["message"]), ran=False)
+        return records.DIVERGED
+    show.begin()
+    ran = not (folder / workdir.SUMMARY).exists()
+    record.set_status(point.name, records.RUNNING)
+    status, message = records.FINISHED, ""
+    try:
+        summary = run_one(point.config, str(folder), point.name, show=show.point)
+    except train.Stopped:
+        raise
+    except workdir.InUse:
+        show.ended(point.name, "another process is at work on it", ran=False)
+        return records.RUNNING
+    except FloatingPointError as error:
+        status, message = records.DIVERGED, str(error)
+    except Exception as error:
+        logging.debug("%s", point.name, exc_info=True)
+        status, message = records.FAILED, f"{type(error).__name__}: {error}"
+    record.set_status(point.name, status, message)
+    said = _said(status, message) if message else _accuracies(summary)
+    show.ended(point.name, said, ran)
+    return status
+
+
+def _said(status: str, message: str) -> str:
+    """A line's worth of what went wrong."""
+    return f"{status}: {message.splitlines()[0].partition('. ')[0]}"
+
+
+def _accuracies(summary: dict[str, Any]) -> str:
+    return train.outcome(summary).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """SIGTERM interrupts as SIGINT does; while it trains, `train` has its own way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,157 @@
+"""Numbers chosen for every setting of a sweep before it runs, never on test clients.
+
+A setting is what the sweep changes, without the seeds. For each, every value of --tune
+is tried: at its first seed, judged on the samples that participants set aside for
+validation; or, with --tune_seed, on a federation of that seed, judged on what its
+participants hold out. Trials are runs like any other, in the folder `tune`; what was
+tried and what was chosen is in `sweep.json` and `tuning.csv`.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hyperjax.engine.checkpoint import read_json, write_atomically
+from hyperjax.launch import workdir
+from hyperjax.sweeps import points
+from hyperjax.sweeps.points import SEEDS, Point, Texts
+from hyperjax.sweeps.record import Record
+
+FOLDER, TABLE = "tune", "tuning.csv"
+NONE_ENDED = "none of the values of --tune came to an end"
+_SUFFIXES = ("", "_mean", "_p10")
+VALIDATION = tuple(f"vacc{suffix}" for suffix in _SUFFIXES)
+PARTICIPANTS = tuple(f"pacc{suffix}" for suffix in _SUFFIXES)
+
+
+class Setting(NamedTuple):
+    """Points that differ by seeds alone, and the trials that choose for them."""
+
+    points: list[Point]
+    trials: list[Point]
+
+
+def check_metric(by: str | None, seed: int | None) -> str:
+    """Returns the metric to choose by.
+
+    Raises:
+      ValueError: it is measured where a choice would spoil what the sweep reports.
+    """
+    accepted = VALIDATION if seed is None else (*PARTICIPANTS, *VALIDATION)
+    by = by or accepted[0]
+    if by in accepted:
+        return by
+    others = ", ".join(accepted)
+    kind = by.partition("_")[0]
+    if kind in ("zacc", "gacc"):
+        raise ValueError(
+            f"--by={by}: it is measured on clients and samples that only the result "
+            f"may be measured on, and would be none if it were chosen by; accepted: "
+            f"{others}"
+        )
+    if kind == "pacc":
+        raise ValueError(
+            f"--by={by}: the sweep reports it for the same clients; with --tune_seed=N "
+            f"it is that of a federation of another seed; accepted without: {others}"
+        )
+    raise ValueError(f"--by={by!r} is unknown (accepted: {others})")
+
+
+def settings(
+    path: str,
+    arguments: Sequence[str],
+    given: Sequence[Point],
+    tried: Sequence[Texts],
+    by: str,
+    seed: int | None,
+) -> list[Setting]:
+    """Returns the settings of a sweep, each with its trials.
+
+    Args:
+      path, arguments: see `points.resolve`.
+      given: the points of the sweep.
+      tried: values of the tuned fields.
+      by: see `check_metric`.
+      seed: of the federation that is tuned on; None: the setting's first.
+
+    Raises:
+      ValueError: nobody sets samples aside for validation, or the seed is one of the
+        sweep's.
+    """
+    found: dict[str, list[Point]] = {}
+    for point in given:
+        setting = {k: v for k, v in point.fields.items() if k not in SEEDS}
+        found.setdefault(points.key(setting), []).append(point)
+    grid = []
+    for members in found.values():
+        first = members[0]
+        texts = points.as_texts(first.fields)
+        if seed is not None:
+            data_seed = first.config.data.seed
+            texts["seed"] = str(seed)
+            if data_seed >= 0:  # else it follows
+                texts["data.seed"] = str(seed)
+            taken = [p for p in members if seed in (p.config.seed, p.config.data.seed)]
+            if taken:
+                raise ValueError(
+                    f"--tune_seed={seed} is the seed of the point {taken[0].name}; "
+                    "give one that the sweep does not report"
+                )
+        grid += [{**texts, **values} for values in tried]
+    trials = points.resolve(path, arguments, grid)
+    for trial in trials:
+        if by in VALIDATION and not trial.config.data.validation_fraction:
+            raise ValueError(
+                f"--tune by {by} needs samples that participants set aside for it, and "
+                "data.validation_fraction is 0: give --config.data.validation_fraction="
+                "0.2, or --tune_seed=N to choose on a federation of another seed"
+            )
+    named = [trial._replace(name=f"{FOLDER}/{trial.name}") for trial in trials]
+    per = len(tried)
+    return [
+        Setting(members, named[i * per : (i + 1) * per])
+        for i, members in enumerate(found.values())
+    ]
+
+
+def value(folder: Path, by: str) -> float | None:
+    """Returns the metric of a finished run; None without it."""
+    try:
+        return read_json(folder / workdir.SUMMARY, workdir.AGAIN).get(by)
+    except FileNotFoundError:
+        return None
+
+
+def choose(record: Record, setting: Setting, by: str) -> dict[str, Any] | None:
+    """Chooses among the finished trials of a setting, and writes it down.
+
+    Returns:
+      What the trial with the highest metric, the first of equals, changes; None if
+      none came to an end.
+    """
+    found = {t.name: value(record.folder / t.name, by) for t in setting.trials}
+    known = {name: number for name, number in found.items() if number is not None}
+    best = max(known, key=lambda name: known[name], default=None)
+    with record.change() as content:
+        for entry in content["trials"]:
+            if entry["name"] in found:
+                chosen = entry["name"] == best
+                entry.update(value=found[entry["name"]], chosen=chosen)
+        write_table(record.folder / TABLE, content)
+    return next((t.fields for t in setting.trials if t.name == best), None)
+
+
+def write_table(path: Path, content: dict[str, Any]) -> None:
+    """Writes `tuning.csv`: a row per trial."""
+    trials, by = content["trials"], content["tune"]["by"]
+    swept = list(dict.fromkeys(field for entry in trials for field in entry["fields"]))
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow([*swept, by, "chosen", "status", "folder"])
+    for entry in trials:
+        cells = [entry["fields"].get(field) for field in swept]
+        of_trial = (entry.get("value"), entry.get("chosen"), entry["status"])
+        writer.writerow([*cells, *of_trial, entry["name"]])
+    write_atomically(path, rows.getvalue())

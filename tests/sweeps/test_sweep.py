@@ -1,0 +1,256 @@
+"""The sweep command: what it runs, what it goes on with, and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from hyperjax.launch import sweep, train, workdir
+from hyperjax.sweeps import live, points, record, runner, tune
+from hyperjax.sweeps.points import Point
+
+FEDAVG = "zero_shot:fedavg,data=digits"
+GRID = ("seed=0..1", "local.learning_rate=0.05,0.1,0.2")
+
+
+class Trainer:
+    """Stands for `train.train`: writes what a run's folder holds."""
+
+    def __init__(self):
+        self.ran: list[str] = []
+        self.stop_at: int | None = None
+
+    def __call__(self, config, path, name, show):
+        folder = Path(path)
+        if not (folder / workdir.SUMMARY).exists():
+            if len(self.ran) == self.stop_at:
+                raise train.Stopped(3)
+            rate = config.local.learning_rate
+            if rate == 0.2:
+                raise FloatingPointError("round 1: loss is not finite. Often helps")
+            if rate == 0.3:
+                raise OSError("no room")
+            self.ran.append(folder.name)
+            folder.mkdir(parents=True)
+            found = dict(pacc=100 * rate, vacc=50 - rate, zacc=99.0, gacc=1.0)
+            (folder / workdir.SUMMARY).write_text(json.dumps(found))
+        return json.loads((folder / workdir.SUMMARY).read_text())
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    found = Trainer()
+    monkeypatch.setattr(runner, "check", lambda points: None)
+    monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found))
+    return found
+
+
+def asked(folder, *flags: str, **more) -> sweep.Asked:
+    return sweep.Asked(FEDAVG, str(folder), flags or GRID, **more)
+
+
+def statuses(folder) -> dict[str, str]:
+    content = json.loads((folder / record.FILE).read_text())
+    return {entry["name"]: entry["status"] for entry in content["points"]}
+
+
+# Runs -------------------------------------------------------------------------------
+
+
+def test_what_diverges_or_fails_is_marked_and_the_rest_goes_on(
+    trainer, tmp_path, capsys
+):
+    folder = tmp_path / "abl"
+    flags = ("seed=0..1", "local.learning_rate=0.1,0.2,0.3")
+    assert sweep.main(asked(folder, *flags)) == 1
+    assert trainer.ran == ["learning_rate=0.1,seed=0", "learning_rate=0.1,seed=1"]
+    found = list(statuses(folder).values())
+    assert [found.count(s) for s in record.ENDED] == [2, 2, 2]
+    content = json.loads((folder / record.FILE).read_text())
+    messages = {entry["status"]: entry["message"] for entry in content["points"]}
+    assert messages["failed"] == "OSError: no room"
+    assert messages["diverged"].startswith("round 1: loss is not finite")
+    out = capsys.readouterr().out
+    assert "6/6" in out and "2 finished, 2 diverged, 2 failed" in out
+    assert "no room" in (folder / "report.html").read_text()
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(trainer, tmp_path, capsys):
+    trainer.stop_at = 2
+    flags = ("seed=0..1", "local.learning_rate=0.05,0.1")
+    assert sweep.main(asked(tmp_path, *flags)) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    assert sorted(statuses(tmp_path).values()) == [
+        *["finished"] * 2,
+        "running",
+        "waiting",
+    ]
+    trainer.stop_at = None
+    first = list(trainer.ran)
+    assert sweep.main(asked(tmp_path, *flags)) == 0
+    assert trainer.ran[:2] == first and len(set(trainer.ran)) == 4
+    assert sweep.main(asked(tmp_path, *flags)) == 0  # all are read
+    assert len(trainer.ran) == 4
+
+
+def test_another_grid_adds_points_and_another_base_is_refused(trainer, tmp_path):
+    assert sweep.main(asked(tmp_path, "seed=0..1")) == 0
+    assert sweep.main(asked(tmp_path, "seed=1..2", "data.alpha=1,2")) == 0
+    assert set(statuses(tmp_path)) == {"seed=0", "seed=1"} | {
+        f"alpha={alpha},seed={seed}" for alpha in (1, 2) for seed in (1, 2)
+    }
+    other = ("--config.data.num_clients=4",)
+    with pytest.raises(ValueError, match=r"data.num_clients: 10 there, 4 given"):
+        sweep.main(asked(tmp_path, "seed=5", arguments=other))
+    longer = ("--config.rounds=50", "--config.evaluation.every=10")
+    assert sweep.main(asked(tmp_path, "seed=5", arguments=longer)) == 0
+
+
+def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
+    def busy(config, path, name, show):
+        if "seed=1" in path:
+            raise workdir.InUse("in use")
+        return trainer(config, path, name, show)
+
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy))
+    assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
+    assert statuses(tmp_path) == {
+        "seed=0": "finished",
+        "seed=1": "running",
+        "seed=2": "finished",
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 9])
+def test_slices_part_the_points(trainer, tmp_path, n):
+    for i in range(n):
+        assert sweep.main(asked(tmp_path, index=f"{i}/{n}")) in (0, 1)
+    assert len(trainer.ran) == len(set(trainer.ran)) == 4  # two diverge
+    assert "waiting" not in statuses(tmp_path).values()
+
+
+def test_slices_are_refused_by_name():
+    for index in ("3/3", "1", "a/b", "-1/3", "1/0"):
+        with pytest.raises(ValueError, match=r"must be i/n"):
+            runner.part([1, 2], index)
+    assert runner.part("abcde", "1/2") == ["c", "d", "e"]
+
+
+def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
+    folder = tmp_path / "abl"
+    assert sweep.main(asked(folder, list=True)) == 0
+    out = capsys.readouterr().out
+    assert "6 points" in out and "learning_rate=0.05,seed=1" in out
+    assert "one program for 2:" in out
+    assert not folder.exists() and not trainer.ran
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (dict(sweep=()), "--sweep is required"),
+        (dict(sweep=("rounds=2,x",)), "rounds=x"),
+        (dict(baseline="data.alpha=1"), "'data.alpha' is not swept"),
+        (dict(baseline="local.learning_rate=3"), "accepted: '0.05', '0.1', '0.2'"),
+        (dict(by="vacc"), "go with --tune"),
+        (dict(tune=("local.learning_rate=1,2",)), "is swept twice"),
+        (dict(tune=("local.epochs=1,2",), by="zacc"), "--by=zacc: it is measured on"),
+        (dict(tune=("local.epochs=1,2",), by="gacc_mean"), "it is measured on"),
+        (dict(tune=("local.epochs=1,2",), by="pacc"), "with --tune_seed=N it is"),
+        (dict(tune=("local.epochs=1,2",), by="loss"), "'loss' is unknown"),
+        (dict(tune=("local.epochs=1,2",)), "validation_fraction is 0"),
+        (dict(tune=("local.epochs=1,2",), tune_seed=1), "the seed of the point"),
+        (dict(arguments=("--config.seed=3",)), "'seed' is swept, and given"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_leaves_nothing(trainer, tmp_path, more, message):
+    folder = tmp_path / "abl"
+    with pytest.raises(ValueError, match=message):
+        sweep.main(asked(folder)._replace(**more))
+    assert not folder.exists()
+
+
+def test_a_folder_of_something_else_is_refused(trainer, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no sweep"):
+        sweep.main(asked(tmp_path))
+
+
+# Tuning -----------------------------------------------------------------------------
+
+VALIDATED = ("--config.data.validation_fraction=0.2",)
+
+
+def test_values_are_chosen_by_validation_data_alone(trainer, tmp_path, monkeypatch):
+    looked_at = set()
+
+    class Summary(dict):
+        def get(self, key):
+            looked_at.add(key)
+            return super().get(key)
+
+    read = tune.read_json
+    monkeypatch.setattr(tune, "read_json", lambda *args: Summary(read(*args)))
+    flags = ("method.name=fedavg,fedprox", "seed=3..4")
+    more = dict(tune=("local.learning_rate=0.1,0.05,0.2",), arguments=VALIDATED)
+    assert sweep.main(asked(tmp_path, *flags, **more)) == 0
+    assert looked_at == {"vacc"}
+    content = json.loads((tmp_path / record.FILE).read_text())
+    trials = content["trials"]
+    assert len(trials) == 6 and len(statuses(tmp_path)) == 4
+    assert {entry["fields"]["seed"] for entry in trials} == {3}
+    chosen = [entry for entry in trials if entry["chosen"]]
+    assert [e["fields"]["local.learning_rate"] for e in chosen] == [0.05, 0.05]
+    for entry in content["points"]:
+        assert entry["tuned"] == {"local.learning_rate": 0.05}
+    rows = list(csv.DictReader((tmp_path / tune.TABLE).open()))
+    assert [row["vacc"] for row in rows[:3]] == ["49.9", "49.95", ""]
+    assert [row["status"] for row in rows[:3]] == ["finished", "finished", "diverged"]
+    assert [row["chosen"] for row in rows[:3]] == ["False", "True", "False"]
+    before = list(trainer.ran)
+    assert sweep.main(asked(tmp_path, *flags, **more)) == 0
+    assert trainer.ran == before
+
+
+def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path):
+    more = dict(tune=("local.learning_rate=0.05,0.1",), tune_seed=7)
+    assert sweep.main(asked(tmp_path, "seed=0..2", **more)) == 0
+    content = json.loads((tmp_path / record.FILE).read_text())
+    assert {entry["fields"]["seed"] for entry in content["trials"]} == {7}
+    assert content["tune"] == dict(fields=["local.learning_rate"], by="pacc", seed=7)
+    for entry in content["points"]:
+        assert entry["tuned"] == {"local.learning_rate": 0.1}
+
+
+def test_a_setting_with_no_good_value_fails_alone(trainer, tmp_path):
+    more = dict(tune=("local.learning_rate=0.2,0.3",), arguments=VALIDATED)
+    assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 1
+    assert set(statuses(tmp_path).values()) == {"failed"}
+
+
+# What is shown ----------------------------------------------------------------------
+
+
+def test_time_left_is_that_of_the_points_of_late(capsys):
+    now = [0.0]
+    show = live.Shown(4, clock=lambda: now[0])
+    assert show.left() is None and show.line()[2] == "0/4"
+    show.begin()
+    now[0] = 60.0
+    show.ended("seed=0", "gACC 1.00")
+    show.begin()
+    now[0] = 80.0  # 40 of this one, and two more
+    assert show.line() == ("points", 0.25, "1/4, 2m40s left")
+    assert capsys.readouterr().out == "1/4 seed=0: gACC 1.00 (1m00s)\n"
+
+
+def test_neighbours_share_a_program():
+    grid = points.product([[{"seed": str(s)} for s in (0, 1)], [{"data.alpha": "1"}]])
+    seeds = points.resolve(FEDAVG, [], grid)
+    rates = [{"local.batch_size": "8"}, {"local.batch_size": "4"}]
+    mixed = points.resolve(FEDAVG, [], points.product([grid, rates]))
+    assert [len(g) for g in runner.grouped(seeds)] == [2]
+    assert [p.config.local.batch_size for p in runner.ordered(mixed)] == [8, 8, 4, 4]
+    assert isinstance(seeds[0], Point)
