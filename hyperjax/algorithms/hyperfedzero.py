@@ -17,6 +17,7 @@ generated tensors are scaled (`hypernets.mlp`).
 
 import jax
 
+from hyperjax import compiling
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
@@ -64,6 +65,6 @@ def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Mo
       hypernet: options of `mlp.chunked_mlp`.
       **choices: of `wrap.conditioned`.
     """
-    template = jax.jit(model.init)(jax.random.key(0))["params"]
+    template = compiling.once(model.init)(jax.random.key(0))["params"]
     net = mlp.chunked_mlp(template, condition_size=embedding.size, **hypernet)
     return wrap.generated_from_input(model, embedding, net, **choices)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import rng, tree
+from hyperjax import compiling, rng, tree
 from hyperjax.models import layers
 from hyperjax.types import Array, PyTree
 
@@ -296,7 +296,8 @@ def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruc
         return found.run(variables, x).logits[real], seen.logits[real], seen.stats
 
     # Ahead of time, as models are also built while something else is traced.
-    compiled = jax.jit(outputs).lower(variables, first).compile()
+    trial = jax.jit(outputs, **compiling.options(compiling.ONCE))
+    compiled = trial.lower(variables, first).compile()
     once, again = (jax.device_get(compiled(variables, x)) for x in (first, second))
     names = ("predictions", "logits", *tree.paths(once[2]))
     changed = [
