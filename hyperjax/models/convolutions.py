@@ -32,23 +32,28 @@ def convolve(
       [B, H', W', f].
     """
     if rule == "auto":
-        rule = _cpu_rule(kernel) if jax.default_backend() == "cpu" else "xla"
+        rule = cpu_rule(kernel.shape) if jax.default_backend() == "cpu" else "xla"
     if rule == "patches":
         windows = patches(x, kernel.shape[0], stride, padding)
         return _product(windows, kernel.reshape(-1, kernel.shape[-1]))
     if rule == "stripes":
-        return _stripes(x, kernel, stride, padding)
+        return stripes(x, kernel, stride, padding)
     return (_scan_conv if rule == "scan" else _xla_conv)(x, kernel, stride, padding)
 
 
-def _cpu_rule(kernel: Array) -> str:
-    """The fastest rule inside a loop on the CPU: see `benchmarks/conv_rules.py`.
+def cpu_rule(shape: tuple[int, ...]) -> str:
+    """Returns the fastest rule inside a loop on the CPU for a kernel's shape.
+
+    Measured by `benchmarks/conv_rules.py`.
 
     Stripes win where there are few channels, so that their copies are cheap and the
-    product is what was too narrow before; with more of them the copies cost more.
+    product is what was too narrow before; with more of them copies cost more than they
+    give, those of patches earlier than those of stripes for 5x5, later for 3x3.
     """
-    size, _, channels, _ = kernel.shape
-    return "stripes" if channels <= (20 if size >= 5 else 3) else "scan"
+    size, _, channels, _ = shape
+    if channels <= (20 if size >= 5 else 3):
+        return "stripes"
+    return "patches" if size <= 3 and channels < 16 else "scan"
 
 
 def _product(x: Array, matrix: Array) -> Array:
@@ -61,7 +66,7 @@ def _product(x: Array, matrix: Array) -> Array:
     return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _stripes(
+def stripes(
     x: Array, kernel: Array, stride: int, padding: Padding, block: int | None = None
 ) -> Array:
     """A convolution as one product of stripes of x with a banded matrix.
@@ -71,9 +76,7 @@ def _stripes(
     patches copy a window for each.
     """
     size, _, channels, features = kernel.shape
-    if block is None:
-        # Wide enough a product to be fast; more would be zeros of the band.
-        block = 4 if features <= 10 else 2
+    block = block or block_of(size, features)
     pads = _explicit(padding, x, size, stride)
     height, width = (
         (length + low + high - size) // stride + 1
@@ -96,8 +99,16 @@ def _stripes(
     return y.reshape(len(x), height, blocks * block, features)[:, :, :width]
 
 
+def block_of(size: int, features: int) -> int:
+    """Returns how many outputs share a stripe: enough for a product that is fast.
+
+    More would be zeros of the band.
+    """
+    return 4 if size >= 5 and features <= 10 else 2
+
+
 def _band(kernel: Array, stride: int, block: int, columns: int) -> Array:
-    """The matrix of `_stripes`: output j of a block has the kernel, moved by j strides.
+    """The matrix of `stripes`: output j of a block has the kernel, moved by j strides.
 
     Returns:
       [size * columns * c, block * f], in which a row is (row, column, channel).

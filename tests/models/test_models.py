@@ -227,7 +227,7 @@ def test_stripes_of_any_width(size, stride, shape, padding, block):
         return (
             both(lambda *of: convolutions._xla_conv(*of, stride, padding), x, kernel),
             both(
-                lambda *of: convolutions._stripes(*of, stride, padding, block),
+                lambda *of: convolutions.stripes(*of, stride, padding, block),
                 x,
                 kernel,
             ),
