@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from hyperjax import compiling
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
 from hyperjax.types import ALONE
@@ -94,7 +95,7 @@ class Compiled:
         if key not in self._programs:
             start = time.perf_counter()
             self.watcher(name)
-            options: dict[str, Any] = {"donate_argnums": donate}
+            options = {"donate_argnums": donate, **compiling.options()}
             if self._mesh is not None:
                 options["out_shardings"] = sharding.everywhere(self._mesh)
             try:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import rng
+from hyperjax import compiling, rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
@@ -362,7 +362,11 @@ def _on_device(parts: _Parts) -> Simulator:
     table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
 
     def init(root):
+<<<<<<< HEAD
         carry = Carry(parts.init_server(root), {}, {})
+=======
+        carry = Carry(compiling.once(parts.init_server)(root), {}, {})
+>>>>>>> w-speed
         for name, spec in parts.rows().items():
             carry.rows[name], carry.seen[name] = stores.zeros(spec, groups.size(name))
         return sharding.replicate(carry, parts.mesh)
@@ -439,7 +443,12 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         return rows, seen
 
     def init(root):
+<<<<<<< HEAD
         return Carry(parts.init_server(root), *empty())
+=======
+        server = sharding.replicate(compiling.once(parts.init_server)(root), parts.mesh)
+        return Carry(server, *empty())
+>>>>>>> w-speed
 
     def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)

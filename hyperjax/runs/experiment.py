@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hyperjax import compiling
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
@@ -151,6 +152,7 @@ def experiment(
         store=store,
         rounds_per_call=settings.rounds_per_call or settings.every,
         cohort_size=cohort_size,
+        compiler_level=compiling.level(),
     )
     costs = {}
     for name in families.clients(algorithm):
