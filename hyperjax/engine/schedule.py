@@ -322,7 +322,8 @@ class _Parts(NamedTuple):
         def init(root):
             return self.alg.server.init(rng.stream(root, "common_init"))
 
-        return self.program("init", init, (sharding.replicate(root, self.mesh),))
+        args = (sharding.replicate(root, self.mesh),)
+        return self.program("init", init, args, times=compiling.ONCE)
 
     def cohorts(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
@@ -362,11 +363,7 @@ def _on_device(parts: _Parts) -> Simulator:
     table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
 
     def init(root):
-<<<<<<< HEAD
         carry = Carry(parts.init_server(root), {}, {})
-=======
-        carry = Carry(compiling.once(parts.init_server)(root), {}, {})
->>>>>>> w-speed
         for name, spec in parts.rows().items():
             carry.rows[name], carry.seen[name] = stores.zeros(spec, groups.size(name))
         return sharding.replicate(carry, parts.mesh)
@@ -443,12 +440,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         return rows, seen
 
     def init(root):
-<<<<<<< HEAD
         return Carry(parts.init_server(root), *empty())
-=======
-        server = sharding.replicate(compiling.once(parts.init_server)(root), parts.mesh)
-        return Carry(server, *empty())
->>>>>>> w-speed
 
     def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)
