@@ -191,7 +191,7 @@ def trainer(
         return {k: optimizer.init(params) for k, params in by_optimizer(active).items()}
 
     def train(key, variables, data: ClientData, round, adjust, epochs=None):
-        context = model.context(variables, data)
+        context = model.visit.context(variables, data)
         factor = local.schedule(round)
         totals = _zero_totals(model, variables, data, batch_size, context)
         if probe:
@@ -295,13 +295,13 @@ def tuner(
     def tune(key, variables, data, round, epochs):
         # Fine-tuning starts with an optimizer of its own, and nothing it trains on is
         # what it is deployed for.
-        start = model.visit(memory.without(variables, OPTIMIZER, "condition"))
+        start = model.visit.enter(memory.without(variables, OPTIMIZER, "condition"))
         after, _ = run(key, start, data.train, round, no_adjustment, epochs)
         for name in (OPTIMIZER, "condition"):
             if jax.tree.leaves(entry := memory.get(variables, name)):
                 after = memory.put(after, name, entry)
         if jax.tree.leaves(memory.get(after, "condition")):
-            condition = model.condition(after, data.inputs)
+            condition = model.serve.condition(after, data.inputs)
             after = memory.put(after, "condition", condition)
         return after
 

@@ -115,6 +115,7 @@ def fedfomo(
             wander = jax.random.uniform(key_greedy) < chance
             known = jnp.minimum(client, num_clients - 1)
             score = jnp.where(wander, random, state.preference[known])
+            # A model that nobody has trained says nothing: never among the best.
             open_ = state.trained & (jnp.arange(num_clients) != client)
             score = jnp.where(open_, score, -jnp.inf)
             best, who = jax.lax.top_k(score, num_models)
@@ -181,5 +182,6 @@ def parted(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
     """Cuts a client's samples in those to train on and the first few, to validate."""
     held = jnp.where(data.size > 1, jnp.maximum(1, data.size * fraction), 0)
     held = held.astype(jnp.int32)
+    # Rolled, not cut: rows keep their width, and the first `size` of them count.
     train = data._replace(rows=jnp.roll(data.rows, -held), size=data.size - held)
     return train, data._replace(size=held)

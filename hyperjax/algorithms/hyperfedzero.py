@@ -64,6 +64,11 @@ def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Mo
       hypernet: options of `mlp.chunked_mlp`.
       **choices: of `wrap.conditioned`.
     """
-    template = jax.jit(model.init)(jax.random.key(0))["params"]
+    key = jax.random.key(0)
+    if hypernet.get("out_scale") == "fan_in":  # looks at the numbers
+        start = jax.jit(model.init)(key)
+    else:
+        start = jax.eval_shape(model.init, key)
+    template = start["params"]
     net = mlp.chunked_mlp(template, condition_size=embedding.size, **hypernet)
     return wrap.generated_from_input(model, embedding, net, **choices)

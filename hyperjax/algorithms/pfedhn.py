@@ -18,7 +18,7 @@ Clients may have different networks (a mapping of models): the hypernetwork emit
 parameters of all of them, and each client is sent the slice of its own, which alone
 passes a gradient back; decay and momentum move the others' too.
 
-Unseen clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
+Novel clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 
 Deviations, which `faithful=True` undoes: momentum and decay do not move embeddings of
 clients that are absent (the authors' code has one dense table), and the local gradient
@@ -135,6 +135,8 @@ def pfedhn(
     def init(common):
         key_phi, key_table = jax.random.split(rng.stream(common, "hypernetwork"))
         phi = net.init(key_phi)
+        # N(0, 1) as PyTorch's nn.Embedding; one optimizer state for the whole table, or
+        # one for each row, which ages with its client alone.
         table = jax.random.normal(key_table, (num_clients, size))
         rows = optimizer.init if faithful else jax.vmap(optimizer.init)
         return State(phi, table, optimizer.init(phi), rows(table))
@@ -153,8 +155,7 @@ def pfedhn(
         # Old minus new is what a minimiser wants.
         of_phi, of_v = pull(tree.scale(delta, -1.0 / some))
         grads = tree.hold(freeze, tree.zeros_like(of_phi), of_phi), of_v
-        norm = tree.norm(grads)
-        grads = tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6)))
+        grads, norm = tree.clip(grads, clip_norm)
         phi, opt_phi = _step(optimizer, grads[0], server.opt_phi, server.phi)
         phi = tree.hold(freeze, server.phi, phi)
         if faithful:

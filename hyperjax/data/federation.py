@@ -11,6 +11,7 @@ validation and no unseen clients.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from hyperjax import tree
 from hyperjax.data import clients, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data.clients import Table
-from hyperjax.data.sources import Source
+from hyperjax.data.sources import Source, shown_shape
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Pool
 
@@ -62,6 +63,14 @@ class Federation(NamedTuple):
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
 
+    def __repr__(self) -> str:
+        who = f"{self.num_clients} clients"
+        who += f" + {self.num_novel} unseen" if self.num_novel else ""
+        number, *shape = self.pool.x.shape
+        size = shown_shape(tuple(shape))
+        what = f"{number:,} images of {size}, {self.num_classes} classes"
+        return f"Federation({who}, {what})"
+
     @property
     def num_classes(self) -> int:
         """K."""
@@ -95,6 +104,20 @@ class Federation(NamedTuple):
         """
         everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
         return self._replace(trainers=everything)
+
+    def widened(self, widths: Mapping[str, int]) -> "Federation":
+        """Returns the same federation with tables of at least so many columns, by name.
+
+        Nothing is added but padding.
+        """
+
+        def widen(table: Table, width: int) -> Table:
+            missing = max(0, width - table.rows.shape[1])
+            return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
+
+        tables: dict[str, Any] = {name: getattr(self, name) for name in widths}
+        tables = {k: t and widen(t, widths[k]) for k, t in tables.items()}
+        return self._replace(**tables)
 
     def newcomers(self) -> "Federation":
         """Returns the federation of the unseen clients, who now take part.

@@ -85,8 +85,8 @@ class Deployed(NamedTuple):
     """What a client gets; host arrays.
 
     `variables` are those that its family's model predicts with. `network` is what would
-    run on the client: variables of a plain network (`model.export`), which for a method
-    with a classifier per sample is none of its own.
+    run on the client: variables of a plain network (`model.serve.export`), which for a
+    method with a classifier per sample is none of its own.
     """
 
     variables: PyTree
@@ -270,7 +270,7 @@ def _program(alg: Algorithm, name: str, batch_size: int) -> Callable:
             x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
             num_classes = jax.eval_shape(model.predict, variables, x).shape[-1]
             logits = predict_all(model, variables, inputs, num_classes, width)
-            return Deployed(variables, model.export(variables), logits)
+            return Deployed(variables, model.serve.export(variables), logits)
 
         return jax.lax.map(deploy_one, arrivals)
 

@@ -38,8 +38,8 @@ class Evaluator(NamedTuple):
     client for one of whose samples the outputs are not finite), for methods whose
     deployment differs between clients "accuracy_swapped" (with the next client's
     adapted state) and "distance_swapped" (relative distance between the two deployed
-    networks), and whatever `model.inspect` reports. With families, the next client is
-    one of the same family, and what only some report is NaN for the others.
+    networks), and whatever `model.serve.inspect` reports. With families, the next
+    client is one of the same family, and what only some report is NaN for the others.
 
     `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
     samples first, at the learning rate of the last round. Names: "size", "accuracy",
@@ -67,6 +67,7 @@ def evaluator(
     batch_size: int = 256,
     clients_per_call: int = 64,
     mesh: Any = None,
+    program: Compiled | None = None,
 ) -> Evaluator:
     """Builds the evaluation of a method.
 
@@ -82,12 +83,15 @@ def evaluator(
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
+      program: the compiler, that of an evaluator of the same method and arguments but
+        for pool, populations and prior, whose programs then serve this one too; None
+        for one of its own.
 
     Raises:
       ValueError: the members are not the method's families, or somebody who is to be
         evaluated belongs to none.
     """
-    groups, program = families.check(alg, members), Compiled(mesh)
+    groups, program = families.check(alg, members), program or Compiled(mesh)
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
     # Arguments of the programs, not constants in them: other federations of equal
@@ -184,7 +188,9 @@ def _programs(
 
     def adapt_one(client: deploy.Arrival, shared: deploy.Shared):
         state, variables, data = deploy.adapt(side, client, shared)
-        return _Ready(client.own, state), side.model.inspect(variables, data.inputs)
+        return _Ready(client.own, state), side.model.serve.inspect(
+            variables, data.inputs
+        )
 
     def score_one(pair: _Pair, common: tuple[deploy.Shared, Samples]):
         shared, samples = common

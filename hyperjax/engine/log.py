@@ -1,7 +1,8 @@
 """What a run leaves to read: JSON lines and TensorBoard events.
 
-`metrics.jsonl` holds results only and is the same however often a run was interrupted;
-wall-clock times are in `timing.jsonl`.
+`metrics.jsonl` holds evaluations and `training.jsonl` the quantities of every round;
+both are the same however often a run was interrupted. Wall-clock times are in
+`timing.jsonl`.
 """
 
 import json
@@ -64,20 +65,27 @@ class Recorder:
     def __init__(self, workdir: Path, finished_rounds: int, tensorboard: bool = True):
         """Keeps records up to `finished_rounds`; -1 for a fresh run."""
         self._workdir = workdir
-        for name in (METRICS, TIMING):
+        self._seconds_before = 0.0  # of processes that this one continues
+        for name in (METRICS, TIMING, TRAINING):
             kept = [
                 record
                 for record in read_lines(workdir / name)
                 if record["round"] <= finished_rounds
             ]
+            if name == TIMING and kept:
+                self._seconds_before = kept[-1].get("seconds", 0.0)
             text = "".join(json.dumps(record) + "\n" for record in kept)
             write_atomically(workdir / name, text)
         self._events = _event_writer(workdir, finished_rounds) if tensorboard else None
 
     def evaluation(self, record: Mapping[str, Any], seconds: float) -> None:
-        """Writes the record of one evaluation, which names its "round"."""
+        """Writes the record of one evaluation, which names its "round".
+
+        `seconds` are those of this process.
+        """
         self._append(METRICS, plain(record))
-        self._append(TIMING, {"round": record["round"], "seconds": round(seconds, 3)})
+        seconds = round(self._seconds_before + seconds, 3)
+        self._append(TIMING, {"round": record["round"], "seconds": seconds})
         if self._events is not None:
             for name, value in record.items():
                 is_number = isinstance(value, (int, float, np.number))
@@ -86,14 +94,15 @@ class Recorder:
             self._events.flush()
 
     def rounds(self, start: int, info: Mapping[str, np.ndarray]) -> None:
-        """Writes training quantities [R] of rounds start + 1, ... as events."""
-        if self._events is None:
-            return
-        for name, values in info.items():
-            for i, value in enumerate(np.asarray(values)):
-                if np.ndim(value) == 0:
-                    step = start + i + 1
-                    self._events.add_scalar(f"train/{name}", float(value), step)
+        """Writes training quantities [R] of rounds start + 1, ..."""
+        scalars = {k: v for k, v in info.items() if np.ndim(v) == 1}
+        for i in range(max(map(len, scalars.values()), default=0)):
+            row = {name: values[i] for name, values in scalars.items()}
+            self._append(TRAINING, {"round": start + i + 1, **plain(row)})
+            if self._events is not None:
+                for name, value in row.items():
+                    at = start + i + 1
+                    self._events.add_scalar(f"train/{name}", float(value), at)
 
     def close(self) -> None:
         """Flushes and closes the event file."""

@@ -99,6 +99,7 @@ def simulator(
     mesh: Any = None,
     store: str = "device",
     store_dir: str | None = None,
+    program: compiled.Compiled | None = None,
 ) -> Simulator:
     """Builds the engine of one training run.
 
@@ -119,6 +120,9 @@ def simulator(
         device, and runs all rounds of a call as one program; "host" keeps both in
         host memory, or in files under `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
+      program: the compiler, that of a simulator of the same method and arguments but
+        for table, pool and weight, whose programs then serve this one too; None for
+        one of its own.
 
     Raises:
       ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, weights
@@ -138,6 +142,7 @@ def simulator(
     cohort_size = num_clients if sampler == "full" else cohort_size
     mesh = None if sequential else mesh
     padded = sharding.padded_size(cohort_size, mesh)
+    program = program or compiled.Compiled(mesh)
 
     def draw(root, round, weight):
         key = rng.stream(jax.random.fold_in(root, round), "cohort")
@@ -158,15 +163,17 @@ def simulator(
             return {groups.names[0]: num_rounds * cohort_size}
         if sampler == "full":
             return {name: num_rounds * groups.size(name) for name in groups.names}
-        whole = jnp.zeros(num_clients)
 
-        def count(round):
-            family = jnp.asarray(groups.family)[
-                draw(root, round, whole).ids[:cohort_size]
-            ]
-            return jnp.bincount(family, length=len(groups.names))
+        def count(root, rounds):
+            def one(round):
+                ids = draw(root, round, jnp.zeros(num_clients)).ids[:cohort_size]
+                family = jnp.asarray(groups.family)[ids]
+                return jnp.bincount(family, length=len(groups.names))
 
-        counts = jax.jit(lambda r: jax.lax.map(count, r))(jnp.arange(num_rounds))
+            return jax.lax.map(one, rounds)
+
+        root = sharding.replicate(root, mesh)
+        counts = program("visits", count, (root, jnp.arange(num_rounds)))
         return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
 
     _check_data(alg, table, pool)
@@ -183,6 +190,7 @@ def simulator(
         pool=sharding.replicate(pool, mesh),
         weight=sharding.replicate(_checked_weight(weight, num_clients), mesh),
         mesh=mesh,
+        program=program,
     )
     built = _on_device(parts) if store == "device" else _on_host(parts, store_dir)
     return _with_checks(built, alg, groups, must_donate=store_dir is not None)
@@ -306,10 +314,15 @@ class _Parts(NamedTuple):
     pool: Pool
     weight: Array
     mesh: Any
+    program: compiled.Compiled
 
     def init_server(self, root):
         """The server's first state."""
-        return self.alg.server.init(rng.stream(root, "common_init"))
+
+        def init(root):
+            return self.alg.server.init(rng.stream(root, "common_init"))
+
+        return self.program("init", init, (sharding.replicate(root, self.mesh),))
 
     def split(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
@@ -345,11 +358,11 @@ def _round_info(opened: dict, info: dict) -> dict:
 
 def _on_device(parts: _Parts) -> Simulator:
     """All rounds of a call are one program; client state is part of its carry."""
-    program, groups = compiled.Compiled(parts.mesh), parts.groups
+    program, groups = parts.program, parts.groups
     table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
 
     def init(root):
-        carry = Carry(jax.jit(parts.init_server)(root), {}, {})
+        carry = Carry(parts.init_server(root), {}, {})
         for name, spec in parts.rows().items():
             carry.rows[name], carry.seen[name] = stores.zeros(spec, groups.size(name))
         return sharding.replicate(carry, parts.mesh)
@@ -413,7 +426,7 @@ def _on_device(parts: _Parts) -> Simulator:
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     """One program per exchange; only a cohort's state and row numbers travel."""
-    program, groups = compiled.Compiled(parts.mesh), parts.groups
+    program, groups = parts.program, parts.groups
     table = parts.table
 
     def empty():
@@ -424,8 +437,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         return rows, seen
 
     def init(root):
-        server = sharding.replicate(jax.jit(parts.init_server)(root), parts.mesh)
-        return Carry(server, *empty())
+        return Carry(parts.init_server(root), *empty())
 
     def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -55,13 +56,33 @@ def make_experiment(
 ) -> Experiment:
     """Makes the experiment of a config that is checked and complete."""
     warn_of_the_end(config)
-    source = load_source(config.data)
-    federation = federate(source, config)
-    model = make_model(config, source.x.shape[1:], source.num_classes)
+    federation = federate(load_source(config.data), config)
+    return assemble(config, federation, store_dir)
+
+
+def assemble(
+    config: ml_collections.ConfigDict,
+    federation: Federation,
+    store_dir: str | None = None,
+    *,
+    like: Experiment | None = None,
+    widths: Mapping[str, int] | None = None,
+) -> Experiment:
+    """Builds what a config says around a federation.
+
+    Args:
+      config: that was checked.
+      federation: dealt out as it says.
+      store_dir: see `build`.
+      like: see `runs.experiment.experiment`.
+      widths: likewise.
+    """
+    model = make_model(config, federation.pool.x.shape[1:], federation.num_classes)
+    algorithm = like.algorithm if like else make_algorithm(config, model)
     engine, evaluation = config.engine, config.evaluation
     found = experiment(
         federation,
-        make_algorithm(config, model),
+        algorithm,
         settings(config),
         sampler=config.server.sampler,
         cohort_size=config.server.cohort_size,
@@ -74,17 +95,21 @@ def make_experiment(
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
         clients_per_call=evaluation.clients_per_call,
+        like=like,
+        widths=widths,
     )
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
         return found
+    other = like and like.by_sample
     by_sample = make_evaluator(
-        federation,
+        federation.widened(widths or {}),
         make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
         evaluation.batch_size,
         evaluation.clients_per_call,
         engine.devices,
+        program=other and other.program,
     )
     return found._replace(by_sample=by_sample)
 
@@ -202,9 +227,10 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
     try:
-        return sources.shrink(source, data.shrink)
+        source = sources.shrink(source, data.shrink)
     except ValueError as error:
         raise ValueError(f"data.shrink={data.shrink}: {error}") from error
+    return sources.resize(source, data.resize)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:

@@ -167,5 +167,8 @@ def _flags() -> list[tuple[str, str]]:
     found = []
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith(_OURS) or module == sys.argv[0]:
-            found += [(f"--{flag.name}", flag.help) for flag in defined]
+            # Of a flag that may be repeated absl says so at the end.
+            found += [
+                (f"--{flag.name}", flag.help.partition(";\n")[0]) for flag in defined
+            ]
     return sorted(found)

@@ -296,6 +296,11 @@ def _summary(
 ) -> dict[str, Any]:
     """Sums a finished run up; writes what is known of each client."""
     rows = results.per_client(values, experiment.federation)
+    if experiment.members is not None:
+        names, of = experiment.members.names, experiment.members.family
+        for row in rows:
+            if row["client"] < len(of):
+                row["family"] = names[of[row["client"]]]
     checkpoint.write_atomically(
         folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
     )

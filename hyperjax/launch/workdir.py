@@ -31,6 +31,7 @@ _BEGINNINGS = (
     PARTITION,
     log.METRICS,
     log.TIMING,
+    log.TRAINING,
     log.EVENTS,
     STORE,
     CHECKPOINTS,

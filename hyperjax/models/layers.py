@@ -95,8 +95,8 @@ class BatchNorm(nn.Module):
     Reference: Ioffe and Szegedy 2015, algorithms 1 and 2 (arXiv:1502.03167).
     """
 
-    momentum: float = 0.9
-    epsilon: float = 1e-5
+    momentum: float = 0.9  # what is kept at each step: PyTorch's 0.1 is the rest
+    epsilon: float = 1e-5  # PyTorch's
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:

@@ -66,7 +66,7 @@ class SqueezeNet(nn.Module):
             x = x[:, 0, 0]  # what `features` shows
         head = layers.Dense(
             self.num_classes,
-            nn.initializers.normal(0.01),
+            nn.initializers.normal(0.01),  # as torchvision's classifier
             nn.initializers.zeros,
             name="head",
         )

@@ -8,8 +8,8 @@ Five networks on CIFAR-10, in equal blocks of 50 clients; `--config.families` na
 others. As the code of arXiv:2507.22330 runs it: the training split alone, two classes a
 client, a quarter of each client's images held out, all clients every round one after
 another. Every client draws its classes on its own (`class_draws`): 2 on CIFAR-10, 10 on
-CIFAR-100 (`data=cifar100`), 20 on Tiny-ImageNet, 6 on EMNIST, whose images the code
-scales to 32x32 (`--config.data.shrink=2` halves 64x64). `averaged` steps once a round
+CIFAR-100 (`data=cifar100`), 20 on Tiny-ImageNet (`--config.data.shrink=2` halves its
+64x64 pixels), 6 on EMNIST; images are 32x32. `averaged` steps once a round
 for all clients; `--config.uplink='topk(fraction=0.3)'` sends 30 % of each client's
 change.
 
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "cifar100": {"data.classes_per_client": 10},
     "tiny_imagenet": {"data.classes_per_client": 20},
-    "emnist": {"data.classes_per_client": 6},
+    "emnist": {"data.classes_per_client": 6, "data.resize": 32},
     "mnist5k": {},
     "digits": {
         "rounds": 20,

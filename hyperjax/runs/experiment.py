@@ -1,6 +1,6 @@
 """Everything that a run needs, put together from objects: no config, no folder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
+from hyperjax.engine.compiled import Compiled
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
 
@@ -77,6 +78,8 @@ def experiment(
     store_dir: str | None = None,
     eval_batch_size: int = 256,
     clients_per_call: int = 64,
+    like: Experiment | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> Experiment:
     """Puts a run together.
 
@@ -96,6 +99,9 @@ def experiment(
       store_dir: folder of a host store in files.
       eval_batch_size: inputs predicted at a time.
       clients_per_call: clients evaluated at a time.
+      like: an experiment with the same arguments but for seed and federation; what was
+        compiled for it serves this one too, where tables are as wide.
+      widths: how wide tables of the federation are on the device at least, by name.
 
     Raises:
       ValueError: an unknown choice, or parts that do not go together.
@@ -112,10 +118,11 @@ def experiment(
     # One client at a time needs one device.
     mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
     sizes = federation.trainers.size
+    wide = federation.widened(widths or {})
     simulator = schedule.simulator(
         algorithm,
-        federation.trainers,
-        federation.pool,
+        wide.trainers,
+        wide.pool,
         weight=sizes if weights == "size" else np.ones_like(sizes),
         cohort_size=cohort_size,
         members=members,
@@ -125,9 +132,16 @@ def experiment(
         mesh=mesh,
         store=store,
         store_dir=store_dir,
+        program=like and like.simulator.program,
     )
     evaluator = make_evaluator(
-        federation, algorithm, members, eval_batch_size, clients_per_call, devices
+        wide,
+        algorithm,
+        members,
+        eval_batch_size,
+        clients_per_call,
+        devices,
+        program=like and like.evaluator.program,
     )
     plan = dict(
         backend=backend,
@@ -210,8 +224,9 @@ def make_evaluator(
     batch_size: int = 256,
     clients_per_call: int = 64,
     devices: int = 0,
+    program: Compiled | None = None,
 ) -> evaluate.Evaluator:
-    """Builds the evaluation of a run; arguments as of `experiment`."""
+    """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     most = max(federation.num_clients, federation.num_novel)
     clients_per_call = min(clients_per_call, most)
     whom, unseen = populations(federation), np.zeros(0, np.int32)
@@ -231,4 +246,5 @@ def make_evaluator(
         batch_size=batch_size,
         clients_per_call=clients_per_call,
         mesh=sharding.client_mesh(clients_per_call, devices),
+        program=program,
     )

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hyperjax.engine.checkpoint import write_atomically
-from hyperjax.sweeps import long, tables
+from hyperjax.sweeps import figures, long, tables
 
 POINTS, CLIENTS = "points.csv", "clients.csv"
+FIGURES = "figures"
 
 
 def write(
@@ -32,7 +33,8 @@ def write(
       paper: published values, {label of a group: {metric: value}}.
 
     Returns:
-      The files: points.csv, clients.csv, table.md, table.tex and table.csv.
+      The files: points.csv, clients.csv, table.md, table.tex,
+      table.csv and figures/*.{pdf,svg,png}.
 
     Raises:
       FileNotFoundError: there is no run.
@@ -59,4 +61,13 @@ def write(
     for name, text in texts.items():
         write_atomically(folder / name, text)
         written.append(folder / name)
+    if not live:
+        (folder / FIGURES).mkdir(exist_ok=True)
+        for name, figure in figures.all_of(table, wide, clients, by):
+            for form in figures.FORMATS:
+                path = folder / FIGURES / f"{name}.{form}"
+                part = path.with_name(f".{path.name}.part")
+                part.write_bytes(figures.rendered(figure, form))
+                part.replace(path)
+                written.append(path)
     return written

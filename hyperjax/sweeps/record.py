@@ -10,12 +10,12 @@ from typing import Any
 import ml_collections
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import origin, outputs, workdir
+from hyperjax.launch import finished, origin, outputs, workdir
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import Point
 
-FILE, LOCK = "sweep.json", ".sweep.lock"
+FILE, LOCK = finished.SWEEP, ".sweep.lock"
 FORMAT = 1
 WAITING, RUNNING = "waiting", "running"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"

@@ -131,7 +131,7 @@ def label(group: Mapping[str, Any]) -> str:
     """
     parts = [str(group.get("method", ""))]
     parts += [
-        f"{short(field, list(group))}={_setting(value)}"
+        f"{short(field, list(group))}={setting(value)}"
         for field, value in group.items()
         if field != "method" and value is not None
     ]
@@ -190,7 +190,7 @@ def _heads(found: Content) -> tuple[list[str], list[list[str]]]:
     """Columns that tell the groups apart."""
     fields = [name for name in found.by if name != "method"]
     rows = [
-        [str(r["group"]["method"]), *(_setting(r["group"][f]) for f in fields)]
+        [str(r["group"]["method"]), *(setting(r["group"][f]) for f in fields)]
         for r in found.records
     ]
     return ["method", *(short(field, fields) for field in fields)], rows
@@ -395,7 +395,8 @@ def threshold(done: pd.DataFrame) -> str | None:
     return max(numbers, key=float, default=None)
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """Returns a value of a setting as text."""
     return (
         NOTHING if value is None else f"{value:g}" if _is_number(value) else str(value)
     )

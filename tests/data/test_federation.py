@@ -48,6 +48,16 @@ def test_every_sample_has_one_place(options):
     assert found.trainers is found.train
 
 
+def test_a_federation_says_in_a_line_who_there_is_and_of_what():
+    images = "1,200 images of 2x2x1, 5 classes)"
+    assert repr(deal(1200)) == f"Federation(6 clients + 3 unseen, {images}"
+    assert repr(deal(1200, num_novel=0)) == f"Federation(6 clients, {images}"
+    assert repr(source(1200)) == f"Source('synthetic', {images}"
+    # One of one's own that nobody has looked at yet.
+    raw = source()._replace(name="mine", x=[[0, 1]])
+    assert repr(raw) == "Source('mine', of list)"
+
+
 @pytest.mark.parametrize("num_novel", [0, 3])
 @pytest.mark.parametrize("test_fraction", [0.0, 0.2])
 def test_unseen_clients_and_the_test_set_may_be_missing(num_novel, test_fraction):

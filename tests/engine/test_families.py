@@ -27,7 +27,7 @@ from hyperjax.engine import (
 )
 from hyperjax.engine.evaluate import Population
 from hyperjax.models import layers
-from hyperjax.types import AdaptData, ClientData, Cohort
+from hyperjax.types import AdaptData, ClientData, Cohort, Outputs, Visit
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families")
@@ -422,7 +422,9 @@ def test_a_client_starts_the_same_in_training_and_in_the_view_of_its_family():
     def arrive(key, variables):
         return jax.tree.map(lambda x: x + jax.random.normal(key), variables)
 
-    base = fedavg(tiny().model._replace(arrive=arrive), local=make_local(), keep=".*")
+    base = fedavg(
+        tiny().model._replace(visit=Visit(arrive)), local=make_local(), keep=".*"
+    )
     alg = base._replace(client={"a": base.client, "b": base.client})
     down = base.server.downlink(ROOT, base.server.init(ROOT), cohort_of([0]))
     ids = jnp.arange(2)
@@ -731,7 +733,7 @@ def data_of_nobody():
 def test_families_of_one_structure_have_programs_of_their_own():
     same, pool = fedavg(tiny().model, local=make_local()), tiny().pool
     model = same.client.model
-    upside_down = model._replace(predict=lambda *args: -model.predict(*args))
+    upside_down = model._replace(apply=lambda *args: Outputs(-model.predict(*args)))
     other = same._replace(client=same.client._replace(model=upside_down))
     alg = over_families.averaged({"a": same, "b": other})
     members = families.families({"a": np.arange(4), "b": np.arange(4, NUM_CLIENTS)})

@@ -37,8 +37,13 @@ def test_records_are_appended_and_times_kept_apart(tmp_path):
     recorder = log.Recorder(tmp_path, -1, tensorboard=False)
     recorder.evaluation({"round": 0, "loss": None}, 1.23456)
     recorder.evaluation({"round": 2, "loss": np.float32(0.1)}, 2.5)
-    recorder.rounds(0, {"loss": np.zeros(2)})  # for TensorBoard alone
+    info = {"loss": np.array([0.2, 0.1], np.float32), "by_class": np.zeros((2, 3))}
+    recorder.rounds(0, info)
     recorder.close()
+    assert lines(tmp_path / log.TRAINING) == [
+        {"round": 1, "loss": 0.2},
+        {"round": 2, "loss": 0.1},
+    ]
     assert lines(tmp_path / log.METRICS) == [
         {"round": 0, "loss": None},
         {"round": 2, "loss": 0.1},
@@ -55,14 +60,22 @@ def test_records_are_appended_and_times_kept_apart(tmp_path):
 )
 @pytest.mark.parametrize("torn", ["", "{", '{"round": 6, "lo', '{"round": 6}x', "\0\0"])
 def test_records_after_the_checkpoint_are_cut_off(finished, kept, torn, tmp_path):
-    for name in (log.METRICS, log.TIMING):
+    for name in (log.METRICS, log.TIMING, log.TRAINING):
         text = "".join(json.dumps({"round": r, "x": 0.1}) + "\n" for r in (0, 2, 4))
         (tmp_path / name).write_text(text + torn)
     recorder = log.Recorder(tmp_path, finished, tensorboard=False)
-    for name in (log.METRICS, log.TIMING):
+    for name in (log.METRICS, log.TIMING, log.TRAINING):
         assert [record["round"] for record in lines(tmp_path / name)] == kept
     recorder.evaluation({"round": 10}, 1.0)
     assert [r["round"] for r in lines(tmp_path / log.METRICS)] == [*kept, 10]
+
+
+def test_seconds_go_on_where_a_process_ended(tmp_path):
+    first = log.Recorder(tmp_path, -1, tensorboard=False)
+    for round, seconds in ((0, 1.0), (2, 5.0), (4, 7.0)):
+        first.evaluation({"round": round}, seconds)
+    log.Recorder(tmp_path, 2, tensorboard=False).evaluation({"round": 4}, 3.0)
+    assert [r["seconds"] for r in lines(tmp_path / log.TIMING)] == [1.0, 5.0, 8.0]
 
 
 def test_rewritten_records_are_the_same_bytes(tmp_path):

@@ -193,7 +193,7 @@ def test_damage_is_reported_and_the_checkpoint_before_is_used(story):
 def test_broken_and_whole_run_have_the_same_bits(story):
     whole, broken = (read(path, "summary.json") for path in (story.whole, story.broken))
     assert whole["state_sha256"] == broken["state_sha256"]
-    for name in ("metrics.jsonl", "clients.json"):
+    for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
     timed = {"seconds", "samples_per_second", "compile_seconds"}
     assert without(whole, timed) == without(broken, timed)

@@ -379,7 +379,7 @@ def test_features_are_what_the_head_gets():
         head = variables["params"]["head"]
 
         value, trained = model.loss(key, variables, batch, ())
-        outside = model.features(variables, batch)
+        outside = model.features(variables, batch.x)
         assert trained.features.shape == outside.shape == (6, 4)
         found = [f @ head["kernel"] + head["bias"] for f in (trained.features, outside)]
         expected = trained.logits, model.predict(variables, batch.x)
@@ -395,7 +395,7 @@ def test_features_are_what_the_head_gets():
 def test_features_need_a_head():
     model = from_linen(Normalised(3), (2, 2, 1), 3)
     with pytest.raises(ValueError, match="no layer named 'head'"):
-        model.features({}, batch_of())
+        model.features(model.init(jax.random.key(0)), batch_of().x)
 
 
 def test_with_shape_rebuilds():

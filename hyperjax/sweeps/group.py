@@ -1,0 +1,86 @@
+"""Runs that differ in seed and in who has which samples, as one compiled program.
+
+All of those are arguments of a program, so the runs of a group are traced and compiled
+once and then take turns. Index tables are padded to one width, which changes nothing:
+a run has the same states in a group as alone, bit for bit.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import ml_collections
+
+from hyperjax.data import federation as federations
+from hyperjax.data.federation import Federation
+from hyperjax.launch import build, fields
+from hyperjax.protocols import common
+from hyperjax.runs.experiment import Experiment
+
+# What decides who has which samples, but not of what shape anything else is.
+_DEALT = (
+    "partition",
+    "seed",
+    "test_fraction",
+    "eval_fraction",
+    "validation_fraction",
+    "stratified",
+    *{name for names in fields.PARTITIONS.values() for name in names},
+)
+FREE = ("seed", *(f"data.{name}" for name in _DEALT))
+_TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
+
+
+def key(config: ml_collections.ConfigDict) -> Hashable:
+    """Returns what runs of one program have in common: fields and their values."""
+    return tuple(
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
+    )
+
+
+def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment]:
+    """Builds the experiments of configs with one key, with programs in common.
+
+    What is read of the data is read once, and is on the device once.
+
+    Raises:
+      ValueError and others: as `build.build`; or the keys differ.
+    """
+    configs = [common.filled(config) for config in configs]
+    if len({key(config) for config in configs}) > 1:
+        raise ValueError("configs of a group differ in more than seeds and partition")
+    for config in configs:
+        build.check(config)
+        build.warn_of_the_end(config)
+    source = build.load_source(configs[0].data)
+    dealt: list[Federation] = []
+    for config in configs:
+        one = build.federate(source, config)
+        if dealt:
+            shared = dict(x=dealt[0].pool.x, y=dealt[0].pool.y)
+            one = one._replace(pool=one.pool._replace(**shared))
+        dealt.append(one)
+    found: list[Experiment] = []
+    for config, one in zip(configs, dealt, strict=True):
+        like = found[0] if found else None
+        widths = _widths(config, one, dealt)
+        found.append(build.assemble(config, one, like=like, widths=widths))
+    return found
+
+
+def _widths(
+    config: ml_collections.ConfigDict, one: Federation, dealt: Sequence[Federation]
+) -> dict[str, int]:
+    """How wide the tables of a federation are to be, by name.
+
+    A batch has no more rows than there are columns. A table narrower than a batch stays
+    as it is: other shapes of batches might round differently.
+    """
+    found: dict[str, int] = {}
+    for name in (*federations.TABLES, "trainers"):
+        tables = [getattr(other, name) for other in dealt]
+        own = getattr(one, name)
+        if own is None:
+            continue
+        batch = (config.local if name in _TRAINED else config.evaluation).batch_size
+        if own.rows.shape[1] >= batch:
+            found[name] = max(t.rows.shape[1] for t in tables if t is not None)
+    return found

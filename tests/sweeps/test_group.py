@@ -1,0 +1,89 @@
+"""Runs of a group share what is compiled, and each is the run that it is alone."""
+
+import chex
+import jax
+import pytest
+
+from configs import zero_shot
+from hyperjax import tree
+from hyperjax.launch import build
+from hyperjax.runs import loop
+from hyperjax.sweeps import group
+
+SMALL = {
+    "rounds": 2,
+    "data.name": "digits",
+    "data.shrink": 4,
+    "data.num_clients": 3,
+    "data.num_novel": 1,
+    "data.alpha": 0.1,  # skewed: tables of other widths for other seeds
+    "local.batch_size": 8,
+    "evaluation.every": 1,
+    "evaluation.batch_size": 16,
+}
+
+
+def config(method="fedavg", **fields):
+    """A tiny run with some fields changed; `a__b=1` sets `a.b`."""
+    found = zero_shot.get_config(method)
+    found.model.hidden = (4,)
+    changed = {name.replace("__", "."): value for name, value in fields.items()}
+    found.update_from_flattened_dict({**SMALL, **changed})
+    return found
+
+
+def outcome(experiment):
+    """The state's digest after the run, and all values per client on the way."""
+    seed, state = experiment.settings.seed, loop.start(experiment)
+    values = [experiment.evaluator.evaluate(seed, state.carry, 0)]
+    for call in loop.rounds(experiment, state):
+        state = call.state
+        values.append(experiment.evaluator.evaluate(seed, state.carry, state.round))
+    return tree.sha256(jax.device_get(state.carry)), values
+
+
+def programs(experiment) -> int:
+    parts = experiment.simulator, experiment.evaluator
+    return sum(len(part.program._programs) for part in parts)
+
+
+def test_runs_of_a_group_are_compiled_once_and_have_the_bits_of_runs_alone():
+    configs = [config(), config(seed=1, data__partition="iid")]
+    alone = [build.build(one) for one in configs]
+    first, second = (len(one.federation.train.rows[0]) for one in alone)
+    assert first != second
+    together = group.experiments(configs)
+    found = [outcome(one) for one in together]
+    assert programs(together[0]) == programs(together[1]) == 3  # all there are
+    assert together[0].simulator.program is together[1].simulator.program
+    assert found[0][0] != found[1][0]
+    for (state, values), one in zip(found, alone, strict=True):
+        expected, expected_values = outcome(one)
+        assert state == expected
+        # Losses are sums over padded rows, and the order of these is the compiler's.
+        chex.assert_trees_all_close(values, expected_values, rtol=1e-6)
+    pixels = {one.federation.pool.x.unsafe_buffer_pointer() for one in together}
+    assert len(pixels) == 1
+
+
+def test_a_table_narrower_than_a_batch_stays_as_it_is():
+    one = config()
+    source = build.load_source(one.data)
+    dealt = []
+    for seed in (0, 2):
+        one.seed = seed
+        dealt.append(build.federate(source, one))
+    first, second = (len(each.train.rows[0]) for each in dealt)
+    for batch, expected in ((second - 1, first), (second, first), (second + 1, None)):
+        one.local.batch_size = batch
+        assert first > second
+        assert group._widths(one, dealt[1], dealt).get("train") == expected
+
+
+def test_the_key_is_what_a_program_is_made_of():
+    same = config(seed=3, data__seed=4, data__partition="iid", data__alpha=2.0)
+    assert group.key(config()) == group.key(same)
+    for field in ("rounds", "data__num_clients", "local__batch_size", "data__shrink"):
+        assert group.key(config(**{field: 7})) != group.key(config()), field
+    with pytest.raises(ValueError, match="differ in more than seeds and partition"):
+        group.experiments([config(), config(rounds=3)])
