@@ -308,7 +308,7 @@ def generated(run: saved.Run) -> tuple[np.ndarray, np.ndarray]:
     def network(client):
         """Its kernels by path, and its embeddings."""
         variables = alg.client.deploy(down, client)
-        whole = tree.by_path(alg.client.model.export(variables)["params"])
+        whole = tree.by_path(alg.client.model.serve.export(variables)["params"])
         embeddings = variables["params"]["embed"]
         return {path: whole[path] for path in embeddings}, embeddings
 

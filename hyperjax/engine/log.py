@@ -98,7 +98,7 @@ class Recorder:
         scalars = {k: v for k, v in info.items() if np.ndim(v) == 1}
         for i in range(max(map(len, scalars.values()), default=0)):
             row = {name: values[i] for name, values in scalars.items()}
-            self._append(TRAINING, {"round": start + i + 1, **plain(row)})
+            self._append(TRAINING, {"round": start + i + 1, **jsonable(row)})
             if self._events is not None:
                 for name, value in row.items():
                     at = start + i + 1
