@@ -284,7 +284,7 @@ def shrink(source: Source, factor: int) -> Source:
     if height % factor or width % factor:
         raise ValueError(
             f"images of {height}x{width} cannot be averaged over squares of "
-            f"{factor}x{factor}: the factor must divide both"
+            f"{factor}x{factor}, which must divide both"
         )
     if factor == 1:
         return source

@@ -16,6 +16,8 @@ from hyperjax.launch import origin, workdir
 
 Row = Mapping[str, Any]
 
+SWEEP, TRIALS = "sweep.json", "tune"  # of a sweep: its record, runs that chose numbers
+
 
 class Run(NamedTuple):
     """What a run folder holds; parts not written yet are empty or None."""
@@ -108,19 +110,16 @@ def find(folders: Iterable[Path]) -> list[Path]:
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    """A run's folder is not searched for others."""
+    """A run's folder is not searched for others, nor a sweep's for its trials."""
     for path, inner, files in os.walk(folder):
         inner.sort(key=_natural)
         if workdir.CONFIG in files:
             inner.clear()
             yield Path(path)
+        elif SWEEP in files:
+            inner[:] = [name for name in inner if name != TRIALS]
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
     """Sorts p10 after p9."""
     return [(rest, int(n or 0)) for rest, n in re.findall(r"(\D*)(\d*)", name)]
-
-
-def points(run: Run, key: str) -> list[tuple[float, float]]:
-    """Returns (round, value) wherever a quantity was measured."""
-    return [(row["round"], row[key]) for row in run.metrics if row.get(key) is not None]

@@ -38,7 +38,7 @@ FORMAT = 3
 
 # Fields that do not touch the training, so that a run may go on with others.
 _FREE = re.compile(
-    r"data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard"
+    r"data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 # Those among them that a summary depends on: a finished run is summed up anew.
 _SUMMED_UP = re.compile(r"rounds|evaluation\.(?!every$).*")

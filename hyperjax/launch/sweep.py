@@ -28,8 +28,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from hyperjax import protocols
-from hyperjax.launch import cli, overview, train, workdir
-from hyperjax.sweeps import live, page, points, record, runner, tune
+from hyperjax.launch import cli, overview, train
+from hyperjax.sweeps import live, page, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
 from hyperjax.sweeps.tune import Setting
@@ -78,7 +78,7 @@ def main(asked: Asked) -> int:
         return 0
     try:
         well = ended(run(plan, asked))
-        return 0 if results(plan.record) and well else 1
+        return 0 if write_results(plan.record) and well else 1
     except (train.Stopped, KeyboardInterrupt):
         entries = plan.record.read()["points"]
         done = sum(entry["status"] in record.ENDED for entry in entries)
@@ -196,24 +196,19 @@ def listed(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def results(there: Record) -> bool:
-    """Writes tables and figures once all points have ended; whether all went well."""
-    from hyperjax.sweeps import outputs  # which takes long to import
+def write_results(there: Record) -> bool:
+    """Writes tables and figures once all points have ended; returns whether it could.
 
-    with there.change() as found:  # one process at a time
-        if not all(entry["status"] in record.ENDED for entry in found["points"]):
-            print("Tables are written when the other points have ended.")
-            return True
-        runs = [there.folder / entry["name"] for entry in found["points"]]
-        runs = [run for run in runs if (run / workdir.CONFIG).exists()]
-        if not runs:
-            return True
-        try:
-            fields = record.telling(there.folder, found)
-            outputs.write(there.folder, runs, fields, found["baseline"])
-        except Exception as error:
-            print(f"error: no tables: {error}", file=sys.stderr)
-            return False
+    Raises nothing: what the runs came to is in their folders.
+    """
+    if not results.has_ended(there.read()):
+        print("Tables are written when the other points have ended.")
+        return True
+    try:
+        results.write(there)
+    except Exception as error:
+        print(f"error: no tables: {error}", file=sys.stderr)
+        return False
     print(f"tables: {there.folder / 'table.md'}\nreport: {there.folder / page.PAGE}")
     return True
 

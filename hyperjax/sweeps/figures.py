@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("pdf", "svg", "png")
 # Inches, of a page of two columns: the text's width.
 WIDTH, PANEL_HEIGHT = 6.9, 2.1
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
@@ -64,14 +64,19 @@ _MARKERS = ("o", "s", "^", "D")
 _MAX_DOTS = 200
 
 
+def _style() -> Any:
+    """Our style, and nothing of the process' own."""
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Has a figure drawn in our style, whatever the process' own is."""
 
     @functools.wraps(draw)
     def drawn(*args: Any) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        with _style():
             figure = draw(*args)
             # Laid out anew at each drawing, it would give other files each time.
             figure.draw_without_rendering()
@@ -85,8 +90,8 @@ class Look(NamedTuple):
     """How a group is drawn: by colour, and by line and marker if that is not enough."""
 
     color: Any
-    line: str
-    marker: str
+    line: Any
+    marker: Any
 
 
 class Looks(NamedTuple):
@@ -184,10 +189,8 @@ def all_of(
 
 def rendered(figure: Figure, form: str) -> bytes:
     """Returns a figure as a file of one of `FORMATS`; equal figures, equal bytes."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with _style():
         figure.savefig(buffer, format=form, dpi=220, metadata=_NO_DATES[form])
     return buffer.getvalue()
 

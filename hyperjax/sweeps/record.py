@@ -10,12 +10,12 @@ from typing import Any
 import ml_collections
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import origin, outputs, workdir
+from hyperjax.launch import finished, origin, outputs, workdir
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import Point
 
-FILE, LOCK = "sweep.json", ".sweep.lock"
+FILE, LOCK = finished.SWEEP, ".sweep.lock"
 FORMAT = 1
 WAITING, RUNNING = "waiting", "running"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -23,7 +23,7 @@ ENDED = (FINISHED, DIVERGED, FAILED)
 _AGAIN = "remove it: the command that made the sweep writes it anew"
 # Fields that a sweep may go on with other values of, as its runs may.
 _FREE = re.compile(
-    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard"
+    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 
 
@@ -175,29 +175,6 @@ def set_tuned(
     with record.change() as found:
         for point in given:
             _entry(found, point.name)["tuned"] = dict(values)
-
-
-def telling(folder: Path, found: Mapping[str, Any]) -> list[str]:
-    """Returns the fields by which a sweep's settings are told apart in its runs.
-
-    Those that it changes, and where variants have one method's name, such as pfedhn and
-    pfedhn_pc, those in which they differ.
-    """
-    swept = [field for field in found["fields"] if field not in points.SEEDS]
-    more: dict[str, None] = {}
-    seen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for entry in found["points"]:
-        if not (folder / entry["name"] / workdir.CONFIG).exists():
-            continue
-        config = common.flat(origin.read(folder / entry["name"])["config"])
-        setting = points.key({f: entry["fields"].get(f) for f in swept})
-        values = points.key({field: config.get(field) for field in swept})
-        other, there = seen.setdefault(values, (setting, config))
-        if other != setting:
-            fields = sorted(there.keys() | config.keys())
-            differing = (f for f in fields if there.get(f) != config.get(f))
-            more |= dict.fromkeys(f for f in differing if f not in points.SEEDS)
-    return [*swept, *more]
 
 
 @contextlib.contextmanager

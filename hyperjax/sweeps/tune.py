@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import workdir
+from hyperjax.launch import finished, workdir
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import SEEDS, Point, Texts
 from hyperjax.sweeps.record import DIVERGED, FAILED, FINISHED, RUNNING, Record
 
-FOLDER, TABLE = "tune", "tuning.csv"
+TABLE = "tuning.csv"
 _SUFFIXES = ("", "_mean", "_p10")
 VALIDATION = tuple(f"vacc{suffix}" for suffix in _SUFFIXES)
 PARTICIPANTS = tuple(f"pacc{suffix}" for suffix in _SUFFIXES)
@@ -107,7 +107,7 @@ def settings(
                 "data.validation_fraction is 0: give --config.data.validation_fraction="
                 "0.2, or --tune_seed=N to choose on a federation of another seed"
             )
-    named = [trial._replace(name=f"{FOLDER}/{trial.name}") for trial in trials]
+    named = [trial._replace(name=f"{finished.TRIALS}/{trial.name}") for trial in trials]
     per = len(tried)
     return [
         Setting(members, named[i * per : (i + 1) * per])

@@ -11,6 +11,7 @@ from test_train import ROOT, launch, small
 from hyperjax.engine import checkpoint, schedule
 from hyperjax.launch import build, train
 from hyperjax.protocols import zero_shot
+from hyperjax.runs import loop
 
 
 def config(**fields):
@@ -144,7 +145,7 @@ def test_a_diverging_run_stops_and_names_where(tmp_path, monkeypatch):
     experiment = build.build(diverging)
     monkeypatch.setattr(build, "make_experiment", lambda *args: experiment)
     for _ in range(2):  # the state is intact: it ends the same way again
-        with pytest.raises(FloatingPointError) as error:
+        with pytest.raises(loop.Diverged) as error:
             train.train(diverging, str(folder))
         message = str(error.value)
         assert re.match(

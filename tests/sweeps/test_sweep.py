@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperjax.launch import sweep, train, workdir
-from hyperjax.sweeps import live, points, record, runner, tune
+from hyperjax.launch import finished, origin, sweep, train, workdir
+from hyperjax.sweeps import live, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 
 FEDAVG = "zero_shot:fedavg,data=digits"
@@ -260,3 +260,32 @@ def test_neighbours_share_a_program():
     assert [len(g) for g in runner.grouped(seeds)] == [2]
     assert [p.config.local.batch_size for p in runner.ordered(mixed)] == [8, 8, 4, 4]
     assert isinstance(seeds[0], Point)
+
+
+# Results ----------------------------------------------------------------------------
+
+
+def test_trials_are_no_results(tmp_path):
+    for name in ("seed=0", "tune/seed=0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / workdir.CONFIG).write_text("{}")
+    assert len(finished.find([tmp_path])) == 2
+    (tmp_path / record.FILE).write_text("{}")
+    assert [run.name for run in finished.find([tmp_path])] == ["seed=0"]
+    assert len(finished.find([tmp_path / "tune"])) == 1
+
+
+def test_variants_of_one_method_are_told_apart_by_what_they_change(trainer, tmp_path):
+    flags = ("method.name=pfedhn,pfedhn_pc", "seed=0..1")
+    assert sweep.main(asked(tmp_path, *flags)) == 0
+    there = record.Record(str(tmp_path))
+    configs = {
+        p.name: p.config for p in sweep.make_plan(asked(tmp_path, *flags)).points
+    }
+    for name, config in configs.items():
+        about = dict(config=origin.as_json(config), format=origin.FORMAT)
+        (tmp_path / name / workdir.CONFIG).write_text(json.dumps(about))
+    assert results.telling(tmp_path, there.read()) == [
+        *("method.name", "method.keep", "method.persist_optimizer"),
+        "server.learning_rate",
+    ]
