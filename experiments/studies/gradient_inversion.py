@@ -302,7 +302,7 @@ if __name__ == "__main__":
     cli.run(
         lambda: main(
             str(_WORKDIR.value),
-            Scale(**{name: flag.value for name, flag in _SCALE.items()}),
+            Scale(*(int(flag.value or 0) for flag in _SCALE.values())),
             data=_DATA.value,
             data_dir=_DATA_DIR.value,
         )

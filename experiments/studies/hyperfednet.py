@@ -24,6 +24,7 @@ import numpy as np
 from experiments.studies.study import (
     Group,
     Place,
+    Rows,
     Study,
     Values,
     add_rows,
@@ -40,7 +41,7 @@ from hyperjax.types import Cohort
 EPOCHS = 4  # of fine-tuning, as published
 TUNED = f"pacc_ft{EPOCHS}"
 HFN = {"method.name": "hyperfednet"}
-TABLE_II = {
+TABLE_II: Rows = {
     "Centre": {"method.name": "centre"},
     "FedAvg": {"method.name": "fedavg"},
     "Local": {"method.name": "local_only"},
@@ -57,7 +58,7 @@ TABLE_II = {
     "HFN": HFN,
 }
 # HyperFedNet is FedAvg of the generator already; the paper has two rows of it.
-FUSIONS = {
+FUSIONS: Rows = {
     "HFN": HFN,
     "HFN+FedProx": {**HFN, "method.base": "fedprox(mu=0.1)"},
     "HFN+FedDyn": {
@@ -71,7 +72,7 @@ FUSIONS = {
     "HFN+FedFomo": {**HFN, "method.base": "fedfomo"},
 }
 # Beyond the paper: other methods, and what else could be shared.
-OTHERS = {
+OTHERS: Rows = {
     "SCAFFOLD": {"method.name": "scaffold"},
     "FedNova": {"method.name": "fednova"},
     "FedAvgM": {"method.name": "fedavgm"},
@@ -97,7 +98,7 @@ OTHERS = {
     },
     "HFN+Ditto": {**HFN, "method.base": "ditto(lam=1.0)"},
 }
-ALL = {**TABLE_II, **FUSIONS, **OTHERS}
+ALL: Rows = {**TABLE_II, **FUSIONS, **OTHERS}
 UNFUSED = {
     "HFN": "FedAvg",
     "HFN+FedProx": "FedProx",
@@ -303,13 +304,15 @@ def generated(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     alg, carry = run.algorithm, run.restored.carry
     rows, num = carry.rows[families.ALONE], run.config.data.num_clients
     ones = jnp.ones(num)
-    cohort = Cohort(jnp.arange(num), ones, ones, run.restored.round, jnp.float32(num))
+    cohort = Cohort(
+        jnp.arange(num), ones, ones, jnp.int32(run.restored.round), jnp.float32(num)
+    )
     down = alg.server.downlink(jax.random.key(0), carry.server, cohort)
 
     def network(client):
         """Its kernels by path, and its embeddings."""
         variables = alg.client.deploy(down, client)
-        whole = tree.by_path(alg.client.model.export(variables)["params"])
+        whole = tree.by_path(alg.client.model.serve.export(variables)["params"])
         embeddings = variables["params"]["embed"]
         return {path: whole[path] for path in embeddings}, embeddings
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from hyperjax.errors import check_choice
 
 Fields = Mapping[str, Any]  # {"method.name": "fedavg"}: what a point changes
-Values = dict[str, float]  # {"pacc": 91.5}: what a run gave
+Rows = Mapping[str, Fields]  # {label: what its points change}
+Values = dict[str, Any]  # {"pacc": 91.5}: what a run gave
 Group = tuple[str, str]  # label, and the other settings that tell its points
 Place = tuple[str, str, str]  # data set, partition, label
 
@@ -87,7 +88,7 @@ def with_default(arg: str, name: str, value: str) -> str:
 
 def add_rows(
     add: Callable[..., None],
-    rows: Mapping[str, Fields],
+    rows: Rows,
     labels: Iterable[str] | None = None,
     **more: Any,
 ) -> None:
@@ -96,7 +97,7 @@ def add_rows(
         add({**rows[label], **more})
 
 
-def named(fields: Fields, rows: Mapping[str, Fields]) -> str | None:
+def named(fields: Fields, rows: Rows) -> str | None:
     """Returns the label of a point: that of the most fields which it has."""
     fitting = [k for k, own in rows.items() if own.items() <= fields.items()]
     return max(fitting, key=lambda label: len(rows[label]), default=None)
