@@ -94,7 +94,9 @@ def lines(
     import altair as alt
 
     hidden, zoom = _switches()
-    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False)
+    scale = (
+        alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=False)
+    )
     ticks = sorted({row[x[0]] for row in rows}) if log else alt.Undefined
     axis = alt.Axis(values=ticks, format="~g") if log else alt.Axis(format="~s")
     across = alt.X(f"{x[0]}:Q", title=x[1], scale=scale, axis=axis)

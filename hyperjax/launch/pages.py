@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import gzip
+import importlib.metadata
 import json
 import numbers
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
@@ -17,6 +20,7 @@ from urllib.parse import quote
 import numpy as np
 
 from hyperjax.engine import log
+from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.protocols import common
 
 Columns = Sequence[tuple[str, str]]
@@ -259,9 +263,24 @@ def page(title: str, body: Sequence[str]) -> str:
 
 @functools.cache
 def drawing() -> str:
-    """The scripts that draw charts, packed: a third of their size."""
+    """The scripts that draw charts, packed: a third of their size.
+
+    To make them takes seconds, so they are kept where compiled programs are.
+    """
+    found = f"vega-{importlib.metadata.version('vl-convert-python')}.txt"
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(base).expanduser() / "hyperjax" / found
+        if kept.exists():
+            return kept.read_text(encoding="ascii")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, _packed())
+    return _packed()
+
+
+@functools.cache
+def _packed() -> str:
     import vl_convert
 
     bundle: Any = vl_convert.javascript_bundle  # its type asks for what has a default
-    script = bundle().encode()
-    return base64.b64encode(gzip.compress(script, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()

@@ -16,8 +16,8 @@ from hyperjax.launch.finished import Run
 from hyperjax.launch.report_sections import METRICS
 from hyperjax.sweeps import figures, long, statistics, tables
 
-# Names of so many runs are listed, those of more are counted.
-_FEW = 6
+# Names of so many runs, or of so many letters, are listed; others are counted.
+_FEW, _LONG = 6, 40
 # So many clients of two groups are compared by a dot each.
 _MAX_PAIRS, _MAX_CHARTS = 2000, 6
 _FILES = ("points.csv", "clients.csv", "table.md", "table.tex", "table.csv", "figures")
@@ -113,7 +113,9 @@ def _differing(results: Results) -> str:
         several = []
         for text in dict.fromkeys(texts):
             who = [n for n, t in zip(names, texts, strict=True) if t == text]
-            said = ", ".join(who) if len(who) <= _FEW else f"{len(who)} runs"
+            said = ", ".join(who)
+            if len(said) > _LONG:
+                said = f"{len(who)} runs"
             several.append(f"{text} ({said})")
         rows.append((pages.code(field), "; ".join(several)))
     table = pages.table(("field", "values"), rows)

@@ -32,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
     "legend.frameon": False,
+    "legend.handlelength": 3,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -110,7 +111,8 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     names = list(groups[0]) if groups else []
     varying = [n for n in names if len({group[n] for group in groups}) > 1]
     crossed = [n for n in varying if n != "method" and _is_crossed(groups, n)]
-    lined = crossed[-1] if len(varying) > 1 and crossed else None
+    crossed.sort(key=lambda n: len({group[n] for group in groups}))
+    lined = crossed[0] if len(varying) > 1 and crossed else None
     values = list(dict.fromkeys(group[lined] for group in groups)) if lined else []
     rest = [{k: v for k, v in g.items() if k != lined} for g in groups]
     words = list(dict.fromkeys(tables.label(group) for group in rest))
@@ -156,7 +158,7 @@ def _shades(groups: Sequence[Mapping[str, Any]], varying: Sequence[str]):
     if len(ordered) < 3:
         return {}
     scale = matplotlib.colormaps["viridis"]
-    places = np.linspace(0, 0.88, len(ordered))  # its yellow end is too pale
+    places = np.linspace(0.15, 0.88, len(ordered))  # not its palest, nor darkest
     return {ordered[v]: scale(x) for v, x in zip(sorted(ordered), places, strict=True)}
 
 

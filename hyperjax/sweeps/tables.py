@@ -227,7 +227,7 @@ def _results(found: Content) -> Part:
         "n: finished runs. Accuracies: mean ± sample deviation over seeds (n - 1), "
         "none for one seed."
     ]
-    if found.baseline is not None:
+    if any(map(any, bold)):
         said.append(
             "Bold: the best of those with one baseline, where the paired test says so."
         )

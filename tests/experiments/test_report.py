@@ -175,6 +175,20 @@ def test_pages_stand_alone(tmp_path: Path) -> None:
         assert all(name.startswith("xmlns") for name in addresses)
 
 
+def test_what_draws_charts_is_packed_once(tmp_path, monkeypatch, drawing) -> None:
+    monkeypatch.undo()  # the fixture's
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(pages, "_packed", lambda: "packed")
+    pages.drawing.cache_clear()
+    assert pages.drawing() == "packed"
+    (kept,) = (tmp_path / "hyperjax").iterdir()
+    assert kept.read_text() == "packed"
+    kept.write_text("kept")
+    pages.drawing.cache_clear()
+    assert pages.drawing() == "kept"
+    pages.drawing.cache_clear()
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     bad = "<script>alert('&')</script>"
     folder = make_run(tmp_path / "run", method=bad)
