@@ -41,7 +41,6 @@ PRELOADED = (
     "hyperjax.runs.results",
     "hyperjax.launch.workdir",
     "orbax.checkpoint",
-    "sklearn.datasets",
     "tensorboardX",
 )
 DIGITS = (
