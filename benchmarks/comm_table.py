@@ -29,11 +29,11 @@ from absl import flags
 
 from benchmarks import round_time
 from hyperjax import models, registry, server_optimizers, training
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
 from hyperjax.launch import cli, outputs
 from hyperjax.launch.pages import text_table
+from hyperjax.models import HEAD
 from hyperjax.types import Algorithm, Model, Outputs, Trained
 
 

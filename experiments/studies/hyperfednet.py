@@ -13,6 +13,7 @@ rounds; of sets larger than `mnist5k` 2,500 images. Every method has the same bu
 the same search of its learning rate.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,12 +24,14 @@ import numpy as np
 from experiments.studies.study import (
     Group,
     Place,
+    Rows,
     Study,
     Values,
     add_rows,
     scale_of,
 )
 from hyperjax import tree
+from hyperjax.data import picture
 from hyperjax.engine import families, log
 from hyperjax.engine.checkpoint import read_json
 from hyperjax.launch import saved, workdir
@@ -38,7 +41,7 @@ from hyperjax.types import Cohort
 EPOCHS = 4  # of fine-tuning, as published
 TUNED = f"pacc_ft{EPOCHS}"
 HFN = {"method.name": "hyperfednet"}
-TABLE_II = {
+TABLE_II: Rows = {
     "Centre": {"method.name": "centre"},
     "FedAvg": {"method.name": "fedavg"},
     "Local": {"method.name": "local_only"},
@@ -55,7 +58,7 @@ TABLE_II = {
     "HFN": HFN,
 }
 # HyperFedNet is FedAvg of the generator already; the paper has two rows of it.
-FUSIONS = {
+FUSIONS: Rows = {
     "HFN": HFN,
     "HFN+FedProx": {**HFN, "method.base": "fedprox(mu=0.1)"},
     "HFN+FedDyn": {
@@ -69,7 +72,7 @@ FUSIONS = {
     "HFN+FedFomo": {**HFN, "method.base": "fedfomo"},
 }
 # Beyond the paper: other methods, and what else could be shared.
-OTHERS = {
+OTHERS: Rows = {
     "SCAFFOLD": {"method.name": "scaffold"},
     "FedNova": {"method.name": "fednova"},
     "FedAvgM": {"method.name": "fedavgm"},
@@ -95,7 +98,7 @@ OTHERS = {
     },
     "HFN+Ditto": {**HFN, "method.base": "ditto(lam=1.0)"},
 }
-ALL = {**TABLE_II, **FUSIONS, **OTHERS}
+ALL: Rows = {**TABLE_II, **FUSIONS, **OTHERS}
 UNFUSED = {
     "HFN": "FedAvg",
     "HFN+FedProx": "FedProx",
@@ -284,9 +287,7 @@ def similarity(folder: Path) -> Values:
     the mean over users, which is the same for all, is taken off; "embeddings": of what
     they are generated from.
     """
-    run = saved.load(str(folder))
-    kernels, embeddings = generated(run)
-    groups = np.arange(len(kernels)) // (len(kernels) // run.config.data.num_groups)
+    kernels, embeddings, groups = generated(folder)
     found = alike(cosines(kernels), groups)
     for name, rows in (
         ("centred", kernels - kernels.mean(0)),
@@ -297,18 +298,21 @@ def similarity(folder: Path) -> Values:
     return found
 
 
-def generated(run: saved.Run) -> tuple[np.ndarray, np.ndarray]:
-    """Returns every user's generated kernels and its embeddings, [N, numbers] each."""
+def generated(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns users' generated kernels and embeddings, [N, numbers], and groups [N]."""
+    run = saved.load(str(folder))
     alg, carry = run.algorithm, run.restored.carry
     rows, num = carry.rows[families.ALONE], run.config.data.num_clients
     ones = jnp.ones(num)
-    cohort = Cohort(jnp.arange(num), ones, ones, run.restored.round, jnp.float32(num))
+    cohort = Cohort(
+        jnp.arange(num), ones, ones, jnp.int32(run.restored.round), jnp.float32(num)
+    )
     down = alg.server.downlink(jax.random.key(0), carry.server, cohort)
 
     def network(client):
         """Its kernels by path, and its embeddings."""
         variables = alg.client.deploy(down, client)
-        whole = tree.by_path(alg.client.model.export(variables)["params"])
+        whole = tree.by_path(alg.client.model.serve.export(variables)["params"])
         embeddings = variables["params"]["embed"]
         return {path: whole[path] for path in embeddings}, embeddings
 
@@ -318,7 +322,36 @@ def generated(run: saved.Run) -> tuple[np.ndarray, np.ndarray]:
         )
 
     kernels, embeddings = jax.vmap(network)(rows)
-    return flat(kernels), flat(embeddings)
+    groups = np.arange(num) // (num // run.config.data.num_groups)
+    return flat(kernels), flat(embeddings), groups
+
+
+def heat_map(folders: Sequence[Path]) -> str:
+    """Returns figure 5, cosines of every two users' generated kernels, as SVG text.
+
+    Means over the runs; on the right after the mean over users is taken off.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    every = [generated(folder)[0] for folder in folders]
+    plain = np.mean([cosines(rows) for rows in every], axis=0)
+    centred = np.mean([cosines(rows - rows.mean(0)) for rows in every], axis=0)
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, values, title in zip(
+        figure.subplots(1, 2),
+        (plain, centred),
+        ("generated parameters", "without the mean over users"),
+        strict=True,
+    ):
+        shown = axis.imshow(values, cmap="cividis", interpolation="none")
+        axis.set(title=title, xlabel="user", ylabel="user")
+        axis.set(xticks=range(0, len(values), 4), yticks=range(0, len(values), 4))
+        figure.colorbar(shown, ax=axis, label="cosine")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return picture.figure_svg(figure)
 
 
 def cosines(rows: np.ndarray) -> np.ndarray:
@@ -427,6 +460,7 @@ STUDIES = {
         | {f"embeddings_{name}": f"embeddings: {name}" for name in ALIKE},
         {"HFN": HFN},
         measure=similarity,
+        picture=heat_map,
     ),
     "embedding_size": Study(
         "How good is how large an embedding, and what does it cost?",

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import ml_collections
 
-from experiments.studies.study import Study, add_rows, scale_of, with_default
+from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
 from hyperjax import models
-from hyperjax.launch import join, origin, workdir
+from hyperjax.launch import fields, join, saved, workdir
 from hyperjax.protocols import common, families
 
 
@@ -160,25 +160,21 @@ def sweep_newcomers(add, runs):
     See `hyperjax join`. MH-pFedHNGD's server teaches no newcomers, as published.
     """
     for path in sorted(Path(runs).glob(f"*/{workdir.CONFIG}")):
-        method = origin.read(path.parent)["config"]["method"]["name"]
+        before = saved.load_config(str(path.parent), "runs")
         for own in NEWCOMERS.values():
-            if own["method.name"] != method:
+            if own["method.name"] != before.method.name:
                 continue
             config = join.joining(str(path.parent), own.get("families"))
-            add({field: common.flat(config)[field] for field in JOINING} | own)
+            there, idle = common.flat(before), fields.idle(config)
+            changed = {
+                field: value
+                for field, value in common.flat(config).items()
+                if value != there[field] and field not in idle
+            }
+            add({**changed, **own})
 
 
-# What tells a run of newcomers from the run that they join.
-JOINING = (
-    "seed",
-    "data.seed",
-    "data.newcomers",
-    "start.run",
-    "start.take",
-    "method.freeze",
-    "server.cohort_size",
-)
-NEWCOMERS = {
+NEWCOMERS: Rows = {
     "pFedHN, slices: embeddings": {"method.name": "pfedhn"},
     "MH-pFedHN: embeddings": {"method.name": "mh_pfedhn"},
     "MH-pFedHN: new networks, heads too": {

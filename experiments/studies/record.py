@@ -12,6 +12,7 @@ or of runs that were made from files which are no commit.
 import datetime
 import importlib
 import json
+import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -138,7 +139,8 @@ def tuning(found: Mapping[str, Any]) -> dict[str, Any] | None:
 def hardware(about: Mapping[str, Any]) -> str:
     """Returns what a run was made on."""
     device = about.get("device")
-    return f"{device}, {cli.num_cores()} cores" if device == "cpu" else str(device)
+    here = f"{platform.machine()} CPU, {cli.num_cores()} cores"
+    return here if device == "cpu" else str(device)
 
 
 def studies_of(config: str) -> Mapping[str, Study]:
@@ -164,9 +166,7 @@ def in_common(fields: Sequence[Mapping[str, Any]]) -> set[str]:
     }
 
 
-def read(
-    root: Path, entry: Mapping[str, Any], study: Study, alike: set[str] = frozenset()
-) -> Run:
+def read(root: Path, entry: Mapping[str, Any], study: Study, alike: set[str]) -> Run:
     """Returns a point of a sweep, and what its run gave.
 
     Args:
@@ -211,7 +211,7 @@ def rows_of(runs: Sequence[Run], study: Study) -> list[dict[str, Any]]:
     if study.derive:
         study.derive(values)
 
-    def by_seed(group: Group, metric: str) -> dict[int, float]:
+    def by_seed(group: Group, metric: str) -> dict[int, Any]:
         own = values.get(group, {})
         known = {seed: own[seed].get(metric) for seed in sorted(own)}
         # A mean of the rest would be one of those where nothing went wrong.
@@ -248,8 +248,15 @@ def main(folder: str, out: str, name: str | None) -> int:
     """Writes a record; returns the exit code."""
     path = outputs.files(out=out)["out"]
     found = record(folder, name)
-    write_atomically(path, json.dumps(log.plain(found), indent=1) + "\n")
+    write_atomically(path, json.dumps(log.jsonable(found), indent=1) + "\n")
     print(f"record: {path}")
+    draw = studies_of(found["config"])[found["study"]].picture
+    if draw:
+        entries = sweeps.Record(folder).read()["points"]
+        done = [e["name"] for e in entries if e["status"] == sweeps.FINISHED]
+        svg = path.with_suffix(".svg")
+        write_atomically(svg, draw([Path(folder) / name for name in done]) + "\n")
+        print(f"picture: {svg}")
     return 0
 
 

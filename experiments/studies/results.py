@@ -92,11 +92,11 @@ def spread(value: Mapping[str, Any] | None) -> str:
     """Returns "mean ± deviation"; a dash where a seed has no value."""
     if value is None:
         return "–"
-    if value["std"] is None:
-        return number(value["mean"])
-    if value["std"] == 0 and float(value["mean"]).is_integer():
-        return number(value["mean"])
-    return f"{number(value['mean'])} ± {number(value['std'])}"
+    mean, std = value["mean"], value["std"]
+    if not std:  # one seed, or a count
+        return number(mean)
+    digits = _format(mean)
+    return f"{mean:{digits}} ± {std:{digits}}"
 
 
 def difference(pair: Mapping[str, Any] | None) -> str:
@@ -111,12 +111,18 @@ def difference(pair: Mapping[str, Any] | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Returns a number as short as it may be: two decimals, or three digits."""
+    """Returns a number as short as it may be; a dash for None."""
     if value is None:
         return "–"
-    if abs(value) >= 1000 or (isinstance(value, int) and not isinstance(value, bool)):
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.1e}"
+    return f"{value:{_format(value)}}" if value else "0"
+
+
+def _format(value: float) -> str:
+    """Two decimals, three below one, none of thousands."""
+    size = abs(value)
+    if size >= 1000:
+        return ",.0f"
+    return ".2f" if size >= 1 else ".3f" if size >= 0.001 else ".1e"
 
 
 def _line(cells: Sequence[str]) -> str:

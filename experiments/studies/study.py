@@ -12,14 +12,15 @@ python -m experiments.studies.record runs/table_iv --out=experiments/results/FIL
 paper's experiment takes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperjax.errors import check_choice
 
 Fields = Mapping[str, Any]  # {"method.name": "fedavg"}: what a point changes
-Values = dict[str, float]  # {"pacc": 91.5}: what a run gave
+Rows = Mapping[str, Fields]  # {label: what its points change}
+Values = dict[str, Any]  # {"pacc": 91.5}: what a run gave
 Group = tuple[str, str]  # label, and the other settings that tell its points
 Place = tuple[str, str, str]  # data set, partition, label
 
@@ -41,6 +42,7 @@ class Study(NamedTuple):
         Runs on "mnist5k" are compared with "mnist".
       measure: `(folder of a run) -> values`, beyond what the run says itself.
       derive: changes the values of all groups, {group: {seed: values}}, in place.
+      picture: `(folders of all runs) -> SVG text`, which is kept beside the record.
     """
 
     asks: str
@@ -51,6 +53,7 @@ class Study(NamedTuple):
     published: Mapping[Place, Values] = {}
     measure: Callable[[Path], Values] | None = None
     derive: Callable[[dict[Group, dict[int, Values]]], None] | None = None
+    picture: Callable[[Sequence[Path]], str] | None = None
 
 
 def scale_of(arg: str) -> tuple[str, str]:
@@ -85,7 +88,7 @@ def with_default(arg: str, name: str, value: str) -> str:
 
 def add_rows(
     add: Callable[..., None],
-    rows: Mapping[str, Fields],
+    rows: Rows,
     labels: Iterable[str] | None = None,
     **more: Any,
 ) -> None:
@@ -94,7 +97,7 @@ def add_rows(
         add({**rows[label], **more})
 
 
-def named(fields: Fields, rows: Mapping[str, Fields]) -> str | None:
+def named(fields: Fields, rows: Rows) -> str | None:
     """Returns the label of a point: that of the most fields which it has."""
     fitting = [k for k, own in rows.items() if own.items() <= fields.items()]
     return max(fitting, key=lambda label: len(rows[label]), default=None)

@@ -30,10 +30,9 @@ import optax
 
 from hyperjax import tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models import memory
+from hyperjax.models import HEAD, memory
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
@@ -51,7 +50,7 @@ from hyperjax.types import (
 )
 
 NAME = "generator"  # in a client's memory
-COUNT_BATCH = 256
+COUNT_BATCH = 256  # samples at a time that are counted
 FLOOR = 1e-4  # of the coefficients, in the authors' code
 
 
@@ -253,6 +252,7 @@ def _regularised(
     def loss(key, variables, batch, context):
         value, trained = inner.loss(key, variables, batch, context)
         told_of = memory.get(variables, NAME)
+        # `key` itself is the model's, for dropout.
         key_same, key_draw, key_other = jax.random.split(jax.random.fold_in(key, 1), 3)
         theta = tree.by_path({"params": variables["params"]})
         z, _ = generated.emit(told_of["params"], key_same, batch.y, batch.mask)

@@ -92,6 +92,8 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
         z, z_shared = trained.logits, others.logits
         to_own = distillation(z, jax.lax.stop_gradient(z_shared), batch)
         to_shared = distillation(z_shared, jax.lax.stop_gradient(z), batch)
+        # Equations 4 and 5. No gradient of one reaches the other, so both are trained
+        # by their sum.
         total = alpha * value + (1 - alpha) * to_own
         total += beta * other + (1 - beta) * to_shared
         stats = {"own": trained.stats, "shared": others.stats}

@@ -89,6 +89,7 @@ def moon(
 
 def _cosine(a: Array, b: Array) -> Array:
     """Cosine similarity over the last axis, [B, L] x 2 -> [B]."""
-    # Not `norm`, whose derivative at zero (all units of a ReLU off) is not a number.
+    # Not `norm`, whose derivative at zero (all units of a ReLU off) is not a number. As
+    # in PyTorch's cosine_similarity the product of both norms is 1e-8 at least.
     squares = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
     return jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))

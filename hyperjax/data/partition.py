@@ -165,9 +165,7 @@ def pathological(
       ValueError: `y` is no label array, `classes_per_client` is out of range, there are
         more clients than samples, or a class has fewer samples than holders.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     places, rest = divmod(num_clients * classes_per_client, len(classes))
     left = np.full(len(classes), places)
     left[rng.permutation(len(classes))[:rest]] += 1
@@ -222,9 +220,7 @@ def class_shares(
       ValueError: `y` is no label array, an option is out of range, there are more
         clients than samples, or a client's share of a class is less than one sample.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     _check_weights(low, high)
     num_shares = num_clients * classes_per_client // len(classes) + 1
     left = np.full(len(classes), num_shares)
@@ -270,9 +266,7 @@ def class_draws(
       ValueError: `y` is no label array, an option is out of range, there are more
         clients than samples, or a client's share of a class is less than one sample.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     _check_weights(low, high)
     ranked = rng.random((num_clients, len(classes))).argsort(axis=1)
     held = np.zeros((num_clients, len(classes)), bool)
@@ -493,6 +487,16 @@ def _cut(
         cuts[-1] = size  # whatever the shares sum to in floating point
         counts[takers, k] = np.diff(cuts, prepend=0)
     return counts
+
+
+def _classes(
+    y: np.ndarray, num_clients: int, classes_per_client: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns checked labels, their distinct values and how often each occurs."""
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    _check_classes(classes_per_client, len(classes))
+    return y, classes, sizes
 
 
 def _hold(

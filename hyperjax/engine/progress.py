@@ -184,8 +184,8 @@ def fitted(fields: Sequence[str], width: int) -> str:
 class Silent(Progress):
     """Shows nothing."""
 
-    def __init__(self):
-        pass
+    def __init__(self, *args: object, **options: object):
+        pass  # neither a thread nor a terminal
 
     def stage(self, what: str) -> None: ...
 

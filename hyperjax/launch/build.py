@@ -226,7 +226,11 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     source = sources.load(
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
-    return sources.resize(sources.shrink(source, data.shrink), data.resize)
+    try:
+        source = sources.shrink(source, data.shrink)
+    except ValueError as error:
+        raise ValueError(f"data.shrink={data.shrink}: {error}") from error
+    return sources.resize(source, data.resize)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
@@ -248,7 +252,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         **options,
     )
     if data.newcomers:
-        return federation.newcomers()
+        return federation.of_novel()
     return federation.pooled() if data.pooled else federation
 
 

@@ -311,7 +311,21 @@ def explain(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "Traceback (most recent call last)" in text:  # of a config file that failed
         text = text.splitlines()[-1]
-    return _unknown_field() or text
+    return _unknown_field() or _several(text) or text
+
+
+def _several(text: str) -> str | None:
+    """Points somebody who gives a number's field a list to sweeps."""
+    from hyperjax.launch import fields
+
+    match = re.match(r"flag --config\.([\w.]+)=(\S*,\S*): ", text)
+    number = match and fields.NUMBERS.get(match[1])
+    if not match or (number and number.several):
+        return None
+    return (
+        f"--config.{match[1]}={match[2]}: {match[1]} takes one value; for several see "
+        "`hyperjax sweep --help`"
+    )
 
 
 def _unknown_field() -> str | None:

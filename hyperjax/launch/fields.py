@@ -1,11 +1,14 @@
 """What the fields of a config may hold: names, types, bounds, and what goes unused."""
 
 import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from hyperjax import calls, registry
+from hyperjax.data import partition
 from hyperjax.errors import check_number
 from hyperjax.protocols import common
 
@@ -80,16 +83,17 @@ NUMBERS: dict[str, Number] = {
 }
 # Of the options of networks and methods, which have types of their own.
 OPTIONS: dict[str, Number] = {"model.hidden": _count(1, several=True)}
+
+
+def _options(partitioner: Callable) -> tuple[str, ...]:
+    """The options of a partition that are fields of `data`."""
+    parameters = inspect.signature(partitioner).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return tuple(name for name in keywords if f"data.{name}" in common.FIELDS)
+
+
 # Partition -> the fields of `data` that it takes.
-PARTITIONS: dict[str, tuple[str, ...]] = {
-    "iid": (),
-    "dirichlet": ("alpha", "min_size", "capped"),
-    "pathological": ("classes_per_client",),
-    "class_shares": ("classes_per_client",),
-    "class_draws": ("classes_per_client",),
-    "groups": ("num_groups", "classes_per_client"),
-    "by_client_id": ("client_ids",),
-}
+PARTITIONS = {name: _options(p) for name, p in partition.PARTITIONERS.items()}
 # Groups with fields of their own beside the common ones.
 OPEN = ("model", "method")
 

@@ -105,6 +105,20 @@ def parse(
     )
 
 
+def begin(
+    experiment: str, arg: str | None, presets: Mapping[str, Any], **accepted
+) -> tuple[Arguments, common.Config]:
+    """Parses an experiment's argument; returns it with a config at all defaults.
+
+    Args:
+      experiment: its name.
+      arg, presets, **accepted: see `parse`.
+    """
+    args, config = parse(arg, presets, **accepted), common.defaults()
+    config.experiment = experiment
+    return args, config
+
+
 def _value(item: str, name: str, text: str, default: Any) -> Any:
     try:
         value = ast.literal_eval(text) if text else True

@@ -21,7 +21,7 @@ networks; the changes of the copies are sent whole.
 
 from typing import Any
 
-from hyperjax.protocols import arguments, common, methods
+from hyperjax.protocols import arguments, common, methods, pfedhn
 
 DEFAULT = "mh_pfedhn"
 EXTRA = dict(averaged=False)
@@ -45,29 +45,24 @@ TUNED = methods.TUNED
 
 def get_config(arg: str = ""):
     """METHOD, data, clients, novel, iid, alpha, averaged, smoke."""
-    args = arguments.parse(
-        arg, PRESETS, method=DEFAULT, data="cifar10", other="cifar10", **EXTRA
+    args, config = arguments.begin(
+        "families",
+        arg,
+        PRESETS,
+        method=DEFAULT,
+        data="cifar10",
+        other="cifar10",
+        **EXTRA,
     )
-    config = common.defaults()
-    config.experiment = "families"
+    common.change(config, pfedhn.SETTING)
     config.families = FAMILIES
     config.rounds = 500
     config.data.update(
         num_clients=50,
-        num_novel=0,
         partition="class_draws",
-        test_fraction=0.0,
         eval_fraction=0.25,
     )
-    config.local.update(
-        epochs=1,
-        batch_size=64,
-        optimizer="sgd(momentum=0.9)",
-        learning_rate=5e-3,
-        learning_rate_decay=1.0,
-        weight_decay=5e-4,
-        clip_norm=50.0,
-    )
+    config.local.update(epochs=1, weight_decay=5e-4)
     config.evaluation.finetune_epochs = (0, 1)
     arguments.apply(config, args, PRESETS, TUNED)
     if args.more["averaged"]:

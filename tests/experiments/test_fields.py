@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from hyperjax import calls, registry
-from hyperjax.data import partition
 from hyperjax.launch import build, cli, factories, fields
 from hyperjax.protocols import common, personalised, pfedhn, zero_shot
 
@@ -242,11 +241,15 @@ def test_given_fields_that_nothing_looks_at_are_refused():
 
 
 def test_partitions_take_the_fields_named_after_their_options():
-    assert set(fields.PARTITIONS) == set(partition.PARTITIONERS)
-    for name, taken in fields.PARTITIONS.items():
-        parameters = inspect.signature(partition.PARTITIONERS[name]).parameters
-        needed = {k for k, p in parameters.items() if p.default is p.empty}
-        assert needed - {"rng", "y", "num_clients"} <= set(taken) <= set(parameters)
+    assert fields.PARTITIONS == {
+        "iid": (),
+        "dirichlet": ("alpha", "min_size", "capped"),
+        "pathological": ("classes_per_client",),
+        "class_shares": ("classes_per_client",),
+        "class_draws": ("classes_per_client",),
+        "groups": ("num_groups", "classes_per_client"),
+        "by_client_id": ("client_ids",),
+    }
 
 
 # The command line --------------------------------------------------------------------

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from hyperjax.engine import checkpoint, log
+from hyperjax.engine.progress import Silent
 from hyperjax.launch import build, origin, report, saved, train, workdir
 from hyperjax.launch.resolve import resolve
 from hyperjax.protocols import zero_shot
@@ -40,7 +41,6 @@ PRELOADED = (
     "hyperjax.runs.results",
     "hyperjax.launch.workdir",
     "orbax.checkpoint",
-    "sklearn.datasets",
     "tensorboardX",
 )
 DIGITS = (
@@ -310,6 +310,9 @@ def test_report_and_events_are_there(story):
     found = read_events(story.whole / "events")
     assert found["train/loss"].keys() == {1, 2, 3, 4, 5, 6}
     assert found["eval/zacc"].keys() == {0, 2, 4, 6}
+    assert found["clients/pacc"].keys() == {0, 2, 4, 6}
+    assert found["partition"].keys() == {0}
+    assert found["train/samples_per_second"].keys() <= {2, 4, 6}
     last = log.read_lines(story.whole / "metrics.jsonl")[-1]
     assert found["eval/zacc"][6] == pytest.approx(last["zacc"], rel=1e-5)
 
@@ -319,7 +322,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboardX.proto import event_pb2
 
     found: dict[str, dict[int, float]] = {}
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.iterdir()):  # beside them hparams
         content, place = file.read_bytes(), 0
         while place < len(content):
             size = int.from_bytes(content[place : place + 8], "little")
@@ -415,6 +418,20 @@ def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
     assert contents(run) == before
     assert capsys.readouterr().out.startswith("fedavg on digits: gACC ")
     assert train.train(small(), str(run)) == read(run, "summary.json")
+
+
+def test_runs_of_several_seeds_share_an_experiment(finished, tmp_path, monkeypatch):
+    config = small(data__seed=0)  # of the run's seed in any case
+    shared = build.build(config)
+    first = train.train(config, tmp_path / "a", experiment=shared, show=Silent)
+    assert first["state_sha256"] == read(finished, "summary.json")["state_sha256"]
+    monkeypatch.setattr(build, "make_experiment", pytest.fail)
+    seconds = shared.simulator.program.seconds
+    config.seed = 1
+    other = train.train(config, tmp_path / "b", experiment=shared, show=Silent)
+    assert shared.simulator.program.seconds == seconds > 0
+    assert other["seed"] == 1 and other["state_sha256"] != first["state_sha256"]
+    assert read(tmp_path / "b", "config.json")["config"]["seed"] == 1
 
 
 def test_a_run_killed_before_its_summary_gets_one(run, finished):
@@ -652,6 +669,14 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     after = read(run, "config.json")
     assert after["versions"]["jax"] == jax.__version__
     assert after["history"][-1]["changed"]["versions.jax"] == ["0.0.1", jax.__version__]
+
+
+@pytest.mark.parametrize("epochs", [None, 1, 2])
+def test_what_a_run_was_given_is_what_it_is_given_again(epochs, tmp_path):
+    given = recorded(local__epochs=epochs, local__steps=None)
+    origin.describe(tmp_path, given, {"device": "cpu"}, {})
+    assert origin.changes(tmp_path, given) == {}
+    origin.compare(tmp_path, given)
 
 
 def test_a_run_of_an_older_version_goes_on_with_defaults(run):

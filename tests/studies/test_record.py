@@ -140,7 +140,21 @@ def test_only_tables_between_marks_are_written_anew(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (12, "12"), (151840.0, "151,840"), (0.004, "4.0e-03"), (0.0, "0.00")],
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (151840.0, "151,840"),
+        (98.0, "98.00"),
+        (0.97456, "0.975"),
+        (1e-4, "1.0e-04"),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert results.number(value) == text
+
+
+def test_a_deviation_has_the_digits_of_its_mean():
+    assert results.spread(dict(mean=0.9, std=0.0057)) == "0.900 ± 0.006"
+    assert results.spread(dict(mean=95.0, std=0.0057)) == "95.00 ± 0.01"
+    assert results.spread(dict(mean=1e-4, std=0.0)) == "1.0e-04"
+    assert results.spread(dict(mean=90.0, std=None)) == "90.00"

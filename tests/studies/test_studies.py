@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,7 +48,7 @@ def in_the_repository(repository, monkeypatch):
     monkeypatch.chdir(repository)
 
 
-@pytest.mark.parametrize(("paper", "name"), SWEEPS, ids="-".join)
+@pytest.mark.parametrize(("paper", "name"), SWEEPS, ids=map("-".join, SWEEPS))
 def test_every_sweep_is_a_study_and_its_points_are_sound(paper, name):
     of = module(paper).STUDIES[name]
     if name in APART:
@@ -146,3 +149,29 @@ def test_cosines_within_and_between_groups():
         [[1, 0, 0.5**0.5], [0, 1, 0.5**0.5], [0.5**0.5, 0.5**0.5, 1]],
         atol=1e-12,
     )
+
+
+@pytest.mark.slow
+def test_a_study_from_its_command_to_its_record(tmp_path):
+    def go(module, *arguments):
+        command = [sys.executable, "-m", f"experiments.{module}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    for _ in range(2):  # the second reads what is there
+        go(
+            *("sweep", "--config=experiments/studies/hyperfednet.py:data=digits"),
+            *("--config.rounds=1", f"--workdir={tmp_path / 'runs'}"),
+            *("--sweep=similarity", "--sweep=seed=0..1"),
+        )
+    folder = next((tmp_path / "runs").glob("*seed=0"))
+    kernels, embeddings, groups = hyperfednet.generated(folder)
+    # One kernel of 3x3x16x16 numbers, of one tile.
+    assert kernels.shape == (20, 2304) and embeddings.shape == (20, 64)
+    assert groups.tolist() == [g for g in range(5) for _ in range(4)]
+    out = tmp_path / "similarity.json"
+    if "+" in json.loads((folder / "config.json").read_text())["commit"]:
+        pytest.skip("records are of commits")
+    go("studies.record", str(tmp_path / "runs"), f"--out={out}")
+    row = json.loads(out.read_text())["rows"][0]
+    assert row["within"]["n"] == 2 and row["label"] == "HFN"
+    assert out.with_suffix(".svg").read_text().startswith("<svg")
