@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperjax.launch import finished, origin, sweep, train, workdir
+from hyperjax.launch import finished, origin, report, sweep, train, workdir
 from hyperjax.sweeps import live, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 
@@ -308,3 +308,7 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     summary = json.loads((folder / point.name / workdir.SUMMARY).read_text())
     assert train.train(point.config, str(folder / point.name)) == summary
     assert summary["seed"] == 1 and summary["finished"]
+    table = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    assert report.main([str(folder)], None) == 0  # with the sweep's fields and baseline
+    assert (folder / "table.md").read_text() == table
