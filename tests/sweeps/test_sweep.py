@@ -308,6 +308,7 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     summary = json.loads((folder / point.name / workdir.SUMMARY).read_text())
     assert train.train(point.config, str(folder / point.name)) == summary
     assert summary["seed"] == 1 and summary["finished"]
+    assert summary["compile_seconds"] == 0  # it was compiled for the first
     table = (folder / "table.md").read_text()
     (folder / "table.md").unlink()
     assert report.main([str(folder)], None) == 0  # with the sweep's fields and baseline
