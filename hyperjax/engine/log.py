@@ -25,14 +25,14 @@ METRICS, TIMING, TRAINING = "metrics.jsonl", "timing.jsonl", "training.jsonl"
 EVENTS = "events"
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Turns arrays and NumPy scalars into JSON values; floats keep 6 digits."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [jsonable(v) for v in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -128,7 +128,7 @@ class Recorder:
         `seconds` are those of this process; `clients` are values [N] to be shown as
         histograms.
         """
-        self._append(METRICS, plain(record))
+        self._append(METRICS, jsonable(record))
         seconds = round(self._seconds_before + seconds, 3)
         self._append(TIMING, {"round": record["round"], "seconds": seconds})
         self._show(record["round"], "eval", record)
@@ -152,7 +152,7 @@ class Recorder:
         num = max(map(len, scalars.values()), default=0)
         for i in range(num):
             row = {name: values[i] for name, values in scalars.items()}
-            self._append(TRAINING, {"round": start + i + 1, **plain(row)})
+            self._append(TRAINING, {"round": start + i + 1, **jsonable(row)})
             self._show(start + i + 1, "train", row)
         if rate is not None:
             self._show(start + num, "train", {"samples_per_second": rate})

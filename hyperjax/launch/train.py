@@ -133,7 +133,7 @@ def _train(
         accuracy = {k: v["accuracy"] for k, v in values.items() if k != "gacc"}
         recorder.evaluation(record, time.perf_counter() - began, accuracy)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
     with contextlib.closing(recorder), _stop_signals() as stop:
@@ -173,7 +173,7 @@ def _train(
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
-    summary = log.plain(summary | spent)
+    summary = log.jsonable(summary | spent)
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
@@ -325,14 +325,14 @@ def _summary(
             if row["client"] < len(of):
                 row["family"] = names[of[row["client"]]]
     checkpoint.write_atomically(
-        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+        folder / workdir.CLIENTS, json.dumps(log.jsonable(rows), indent=1) + "\n"
     )
     settings, cost = experiment.settings, experiment.cost
     summary = dict(
         rounds=settings.rounds,
         seed=settings.seed,
         unassigned=experiment.federation.unassigned,
-        **log.plain(results.record(values)),
+        **log.jsonable(results.record(values)),
         **cost._asdict(),
         **experiment.totals(settings.seed, state.round),
         plan=experiment.plan,

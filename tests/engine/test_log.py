@@ -33,7 +33,7 @@ def lines(path):
     ],
 )
 def test_plain_values_are_json_with_six_digits(value, expected):
-    found = log.plain(value)
+    found = log.jsonable(value)
     assert found == expected and type(found) is type(expected)
     json.dumps(found, allow_nan=False)
 

@@ -41,7 +41,6 @@ PRELOADED = (
     "hyperjax.runs.results",
     "hyperjax.launch.workdir",
     "orbax.checkpoint",
-    "sklearn.datasets",
     "tensorboardX",
 )
 DIGITS = (
@@ -670,6 +669,14 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     after = read(run, "config.json")
     assert after["versions"]["jax"] == jax.__version__
     assert after["history"][-1]["changed"]["versions.jax"] == ["0.0.1", jax.__version__]
+
+
+@pytest.mark.parametrize("epochs", [None, 1, 2])
+def test_what_a_run_was_given_is_what_it_is_given_again(epochs, tmp_path):
+    given = recorded(local__epochs=epochs, local__steps=None)
+    origin.describe(tmp_path, given, {"device": "cpu"}, {})
+    assert origin.changes(tmp_path, given) == {}
+    origin.compare(tmp_path, given)
 
 
 def test_a_run_of_an_older_version_goes_on_with_defaults(run):

@@ -48,7 +48,7 @@ def in_the_repository(repository, monkeypatch):
     monkeypatch.chdir(repository)
 
 
-@pytest.mark.parametrize(("paper", "name"), SWEEPS, ids="-".join)
+@pytest.mark.parametrize(("paper", "name"), SWEEPS, ids=map("-".join, SWEEPS))
 def test_every_sweep_is_a_study_and_its_points_are_sound(paper, name):
     of = module(paper).STUDIES[name]
     if name in APART:
