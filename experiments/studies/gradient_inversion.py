@@ -283,7 +283,7 @@ def main(path: str, scale: Scale, data: str, data_dir: str | None) -> int:
     )
     print(as_text(record))
     for name, text in (
-        ("gradient_inversion.json", json.dumps(log.plain(record), indent=1)),
+        ("gradient_inversion.json", json.dumps(log.jsonable(record), indent=1)),
         ("gradient_inversion.svg", gallery(results)),
     ):
         write_atomically(folder / name, text + "\n")

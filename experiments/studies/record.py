@@ -249,7 +249,7 @@ def main(folder: str, out: str, name: str | None) -> int:
     """Writes a record; returns the exit code."""
     path = outputs.files(out=out)["out"]
     found = record(folder, name)
-    write_atomically(path, json.dumps(log.plain(found), indent=1) + "\n")
+    write_atomically(path, json.dumps(log.jsonable(found), indent=1) + "\n")
     print(f"record: {path}")
     draw = studies_of(found["config"])[found["study"]].picture
     if draw:

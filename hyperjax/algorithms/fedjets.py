@@ -27,7 +27,7 @@ novel ones reach all experts. Anchors are charged for K experts too.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,9 @@ class _Pool(NamedTuple):
     def rank(self, variables: PyTree, x: Array) -> Array:
         """The gate's scores of all experts, [B, M]."""
         features = self.model.features(variables["memory"]["common"], x)
-        return self.gate.apply({"params": variables["params"]["gate"]}, features)
+        params = variables["params"]["gate"]
+        scores: Any = self.gate.apply({"params": params}, features)
+        return scores
 
     def shares(self, variables: PyTree, data: ClientData) -> Array:
         """The gate's mean softmax over a client's inputs, [M]; labels are not read."""

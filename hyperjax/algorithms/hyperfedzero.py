@@ -17,6 +17,7 @@ generated tensors are scaled (`hypernets.mlp`).
 
 import jax
 
+from hyperjax import compiling
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
@@ -66,7 +67,7 @@ def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Mo
     """
     key = jax.random.key(0)
     if hypernet.get("out_scale") == "fan_in":  # looks at the numbers
-        start = jax.jit(model.init)(key)
+        start = compiling.once(model.init)(key)
     else:
         start = jax.eval_shape(model.init, key)
     template = start["params"]

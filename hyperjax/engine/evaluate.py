@@ -62,7 +62,7 @@ def evaluator(
     *,
     source_prior: np.ndarray,
     members: Families | None = None,
-    unseen: Sequence[int] | np.ndarray = (),
+    novel: Sequence[int] | np.ndarray = (),
     tuned: Mapping[str, Population] | None = None,
     batch_size: int = 256,
     clients_per_call: int = 64,
@@ -78,7 +78,7 @@ def evaluator(
         serves them, or one for each family.
       source_prior: [K] class prior of all participating clients' training samples.
       members: who has trained, by family; None for a method without families.
-      unseen: [m] int, position in `members.names` of clients N to N + m - 1.
+      novel: [m] int, position in `members.names` of clients N to N + m - 1.
       tuned: whom `tune` scores; their training rows are what they are tuned on.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
@@ -99,8 +99,8 @@ def evaluator(
     samples = Samples(pool, unlabelled, source / jnp.sum(source))
     samples = sharding.replicate(samples, mesh)
     programs = {name: _programs(alg, name, batch_size, mesh) for name in groups.names}
-    scored = _by_family(groups, unseen, populations)
-    fine_tuned = _by_family(groups, unseen, tuned or {})
+    scored = _by_family(groups, novel, populations)
+    fine_tuned = _by_family(groups, novel, tuned or {})
 
     def run(stage: str, name: str, call: _Call):
         args = (sharding.replicate(call, mesh),)
@@ -140,7 +140,7 @@ def evaluator(
     give = deploy.deployer(
         alg,
         members=members,
-        unseen=unseen,
+        novel=novel,
         batch_size=batch_size,
         mesh=mesh,
         program=program,
@@ -249,12 +249,12 @@ class _Part(NamedTuple):
 
 
 def _by_family(
-    groups: Families, unseen: Sequence[int] | np.ndarray, whom: Mapping[str, Population]
+    groups: Families, novel: Sequence[int] | np.ndarray, whom: Mapping[str, Population]
 ) -> dict[str, dict[str, _Part]]:
     """Cuts populations by family: {family: {metric: part}}."""
     found: dict[str, dict[str, _Part]] = {name: {} for name in groups.names}
     for metric, population in whom.items():
-        for name, (places, numbers) in groups.numbers(population.ids, unseen).items():
+        for name, (places, numbers) in groups.numbers(population.ids, novel).items():
             tables = (
                 Table(table.rows[places], table.size[places])
                 for table in (population.train, population.inputs)

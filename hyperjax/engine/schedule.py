@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import rng
+from hyperjax import compiling, rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
@@ -322,11 +322,12 @@ class _Parts(NamedTuple):
         def init(root):
             return self.alg.server.init(rng.stream(root, "common_init"))
 
-        return self.program("init", init, (sharding.replicate(root, self.mesh),))
+        args = (sharding.replicate(root, self.mesh),)
+        return self.program("init", init, args, times=compiling.ONCE)
 
-    def split(self, cohort: Cohort) -> dict[str, Cohort]:
+    def cohorts(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
-        return self.groups.split(cohort, 1 if self.mesh is None else self.mesh.size)
+        return self.groups.cohorts(cohort, 1 if self.mesh is None else self.mesh.size)
 
     def rows(self) -> dict[str, PyTree]:
         """The abstract state of one client of each family."""
@@ -405,9 +406,11 @@ def _on_device(parts: _Parts) -> Simulator:
         def body(carry, round):
             cohort, opened = parts.draw(root, round, weight), {}
             if parts.opening:
-                carry, opened = one_exchange(carry, parts.split(cohort), parts.opening)
+                carry, opened = one_exchange(
+                    carry, parts.cohorts(cohort), parts.opening
+                )
             if not parts.sequential:
-                carry, info = one_exchange(carry, parts.split(cohort))
+                carry, info = one_exchange(carry, parts.cohorts(cohort))
             else:
                 carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
                 info = exchange.round_info(infos)
@@ -451,7 +454,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         opened: dict[str, Array] = {}
         if parts.opening or not parts.sequential:
-            cohorts = program("split", parts.split, (cohort,))
+            cohorts = program("cohorts", parts.cohorts, (cohort,))
         if parts.opening:
             carry, opened = one_exchange(root, carry, cohorts, "opening")
         if not parts.sequential:

@@ -252,7 +252,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         **options,
     )
     if data.newcomers:
-        return federation.newcomers()
+        return federation.of_novel()
     return federation.pooled() if data.pooled else federation
 
 

@@ -181,7 +181,7 @@ def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dic
     )
     if labels is not None:
         result["zacc"] = 100.0 * float(np.mean(served.label == labels))
-    result = log.plain(result)
+    result = log.jsonable(result)
     checkpoint.write_atomically(
         out / "result.json", json.dumps(result, indent=2) + "\n"
     )

@@ -123,8 +123,3 @@ def _runs(folder: Path) -> Iterator[Path]:
 def _natural(name: str) -> list[tuple[str, int]]:
     """Sorts p10 after p9."""
     return [(rest, int(n or 0)) for rest, n in re.findall(r"(\D*)(\d*)", name)]
-
-
-def points(run: Run, key: str) -> list[tuple[float, float]]:
-    """Returns (round, value) wherever a quantity was measured."""
-    return [(row["round"], row[key]) for row in run.metrics if row.get(key) is not None]

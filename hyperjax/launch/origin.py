@@ -38,7 +38,7 @@ FORMAT = 3
 
 # Fields that do not touch the training, so that a run may go on with others.
 _FREE = re.compile(
-    r"data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard"
+    r"data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 # Those among them that a summary depends on: a finished run is summed up anew.
 _SUMMED_UP = re.compile(r"rounds|evaluation\.(?!every$).*")
@@ -81,7 +81,7 @@ def read(workdir: Path) -> dict[str, Any]:
     return {**record, "config": _with_defaults(config)}
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config, as JSON, with every field that all configs have."""
 
     def fill(given, known):
@@ -155,7 +155,8 @@ def check_settings(workdir: Path, record: Mapping[str, Any]) -> None:
 
 def changes(workdir: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns the fields of a config that are not what a run was last given."""
-    return _differing(common.flat(read(workdir)["config"]), common.flat(config))
+    there = read(workdir)["config"]
+    return _differing(common.flat(there), common.flat(_with_defaults(config)))
 
 
 def _differing(

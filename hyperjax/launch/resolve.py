@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from hyperjax.engine import log
 from hyperjax.launch import build, origin, saved
 from hyperjax.protocols import common
 from hyperjax.runs.experiment import Experiment, Settings
@@ -20,6 +21,7 @@ class Resolved(NamedTuple):
     settings: Settings
     keep: int  # newest checkpoints
     tensorboard: bool
+    tracker: str  # a package, or ""
     # The experiment; of the folder for a host store in files.
     make: Callable[[str], Experiment]
     # What another run's server lends to a fresh run, by path.
@@ -38,6 +40,7 @@ def resolve(config: ml_collections.ConfigDict) -> Resolved:
     """
     config = common.filled(config)
     build.check(config)
+    log.check_tracker(config.tracker)
     start = config.start
     return Resolved(
         config=origin.as_json(config),
@@ -46,6 +49,7 @@ def resolve(config: ml_collections.ConfigDict) -> Resolved:
         settings=build.settings(config),
         keep=config.checkpoint.keep,
         tensorboard=config.tensorboard,
+        tracker=config.tracker,
         make=functools.partial(build.make_experiment, config),
         lend=functools.partial(
             saved.lent, start.run, start.take, config.data.newcomers

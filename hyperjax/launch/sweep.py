@@ -42,8 +42,8 @@ class Asked(NamedTuple):
     workdir: str
     sweep: Sequence[str]
     arguments: Sequence[str] = ()  # --config.field=value, for all points
-    list: bool = False
-    index: str | None = None
+    list_only: bool = False
+    part: str | None = None
     baseline: str | None = None
     tune: Sequence[str] = ()
     by: str | None = None
@@ -70,11 +70,11 @@ def main(asked: Asked) -> int:
         something else.
     """
     plan = make_plan(asked)
-    if asked.list:
+    if asked.list_only:
         print(listed(plan))
         return 0
     if not any(setting.points for setting in plan.mine):
-        print(f"--index={asked.index}: of {len(plan.points)} points it has none.")
+        print(f"--index={asked.part}: of {len(plan.points)} points it has none.")
         return 0
     try:
         well = ended(run(plan, asked))
@@ -106,7 +106,7 @@ def make_plan(asked: Asked) -> Plan:
     given = runner.ordered(given)
     runner.check_baseline(asked.baseline, given)
     record.check_base(there, path, arguments)
-    tuned, settings = {}, [Setting(runner.part(given, asked.index), [])]
+    tuned, settings = {}, [Setting(runner.part(given, asked.part), [])]
     if others:
         seed = asked.tune_seed
         by = tune.check_metric(asked.by, seed)
@@ -124,7 +124,7 @@ def make_plan(asked: Asked) -> Plan:
         there,
         given,
         trials,
-        runner.part(settings, asked.index) if others else settings,
+        runner.part(settings, asked.part) if others else settings,
         points.read(path, arguments, points.as_texts(given[0].fields)),
         tuned,
     )

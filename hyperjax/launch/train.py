@@ -20,10 +20,14 @@ from absl import logging
 
 from hyperjax import tree
 from hyperjax.data import federation as federations
+from hyperjax.data import picture
+from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress
 from hyperjax.launch import cli, origin, pages, report, saved, workdir
+from hyperjax.launch.report_sections import MANY_CLIENTS
 from hyperjax.launch.resolve import Resolved, resolve
+from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
 
@@ -109,7 +113,11 @@ def _train(
         logging.info("Continuing %s after round %d.", folder, done)
         state = loop.State(done, experiment.simulator.load(restored.carry))
     recorder = log.Recorder(
-        folder, -1 if restored is None else done, resolved.tensorboard
+        folder,
+        -1 if restored is None else done,
+        resolved.tensorboard,
+        resolved.tracker,
+        common.flat(resolved.config),
     )
     shown = _Shown(progress)
 
@@ -122,20 +130,24 @@ def _train(
         metrics = results.record(values)
         record = dict(round=state.round, loss=info.get("loss"), **metrics, **totals)
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
-        recorder.evaluation(record, time.perf_counter() - began)
+        accuracy = {k: v["accuracy"] for k, v in values.items() if k != "gacc"}
+        recorder.evaluation(record, time.perf_counter() - began, accuracy)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
     with contextlib.closing(recorder), _stop_signals() as stop:
         values = None
         if restored is None:
+            if resolved.tensorboard:
+                _show_partition(recorder, experiment.federation)
             values = score(state, {})
             checkpoint.save(checkpoints, 0, state.carry, resolved.keep)
         elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
             values = score(state, {})  # the record was lost
         for call in _calls(experiment, state, checkpoints, stop, progress):
-            recorder.rounds(state.round, call.info)
+            rate = call.samples / call.seconds if call.seconds else None
+            recorder.rounds(state.round, call.info, rate)
             state = call.state
             shown.trained(call)
             shown.update(state.round, call.last, {})
@@ -150,6 +162,7 @@ def _train(
             )
         summary = dict(method=resolved.method, dataset=resolved.dataset)
         summary |= _summary(folder, experiment, state, values, progress)
+        recorder.summary(summary)
     spent = dict(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
@@ -160,13 +173,23 @@ def _train(
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
-    summary = log.plain(summary | spent)
+    summary = log.jsonable(summary | spent)
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
     progress.stage("writing the report")
     report.run_report(str(folder))
     return summary
+
+
+def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
+    """Who has how much of which class, beside the events; of few clients alone."""
+    counts = federation.counts
+    if max(counts.shape) <= MANY_CLIENTS:
+        takes_part = np.arange(len(counts)) < federation.num_clients
+        names = [name.replace("$", r"\$") for name in federation.label_names]
+        figure = picture.partition_picture(counts, takes_part, names)
+        recorder.picture("partition", figure)
 
 
 def _calls(
@@ -302,14 +325,14 @@ def _summary(
             if row["client"] < len(of):
                 row["family"] = names[of[row["client"]]]
     checkpoint.write_atomically(
-        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+        folder / workdir.CLIENTS, json.dumps(log.jsonable(rows), indent=1) + "\n"
     )
     settings, cost = experiment.settings, experiment.cost
     summary = dict(
         rounds=settings.rounds,
         seed=settings.seed,
         unassigned=experiment.federation.unassigned,
-        **log.plain(results.record(values)),
+        **log.jsonable(results.record(values)),
         **cost._asdict(),
         **experiment.totals(settings.seed, state.round),
         plan=experiment.plan,

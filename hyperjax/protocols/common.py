@@ -91,6 +91,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.sample_level": (False, "at the end, also one classifier per input"),
     "checkpoint.keep": (2, "newest checkpoints that stay"),
     "tensorboard": (True, "write TensorBoard events"),
+    "tracker": ("", "also tell wandb or trackio, or a package with their interface"),
 }
 # Options that are functions in Python and text in a config.
 TEXTS = {"correction": ""}

@@ -158,9 +158,7 @@ class Run(NamedTuple):
             for metric, label in results.SHOWN.items()
             if record.get(metric) is not None
         ]
-        who = f"{data.num_clients} clients"
-        who += f" + {data.num_novel} unseen" if data.num_novel else ""
-        parts = [self.name, who, f"round {self.state.round}", *shown]
+        parts = [self.name, data.who, f"round {self.state.round}", *shown]
         return f"Run({', '.join(parts)})"
 
     # Training ------------------------------------------------------------------------
@@ -211,7 +209,7 @@ class Run(NamedTuple):
         record |= results.record(values)
         record |= self.experiment.totals(seed, round)
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
-        record = log.plain(record)
+        record = log.jsonable(record)
         words = {
             label: f"{record[metric]:.2f}"
             for metric, label in results.SHOWN.items()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("pdf", "svg", "png")
 # Inches, of a page of two columns: the text's width.
 WIDTH, PANEL_HEIGHT = 6.9, 2.1
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
     "axes.titlesize": 8,
@@ -32,6 +32,7 @@ STYLE = {
     "legend.fontsize": 7,
     "legend.title_fontsize": 7,
     "legend.frameon": False,
+    "legend.handlelength": 3,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -64,14 +65,19 @@ _MARKERS = ("o", "s", "^", "D")
 _MAX_DOTS = 200
 
 
+def _style() -> Any:
+    """Our style, and nothing of the process' own."""
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Has a figure drawn in our style, whatever the process' own is."""
 
     @functools.wraps(draw)
     def drawn(*args: Any) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        with _style():
             figure = draw(*args)
             # Laid out anew at each drawing, it would give other files each time.
             figure.draw_without_rendering()
@@ -85,8 +91,8 @@ class Look(NamedTuple):
     """How a group is drawn: by colour, and by line and marker if that is not enough."""
 
     color: Any
-    line: str
-    marker: str
+    line: Any
+    marker: Any
 
 
 class Looks(NamedTuple):
@@ -105,7 +111,8 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     names = list(groups[0]) if groups else []
     varying = [n for n in names if len({group[n] for group in groups}) > 1]
     crossed = [n for n in varying if n != "method" and _is_crossed(groups, n)]
-    lined = crossed[-1] if len(varying) > 1 and crossed else None
+    crossed.sort(key=lambda n: len({group[n] for group in groups}))
+    lined = crossed[0] if len(varying) > 1 and crossed else None
     values = list(dict.fromkeys(group[lined] for group in groups)) if lined else []
     rest = [{k: v for k, v in g.items() if k != lined} for g in groups]
     words = list(dict.fromkeys(tables.label(group) for group in rest))
@@ -151,7 +158,7 @@ def _shades(groups: Sequence[Mapping[str, Any]], varying: Sequence[str]):
     if len(ordered) < 3:
         return {}
     scale = matplotlib.colormaps["viridis"]
-    places = np.linspace(0, 0.88, len(ordered))  # its yellow end is too pale
+    places = np.linspace(0.15, 0.88, len(ordered))  # not its palest, nor darkest
     return {ordered[v]: scale(x) for v, x in zip(sorted(ordered), places, strict=True)}
 
 
@@ -184,10 +191,8 @@ def all_of(
 
 def rendered(figure: Figure, form: str) -> bytes:
     """Returns a figure as a file of one of `FORMATS`; equal figures, equal bytes."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with _style():
         figure.savefig(buffer, format=form, dpi=220, metadata=_NO_DATES[form])
     return buffer.getvalue()
 

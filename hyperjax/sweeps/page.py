@@ -3,10 +3,8 @@
 import json
 import time
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
@@ -53,31 +51,28 @@ def draw(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)
     )
     rest = f"; about {left} left" if left else ""
-    table = pages.table(
-        ("run", "status", *SHOWN.values()), [_row(folder, entry) for entry in entries]
-    )
+    rows = [_row(folder, entry) for entry in entries]
+    headings = ("run", "status", *(f"{name} %" for name in SHOWN.values()))
     body = [
-        f"<header><h1>{escape(folder.name)}</h1>",
-        f'<p class="muted">{len(entries)} runs: {counts}{rest}</p></header>',
-        f'<div class="scroll">{table}</div>',
+        pages.header(folder.name, f"{len(entries)} runs: {counts}{rest}"),
+        pages.tabular("runs", headings, rows),
         *(
-            f'<p class="note">{escape(entry["name"])}: {escape(entry["message"])}</p>'
+            pages.text(f"{entry['name']}: {entry['message']}", note=True)
             for entry in entries
             if entry["message"]
         ),
-        f"<p><code>{escape(found['command'])}</code></p>",
+        pages.command(found["command"]),
         "" if set(statuses) <= set(ENDED) else _RELOADED,
     ]
     write_atomically(folder / PAGE, pages.page(folder.name, body))
 
 
 def _row(folder: Path, entry: Mapping[str, Any]) -> list[object]:
-    name = escape(entry["name"])
+    name: object = entry["name"]
     if (folder / entry["name"] / workdir.REPORT).exists():
-        link = quote(f"{entry['name']}/{workdir.REPORT}")
-        name = f'<a href="{link}">{name}</a>'
+        name = pages.link(f"{entry['name']}/{workdir.REPORT}", entry["name"])
     scores = _scores(folder / entry["name"])
-    return [pages.Html(name), entry["status"], *(scores.get(k) for k in SHOWN)]
+    return [name, entry["status"], *(scores.get(k) for k in SHOWN)]
 
 
 def _scores(folder: Path) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ ENDED = (FINISHED, DIVERGED, FAILED)
 _AGAIN = "remove it: the command that made the sweep writes it anew"
 # Fields that a sweep may go on with other values of, as its runs may.
 _FREE = re.compile(
-    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard"
+    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 
 

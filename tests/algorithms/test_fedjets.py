@@ -366,7 +366,7 @@ def test_bad_input(options, message):
 
 
 def test_a_model_without_a_head():
-    model = tiny().model
-    model = model._replace(apply=lambda *args: Outputs(model.predict(*args)))
+    whole = tiny().model
+    model = whole._replace(apply=lambda *args: Outputs(whole.predict(*args)))
     with pytest.raises(ValueError, match="no layer named 'head'"):
         fedjets(model, local=make_local(), num_clients=NUM_CLIENTS)

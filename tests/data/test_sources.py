@@ -206,6 +206,16 @@ def test_mnist5k_has_500_images_of_each_digit():
     assert source.x.min() == 0 and source.x.max() == 255
 
 
+def test_digits_are_scikit_learns_read_without_importing_it(monkeypatch):
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    source = sources.load("digits")
+    np.testing.assert_array_equal(source.x[..., 0], np.rint(digits.images * 255 / 16))
+    np.testing.assert_array_equal(source.y, digits.target)
+    assert source.label_names == tuple(map(str, digits.target_names))
+
+
 def test_digits_spread_over_the_byte_range():
     source = sources.load("digits")
     check(source, (1797, 8, 8, 1), 10)

@@ -66,8 +66,8 @@ def test_a_participant_has_what_it_stored():
         chex.assert_trees_all_equal(found.variables, expected)
         chex.assert_trees_all_equal(found.network, expected)
     # The last one never took part, so it starts as those who cannot.
-    never, unseen = everybody(KEPT, "pacc")[-1], everybody(KEPT, "zacc")[0]
-    chex.assert_trees_all_equal(never.variables, unseen.variables)
+    never, novel = everybody(KEPT, "pacc")[-1], everybody(KEPT, "zacc")[0]
+    chex.assert_trees_all_equal(never.variables, novel.variables)
 
 
 def test_the_network_predicts_as_the_method_does():

@@ -45,13 +45,13 @@ def trained(stack: str):
 
 @functools.cache
 def populations() -> dict[str, Population]:
-    """All clients on their samples, and three unseen ones that share some of them."""
-    unseen = [np.arange(10, 19), np.arange(30, 35), np.arange(3)]
+    """All clients on their samples, and three novel ones that share some of them."""
+    novel = [np.arange(10, 19), np.arange(30, 35), np.arange(3)]
     nothing = clients.table([np.arange(0)] * NUM_NOVEL)
     ids = np.arange(NUM_CLIENTS + NUM_NOVEL, dtype=np.int32)
     return {
         "pacc": Population(ids[:NUM_CLIENTS], tiny().table, tiny().table),
-        "zacc": Population(ids[NUM_CLIENTS:], nothing, clients.table(unseen)),
+        "zacc": Population(ids[NUM_CLIENTS:], nothing, clients.table(novel)),
     }
 
 

@@ -242,7 +242,7 @@ def test_debug_shows_where(name, tmp_path):
 def test_help_comes_first_whatever_else_is_given(argv, tmp_path):
     result = launch(tmp_path / "said", *argv).result()
     assert (result.code, result.err) == (0, "")
-    for words in ("Trains one method", "--workdir", "zero_shot", "fedprox", "rounds=1"):
+    for words in ("Trains one method", "--workdir", "zero_shot", "fedprox", "rounds="):
         assert words in result.out
     assert ("Options of hyperfedzero" in result.out) == (DIGITS in argv)
 

@@ -41,7 +41,6 @@ PRELOADED = (
     "hyperjax.runs.results",
     "hyperjax.launch.workdir",
     "orbax.checkpoint",
-    "sklearn.datasets",
     "tensorboardX",
 )
 DIGITS = (
@@ -311,6 +310,9 @@ def test_report_and_events_are_there(story):
     found = read_events(story.whole / "events")
     assert found["train/loss"].keys() == {1, 2, 3, 4, 5, 6}
     assert found["eval/zacc"].keys() == {0, 2, 4, 6}
+    assert found["clients/pacc"].keys() == {0, 2, 4, 6}
+    assert found["partition"].keys() == {0}
+    assert found["train/samples_per_second"].keys() <= {2, 4, 6}
     last = log.read_lines(story.whole / "metrics.jsonl")[-1]
     assert found["eval/zacc"][6] == pytest.approx(last["zacc"], rel=1e-5)
 
@@ -320,7 +322,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboardX.proto import event_pb2
 
     found: dict[str, dict[int, float]] = {}
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.iterdir()):  # beside them hparams
         content, place = file.read_bytes(), 0
         while place < len(content):
             size = int.from_bytes(content[place : place + 8], "little")
@@ -667,6 +669,14 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     after = read(run, "config.json")
     assert after["versions"]["jax"] == jax.__version__
     assert after["history"][-1]["changed"]["versions.jax"] == ["0.0.1", jax.__version__]
+
+
+@pytest.mark.parametrize("epochs", [None, 1, 2])
+def test_what_a_run_was_given_is_what_it_is_given_again(epochs, tmp_path):
+    given = recorded(local__epochs=epochs, local__steps=None)
+    origin.describe(tmp_path, given, {"device": "cpu"}, {})
+    assert origin.changes(tmp_path, given) == {}
+    origin.compare(tmp_path, given)
 
 
 def test_a_run_of_an_older_version_goes_on_with_defaults(run):

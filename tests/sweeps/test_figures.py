@@ -31,7 +31,7 @@ def results(tmp_path_factory):
                 )
     points = long.points(folder)
     table = long.table_of(points)
-    return table, long.last(table), long.clients_of(points)
+    return table, long.last(points), long.clients_of(points)
 
 
 @pytest.fixture(scope="module")

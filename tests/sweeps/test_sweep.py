@@ -128,7 +128,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 def test_slices_part_the_points(trainer, tmp_path, n):
     for i in range(n):
-        assert sweep.main(asked(tmp_path, index=f"{i}/{n}")) in (0, 1)
+        assert sweep.main(asked(tmp_path, part=f"{i}/{n}")) in (0, 1)
     assert len(trainer.ran) == len(set(trainer.ran)) == 4  # two diverge
     assert "waiting" not in statuses(tmp_path).values()
 
@@ -142,7 +142,7 @@ def test_slices_are_refused_by_name():
 
 def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     folder = tmp_path / "abl"
-    assert sweep.main(asked(folder, list=True)) == 0
+    assert sweep.main(asked(folder, list_only=True)) == 0
     out = capsys.readouterr().out
     assert "6 points" in out and "learning_rate=0.05,seed=1" in out
     assert "one program for 2:" in out
