@@ -134,7 +134,10 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
     if len(given) > 1:
         folder = Path(os.path.commonpath([run.parent for run in runs])) / "comparison"
     targets.folder("out", folder).mkdir(exist_ok=True)
-    outputs.write(folder, runs, baseline=baseline)
+    if baseline is None and (folder / finished.SWEEP).exists():
+        results.write(record.Record(str(folder)))  # with its own baseline
+    else:
+        outputs.write(folder, runs, baseline=baseline)
     print(f"report: {folder / outputs.PAGE}")
     return 0
 
