@@ -80,11 +80,12 @@ def _cells(
 
 def source(record: Mapping[str, Any]) -> str:
     """Returns a line that says how a table came about."""
+    commits = record["commit"].split(", ")
     seeds = ", ".join(map(str, record["seeds"]))
     one = "seed" if len(record["seeds"]) == 1 else "seeds"
     return (
         f"`{record['command']}`; {one} {seeds}; {record['hardware']}; "
-        f"{record['date']}; commit {record['commit'][:9]}."
+        f"{record['date']}; commit {', '.join(c[:9] for c in commits)}."
     )
 
 
@@ -94,7 +95,7 @@ def spread(value: Mapping[str, Any] | None) -> str:
         return "–"
     mean, std = value["mean"], value["std"]
     if not std:  # one seed, or a count
-        return number(mean)
+        return f"{mean:{_format(mean)}}" if mean else "0"
     digits = _format(mean)
     return f"{mean:{digits}} ± {std:{digits}}"
 
@@ -114,7 +115,7 @@ def number(value: float | None) -> str:
     """Returns a number as short as it may be; a dash for None."""
     if value is None:
         return "–"
-    return f"{value:{_format(value)}}" if value else "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _format(value: float) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.studies import record, results
+from experiments.studies import record, results, table_iv
 from experiments.studies.study import Study
 
 STUDY = Study(
@@ -89,7 +89,7 @@ def test_a_record_and_its_table(tmp_path):
     heading, _, first, second, _, source = text.strip().splitlines()
     assert heading == "| method | pACC | paper: pACC | pACC - paper | pACC - A's |"
     assert first == "| A | 91.00 ± 1.00 | – | – | – |"
-    assert second == "| B | 93.00 ± 2.00 | 95.00 | -2.00 | +2.00 [-0.48, +4.48] |"
+    assert second == "| B | 93.00 ± 2.00 | 95 | -2.00 | +2.00 [-0.48, +4.48] |"
     assert "seeds 0, 1, 2" in source and COMMIT[:9] in source
 
 
@@ -145,9 +145,9 @@ def test_only_tables_between_marks_are_written_anew(tmp_path):
         (None, "–"),
         (0.0, "0"),
         (151840.0, "151,840"),
-        (98.0, "98.00"),
-        (0.97456, "0.975"),
-        (1e-4, "1.0e-04"),
+        (98.67, "98.67"),
+        (-0.9, "-0.9"),
+        (93.6, "93.6"),
     ],
 )
 def test_numbers_are_short(value, text):
@@ -159,3 +159,15 @@ def test_a_deviation_has_the_digits_of_its_mean():
     assert results.spread(dict(mean=95.0, std=0.0057)) == "95.00 ± 0.01"
     assert results.spread(dict(mean=1e-4, std=0.0)) == "1.0e-04"
     assert results.spread(dict(mean=90.0, std=None)) == "90.00"
+
+
+def test_table_iv_of_older_runs():
+    row = {"curve": {"0": 40.0, "2": 70.0, "4": 60.0, "6": 60.0}, "cpr": 2_000_000}
+    # The last accuracy was first met after the third round.
+    assert table_iv.to_final(row) == 6.0
+    older = json.loads(table_iv.OLDER.read_text(encoding="utf-8"))
+    found = json.loads((results.RECORDS / "hyperfednet_table_iv.json").read_text())
+    assert json.loads(json.dumps(table_iv.record(older))) == found
+    fused = found["rows"][0]
+    assert fused["label"] == "HFN" and fused["settings"] == "mnist, Dirichlet(0.5)"
+    assert fused["published"] == {"gain": -1.02, "communication": 15.15}
