@@ -29,12 +29,12 @@ from absl import flags
 
 from benchmarks import round_time
 from hyperjax import models, registry, server_optimizers, training
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice, first_line
 from hyperjax.launch import cli, outputs
 from hyperjax.launch.pages import text_table
-from hyperjax.types import Algorithm, Batch, Model, Trained
+from hyperjax.models import HEAD
+from hyperjax.types import Algorithm, Model, Outputs, Trained
 
 
 class Network(NamedTuple):
@@ -174,36 +174,26 @@ def hollow(model: Model) -> Model:
     Messages have the shapes of variables and features, and those do not depend on how
     a loss comes about; so it is counted as `model` is, without tracing 38 layers.
     """
-    one = Batch(
-        jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.float32),
-    )
+    one = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
 
-    def trial(key, batch):
+    def trial(key, x):
         variables = model.init(key)
-        features = model.features(variables, batch)
-        return variables, features, model.predict(variables, batch.x)
+        return variables, model.apply(variables, x)
 
-    shapes = jax.eval_shape(trial, jax.random.key(0), one)
-    variables, features, logits = shapes
+    variables, outputs = jax.eval_shape(trial, jax.random.key(0), one)
+
+    def apply(variables, x):
+        return Outputs(*(jnp.zeros((x.shape[0], rows.shape[1])) for rows in outputs))
 
     def loss(key, variables, batch, context):
-        size = batch.x.shape[0]
-        return jnp.float32(0), Trained(
-            variables["stats"],
-            {"loss": jnp.float32(0)},
-            jnp.zeros((size, logits.shape[1])),
-            jnp.zeros((size, features.shape[1])),
-        )
+        info = {"loss": jnp.float32(0)}
+        given = apply(variables, batch.x)
+        return jnp.float32(0), Trained(variables["stats"], info, *given)
 
     return model._replace(
         init=lambda key: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables),
         loss=loss,
-        predict=lambda variables, x: jnp.zeros((x.shape[0], logits.shape[1])),
-        features=lambda variables, batch: jnp.zeros(
-            (batch.x.shape[0], features.shape[1])
-        ),
+        apply=apply,
         with_shape=lambda shape: hollow(model.with_shape(shape)),
     )
 

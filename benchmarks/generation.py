@@ -35,7 +35,7 @@ from benchmarks import round_time
 from hyperjax import tree
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import mlp
-from hyperjax.launch import cli, workdir
+from hyperjax.launch import cli, origin
 from hyperjax.launch.pages import text_table
 
 LAYERS = 6
@@ -126,7 +126,7 @@ def measure(kind: str, parameters: int, chunk_batch: int, calls: int) -> dict[st
         "extra_mb": max(allocated, grown) - floor,
         "seconds": min(times),
         "gb_per_second": tree.num_bytes(target) / min(times) / 1e9,
-        "commit": workdir.commit(),
+        "commit": origin.commit(),
         **round_time.about(),
     }
 

@@ -78,7 +78,6 @@ def main(workdir: str, is_smoke: bool) -> int:
         folders,
         str(root / "report.html"),
         "HyperFedZero and its controls on MNIST",
-        labels=[label for label, *_ in RUNS],
     )
     print(f"\n{time.perf_counter() - began:.0f} seconds.\nreport: {page}")
     return 0

@@ -44,6 +44,7 @@ def topk(fraction: float) -> Channel:
 
     def encode_leaf(x):
         flat = x.reshape(-1)
+        # Rounded down: never more than the fraction, of a small leaf nothing.
         _, index = jax.lax.top_k(jnp.abs(flat), math.floor(fraction * flat.size))
         return Sparse(flat[index], index.astype(jnp.int32))
 

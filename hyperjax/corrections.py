@@ -65,6 +65,7 @@ def prox(mu: float) -> Correction:
     check_number(at_least=0, mu=mu)
 
     def adjust(grads, theta, anchor, sent, c):
+        # The derivative of the added term.
         return {k: g + mu * (theta[k] - anchor[k]) for k, g in grads.items()}
 
     return none()._replace(adjust=adjust)
@@ -90,6 +91,8 @@ def dyn(alpha: float) -> Correction:
         return {k: c[k] - alpha * (theta[k] - anchor[k]) for k in c}, ()
 
     def absorb(h, theta, means):
+        # The change of the mean of all g_k: absent clients' do not move, so the mean
+        # over participants counts by their share.
         share = alpha * means.participation
         h = jax.tree.map(lambda h, d: h - share * d, h, means.delta)
         return h, jax.tree.map(lambda x, h: x - h / alpha, theta, h)
@@ -123,6 +126,7 @@ def scaffold() -> Correction:
         moved = steps > 0  # a client without samples learns nothing about its gradient
 
         def change(k):
+            # c_k after minus before, so c_k itself drops out.
             new = -sent[k] + mean * (anchor[k] - theta[k])
             return jnp.where(moved, new, 0.0)
 
@@ -130,6 +134,7 @@ def scaffold() -> Correction:
         return tree.add(c, delta), delta
 
     def absorb(s, theta, means):
+        # c stays the mean of all clients' c_k, of which only participants' moved.
         return tree.add(s, tree.scale(means.extra, means.participation)), theta
 
     return Correction(
@@ -163,6 +168,7 @@ def chain(*corrections: Correction) -> Correction:
 
     def absorb(s, theta, means):
         new: list[Any] = []
+        # Each moves the parameters that the one before it has left.
         for one, s_one, extra in zipped("absorb", s, means.extra):
             s_new, theta = one(s_one, theta, means._replace(extra=extra))
             new.append(s_new)

@@ -19,7 +19,7 @@ from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy
 from hyperjax.tree import Patterns
-from hyperjax.types import Array, ClientData, Model, PyTree
+from hyperjax.types import Array, Batch, ClientData, Key, Model, PyTree
 
 BATCHES = ("passes", "fresh")
 OPTIMIZER = "optimizer"  # in a client's memory
@@ -191,7 +191,7 @@ def trainer(
         return {k: optimizer.init(params) for k, params in by_optimizer(active).items()}
 
     def train(key, variables, data: ClientData, round, adjust, epochs=None):
-        context = model.context(variables, data)
+        context = model.visit.context(variables, data)
         factor = local.schedule(round)
         totals = _zero_totals(model, variables, data, batch_size, context)
         if probe:
@@ -219,13 +219,8 @@ def trainer(
             whole |= {"memory": entries} if entries else {}
             return model.loss(key, whole, batch, context)
 
-        def step(i, carry, order, key):
+        def step(i, carry, batch, key):
             active, stats, entries, opt, totals, probed = carry
-            if local.batches == "fresh":
-                drawn = clients.shuffled(jax.random.fold_in(order, i), data)
-                batch = clients.take(data, drawn, 0, batch_size)
-            else:
-                batch = clients.take(data, order, i, batch_size)
             (_, trained), grads = jax.value_and_grad(loss, has_aux=True)(
                 active, stats, entries, jax.random.fold_in(key, i), batch
             )
@@ -241,15 +236,12 @@ def trainer(
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
-            # An order of all samples, or the key of one for every step.
-            order = key_order
-            if local.batches == "passes":
-                order = clients.shuffled(key_order, data)
+            batch = _drawn(key_order, data, local)
             length = per_pass
             if phase.steps is not None:
                 length = jnp.minimum(per_pass, phase.steps - epoch * per_pass)
             return jax.lax.fori_loop(
-                0, length, lambda i, c: step(i, c, order, key_steps), carry
+                0, length, lambda i, c: step(i, c, batch(i), key_steps), carry
             )
 
         per_pass = clients.num_batches(data.size, batch_size)
@@ -303,13 +295,13 @@ def tuner(
     def tune(key, variables, data, round, epochs):
         # Fine-tuning starts with an optimizer of its own, and nothing it trains on is
         # what it is deployed for.
-        start = model.visit(memory.without(variables, OPTIMIZER, "condition"))
+        start = model.visit.enter(memory.without(variables, OPTIMIZER, "condition"))
         after, _ = run(key, start, data.train, round, no_adjustment, epochs)
         for name in (OPTIMIZER, "condition"):
             if jax.tree.leaves(entry := memory.get(variables, name)):
                 after = memory.put(after, name, entry)
         if jax.tree.leaves(memory.get(after, "condition")):
-            condition = model.condition(after, data.inputs)
+            condition = model.serve.condition(after, data.inputs)
             after = memory.put(after, "condition", condition)
         return after
 
@@ -354,6 +346,19 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
             "gradients: sgd, with any momentum, Nesterov's or weight decay. This "
             "optimizer's are not (as those of adam and its kin)"
         )
+
+
+def _drawn(key: Key, data: ClientData, local: Local) -> Callable[[Array], Batch]:
+    """Returns what gives the batch of a step of one pass, by the step's number."""
+    if local.batches == "fresh":
+
+        def fresh(i):
+            order = clients.shuffled(jax.random.fold_in(key, i), data)
+            return clients.take(data, order, 0, local.batch_size)
+
+        return fresh
+    order = clients.shuffled(key, data)
+    return lambda i: clients.take(data, order, i, local.batch_size)
 
 
 def _zero_totals(model, variables, data, batch_size, context) -> PyTree:

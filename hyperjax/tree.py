@@ -30,6 +30,13 @@ def scale(a: PyTree, factor: Array | float) -> PyTree:
     return jax.tree.map(lambda x: (x * factor).astype(x.dtype), a)
 
 
+def clip(a: PyTree, most: float) -> tuple[PyTree, Array]:
+    """Returns a tree scaled down to a norm of at most `most`, and its norm before."""
+    before = norm(a)
+    # 1e-6 as in torch.nn.utils.clip_grad_norm_, by which authors' codes clip.
+    return scale(a, jnp.minimum(1.0, most / (before + 1e-6))), before
+
+
 def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
     """Picks rows of `a` where mask [C] is true, else rows of `b`; leaves [C, ...]."""
 

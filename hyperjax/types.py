@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -71,6 +72,22 @@ class Downlink(NamedTuple):
     round: Array | tuple[()] = ()  # [] int32, filled in by the engine
 
 
+class Messages(NamedTuple):
+    """Abstract server state, downlink, state and uplink of one client."""
+
+    server: PyTree
+    shared: PyTree
+    own: PyTree
+    client: PyTree
+    uplink: PyTree
+    opening: "Messages | None" = None  # of the exchange that opens a round
+
+    def sent(self) -> tuple[PyTree, PyTree]:
+        """Returns what a client is sent in a round, and what it sends."""
+        every = [self, self.opening] if self.opening else [self]
+        return [(one.shared, one.own) for one in every], [one.uplink for one in every]
+
+
 class Cohort(NamedTuple):
     """Who takes part in one exchange; public metadata only."""
 
@@ -89,9 +106,11 @@ def cannot_rebuild(sample_shape):
     raise ValueError("this model cannot be rebuilt for inputs of another shape")
 
 
-def no_features(variables, batch):
-    """The `features` of a model that has none."""
-    raise ValueError("this model has no layer named 'head' to take the input of")
+class Outputs(NamedTuple):
+    """What a network says of a batch outside training."""
+
+    logits: Array  # [B, K] float32
+    features: Array | tuple[()] = ()  # [B, L], the input of the layer named "head"
 
 
 class Trained(NamedTuple):
@@ -108,29 +127,87 @@ class Trained(NamedTuple):
     memory: PyTree = ()  # {name: entry} of what the step leaves otherwise in memory
 
 
+class Visit(NamedTuple):
+    """What a client does around the training of a visit; by default nothing.
+
+    Attributes:
+      arrive: `(key, variables) -> variables` on its first visit, when it holds what it
+        received in the place of shared variables and a draw of its own of the others.
+      enter: `(variables) -> variables` before the training of every visit.
+      context: `(variables, data) -> tree` as training begins; every `loss` of the visit
+        is given it.
+      leave: `(variables) -> variables` after it.
+    """
+
+    arrive: Callable = lambda key, variables: variables
+    enter: Callable = lambda variables: variables
+    context: Callable = lambda variables, data: ()
+    leave: Callable = lambda variables: variables
+
+
+class Serve(NamedTuple):
+    """What a trained model is asked beside its outputs; `inputs` have no labels.
+
+    Attributes:
+      condition: `(variables, inputs) -> tree`, the label-free description of a client
+        by which it is served; `apply` finds it in memory, as "condition".
+      export: `(variables) -> variables` of the plain network that predicts.
+      inspect: `(variables, inputs) -> {name: array}`, logged in evaluation.
+    """
+
+    condition: Callable = lambda variables, inputs: ()
+    export: Callable = lambda variables: variables
+    inspect: Callable = lambda variables, inputs: {}
+
+    def seen(self, view: Callable) -> "Serve":
+        """Returns these functions of what `view` makes of the variables."""
+
+        def of(function):
+            return lambda variables, *inputs: function(view(variables), *inputs)
+
+        return Serve(*map(of, self))
+
+
 class Model(NamedTuple):
     """A network (or a generator of networks) as pure functions.
 
     `variables` is `{"params": tree, "stats": tree}`, and "memory" where a client
     remembers or is told something, see `models.memory`.
+
+    Attributes:
+      sample_shape: (H, W, ch) of one input.
+      init: `(key) -> variables`.
+      loss: `(key, variables, batch, context) -> (loss [], Trained)`, a training step's.
+      apply: `(variables, x [B, ...]) -> Outputs`, outside training.
+      visit: what a client does around the training of a visit.
+      serve: what a trained model is asked beside its outputs.
+      with_shape: `(sample_shape) -> Model`, the same one rebuilt for other inputs.
     """
 
-    sample_shape: tuple[int, ...]  # (H, W, ch) of one input
-    init: Callable  # (key) -> variables
-    loss: Callable  # (key, variables, batch, context) -> (loss [], Trained)
-    predict: Callable  # (variables, x [B, ...]) -> logits [B, K]
-    context: Callable = lambda variables, data: ()  # once per local visit, for `loss`
-    condition: Callable = lambda variables, inputs: ()
-    export: Callable = lambda variables: variables  # -> variables of a plain network
-    inspect: Callable = lambda variables, inputs: {}  # -> logged quantities
-    with_shape: Callable = cannot_rebuild  # (sample_shape) -> the same, rebuilt
-    # (variables, batch) -> [B, L], the input of the layer named "head" in `predict`
-    features: Callable = no_features
-    # What a client does to its variables on its first visit (it holds what it received
-    # in the place of shared ones), before and after the training of every visit.
-    arrive: Callable = lambda key, variables: variables
-    visit: Callable = lambda variables: variables
-    leave: Callable = lambda variables: variables
+    sample_shape: tuple[int, ...]
+    init: Callable
+    loss: Callable
+    apply: Callable
+    visit: Visit = Visit()
+    serve: Serve = Serve()
+    with_shape: Callable = cannot_rebuild
+
+    def predict(self, variables: PyTree, x: Array) -> Array:
+        """Returns the logits of inputs x [B, ...], [B, K]."""
+        return self.apply(variables, x).logits
+
+    def features(self, variables: PyTree, x: Array) -> Array:
+        """Returns the input of the layer named "head" for inputs x [B, ...], [B, L].
+
+        Raises:
+          ValueError: there is no such layer.
+        """
+        found = self.apply(variables, x).features
+        if isinstance(found, tuple):
+            raise ValueError(
+                "this model has no layer named 'head' to take the input of"
+            )
+        return found
 
     def around(self, *kept: str, **functions) -> "Model":
         """Returns a model of other variables that has this one inside.
@@ -151,9 +228,16 @@ class Model(NamedTuple):
         return self._replace(**functions)
 
     def check_without(self, wrapper: str, *names: str) -> None:
-        """Raises ValueError if fields that a wrapper cannot carry are not plain."""
+        """Raises ValueError if a model does of itself what a wrapper cannot carry.
+
+        Args:
+          wrapper: for the message.
+          *names: of fields of `Visit` and `Serve`.
+        """
+        mine = {**self.visit._asdict(), **self.serve._asdict()}
+        nothing = {**Visit()._asdict(), **Serve()._asdict()}
         for name in names:
-            if getattr(self, name) is not self._field_defaults[name]:
+            if mine[name] is not nothing[name]:
                 raise ValueError(f"{wrapper} cannot wrap a model that has its {name!r}")
 
 
@@ -220,3 +304,44 @@ class Algorithm(NamedTuple):
     def as_given(self, by_family: Mapping[str, PyTree]) -> PyTree:
         """Undoes `by_family`."""
         return by_family if self.has_families else by_family[ALONE]
+
+    def messages(self) -> Messages:
+        """Returns those of a round with one client, by abstract evaluation.
+
+        The server's update is part of it, so what a method cannot do raises here. For
+        methods without families; `describe` is the same, once for each method.
+        """
+        opening = self.opening and self.opening.messages()
+        return jax.eval_shape(self._exchange, jax.random.key(0))._replace(
+            opening=opening
+        )
+
+    def _exchange(self, key: Key) -> Messages:
+        shape = self.client.model.sample_shape
+        images = jnp.zeros((1, *shape), jnp.uint8)
+        no, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.float32)
+        pool = Pool(images, no, jnp.zeros(shape[-1]), jnp.ones(shape[-1]))
+        data = ClientData(no, jnp.int32(1), pool)
+        server = self.server.init(key)
+        cohort = Cohort(no, one, one, jnp.int32(0), jnp.float32(1))
+        down = self.server.downlink(key, server, cohort)
+        shared, own = down.shared, jax.tree.map(lambda x: x[0], down.own)
+        down = down._replace(own=own, round=cohort.round)
+        client = self.client.init(key, key, down)
+        uplink, _, _ = self.client.update(key, down, client, data)
+        self.server.update(key, server, jax.tree.map(lambda x: x[None], uplink), cohort)
+        return Messages(server, shared, own, client, uplink)
+
+    def __repr__(self) -> str:
+        if self.has_families:
+            return (
+                f"Algorithm(clients of the families {', '.join(sorted(self.client))})"
+            )
+        try:
+            down, up = (
+                f"{sum(leaf.size for leaf in jax.tree.leaves(part)):,}"
+                for part in self.messages().sent()
+            )
+        except Exception:  # a method that does not run can be looked at all the same
+            return "Algorithm(of messages that cannot be evaluated)"
+        return f"Algorithm(a client is sent {down} numbers a round and sends {up})"

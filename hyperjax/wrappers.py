@@ -77,7 +77,7 @@ def with_refreshed_statistics(alg: Algorithm) -> Algorithm:
     def adapt(key, down, client, data):
         adapted = side.adapt(key, down, client, data)
         variables = side.deploy(down, adapted)
-        context = side.model.context(variables, data.train)
+        context = side.model.visit.context(variables, data.train)
 
         def step(variables, batch):
             _, trained = side.model.loss(key, variables, batch, context)

@@ -18,7 +18,16 @@ from hyperjax.data import clients
 from hyperjax.engine import comm, exchange, stores
 from hyperjax.models.linen import masked_mean
 from hyperjax.training import Local, Phase
-from hyperjax.types import AdaptData, ClientData, Cohort, Downlink, Model, Pool, Trained
+from hyperjax.types import (
+    AdaptData,
+    ClientData,
+    Cohort,
+    Downlink,
+    Model,
+    Outputs,
+    Pool,
+    Trained,
+)
 
 N, LR = 4, 0.125
 # Eigenvalues between 0.58 and 3.42.
@@ -114,16 +123,18 @@ def model() -> Model:
         a = x[:, jnp.array([[0, 1], [1, 2]])]
         gap = theta(variables) - x[:, 3:]
         value = masked_mean(jnp.einsum("bi,bij,bj->b", gap, a, gap) / 2, batch.mask)
-        outside = features(variables, batch)
+        outside = features(variables, batch.x)
         return value, Trained(variables["stats"], {"loss": value}, features=outside)
 
-    def features(variables, batch):
+    def features(variables, x):
         body = variables["params"]["body"]["w"]
-        return jnp.tile(jnp.stack([body, 1.0]), (batch.x.shape[0], 1))
+        return jnp.tile(jnp.stack([body, 1.0]), (x.shape[0], 1))
 
-    # The answer to any input is theta itself.
-    model = Model((1, 5, 1), init, loss, predict=lambda v, x: theta(v)[None])
-    return model._replace(features=features)
+    def apply(variables, x):
+        # The answer to any input is theta itself.
+        return Outputs(theta(variables)[None], features(variables, x))
+
+    return Model((1, 5, 1), init, loss, apply)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from federated import BATCH, NUM_CLASSES, SLOW, STACKS, method, normed, tiny
 import hyperjax
 from hyperjax.data import clients
 from hyperjax.models import memory, personal
-from hyperjax.types import Batch, ClientData, Model
+from hyperjax.types import Batch, ClientData, Model, Visit
 
 KEY = jax.random.key(0)
 # Whose predictions are not those of one plain network.
@@ -55,7 +55,7 @@ def prepared(model):
         return x + 0.1 * jnp.abs(noise) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     variables = jax.tree.map(moved, variables)
-    return memory.put(variables, "condition", model.condition(variables, data()))
+    return memory.put(variables, "condition", model.serve.condition(variables, data()))
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +65,22 @@ def found(stack):
     @jax.jit
     def run():
         variables = prepared(model)
-        exported = model.export(variables)
+        exported = model.serve.export(variables)
         same = jax.tree.structure({k: exported[k] for k in ("params", "stats")})
         is_plain = same == jax.tree.structure(plain.init(KEY))
         x = batch().x
         trained = memory.without(variables, "condition")
-        context = model.context(trained, data())
+        context = model.visit.context(trained, data())
         out = {
             "predicted": model.predict(variables, x),
-            "features": model.features(variables, batch()),
+            "features": model.features(variables, x),
             "loss": model.loss(KEY, trained, batch(), context),
-            "hooks": [h(trained) for h in (model.visit, model.leave)]
-            + [model.arrive(KEY, trained)],
+            "hooks": [h(trained) for h in (model.visit.enter, model.visit.leave)]
+            + [model.visit.arrive(KEY, trained)],
             "trained": trained,
         }
         if is_plain:
-            out["plain"] = plain.predict(exported, x), plain.features(exported, batch())
+            out["plain"] = plain.apply(exported, x)
         return out
 
     return run()
@@ -117,12 +117,11 @@ def test_outputs_of_training_are_the_predicting_networks():
     for stack in ("ditto", "apfl", "moon", "fedgen", "pfedme"):
         model = method(stack).client.model
         variables = prepared(model)
-        context = model.context(variables, data())
+        context = model.visit.context(variables, data())
         trained = model.loss(KEY, variables, batch(), context)[1]
         if stack == "pfedme":  # whose personal model is found anew for each batch
             variables = memory.put(variables, "personal", trained.memory["personal"])
-        predicted = model.predict(variables, batch().x)
-        features = model.features(variables, batch())
+        predicted, features = model.apply(variables, batch().x)
         np.testing.assert_allclose(trained.logits, predicted, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(trained.features, features, rtol=1e-5, atol=1e-6)
 
@@ -143,7 +142,7 @@ def test_a_doubled_model_is_two_in_training_and_the_personal_one_outside():
 
 def test_a_model_around_another_leaves_no_field_unsaid():
     model = tiny().model
-    with pytest.raises(TypeError, match=r"missing are \['arrive', .*'with_shape'\]"):
+    with pytest.raises(TypeError, match=r"missing are \['apply', .*'with_shape'\]"):
         model.around("sample_shape", init=model.init)
     with pytest.raises(TypeError, match="gives each field once"):
         model.around(*model._fields, init=model.init)
@@ -162,7 +161,8 @@ def test_models_are_made_of_nothing_in_one_place_only():
 
 
 def test_what_a_wrapper_cannot_carry_is_refused():
-    held = tiny().model._replace(context=lambda variables, data: data.size)
+    told = Visit(context=lambda variables, data: data.size)
+    held = tiny().model._replace(visit=told)
     with pytest.raises(ValueError, match=r"fedjets cannot wrap .* its 'context'"):
         held.check_without("fedjets", "arrive", "context")
     tiny().model.check_without("fedjets", "arrive", "context")

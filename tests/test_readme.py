@@ -33,18 +33,23 @@ SHORTENED = {
         *("--config.rounds=1", "--config.tensorboard=False"),
         "--config.evaluation.finetune_epochs=()",
     ],
+    "python -m experiments.sweep --config=configs/zero_shot.py:hyperfedzero": [
+        "--list"
+    ],
+    "python -m experiments.sweep --config=configs/zero_shot.py:data": [
+        *("python", "-m", "experiments.sweep"),
+        *("--config=configs/zero_shot.py:fedavg,data=digits", "--workdir=runs/tuned"),
+        *("--config.rounds=1", "--sweep=seed=0", "--config.local.epochs=1"),
+        *("--tune=local.learning_rate=0.1", "--config.data.validation_fraction=0.2"),
+    ],
     "python -m experiments.join": ["--rounds=1"],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m benchmarks.family_table": ["--methods=local_only"],
-    # Studies: see test_studies.
-    "python -m experiments.studies.personalised": None,
-    "python -m experiments.studies.embedding_sizes": None,
+    # Studies: see tests/studies.
+    "python -m experiments.sweep --config=experiments/studies/": None,
+    "python -m experiments.sweep --config=experiments/studies/hyperfedzero": ["--list"],
+    "python -m experiments.studies.record": None,
     "python -m experiments.studies.gradient_inversion": None,
-    "python -m experiments.studies.server_side": None,
-    "python -m experiments.studies.study": [
-        *("python", "-m", "experiments.studies.study", "--data=digits", "--rounds=1"),
-        *("--seeds=0", "--alphas=1.0", "--json=runs/study.json"),
-    ],
     "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],
 }
 
@@ -118,6 +123,15 @@ def test_the_example_of_an_own_network_runs(capsys):
     out = capsys.readouterr().out
     assert "down_numbers=12384" in out
     assert "loss by round" in out
+
+
+def test_the_example_of_a_named_sweep_adds_points():
+    (example,) = blocks(SECTIONS["Ablations"], "python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    points: list = []
+    names["sweep_proximal"](points.append)
+    assert len(points) == 4 and callable(names["get_config"])
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

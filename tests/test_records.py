@@ -1,9 +1,11 @@
-"""RESULTS.md says what the records say."""
+"""RESULTS.md and README.md say what the records say."""
 
 import json
 import re
 
 import pytest
+
+from experiments.studies import results
 
 NAMES = ("method", "size")  # a row's name in its record
 
@@ -25,7 +27,26 @@ def tables(text: str) -> list[tuple[str, list[list[str]]]]:
 
 @pytest.fixture(scope="module")
 def shown(repository):
-    return tables((repository / "RESULTS.md").read_text())
+    text = (repository / "RESULTS.md").read_text()
+    return tables(re.sub("<!-- record.*?<!-- end -->", "", text, flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("name", results.FILES)
+def test_tables_of_studies_are_current(name, repository):
+    text = (repository / name).read_text(encoding="utf-8")
+    assert results.rewritten(text) == text, "python -m experiments.studies.results"
+
+
+def test_records_of_studies_say_where_they_are_from(repository):
+    shown = "".join((repository / name).read_text() for name in results.FILES)
+    for path in (repository / "experiments" / "results").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["study"] in path.stem
+        assert f"record: {path.name}" in shown, f"nobody shows {path.name}"
+        assert record["seeds"] and re.fullmatch("[0-9a-f]{40}.*", record["commit"])
+        assert record["hardware"] and record["date"] and record["settings"]
+        text = path.read_text()
+        assert "/tmp" not in text and "/home" not in text and "/work" not in text
 
 
 def test_every_mean_and_deviation_is_in_the_record(shown, repository):

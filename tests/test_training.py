@@ -15,7 +15,7 @@ from hyperjax.data import clients
 from hyperjax.models import MLP, from_linen, memory
 from hyperjax.models.linen import masked_mean
 from hyperjax.training import Local, Phase
-from hyperjax.types import AdaptData, ClientData, Model, Pool, Trained
+from hyperjax.types import AdaptData, ClientData, Model, Outputs, Pool, Trained
 
 LR = 0.1
 NAN = float("nan")
@@ -41,7 +41,7 @@ def quadratic():
         stats = {"seen": variables["stats"]["seen"] + jnp.sum(batch.mask)}
         return value, Trained(stats, {"loss": value, "mean_x": mean})
 
-    return Model((1, 1, 1), init, loss, predict=lambda variables, x: x)
+    return Model((1, 1, 1), init, loss, apply=lambda variables, x: Outputs(x))
 
 
 def pool_of(values):

@@ -78,6 +78,19 @@ def test_norm():
     assert tree.norm(a).dtype == jnp.float32
 
 
+def test_clip():
+    a = {"a": jnp.array([3.0, 4.0]), "b": {"c": jnp.float32(12)}}
+    short, before = tree.clip(a, 6.5)
+    assert float(before) == 13.0
+    expected = {"a": jnp.array([1.5, 2.0]), "b": {"c": jnp.float32(6)}}
+    chex.assert_trees_all_close(short, expected, rtol=1e-6)
+    # As PyTorch has it, 13 / (13 + 1e-6), which one of 6.5 shows in float32 no more.
+    assert float(tree.clip({"a": jnp.float32(1e-3)}, 1e-3)[0]["a"]) < 0.9995e-3
+    chex.assert_trees_all_equal(tree.clip(a, 20.0)[0], a)
+    zeros = tree.zeros_like(a)
+    chex.assert_trees_all_equal(tree.clip(zeros, 1.0)[0], zeros)
+
+
 def test_parameters_are_what_has_their_prefix():
     theta = {"params/w": 1, "stats/params/w": 2, "params/b": 3, "paramsx": 4}
     params, rest = tree.parameters(theta)

@@ -1,8 +1,7 @@
 """Gradient inversion of FedAvg and of HyperFedNet, under three attackers.
 
 python -m experiments.studies.gradient_inversion --workdir=runs/inversion \
-    [--data=mnist5k] [--images=50] [--embedding_size=64] [--json=FILE] \
-    [--picture=FILE.svg]
+    [--data=mnist5k] [--images=50] [--embedding_size=64]
 
 HyperFedNet's figure 6 (arXiv:2402.18445) with the network of the published attacks, its
 parameters fresh draws, one image at a time. FedAvg sends the gradient of the whole
@@ -16,11 +15,14 @@ paper's attacker knows of that rest is not said, so there are three:
 
 The label is looked for as a soft one (DLG), read off the last layer's gradient (iDLG,
 FedAvg only), or known. Every attack starts from several random images and keeps the
-guess with the least mismatch, which is all that an attacker sees. A study that was
-stopped continues.
+guess with the least mismatch, which is all that an attacker sees. The folder gets the
+record, `gradient_inversion.json`, and a picture; a study that was stopped continues.
 """
 
+import datetime
 import json
+import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,14 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.studies import grid
 from hyperjax import attacks, models, rng
 from hyperjax.data import picture, sources
-from hyperjax.engine.checkpoint import read_json, read_npz, write_atomically
+from hyperjax.engine import log
+from hyperjax.engine.checkpoint import read_npz, write_atomically
 from hyperjax.engine.progress import Progress
 from hyperjax.errors import check_at_least
 from hyperjax.hypernets import hypernetworked, tiles
-from hyperjax.launch import cli, outputs, workdir
+from hyperjax.launch import cli, origin, outputs
 from hyperjax.launch.pages import text_table
 from hyperjax.types import Array, Key, Model, PyTree
 
@@ -70,7 +72,7 @@ ATTACKS = {
 
 
 class Scale(NamedTuple):
-    """How much is done."""
+    """How much is done, see `WORDS`."""
 
     images: int = 50
     steps: int = 300
@@ -78,6 +80,16 @@ class Scale(NamedTuple):
     embedding_size: int = 64
     local_steps: int = 1
     seed: int = 0
+
+
+WORDS = {
+    "images": "Images that are attacked.",
+    "steps": "Iterations of an attack.",
+    "restarts": "Random starts of an attack.",
+    "embedding_size": "Of HyperFedNet.",
+    "local_steps": "Steps of the client; an attacker takes them for one.",
+    "seed": "Of images, networks and guesses.",
+}
 
 
 def network(method: str, shape: tuple[int, ...], num_classes: int, n: int) -> Model:
@@ -157,8 +169,9 @@ def attacker(
 def inverted(
     label: str, source: sources.Source, scale: Scale, folder: Path
 ) -> dict[str, np.ndarray]:
-    """Runs one attack on every image, or reads what it found."""
-    path = folder / f"{grid.short(label)}.npz"
+    """Runs one attack on every image, or reads what it found with the same scale."""
+    name = "_".join(map(str, (label, source.name, *scale)))
+    path = folder / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.npz"
     if path.exists():
         return read_npz(path, "remove it: the same command writes it anew")
     order = np.random.default_rng(scale.seed).permutation(len(source.y))
@@ -217,9 +230,11 @@ COLUMNS = (
 
 def as_text(record: dict[str, Any]) -> str:
     """Returns the table of all attacks."""
-    rows = [{k: grid.shown(row[k]) for k, _ in COLUMNS} for row in record["rows"]]
-    for row in rows:
-        row["mismatch"] = f"{row['mismatch']:.1e}"
+    rows = []
+    for row in record["rows"]:
+        shown = {k: row[k] for k, _ in COLUMNS}
+        shown["psnr"] = "{:.2f} ± {:.2f}".format(*row["psnr"])
+        rows.append(shown | {"mismatch": f"{row['mismatch']:.1e}"})
     return text_table(rows, COLUMNS)
 
 
@@ -248,55 +263,31 @@ def gallery(results: dict[str, dict[str, np.ndarray]], num: int = 6) -> str:
     return picture.figure_svg(figure)
 
 
-def check(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuses a folder with results of other settings.
-
-    Raises:
-      ValueError: naming the settings that differ.
-    """
-    path = folder / "settings.json"
-    if path.exists():
-        before = read_json(path, "remove the folder, or give a new one")
-        other = [k for k in settings if before.get(k) != settings[k]]
-        if other:
-            raise ValueError(
-                f"workdir {str(folder)!r} holds results with "
-                + ", ".join(f"{k}={before.get(k)!r}" for k in other)
-                + "; the command says "
-                + ", ".join(f"{k}={settings[k]!r}" for k in other)
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=1) + "\n")
-
-
-def main(
-    path: str,
-    scale: Scale,
-    data: str,
-    data_dir: str | None,
-    record_path: str | None,
-    svg: str | None,
-) -> int:
-    """Runs the attacks; prints and writes the table, writes the picture."""
+def main(path: str, scale: Scale, data: str, data_dir: str | None) -> int:
+    """Runs the attacks; prints the table, writes record and picture."""
     check_at_least(0, seed=scale.seed)
     check_at_least(1, **{k: v for k, v in scale._asdict().items() if k != "seed"})
     folder = outputs.folder("workdir", path)
     source = sources.load(data, data_dir=data_dir)
     if scale.images > len(source.y):
         raise ValueError(f"images={scale.images}: {data!r} has only {len(source.y)}")
-    files = outputs.files(json=record_path, picture=svg)
-    settings = {"data": data, **scale._asdict()}
-    check(folder, settings)
-    record = grid.record(commit=workdir.commit(), **settings)
-    results = {}
-    for label in ATTACKS:
-        results[label] = inverted(label, source, scale, folder)
-        record["rows"].append(row_of(label, results[label]))
-        grid.write(record, files.get("json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {label: inverted(label, source, scale, folder) for label in ATTACKS}
+    record = dict(
+        settings={"data": data, **scale._asdict()},
+        commit=origin.commit(),
+        date=datetime.date.today().isoformat(),
+        machine=f"{platform.machine()}, {cli.num_cores()} cores",
+        versions={name: origin.version(name) for name in origin.PACKAGES},
+        rows=[row_of(label, result) for label, result in results.items()],
+    )
     print(as_text(record))
-    shown = files.get("picture") or folder / "inversion.svg"
-    write_atomically(shown, gallery(results) + "\n")
-    print(f"picture: {shown}")
+    for name, text in (
+        ("gradient_inversion.json", json.dumps(log.jsonable(record), indent=1)),
+        ("gradient_inversion.svg", gallery(results)),
+    ):
+        write_atomically(folder / name, text + "\n")
+        print(folder / name)
     return 0
 
 
@@ -304,30 +295,15 @@ if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "runs/inversion", "Folder of results.")
     _DATA = flags.DEFINE_string("data", "mnist5k", "Data set.")
     _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
-    _IMAGES = flags.DEFINE_integer("images", 50, "Images that are attacked.")
-    _STEPS = flags.DEFINE_integer("steps", 300, "Iterations of an attack.")
-    _RESTARTS = flags.DEFINE_integer("restarts", 2, "Random starts of an attack.")
-    _EMBEDDING = flags.DEFINE_integer("embedding_size", 64, "Of HyperFedNet.")
-    _LOCAL_STEPS = flags.DEFINE_integer(
-        "local_steps", 1, "Steps of the client; an attacker takes them for one."
-    )
-    _SEED = flags.DEFINE_integer("seed", 0, "Of images, networks and guesses.")
-    _JSON = cli.define_path("json", None, "File for the results.")
-    _PICTURE = cli.define_path("picture", None, "File for the picture.")
+    _SCALE = {
+        name: flags.DEFINE_integer(name, default, WORDS[name])
+        for name, default in Scale()._asdict().items()
+    }
     cli.run(
         lambda: main(
-            _WORKDIR.value,
-            Scale(
-                images=_IMAGES.value,
-                steps=_STEPS.value,
-                restarts=_RESTARTS.value,
-                embedding_size=_EMBEDDING.value,
-                local_steps=_LOCAL_STEPS.value,
-                seed=_SEED.value,
-            ),
+            str(_WORKDIR.value),
+            Scale(*(int(flag.value or 0) for flag in _SCALE.values())),
             data=_DATA.value,
             data_dir=_DATA_DIR.value,
-            record_path=_JSON.value,
-            svg=_PICTURE.value,
         )
     )

@@ -17,7 +17,7 @@ from hyperjax.models import personal
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
-from hyperjax.types import Algorithm, Model, cannot_rebuild
+from hyperjax.types import Algorithm, Model, Visit, cannot_rebuild
 
 
 @has_traits(base=True)
@@ -83,18 +83,17 @@ def apfl(
 
     both = double.around(
         "sample_shape",
-        "context",  # of the shared set
         init=init,
         loss=loss,
-        arrive=lambda key, v: with_mix(double.arrive(key, v), v),
-        visit=lambda v: with_mix(double.visit(v), v),
-        leave=lambda v: with_mix(double.leave(v), v),
-        predict=lambda variables, x: model.predict(mixed(variables), x),
-        condition=lambda variables, inputs: model.condition(mixed(variables), inputs),
-        export=lambda variables: model.export(mixed(variables)),
-        inspect=lambda variables, inputs: model.inspect(mixed(variables), inputs),
+        apply=lambda variables, x: model.apply(mixed(variables), x),
+        visit=Visit(
+            arrive=lambda key, v: with_mix(double.visit.arrive(key, v), v),
+            enter=lambda v: with_mix(double.visit.enter(v), v),
+            context=double.visit.context,  # of the shared set
+            leave=lambda v: with_mix(double.visit.leave(v), v),
+        ),
+        serve=model.serve.seen(mixed),
         with_shape=cannot_rebuild,
-        features=lambda variables, batch: model.features(mixed(variables), batch),
     )
     home = (*tree.as_patterns(keep), *personal.kept(template), r"params/mix")
     return fedavg(

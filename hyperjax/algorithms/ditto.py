@@ -60,7 +60,7 @@ def ditto(
 
     def context(variables, data):
         anchor = personal.without(variables)["params"]
-        return anchor, double.context(variables, data)
+        return anchor, double.visit.context(variables, data)
 
     def loss(key, variables, batch, context):
         anchor, inner = context
@@ -71,7 +71,8 @@ def ditto(
         distance = sum(jnp.sum(jnp.square(x - there[k])) for k, x in pulled.items())
         return value + 0.5 * lam * distance, trained
 
-    both = double._replace(loss=loss, context=context)
+    visit = double.visit._replace(context=context)
+    both = double._replace(loss=loss, visit=visit)
     home = (*tree.as_patterns(keep), *personal.kept(template))
     return fedavg(
         both,

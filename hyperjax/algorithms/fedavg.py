@@ -11,6 +11,8 @@ statistics such as those of batch-norm are averaged.
 """
 
 import collections
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +23,13 @@ from hyperjax import aggregators, corrections, tree
 from hyperjax.errors import check_choice
 from hyperjax.models import memory
 from hyperjax.registry import has_traits
-from hyperjax.training import OPTIMIZER, Local, trainer, tuner
+from hyperjax.training import OPTIMIZER, Local, Trainer, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
     ClientSide,
     Downlink,
+    Key,
     Model,
     PyTree,
     ServerSide,
@@ -119,47 +122,72 @@ def fedavg(
         clip_apart=clip_kept,
         probe=correction.probe,
     )
+    whole = _divided(model, train, keep, bn_stats, persist_optimizer)
+    sends = jax.tree.leaves(jax.eval_shape(partial(_extra, correction), whole.moving()))
+    return Algorithm(
+        _server(whole, server_opt, correction, aggregator),
+        _client(whole, model, train, correction, tuner(model, local, finetune)),
+        # Lossy channels are for the change: a correction would lose what it counts on.
+        exact=(r"extra(/.*)?",) if sends else (),
+    )
+
+
+class _Divided(NamedTuple):
+    """A model's variables: those that stay home, and those that are shared."""
+
+    start: Callable  # (common) -> variables, with an optimizer that is kept
+    home: tree.Splitter  # of variables into (kept, shared), both by path
+
+    def shared(self, common: Key) -> PyTree:
+        """The shared variables by path, as they start."""
+        return self.home.split(self.start(common))[1]
+
+    def moving(self) -> PyTree:
+        """The parameters among them, abstract."""
+        theta = jax.eval_shape(self.shared, jax.random.key(0))
+        return tree.parameters(theta)[0]
+
+
+def _divided(
+    model: Model, train: Trainer, keep: Patterns, bn_stats: str, persist: str
+) -> _Divided:
+    """Divides a model's variables as `fedavg`'s options say."""
 
     def start(common):
         variables = model.init(common)
-        if persist_optimizer != "none":
-            states = train.init_optimizer(variables)
-            kept = ("apart",) if persist_optimizer == "kept" else tuple(states)
-            states = {name: states[name] for name in kept}
-            variables = memory.put(variables, OPTIMIZER, states)
-        return variables
+        if persist == "none":
+            return variables
+        states = train.init_optimizer(variables)
+        kept = ("apart",) if persist == "kept" else tuple(states)
+        states = {name: states[name] for name in kept}
+        return memory.put(variables, OPTIMIZER, states)
 
     template = jax.eval_shape(start, jax.random.key(0))
-    home = tree.splitter(template, _kept(template, keep, bn_stats))
+    return _Divided(start, tree.splitter(template, _kept(template, keep, bn_stats)))
 
-    def shared_part(variables):
-        return home.split(variables)[1]
+
+def _server(
+    whole: _Divided,
+    optimizer: optax.GradientTransformation,
+    correction: corrections.Correction,
+    aggregator: aggregators.Aggregator,
+) -> ServerSide:
+    """Feeds an optimizer the mean change of what is shared."""
 
     def init(common):
-        theta = shared_part(start(common))
+        theta = whole.shared(common)
         params, _ = tree.parameters(theta)
         return State(
             theta,
-            server_opt.init(params),
+            optimizer.init(params),
             correction.init_server(params),
             aggregator.init(theta),
         )
 
-    def extra(params):
-        """What a correction sends, of a client that did not move."""
-        sent = correction.send(correction.init_server(params))
-        report: Any = collections.defaultdict(lambda: jnp.float32(0))  # what it reads
-        own = correction.init_client(params)
-        return correction.finish(params, params, sent, own, report)[1]
-
-    # Lossy channels are for the change: a correction would lose what it counts on.
-    moving, _ = tree.parameters(shared_part(template))
-    sends = jax.tree.leaves(jax.eval_shape(extra, moving))
-
     def downlink(key, server, cohort):
         return Downlink(shared=(server.theta, correction.send(server.correction)))
 
-    def server_update(key, server, uplink, cohort):
+    def update(key, server, uplink, cohort):
         weight = cohort.weight * cohort.active
         (mean, _), aggregate = aggregator.combine(
             key, (uplink.delta, uplink.extra), weight, server.aggregator
@@ -167,10 +195,10 @@ def fedavg(
         params, stats = tree.parameters(server.theta)
         delta, stats_delta = tree.parameters(mean)
         # A server optimizer descends, and the clients have gone downhill: minus.
-        updates, opt = server_opt.update(tree.scale(delta, -1.0), server.opt, params)
+        updates, opt = optimizer.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
         absorbed, params = correction.absorb(
-            server.correction, params, _plain_means(uplink, cohort)
+            server.correction, params, _unweighted_means(uplink, cohort)
         )
         # An exchange in which nobody took part must not move momentum either.
         new = State(
@@ -179,26 +207,40 @@ def fedavg(
         new = _where(jnp.sum(weight) > 0, new, server)
         return new, {"update_norm": tree.norm(delta)}
 
-    def client_init(key, common, down):
+    return ServerSide(init, downlink, update)
+
+
+def _client(
+    whole: _Divided,
+    model: Model,
+    train: Trainer,
+    correction: corrections.Correction,
+    tune: Callable,
+) -> ClientSide:
+    """Trains shared and kept variables together, and sends the change of the shared."""
+    home = whole.home
+
+    def init(key, common, down):
         theta, _ = down.shared
-        kept, _ = home.split(start(common))
-        kept, _ = home.split(model.arrive(key, home.merge(kept, theta)))
+        kept, _ = home.split(whole.start(common))
+        kept, _ = home.split(model.visit.arrive(key, home.merge(kept, theta)))
         return Client(kept, correction.init_client(tree.parameters(theta)[0]))
 
-    def client_update(key, down, client, data):
+    def update(key, down, client, data):
         anchor, sent = down.shared
         anchor_params, _ = tree.parameters(anchor)
 
         def adjust(grads, params):
+            # What stays home has no anchor, and so is not corrected.
             shared = {k: g for k, g in grads.items() if k in anchor}
             adjusted = correction.adjust(
                 shared, params, anchor_params, sent, client.correction
             )
             return {**grads, **adjusted}
 
-        before = model.visit(home.merge(client.kept, anchor))
+        before = model.visit.enter(home.merge(client.kept, anchor))
         after, info = train(key, before, data, down.round, adjust)
-        kept, theta = home.split(model.leave(after))
+        kept, theta = home.split(model.visit.leave(after))
         params, _ = tree.parameters(theta)
         own, extra = correction.finish(
             params, anchor_params, sent, client.correction, info
@@ -207,7 +249,8 @@ def fedavg(
 
     def adapt(key, down, client, data):
         variables = home.merge(client.kept, down.shared[0])
-        return client._replace(condition=model.condition(variables, data.inputs))
+        condition = model.serve.condition(variables, data.inputs)
+        return client._replace(condition=condition)
 
     def deploy(down, client):
         variables = home.merge(client.kept, down.shared[0])
@@ -215,18 +258,15 @@ def fedavg(
             variables = memory.put(variables, "condition", client.condition)
         return variables
 
-    return Algorithm(
-        ServerSide(init, downlink, server_update),
-        ClientSide(
-            client_init,
-            client_update,
-            adapt,
-            deploy,
-            tuner(model, local, finetune),
-            model,
-        ),
-        exact=(r"extra(/.*)?",) if sends else (),
-    )
+    return ClientSide(init, update, adapt, deploy, tune, model)
+
+
+def _extra(correction: corrections.Correction, params: PyTree) -> PyTree:
+    """What a correction sends, of a client that did not move."""
+    sent = correction.send(correction.init_server(params))
+    report: Any = collections.defaultdict(lambda: jnp.float32(0))  # what it reads
+    own = correction.init_client(params)
+    return correction.finish(params, params, sent, own, report)[1]
 
 
 def told(client: Client, entries: PyTree) -> Client:
@@ -243,7 +283,7 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     return patterns + ((r"memory/.*",) if remembers else ())
 
 
-def _plain_means(uplink: Uplink, cohort) -> corrections.Means:
+def _unweighted_means(uplink: Uplink, cohort) -> corrections.Means:
     """Means over the participants that ignore their weights."""
     delta, _ = tree.parameters(uplink.delta)
     delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)

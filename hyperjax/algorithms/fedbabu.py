@@ -7,7 +7,7 @@ evaluation moves the whole network.
 """
 
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.fedper import HEAD
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
 from hyperjax.tree import Patterns

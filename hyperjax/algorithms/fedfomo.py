@@ -27,6 +27,8 @@ from hyperjax.types import (
     Algorithm,
     Array,
     ClientData,
+    ClientSide,
+    Cohort,
     Downlink,
     Model,
     PyTree,
@@ -99,56 +101,82 @@ def fedfomo(
     check_number(at_least=0, epsilon_decay=epsilon_decay)
     check_number(above=0, below=1, validation_fraction=validation_fraction)
     inner = fedavg(model, local=local, **fedavg_options)
+    choice = _Choice(num_clients, num_models, epsilon, epsilon_decay)
 
     def begin(common, models):
         nobody = jnp.zeros(num_clients, bool)
         seed = jax.random.bits(rng.stream(common, "choice"), (), jnp.uint32)
         return State(models, jnp.eye(num_clients), nobody, seed)
 
-    def choose(state, cohort):
-        """Whose models each client is sent, [C, M]; its own where nobody is left."""
-        key = jax.random.fold_in(jax.random.key(state.seed), cohort.round)
-        chance = jnp.clip(epsilon - epsilon_decay * cohort.round, 0.0, 1.0)
-
-        def one(key, client):
-            key_greedy, key_draw = jax.random.split(key)
-            random = jax.random.uniform(key_draw, (num_clients,))
-            wander = jax.random.uniform(key_greedy) < chance
-            known = jnp.minimum(client, num_clients - 1)
-            score = jnp.where(wander, random, state.preference[known])
-            open_ = state.trained & (jnp.arange(num_clients) != client)
-            score = jnp.where(open_, score, -jnp.inf)
-            best, who = jax.lax.top_k(score, num_models)
-            return jnp.where(jnp.isfinite(best), who, known)
-
-        return jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
-
     def send(state, cohort):
         own = mixing.rows(state.models, cohort.ids)
-        return Own(own, mixing.take(state.models, choose(state, cohort)))
+        return Own(own, mixing.take(state.models, choice(state, cohort)))
 
     def learn(state, after, models, uplink, cohort):
         alive = jnp.where(cohort.active > 0, cohort.ids, num_clients)
-        preference = state.preference.at[alive[:, None], choose(state, cohort)].add(
+        preference = state.preference.at[alive[:, None], choice(state, cohort)].add(
             uplink.scores, mode="drop"
         )
         trained = state.trained.at[alive].set(True, mode="drop")
         return after._replace(preference=preference, trained=trained)
 
+    server = mixing.server(
+        inner,
+        num_clients,
+        send,
+        begin=begin,
+        received=lambda sent, uplink: uplink.model,  # clients mix, so nobody else knows
+        learn=learn,
+        max_table_gb=max_table_gb,
+    )
+    client = _client(inner.client, model, validation_fraction)
+    return Algorithm(server, client, exact=("scores",))
+
+
+class _Choice(NamedTuple):
+    """Whose models clients are sent."""
+
+    num_clients: int
+    num_models: int
+    epsilon: float
+    epsilon_decay: float
+
+    def __call__(self, state: State, cohort: Cohort) -> Array:
+        """Clients [C, M]; who is sent a model, where nobody else is left."""
+        key = jax.random.fold_in(jax.random.key(state.seed), cohort.round)
+        chance = jnp.clip(self.epsilon - self.epsilon_decay * cohort.round, 0.0, 1.0)
+
+        def one(key, client):
+            key_greedy, key_draw = jax.random.split(key)
+            random = jax.random.uniform(key_draw, (self.num_clients,))
+            wander = jax.random.uniform(key_greedy) < chance
+            known = jnp.minimum(client, self.num_clients - 1)
+            score = jnp.where(wander, random, state.preference[known])
+            # A model that nobody has trained says nothing: never among the best.
+            open_ = state.trained & (jnp.arange(self.num_clients) != client)
+            score = jnp.where(open_, score, -jnp.inf)
+            best, who = jax.lax.top_k(score, self.num_models)
+            return jnp.where(jnp.isfinite(best), who, known)
+
+        return jax.vmap(one)(rng.client_keys(key, cohort.ids), cohort.ids)
+
+
+def _client(inner: ClientSide, model: Model, validation_fraction: float) -> ClientSide:
+    """FedAvg's client, which first mixes the models that it is sent."""
+
+    def start_from(down, theta):
+        return Downlink(shared=(theta, ()), round=down.round)
+
     def gap(other, mine):
         """Differences of parameters; running statistics have no part in a distance."""
         return {k: other[k] - x for k, x in tree.parameters(mine)[0].items()}
 
-    def received(down):
-        return Downlink(shared=(down.own.model, ()), round=down.round)
-
-    def client_update(key, down, client, data):
+    def update(key, down, client, data):
         train, validation = parted(data, validation_fraction)
         mine, others = down.own
 
         def loss(theta):
-            state = Downlink(shared=(theta, ()), round=down.round)
-            variables = inner.client.deploy(state, client)
+            variables = inner.deploy(start_from(down, theta), client)
             return mean_loss(model, variables, validation)
 
         distance = jax.vmap(lambda other: tree.norm(gap(other, mine)))(others)
@@ -161,26 +189,17 @@ def fedfomo(
         mixed = jax.tree.map(
             lambda x, y: x + mixing.combine(share, y - x), mine, others
         )
-        start = Downlink(shared=(mixed, ()), round=down.round)
-        sent, client, info = inner.client.update(key, start, client, train)
+        sent, client, info = inner.update(key, start_from(down, mixed), client, train)
         return Uplink(tree.add(mixed, sent.delta), scores), client, info
 
-    side = wrappers.through(inner.client, received)
-    server = mixing.server(
-        inner,
-        num_clients,
-        send,
-        begin=begin,
-        received=lambda sent, uplink: uplink.model,  # clients mix, so nobody else knows
-        learn=learn,
-        max_table_gb=max_table_gb,
-    )
-    return Algorithm(server, side._replace(update=client_update), exact=("scores",))
+    side = wrappers.through(inner, lambda down: start_from(down, down.own.model))
+    return side._replace(update=update)
 
 
 def parted(data: ClientData, fraction: float) -> tuple[ClientData, ClientData]:
     """Cuts a client's samples in those to train on and the first few, to validate."""
     held = jnp.where(data.size > 1, jnp.maximum(1, data.size * fraction), 0)
     held = held.astype(jnp.int32)
+    # Rolled, not cut: rows keep their width, and the first `size` of them count.
     train = data._replace(rows=jnp.roll(data.rows, -held), size=data.size - held)
     return train, data._replace(size=held)

@@ -30,19 +30,27 @@ import optax
 
 from hyperjax import tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg, told
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.models import memory
+from hyperjax.models import HEAD, memory
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
-from hyperjax.types import Algorithm, Array, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import (
+    Algorithm,
+    Array,
+    ClientSide,
+    Downlink,
+    Key,
+    Model,
+    PyTree,
+    ServerSide,
+)
 
 NAME = "generator"  # in a client's memory
-COUNT_BATCH = 256
+COUNT_BATCH = 256  # samples at a time that are counted
 FLOOR = 1e-4  # of the coefficients, in the authors' code
 
 
@@ -132,144 +140,232 @@ def fedgen(
     )
     check_number(at_least=0, at_most=1, decay=decay)
     check_gives(model, "logits")
-    template = jax.eval_shape(model.init, jax.random.key(0))
-    tops, _ = tree.splitter({"params": template["params"]}, head).split(
-        {"params": template["params"]}
+    generated = _generated(model, head, noise_size, hidden_size)
+    weigh = _Weights(alpha, beta, decay, generator_batch_size / local.batch_size)
+    fit = _Fit(
+        generator_steps,
+        generator_batch_size,
+        optax.adam(generator_learning_rate),
+        teacher_weight,
+        diversity_weight,
     )
+    whole = _regularised(model, generated, weigh, generator_batch_size)
+    inner = fedavg(whole, local=local, **fedavg_options)
+    return Algorithm(
+        _server(inner.server, generated, fit),
+        _client(inner.client, generated.num_classes, weigh),
+        exact=("counts", *(f"inner/{pattern}" for pattern in inner.exact)),
+    )
+
+
+class _Generated(NamedTuple):
+    """The generator, and the classifier's last layer, which its features go into."""
+
+    network: Generator
+    noise_size: int
+    num_classes: int
+    kernel: str  # paths of the last layer's parameters
+    bias: str
+
+    def init(self, key: Key) -> PyTree:
+        """The generator's parameters."""
+        shapes = jnp.zeros((2, self.noise_size)), jnp.zeros((2, self.num_classes))
+        return self.network.init(key, *shapes)["params"]
+
+    def emit(self, params, key, labels, mask=None) -> tuple[Array, Array]:
+        """Features [B, L] for labels [B], and the noise [B, d] that they are of."""
+        noise = jax.random.normal(key, (labels.shape[0], self.noise_size))
+        variables = {"params": params, **_no_statistics(self.network)}
+        given = noise, jax.nn.one_hot(labels, self.num_classes), mask
+        z, _ = self.network.apply(variables, *given, mutable=["batch_stats"])
+        return z, noise
+
+    def classify(self, theta: PyTree, z: Array) -> Array:
+        """Logits of the last layer, [B, L] -> [B, K]; parameters by path."""
+        return z @ theta[self.kernel] + theta[self.bias]
+
+
+def _generated(
+    model: Model, head: Patterns, noise_size: int, hidden_size: int
+) -> _Generated:
+    """A generator of what the last layer of a model takes."""
+    template = jax.eval_shape(model.init, jax.random.key(0))
+    params = {"params": template["params"]}
+    tops, _ = tree.splitter(params, head).split(params)
     named = {path.rpartition("/")[2]: path for path in tops}
     if set(named) != {"kernel", "bias"}:
         raise ValueError(f"fedgen needs a head of kernel and bias, not {sorted(tops)}")
     num_features, num_classes = tops[named["kernel"]].shape
     network = Generator(hidden_size, num_features)
-    adam = optax.adam(generator_learning_rate)
+    return _Generated(network, noise_size, num_classes, named["kernel"], named["bias"])
 
-    def emit(generator, key, labels, mask=None):
-        noise = jax.random.normal(key, (labels.shape[0], noise_size))
-        variables = {"params": generator, **_no_statistics(network)}
-        one_hot = jax.nn.one_hot(labels, num_classes)
-        z, _ = network.apply(variables, noise, one_hot, mask, mutable=["batch_stats"])
-        return z, noise
 
-    def classify(params, z):
-        """Logits of the last layer, [B, L] -> [B, K]; params by path."""
-        return z @ params[named["kernel"]] + params[named["bias"]]
+def _draw(key: Key, available: Array, count: int) -> Array:
+    """Labels, uniformly among those available (all, if none is), [count]."""
+    logits = jnp.where(available > 0, 0.0, -jnp.inf)
+    logits = jnp.where(jnp.any(available > 0), logits, 0.0)
+    return jax.random.categorical(key, logits, shape=(count,))
 
-    def draw(key, available, count):
-        """Labels, uniformly among those available, [count]."""
-        logits = jnp.where(available > 0, 0.0, -jnp.inf)
-        logits = jnp.where(jnp.any(available > 0), logits, 0.0)
-        return jax.random.categorical(key, logits, shape=(count,))
 
-    # The clients' model ----------------------------------------------------------
+# The clients' model ------------------------------------------------------------------
 
-    def start(key):
-        noise, labels = jnp.zeros((2, noise_size)), jnp.zeros((2, num_classes))
-        return network.init(key, noise, labels)["params"]
+
+class _Weights(NamedTuple):
+    """Of the terms in the clients' loss."""
+
+    alpha: float
+    beta: float
+    decay: float
+    share: float  # B_gen / B, not of a short last batch: it must not weigh these more
+
+    def fallen(self, round: Array) -> Array:
+        """decay^t, which is 0 in the first round."""
+        # Not down to 0 itself, which would be a first round again.
+        falling = jnp.maximum(self.decay ** round.astype(jnp.float32), 1e-30)
+        return jnp.where(round > 0, falling, 0.0)
+
+    def now(self, fallen: Array) -> tuple[Array, Array]:
+        """a_t and b_t."""
+        return _falling(self.alpha, fallen), _falling(self.beta, fallen)
+
+
+def _falling(start: float, decay: Array) -> Array:
+    """A coefficient that has fallen by `decay`, which is 0 where there is none yet."""
+    fallen = jnp.minimum(start, jnp.maximum(start * decay, FLOOR))
+    return jnp.where(decay > 0, fallen, 0.0)
+
+
+def _regularised(
+    model: Model, generated: _Generated, weigh: _Weights, batch_size: int
+) -> Model:
+    """A model whose loss has the two terms of a generator that is in its memory."""
 
     def beginning(key, variables):
         return {
-            "params": start(key),
-            "available": jnp.zeros(num_classes),
-            "decay": jnp.float32(0),  # decay^t; 0 in the first round
+            "params": generated.init(key),
+            "available": jnp.zeros(generated.num_classes),
+            "decay": jnp.float32(0),
         }
 
-    plain = memory.with_entry(model, NAME, beginning)
-    full = local.batch_size
+    inner = memory.with_entry(model, NAME, beginning)
 
     def loss(key, variables, batch, context):
-        value, trained = plain.loss(key, variables, batch, context)
-        extra = memory.get(variables, NAME)
+        value, trained = inner.loss(key, variables, batch, context)
+        told_of = memory.get(variables, NAME)
+        # `key` itself is the model's, for dropout.
         key_same, key_draw, key_other = jax.random.split(jax.random.fold_in(key, 1), 3)
-        params = tree.by_path({"params": variables["params"]})
-        z, _ = emit(extra["params"], key_same, batch.y, batch.mask)
-        taught = jax.lax.stop_gradient(classify(params, z))
+        theta = tree.by_path({"params": variables["params"]})
+        z, _ = generated.emit(told_of["params"], key_same, batch.y, batch.mask)
+        taught = jax.lax.stop_gradient(generated.classify(theta, z))
         kl = distillation(trained.logits, taught, batch)
-        labels = draw(key_draw, extra["available"], generator_batch_size)
-        z, _ = emit(extra["params"], key_other, labels)
-        generated = optax.softmax_cross_entropy_with_integer_labels(
-            classify(params, z), labels
+        labels = _draw(key_draw, told_of["available"], batch_size)
+        z, _ = generated.emit(told_of["params"], key_other, labels)
+        wrong = optax.softmax_cross_entropy_with_integer_labels(
+            generated.classify(theta, z), labels
         )
-        # B is not the batch's own size: a short last one must not weigh these more.
-        share = generator_batch_size / full
-        a, b = (_falling(start, extra["decay"]) for start in (alpha, beta))
+        a, b = weigh.now(told_of["decay"])
         # The generator normalises over a batch, and of one sample nothing is left.
         b = jnp.where(jnp.sum(batch.mask) > 1, b, 0.0)
-        total = value + b * kl + a * share * jnp.mean(generated)
-        return total, trained
+        return value + b * kl + a * weigh.share * jnp.mean(wrong), trained
 
-    whole = plain._replace(loss=loss)
-    inner = fedavg(whole, local=local, **fedavg_options)
+    return inner._replace(loss=loss)
 
-    # Server ----------------------------------------------------------------------
 
-    def init(common):
-        generator = start(common)
-        return State(inner.server.init(common), generator, adam.init(generator))
+# Server ------------------------------------------------------------------------------
 
-    def downlink(key, server, cohort):
-        down = inner.server.downlink(key, server.inner, cohort)
-        return down._replace(shared=(down.shared, server.generator))
 
-    def update(key, server, uplink, cohort):
-        theta = server.inner.theta
-        counts = uplink.counts * (cohort.active > 0)[:, None]
+class _Fit(NamedTuple):
+    """How the server trains the generator."""
+
+    steps: int
+    batch_size: int
+    optimizer: optax.GradientTransformation
+    teacher_weight: float
+    diversity_weight: float
+
+    def __call__(self, key, before, generated: _Generated, heads, counts) -> PyTree:
+        """Steps on (parameters, optimizer's state).
+
+        Args:
+          key: for noise and labels.
+          before: where to start.
+          generated: whose features the heads are shown.
+          heads: last layers by path, leaves [C, ...].
+          counts: samples of each label that their clients hold, [C, K].
+        """
         present = jnp.sum(counts, 0)
-        share = counts / jnp.maximum(present, 1e-12)  # w_k(y), [C, K]
-        heads = {
-            path: theta[path] + uplink.inner.delta[path] for path in named.values()
-        }
+        share = counts / jnp.maximum(present, 1e-12)  # w_k(y); 0 for absent labels
 
-        def objective(generator, key):
+        def objective(params, key):
             key_labels, key_noise = jax.random.split(key)
-            labels = draw(key_labels, present, generator_batch_size)
-            z, noise = emit(generator, key_noise, labels)
-            logits = jax.vmap(classify, (0, None))(heads, z)  # [C, B, K]
+            labels = _draw(key_labels, present, self.batch_size)
+            z, noise = generated.emit(params, key_noise, labels)
+            logits = jax.vmap(generated.classify, (0, None))(heads, z)  # [C, B, K]
             wrong = jax.vmap(
                 optax.softmax_cross_entropy_with_integer_labels, (0, None)
             )(logits, labels)
             taught = jnp.mean(jnp.sum(share[:, labels] * wrong, 0))
-            return teacher_weight * taught + diversity_weight * diversity(noise, z)
+            spread = self.diversity_weight * diversity(noise, z)
+            return self.teacher_weight * taught + spread
 
         def step(i, state):
-            generator, opt = state
-            grads = jax.grad(objective)(generator, jax.random.fold_in(key, i))
+            params, opt = state
+            grads = jax.grad(objective)(params, jax.random.fold_in(key, i))
             # Batch-norm takes this bias out, so its derivative is zero; Adam would make
             # steps of the rounding errors.
             grads["Dense_0"]["bias"] = jnp.zeros_like(grads["Dense_0"]["bias"])
-            updates, opt = adam.update(grads, opt)
-            return optax.apply_updates(generator, updates), opt
+            updates, opt = self.optimizer.update(grads, opt)
+            return optax.apply_updates(params, updates), opt
 
-        fitted = jax.lax.fori_loop(
-            0, generator_steps, step, (server.generator, server.opt)
-        )
-        some = jnp.sum(present) > 0
-        generator, opt = jax.tree.map(
-            lambda x, y: jnp.where(some, x, y), fitted, (server.generator, server.opt)
-        )
-        after, info = inner.server.update(key, server.inner, uplink.inner, cohort)
+        fitted = jax.lax.fori_loop(0, self.steps, step, before)
+        some = jnp.sum(present) > 0  # heads of nobody teach nothing
+        return jax.tree.map(lambda x, y: jnp.where(some, x, y), fitted, before)
+
+
+def _server(inner: ServerSide, generated: _Generated, fit: _Fit) -> ServerSide:
+    """FedAvg's server, which also trains the generator and sends it."""
+
+    def init(common):
+        params = generated.init(common)
+        return State(inner.init(common), params, fit.optimizer.init(params))
+
+    def downlink(key, server, cohort):
+        down = inner.downlink(key, server.inner, cohort)
+        return down._replace(shared=(down.shared, server.generator))
+
+    def update(key, server, uplink, cohort):
+        theta, delta = server.inner.theta, uplink.inner.delta
+        heads = {p: theta[p] + delta[p] for p in (generated.kernel, generated.bias)}
+        counts = uplink.counts * (cohort.active > 0)[:, None]
+        before = server.generator, server.opt
+        generator, opt = fit(key, before, generated, heads, counts)
+        after, info = inner.update(key, server.inner, uplink.inner, cohort)
         return State(after, generator, opt), info
 
-    # Client ----------------------------------------------------------------------
+    return ServerSide(init, downlink, update)
 
+
+# Client ------------------------------------------------------------------------------
+
+
+def _client(inner: ClientSide, num_classes: int, weigh: _Weights) -> ClientSide:
+    """FedAvg's client, which remembers the generator and reports its labels."""
     side = wrappers.through(
-        inner.client, lambda down: Downlink(down.shared[0], down.own, down.round)
+        inner, lambda down: Downlink(down.shared[0], down.own, down.round)
     )
 
-    def client_update(key, down, client, data):
+    def update(key, down, client, data):
         counts = count_labels(data, num_classes)
-        falling = jnp.maximum(decay ** down.round.astype(jnp.float32), 1e-30)
-        extra = {
+        entry = {
             "params": down.shared[1],
             "available": counts,
-            "decay": jnp.where(down.round > 0, falling, 0.0),
+            "decay": weigh.fallen(down.round),
         }
-        client = told(client, {NAME: extra})
+        client = told(client, {NAME: entry})
         sent, client, info = side.update(key, down, client, data)
         return Uplink(sent, counts), client, info
 
-    server = ServerSide(init, downlink, update)
-    exact = ("counts", *(f"inner/{pattern}" for pattern in inner.exact))
-    return Algorithm(server, side._replace(update=client_update), exact=exact)
+    return side._replace(update=update)
 
 
 def count_labels(data, num_classes: int) -> Array:
@@ -279,12 +375,6 @@ def count_labels(data, num_classes: int) -> Array:
         return total + batch.mask @ jax.nn.one_hot(batch.y, num_classes)
 
     return clients.fold(step, jnp.zeros(num_classes), data, COUNT_BATCH)
-
-
-def _falling(start: float, decay: Array) -> Array:
-    """A coefficient that has fallen by `decay`, which is 0 where there is none yet."""
-    fallen = jnp.minimum(start, jnp.maximum(start * decay, FLOOR))
-    return jnp.where(decay > 0, fallen, 0.0)
 
 
 def diversity(noise: Array, z: Array) -> Array:

@@ -21,13 +21,13 @@ given (a weak one is said to cost accuracy).
 
 A server without data cannot rank for a client, and there is one downlink. So clients
 report their shares [M] after training, by which they are sent experts the next time:
-random ones before the first report, and to unseen clients the best on average. With
+random ones before the first report, and to novel clients the best on average. With
 `num_sent` = M clients are sent the pool, choose by the gate of the same round, and
-unseen ones reach all experts. Anchors are charged for K experts too.
+novel ones reach all experts. Anchors are charged for K experts too.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +43,19 @@ from hyperjax.training import Local, no_adjustment, trainer, tuner
 from hyperjax.types import (
     Algorithm,
     Array,
-    Batch,
+    ClientData,
     ClientSide,
     Downlink,
+    Key,
     Model,
     PyTree,
+    Serve,
     ServerSide,
     Trained,
+    Visit,
     cannot_rebuild,
 )
 
-HOOKS = ("context", "condition", "arrive", "visit", "leave")  # experts have none
 GATE_BATCH = 256  # inputs ranked at a time
 
 
@@ -121,120 +123,136 @@ def fedjets(
     check_at_least(top_k, num_sent=num_sent)
     check_at_least(num_sent, num_experts=num_experts)
     check_gives(model, "logits")
-    model.check_without("fedjets", *HOOKS)
+    model.check_without("fedjets", *Visit._fields, "condition")
     common_expert = common_expert or model.init
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
-    nobody = num_experts  # where the number of an expert is asked for
+    pool = _Pool(model, Dense(num_experts), num_experts, common_expert)
+    whole = _mixture(pool, num_sent)
     num_anchors = min(anchors_per_expert * num_experts, num_clients)
-    network = Dense(num_experts)
+    server = _server(pool, num_clients, num_anchors, num_sent, top_k, server_opt)
+    jax.eval_shape(server.init, jax.random.key(0))  # refuses models without features
+    client = _client(pool, whole, local, top_k)
+    return Algorithm(server, client, exact=("trained", "shares"))
 
-    # The mixture, a model --------------------------------------------------------
 
-    def mixture(own, gate, common):
+class _Pool(NamedTuple):
+    """The experts and the gate; a mixture's variables are some experts and the gate."""
+
+    model: Model  # of an expert
+    gate: Dense
+    size: int  # M, which also stands for no expert where the number of one is asked for
+    common_expert: Callable
+
+    def mixture(self, own: Own, gate: PyTree, common: PyTree) -> PyTree:
         """Variables of S experts, of which only the experts' and the gate's train."""
-        rest = {"common": common, "which": own.which, "pinned": own.pinned}
         return {
             "params": {"experts": own.experts["params"], "gate": gate},
             "stats": {"experts": own.experts["stats"]},
-            "memory": rest,
+            "memory": {"common": common, "which": own.which, "pinned": own.pinned},
         }
 
-    def experts_of(variables):
+    def experts(self, variables: PyTree) -> PyTree:
+        """Those of a mixture, leaves [S, ...]."""
         return {name: variables[name]["experts"] for name in ("params", "stats")}
 
-    def each(variables):
+    def each(self, variables: PyTree) -> Iterator[PyTree]:
         """The experts of a mixture, one after another."""
         for slot in range(variables["memory"]["which"].shape[0]):
-            yield jax.tree.map(lambda x, s=slot: x[s], experts_of(variables))
+            yield jax.tree.map(lambda x, s=slot: x[s], self.experts(variables))
 
-    def rank(variables, batch):
-        """The gate's scores of all experts, [B, M]."""
-        features = model.features(variables["memory"]["common"], batch)
-        return network.apply({"params": variables["params"]["gate"]}, features)
-
-    def answers(which, pinned):
+    def answers(self, which: Array, pinned: Array) -> Array:
         """Which of a client's experts take part, [S]: of an anchor's the pinned one."""
-        return (pinned == nobody) | (which == pinned)
+        return (pinned == self.size) | (which == pinned)
+
+    def rank(self, variables: PyTree, x: Array) -> Array:
+        """The gate's scores of all experts, [B, M]."""
+        features = self.model.features(variables["memory"]["common"], x)
+        params = variables["params"]["gate"]
+        scores: Any = self.gate.apply({"params": params}, features)
+        return scores
+
+    def shares(self, variables: PyTree, data: ClientData) -> Array:
+        """The gate's mean softmax over a client's inputs, [M]; labels are not read."""
+
+        def step(total, batch):
+            return total + batch.mask @ jax.nn.softmax(self.rank(variables, batch.x))
+
+        total = clients.fold(step, jnp.zeros(self.size), data, GATE_BATCH)
+        return total / jnp.maximum(data.size, 1)
+
+    def first(self, common: Key) -> tuple[PyTree, PyTree]:
+        """The common expert, and the gate as it starts on its features."""
+        expert = self.common_expert(common)
+        x = jnp.zeros((1, *self.model.sample_shape), jnp.float32)
+        features = self.model.features(expert, x)
+        return expert, self.gate.init(rng.stream(common, "gate"), features)["params"]
+
+
+def _mixture(pool: _Pool, num_sent: int) -> Model:
+    """What a client trains and answers by."""
+
+    def init(key):
+        first, gate = pool.first(key)
+        experts = mixing.table(first, num_sent)
+        own = Own(experts, jnp.arange(num_sent), jnp.int32(pool.size))
+        return pool.mixture(own, gate, first)
 
     def loss(key, variables, batch, context):
-        scores, told = rank(variables, batch), variables["memory"]
+        scores, told = pool.rank(variables, batch.x), variables["memory"]
         which, pinned = told["which"], told["pinned"]
-        share = jax.nn.softmax(scores[:, which], where=answers(which, pinned))
+        share = jax.nn.softmax(scores[:, which], where=pool.answers(which, pinned))
         logits, seen = jnp.float32(0), []
-        for slot, expert in enumerate(each(variables)):
-            _, trained = model.loss(key, expert, batch, ())
+        for slot, expert in enumerate(pool.each(variables)):
+            _, trained = pool.model.loss(key, expert, batch, ())
             seen.append(trained.stats)
             logits += share[:, slot, None] * trained.logits
         value = cross_entropy(logits, batch)
-        expert = jnp.full_like(batch.y, jnp.minimum(pinned, num_experts - 1))
+        # Of a client that is no anchor any label will do: its term is not counted.
+        expert = jnp.full_like(batch.y, jnp.minimum(pinned, pool.size - 1))
         named = cross_entropy(scores, batch._replace(y=expert))
-        total = value + jnp.where(pinned == nobody, 0.0, named)
+        total = value + jnp.where(pinned == pool.size, 0.0, named)
         seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
         # A mixture's logits are not those of the one expert that predicts.
         return total, Trained({"experts": seen}, {"loss": value})
 
-    def by_the_best(answer, variables, batch):
-        """For each input what the expert says that the gate ranks first, [B, ...]."""
-        scores = rank(variables, batch)[:, variables["memory"]["which"]]
-        answers = jnp.stack([answer(expert) for expert in each(variables)])
-        return answers[jnp.argmax(scores, -1), jnp.arange(len(scores))]
+    def apply(variables, x):
+        """For each input what the expert says that the gate ranks first."""
+        scores = pool.rank(variables, x)[:, variables["memory"]["which"]]
+        best, every = jnp.argmax(scores, -1), jnp.arange(len(x))
+        outputs = [pool.model.apply(expert, x) for expert in pool.each(variables)]
+        return jax.tree.map(lambda *rows: jnp.stack(rows)[best, every], *outputs)
 
-    def predict(variables, x):
-        return by_the_best(
-            lambda expert: model.predict(expert, x), variables, _inputs(x)
-        )
-
-    def features(variables, batch):
-        return by_the_best(
-            lambda expert: model.features(expert, batch), variables, batch
-        )
-
-    def shares(variables, data):
-        """The gate's mean softmax over a client's inputs, [M]; labels are not read."""
-
-        def step(total, batch):
-            return total + batch.mask @ jax.nn.softmax(rank(variables, batch))
-
-        total = clients.fold(step, jnp.zeros(num_experts), data, GATE_BATCH)
-        return total / jnp.maximum(data.size, 1)
-
-    def first_gate(common, first):
-        x = jnp.zeros((1, *model.sample_shape), jnp.float32)
-        features = model.features(first, _inputs(x))
-        return network.init(rng.stream(common, "gate"), features)["params"]
-
-    def first_mixture(key):
-        first = common_expert(key)
-        which = jnp.arange(num_sent)
-        own = Own(mixing.table(first, num_sent), which, jnp.int32(nobody))
-        return mixture(own, first_gate(key, first), first)
-
-    whole = model.around(
+    return pool.model.around(
         "sample_shape",
-        *HOOKS,
-        init=first_mixture,
+        init=init,
         loss=loss,
-        predict=predict,
-        export=lambda variables: variables,  # there is no single network to speak of
-        inspect=lambda variables, inputs: {},
+        apply=apply,
+        visit=Visit(),
+        serve=Serve(),  # there is no single network to speak of
         with_shape=cannot_rebuild,
-        features=features,
     )
-    train = trainer(whole, local)
 
-    # Server ----------------------------------------------------------------------
+
+def _server(
+    pool: _Pool,
+    num_clients: int,
+    num_anchors: int,
+    num_sent: int,
+    top_k: int,
+    optimizer: optax.GradientTransformation,
+) -> ServerSide:
+    """Chooses experts for clients and moves each by those who trained it."""
 
     def init(common):
-        first = common_expert(common)
-        experts, start = mixing.table(first, num_experts), first_gate(common, first)
-        opt = jax.vmap(server_opt.init)(experts["params"]), server_opt.init(start)
-        draw = jax.random.normal(rng.stream(common, "shares"), (num_clients, nobody))
-        return State(experts, start, opt, jax.nn.softmax(draw))
-
-    jax.eval_shape(init, jax.random.key(0))  # refuses models without features
+        first, gate = pool.first(common)
+        experts = mixing.table(first, pool.size)
+        opt = jax.vmap(optimizer.init)(experts["params"]), optimizer.init(gate)
+        draw = jax.random.normal(rng.stream(common, "shares"), (num_clients, pool.size))
+        return State(experts, gate, opt, jax.nn.softmax(draw))
 
     def downlink(key, server, cohort):
-        pinned = jnp.where(cohort.ids < num_anchors, cohort.ids % num_experts, nobody)
+        is_anchor = cohort.ids < num_anchors
+        pinned = jnp.where(is_anchor, cohort.ids % pool.size, pool.size)
         liked = jax.vmap(_put_first)(mixing.rows(server.shares, cohort.ids), pinned)
         which = jnp.sort(jax.lax.top_k(liked, num_sent)[1])
         own = Own(mixing.take(server.experts, which), which, pinned)
@@ -243,7 +261,7 @@ def fedjets(
     def move(before, mean, weight):
         """A server step from (params, opt); both stay where nobody trained."""
         params, opt = before
-        updates, opt = server_opt.update(tree.scale(mean, -1.0), opt, params)
+        updates, opt = optimizer.update(tree.scale(mean, -1.0), opt, params)
         after = optax.apply_updates(params, updates), opt
         return jax.tree.map(lambda x, y: jnp.where(weight > 0, x, y), after, before)
 
@@ -251,7 +269,7 @@ def fedjets(
         weight = cohort.weight * cohort.active
         changes = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), uplink.experts)
         # An expert's weights are those of the clients that trained it, [M, C K].
-        mine = uplink.trained.reshape(-1) == jnp.arange(num_experts)[:, None]
+        mine = uplink.trained.reshape(-1) == jnp.arange(pool.size)[:, None]
         weights = jnp.where(mine, jnp.repeat(weight, top_k), 0.0)
         mean = jax.vmap(mean_over_clients, (None, 0))(changes, weights)
         trained = jnp.sum(weights, 1)
@@ -265,44 +283,44 @@ def fedjets(
         experts = {"params": params, "stats": stats}
         return State(experts, gate, (opt, gate_opt), told), info
 
-    # Client; its state is the common expert --------------------------------------
+    return ServerSide(init, downlink, update)
 
-    def client_update(key, down, common, data):
+
+def _client(pool: _Pool, whole: Model, local: Local, top_k: int) -> ClientSide:
+    """Trains a mixture of the best of what it is sent; keeps the common expert."""
+    train = trainer(whole, local)
+
+    def update(key, down, common, data):
         sent, gate = down.own, down.shared
-        liked = _put_first(shares(mixture(sent, gate, common), data), sent.pinned)
+        shares = pool.shares(pool.mixture(sent, gate, common), data)
+        liked = _put_first(shares, sent.pinned)
         slots = jnp.sort(jax.lax.top_k(liked[sent.which], top_k)[1])
         own = Own(mixing.take(sent.experts, slots), sent.which[slots], sent.pinned)
-        start = mixture(own, gate, common)
+        start = pool.mixture(own, gate, common)
         after, info = train(key, start, data, down.round, no_adjustment)
         uplink = Uplink(
-            tree.sub(experts_of(after), own.experts),
+            tree.sub(pool.experts(after), own.experts),
             tree.sub(after["params"]["gate"], gate),
-            jnp.where(answers(own.which, own.pinned), own.which, nobody),
-            shares(after, data),
+            jnp.where(pool.answers(own.which, own.pinned), own.which, pool.size),
+            pool.shares(after, data),
         )
         return uplink, common, info
 
     def deploy(down, common):
-        own = down.own._replace(pinned=jnp.int32(nobody))
-        return mixture(own, down.shared, common)
+        own = down.own._replace(pinned=jnp.int32(pool.size))
+        return pool.mixture(own, down.shared, common)
 
-    side = ClientSide(
-        init=lambda key, common, down: common_expert(common),
-        update=client_update,
+    return ClientSide(
+        init=lambda key, common, down: pool.common_expert(common),
+        update=update,
         adapt=lambda key, down, common, data: common,
         deploy=deploy,
         tune=tuner(whole, local),
         model=whole,
     )
-    exact = ("trained", "shares")
-    return Algorithm(ServerSide(init, downlink, update), side, exact)
 
 
 def _put_first(shares: Array, pinned: Array) -> Array:
     """Shares [M] with that of the pinned expert above all others, if there is one."""
+    # Shares sum to one, so 2 is above them; nobody's number M is out of range.
     return shares.at[pinned].set(2.0, mode="drop")
-
-
-def _inputs(x: Array) -> Batch:
-    """A batch of inputs [B, ...] without labels."""
-    return Batch(x, jnp.full(len(x), -1), jnp.ones(len(x)))

@@ -54,6 +54,7 @@ def normalised_mean() -> aggregators.Aggregator:
         delta, displacement = stacked
         moved = displacement > 0
         per_unit = jnp.where(moved, weight / jnp.where(moved, displacement, 1.0), 0.0)
+        # Where nobody takes part all sums are 0: any divisor leaves the mean at 0.
         total = jnp.maximum(jnp.sum(weight), 1e-30)
         effective = jnp.sum(weight * displacement) / total
         mean = aggregators.mean_over_clients(delta, weight)

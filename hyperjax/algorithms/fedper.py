@@ -5,12 +5,11 @@ Layers" (arXiv:1912.00818). All heads start from the same draw.
 """
 
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
-
-HEAD = r"params/head/.*"
 
 
 @hands_on(fedavg, without=("keep",))

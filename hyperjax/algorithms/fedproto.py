@@ -36,7 +36,7 @@ from hyperjax.types import (
 )
 
 NAME = "prototypes"  # in a client's memory
-FEATURE_BATCH = 64
+FEATURE_BATCH = 64  # samples at a time where nothing is trained
 # Accelerators would otherwise round features to TF32.
 FULL_PRECISION = jax.lax.Precision.HIGHEST
 
@@ -142,7 +142,7 @@ def _pulled(model: Model, lam: float, empty) -> Model:
     def loss(key, variables, batch, context):
         value, trained = inner.loss(key, variables, batch, context)
         z, prototypes = trained.features, memory.get(variables, NAME)
-        label = jnp.maximum(batch.y, 0)
+        label = jnp.maximum(batch.y, 0)  # -1, withheld, would be the last class
         apart = jnp.mean(jnp.square(z - prototypes["mean"][label]), -1)
         pull = masked_mean(prototypes["known"][label] * apart, batch.mask)
         info = {**trained.info, "pull": pull}
@@ -157,7 +157,7 @@ def features_by_class(
     """Returns a client's mean features and samples of each class."""
 
     def step(sums, batch):
-        z = model.features(variables, batch)
+        z = model.features(variables, batch.x)
         member = jax.nn.one_hot(batch.y, like.mean.shape[0]) * batch.mask[:, None]
         z = jnp.where(batch.mask[:, None] > 0, z, 0.0)
         of_class = jnp.matmul(member.T, z, precision=FULL_PRECISION)

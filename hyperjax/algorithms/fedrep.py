@@ -8,8 +8,8 @@ fine-tuning here.
 """
 
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.errors import check_at_least
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local, Phase
 from hyperjax.tree import Patterns

@@ -22,7 +22,7 @@ from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
-from hyperjax.types import Algorithm, Model, cannot_rebuild
+from hyperjax.types import Algorithm, Model, Visit, cannot_rebuild
 
 PARTS = ("params", "stats")
 
@@ -92,14 +92,16 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
         z, z_shared = trained.logits, others.logits
         to_own = distillation(z, jax.lax.stop_gradient(z_shared), batch)
         to_shared = distillation(z_shared, jax.lax.stop_gradient(z), batch)
+        # Equations 4 and 5. No gradient of one reaches the other, so both are trained
+        # by their sum.
         total = alpha * value + (1 - alpha) * to_own
         total += beta * other + (1 - beta) * to_shared
         stats = {"own": trained.stats, "shared": others.stats}
         info = {**trained.info, "shared_loss": jnp.asarray(other)}
         return total, trained._replace(stats=stats, info=info)
 
-    def mine(hook):
-        return lambda variables, *args: hook(part(variables, "own"), *args)
+    def mine(variables):
+        return part(variables, "own")
 
     def each(*hooks):
         def run(variables):
@@ -109,25 +111,24 @@ def mutual(own: Model, shared: Model, alpha: float, beta: float) -> Model:
         return run
 
     def arrive(key, variables):
-        hooks = (functools.partial(model.arrive, key) for model in (own, shared))
+        hooks = (functools.partial(model.visit.arrive, key) for model in (own, shared))
         return each(*hooks)(variables)
 
     def context(variables, data):
-        theirs = shared.context(part(variables, "shared"), data)
-        return own.context(part(variables, "own"), data), theirs
+        theirs = shared.visit.context(part(variables, "shared"), data)
+        return own.visit.context(mine(variables), data), theirs
 
     return own.around(
         "sample_shape",
         init=init,
         loss=loss,
-        predict=mine(own.predict),
-        context=context,
-        condition=mine(own.condition),
-        export=mine(own.export),
-        inspect=mine(own.inspect),
+        apply=lambda variables, x: own.apply(mine(variables), x),
+        visit=Visit(
+            arrive=arrive,
+            enter=each(own.visit.enter, shared.visit.enter),
+            context=context,
+            leave=each(own.visit.leave, shared.visit.leave),
+        ),
+        serve=own.serve.seen(mine),
         with_shape=cannot_rebuild,
-        features=mine(own.features),
-        arrive=arrive,
-        visit=each(own.visit, shared.visit),
-        leave=each(own.leave, shared.leave),
     )

@@ -17,6 +17,7 @@ generated tensors are scaled (`hypernets.mlp`).
 
 import jax
 
+from hyperjax import compiling
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
@@ -67,7 +68,7 @@ def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Mo
     key = jax.random.key(0)
     if hypernet.get("out_scale") == "fan_in":  # looks at the numbers
         with jax.ensure_compile_time_eval():
-            start = jax.jit(model.init)(key)
+            start = compiling.once(model.init)(key)
     else:
         start = jax.eval_shape(model.init, key)
     template = start["params"]

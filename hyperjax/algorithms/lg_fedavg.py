@@ -13,7 +13,7 @@ import jax
 
 from hyperjax import over_families, tree
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.fedper import HEAD
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
 from hyperjax.tree import Patterns

@@ -12,7 +12,7 @@ As published clients come one after another (the engine's sequential rounds). Wi
 several at once g is the sum over them divided by their number: the averaged variant,
 which wants a larger learning rate. Running statistics stay home.
 
-Unseen clients are embedded in what the hypernetwork has learned: `freeze` names the
+Novel clients are embedded in what the hypernetwork has learned: `freeze` names the
 extractor and the heads that were taken over; heads of new sizes are trained with the
 embeddings.
 """
@@ -28,18 +28,19 @@ from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.hypernets.heads import check_emitted
-from hyperjax.hypernets.multi_head import multi_head
+from hyperjax.hypernets.multi_head import MultiHead, multi_head
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
-from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import Algorithm, Array, Downlink, Key, Model, PyTree, ServerSide
 from hyperjax.wrappers import with_refreshed_statistics
 
 
 class State(NamedTuple):
     """Hypernetwork, embeddings {family: [N_f, m, d]}, an optimizer state for each part.
 
-    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}.
+    `opt` is {"extractor", "heads": {m}, "tables": {family: leaves [N_f, ...]}}; if
+    families share no extractor, there is one for each under its name.
     """
 
     phi: PyTree
@@ -62,6 +63,7 @@ def mh_pfedhn(
     server_opt: optax.GradientTransformation | None = None,
     clip_norm: float = 50.0,
     share_heads: bool = True,
+    share_extractor: bool = True,
     freeze: Patterns = (),
     bn_stats: str = "local",
     refresh_stats: bool = False,
@@ -81,6 +83,7 @@ def mh_pfedhn(
       server_opt: default Adam at 2e-4.
       clip_norm: bound on the norm of the gradient, over all that received some.
       share_heads: False gives every family a head of its own (ablation).
+      share_extractor: False gives every family an extractor of its own (ablation).
       freeze: patterns of paths in phi that do not move.
       bn_stats: "local"; what a hypernetwork emits has no running statistics.
       refresh_stats: running statistics see the network that a client is sent once
@@ -113,115 +116,162 @@ def mh_pfedhn(
         num_layers=num_layers,
         embedding_deviation=embedding_deviation,
     )
-
-    def head_of(name):
-        m = str(net.positions[flats[name].size])
-        return m if share_heads else f"{m}_{name}"
-
-    def init_phi(key):
-        phi = net.init(key)
-        if not share_heads:
-            keys = {name: rng.stream(key, "head of " + name) for name in models}
-            drawn = {name: net.init(k)["heads"] for name, k in keys.items()}
-            phi["heads"] = {
-                head_of(name): heads[head_of(name).partition("_")[0]]
-                for name, heads in drawn.items()
-            }
-        return phi
-
-    tree.splitter(jax.eval_shape(init_phi, jax.random.key(0)), freeze)  # checks them
-
-    def init(common):
-        key_phi, key_tables = jax.random.split(rng.stream(common, "hypernetwork"))
-        phi = init_phi(key_phi)
-        tables = {
-            name: net.init_embeddings(
-                rng.stream(key_tables, name), num, flats[name].size
-            )
-            for name, num in family_sizes.items()
-        }
-        opt = {
-            "extractor": server_opt.init(phi["extractor"]),
-            "heads": {m: server_opt.init(head) for m, head in phi["heads"].items()},
-            "tables": {k: jax.vmap(server_opt.init)(v) for k, v in tables.items()},
-        }
-        return State(phi, tables, opt)
-
-    def emit(parts, rows, name):
-        """Flat networks [C, K] of one family."""
-        head = parts["heads"][head_of(name)]
-        one = lambda v: net.generate(parts["extractor"], head, v, flats[name].size)  # noqa: E731
-        return jax.vmap(one)(rows)
-
-    def downlink(key, server, cohorts):
-        return {
-            name: Downlink(
-                own=emit(server.phi, mixing.rows(server.tables[name], cohort.ids), name)
-            )
-            for name, cohort in cohorts.items()
-        }
-
-    def update(key, server, uplinks, cohorts):
-        rows = {
-            name: mixing.take(server.tables[name], cohort.ids)
-            for name, cohort in cohorts.items()
-        }
-        active = {name: cohort.active > 0 for name, cohort in cohorts.items()}
-        some = jnp.maximum(sum(jnp.sum(x) for x in active.values()), 1)
-        heads = sorted({head_of(name) for name in cohorts})
-        parts = {
-            "extractor": server.phi["extractor"],
-            "heads": {m: server.phi["heads"][m] for m in heads},
-        }
-        emitted = {name: lambda p, r, n=name: emit(p, r[n], n) for name in cohorts}
-        _, pull = jax.vjp(
-            lambda p, r: {name: f(p, r) for name, f in emitted.items()}, parts, rows
-        )
-        of_parts, of_rows = pull(jax.tree.map(lambda d: -d / some, uplinks))
-        grads = tree.hold(freeze, tree.zeros_like(of_parts), of_parts), of_rows
-        norm = tree.norm(grads)
-        of_parts, of_rows = tree.scale(
-            grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6))
-        )
-
-        def step(g, opt, x, alive):
-            updates, new = server_opt.update(g, opt, x)
-            after = (optax.apply_updates(x, updates), new)
-            return jax.tree.map(lambda a, b: jnp.where(alive, a, b), after, (x, opt))
-
-        phi: PyTree = {"heads": dict(server.phi["heads"])}
-        opt: PyTree = {
-            "heads": dict(server.opt["heads"]),
-            "tables": dict(server.opt["tables"]),
-        }
-        anybody = jnp.any(jnp.concatenate(list(active.values())))
-        phi["extractor"], opt["extractor"] = step(
-            of_parts["extractor"],
-            server.opt["extractor"],
-            server.phi["extractor"],
-            anybody,
-        )
-        for m in heads:
-            present = [jnp.any(active[name]) for name in cohorts if head_of(name) == m]
-            phi["heads"][m], opt["heads"][m] = step(
-                of_parts["heads"][m],
-                server.opt["heads"][m],
-                server.phi["heads"][m],
-                jnp.any(jnp.stack(present)),
-            )
-        tables = dict(server.tables)
-        for name, cohort in cohorts.items():
-            stored = (server.tables[name], server.opt["tables"][name])
-            old, old_opt = mixing.take(stored, cohort.ids)
-            new = jax.vmap(step)(of_rows[name], old_opt, old, active[name])
-            tables[name], opt["tables"][name] = mixing.put(
-                stored, cohort.ids, new, cohort.active
-            )
-        phi = tree.hold(freeze, server.phi, phi)
-        return State(phi, tables, opt), {"gradient_norm": norm}
-
+    sizes = {name: flat.size for name, flat in flats.items()}
+    generator = _Generator(net, sizes, share_heads, share_extractor)
     clients = {
         name: wrappers.own_as_shared(alg.client, flats[name])
         for name, alg in inner.items()
     }
-    return Algorithm(ServerSide(init, downlink, update), clients)
+    return Algorithm(
+        _server(generator, family_sizes, server_opt, clip_norm, freeze), clients
+    )
+
+
+class _Generator(NamedTuple):
+    """The hypernetwork, and which of its heads and extractors is whose."""
+
+    net: MultiHead
+    sizes: Mapping[str, int]  # numbers in the network of each family
+    share_heads: bool
+    share_extractor: bool
+
+    def head_of(self, name: str) -> str:
+        """The head of a family."""
+        m = str(self.net.positions[self.sizes[name]])
+        return m if self.share_heads else f"{m}_{name}"
+
+    def init(self, key: Key) -> PyTree:
+        """Draws the hypernetwork's parameters, phi."""
+        phi = self.net.init(key)
+        if not self.share_heads:
+            # From a key of its own each: families of one size start apart.
+            keys = {name: rng.stream(key, "head of " + name) for name in self.sizes}
+            drawn = {name: self.net.init(k)["heads"] for name, k in keys.items()}
+            phi["heads"] = {
+                self.head_of(name): heads[self.head_of(name).partition("_")[0]]
+                for name, heads in drawn.items()
+            }
+        if not self.share_extractor:
+            keys = {n: rng.stream(key, "extractor of " + n) for n in self.sizes}
+            phi["extractor"] = {
+                name: self.net.init(k)["extractor"] for name, k in keys.items()
+            }
+        return phi
+
+    def extractors(self, parts: PyTree) -> dict[str, PyTree]:
+        """The extractors of a part of the state, by whose they are; "" is all's."""
+        return {"": parts["extractor"]} if self.share_extractor else parts["extractor"]
+
+    def in_place(self, found: Mapping[str, PyTree]) -> PyTree:
+        """Undoes `extractors`."""
+        return found[""] if self.share_extractor else dict(found)
+
+    def emit(self, phi: PyTree, rows: Mapping[str, Array]) -> dict[str, Array]:
+        """Flat networks {family: [C, K]} from embeddings {family: [C, m, d]}."""
+
+        def of(name):
+            head, size = phi["heads"][self.head_of(name)], self.sizes[name]
+            extractor = self.extractors(phi)["" if self.share_extractor else name]
+            return jax.vmap(lambda v: self.net.generate(extractor, head, v, size))(
+                rows[name]
+            )
+
+        return {name: of(name) for name in rows}
+
+
+def _server(
+    generator: _Generator,
+    family_sizes: Mapping[str, int],
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    freeze: Patterns,
+) -> ServerSide:
+    """Emits networks and pulls their changes back through the generator."""
+    # The splitter checks the patterns.
+    tree.splitter(jax.eval_shape(generator.init, jax.random.key(0)), freeze)
+
+    def init(common):
+        key_phi, key_tables = jax.random.split(rng.stream(common, "hypernetwork"))
+        phi = generator.init(key_phi)
+        tables = {
+            name: generator.net.init_embeddings(
+                rng.stream(key_tables, name), num, generator.sizes[name]
+            )
+            for name, num in family_sizes.items()
+        }
+        # A state for each part: what has no gradient must not even count a step.
+        opt = {
+            "extractor": generator.in_place(
+                {k: optimizer.init(x) for k, x in generator.extractors(phi).items()}
+            ),
+            "heads": {m: optimizer.init(head) for m, head in phi["heads"].items()},
+            "tables": {k: jax.vmap(optimizer.init)(v) for k, v in tables.items()},
+        }
+        return State(phi, tables, opt)
+
+    def downlink(key, server, cohorts):
+        rows = {
+            name: mixing.rows(server.tables[name], cohort.ids)
+            for name, cohort in cohorts.items()
+        }
+        own = generator.emit(server.phi, rows)
+        return {name: Downlink(own=networks) for name, networks in own.items()}
+
+    def gradient(server, uplinks, cohorts):
+        """Of the present heads, extractor and rows, clipped; its norm before that."""
+        present = {generator.head_of(name) for name in cohorts}
+        heads = {m: server.phi["heads"][m] for m in sorted(present)}
+        phi = {"extractor": server.phi["extractor"], "heads": heads}
+        rows = {
+            name: mixing.take(server.tables[name], cohort.ids)
+            for name, cohort in cohorts.items()
+        }
+        active = sum(jnp.sum(cohort.active > 0) for cohort in cohorts.values())
+        some = jnp.maximum(active, 1)
+        _, pull = jax.vjp(generator.emit, phi, rows)
+        # Old minus new is what a minimiser wants.
+        of_phi, of_rows = pull(jax.tree.map(lambda d: -d / some, uplinks))
+        of_phi = tree.hold(freeze, tree.zeros_like(of_phi), of_phi)
+        return tree.clip((of_phi, of_rows), clip_norm)
+
+    def step(grads, opt, params, alive):
+        """(params, opt) after a step, if anybody gave a gradient."""
+        updates, new = optimizer.update(grads, opt, params)
+        after = (optax.apply_updates(params, updates), new)
+        return jax.tree.map(lambda a, b: jnp.where(alive, a, b), after, (params, opt))
+
+    def update(key, server, uplinks, cohorts):
+        (of_phi, of_rows), norm = gradient(server, uplinks, cohorts)
+        active = {name: cohort.active > 0 for name, cohort in cohorts.items()}
+        # Who has a part in each extractor: "" is all families'.
+        anybody = {"": jnp.any(jnp.concatenate(list(active.values())))}
+        anybody |= {name: jnp.any(x) for name, x in active.items()}
+        old, old_opt = server.phi, server.opt
+        extractors = dict(generator.extractors(old))
+        opt_extractors = dict(generator.extractors(old_opt))
+        for k, of_one in generator.extractors(of_phi).items():
+            if k in anybody:
+                extractors[k], opt_extractors[k] = step(
+                    of_one, opt_extractors[k], extractors[k], anybody[k]
+                )
+        heads, opt_heads = dict(old["heads"]), dict(old_opt["heads"])
+        for m, of_head in of_phi["heads"].items():
+            families = [name for name in cohorts if generator.head_of(name) == m]
+            alive = jnp.any(jnp.stack([jnp.any(active[name]) for name in families]))
+            heads[m], opt_heads[m] = step(of_head, opt_heads[m], heads[m], alive)
+        tables, opt_tables = dict(server.tables), dict(old_opt["tables"])
+        for name, cohort in cohorts.items():
+            stored = (tables[name], opt_tables[name])
+            rows, opt_rows = mixing.take(stored, cohort.ids)
+            new = jax.vmap(step)(of_rows[name], opt_rows, rows, active[name])
+            tables[name], opt_tables[name] = mixing.put(
+                stored, cohort.ids, new, cohort.active
+            )
+        # Held once more: an optimizer's decay moves what has no gradient.
+        phi = {"extractor": generator.in_place(extractors), "heads": heads}
+        phi = tree.hold(freeze, old, phi)
+        opt_extractor = generator.in_place(opt_extractors)
+        opt = {"extractor": opt_extractor, "heads": opt_heads, "tables": opt_tables}
+        return State(phi, tables, opt), {"gradient_norm": norm}
+
+    return ServerSide(init, downlink, update)

@@ -122,6 +122,7 @@ def mh_pfedhngd(
         }
         weight = sum(jnp.sum(x) for x in share.values())
         change = sum(mixing.combine(share[name], copies[name]) for name in cohorts)
+        # Of nobody 0, not 0 / 0; the state then stays as it is, below.
         mean = change / jnp.maximum(weight, 1e-12)
         moved = everybody if global_step_touches_idle else alone
         who = _cohorts(moved, _round(cohorts))

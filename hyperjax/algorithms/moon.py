@@ -65,12 +65,12 @@ def moon(
 
     def context(variables, data):
         previous = memory.get(variables, NAME)
-        return snapshot(variables), previous, inner.context(variables, data)
+        return snapshot(variables), previous, inner.visit.context(variables, data)
 
     def loss(key, variables, batch, context):
         received, before, rest = context
         value, trained = inner.loss(key, variables, batch, rest)
-        fixed = (model.features(v, batch) for v in (received, before))
+        fixed = (model.features(v, batch.x) for v in (received, before))
         near, far = (_cosine(trained.features, z) / temperature for z in fixed)
         contrast = masked_mean(jnp.logaddexp(near, far) - near, batch.mask)
         info = {**trained.info, "contrast": contrast}
@@ -78,15 +78,18 @@ def moon(
 
     whole = inner._replace(
         loss=loss,
-        context=context,
-        arrive=lambda key, variables: renewed(inner.arrive(key, variables)),
-        leave=lambda variables: renewed(inner.leave(variables)),
+        visit=inner.visit._replace(
+            arrive=lambda key, variables: renewed(inner.visit.arrive(key, variables)),
+            context=context,
+            leave=lambda variables: renewed(inner.visit.leave(variables)),
+        ),
     )
     return fedavg(whole, local=local, **fedavg_options)
 
 
 def _cosine(a: Array, b: Array) -> Array:
     """Cosine similarity over the last axis, [B, L] x 2 -> [B]."""
-    # Not `norm`, whose derivative at zero (all units of a ReLU off) is not a number.
+    # Not `norm`, whose derivative at zero (all units of a ReLU off) is not a number. As
+    # in PyTorch's cosine_similarity the product of both norms is 1e-8 at least.
     squares = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
     return jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))

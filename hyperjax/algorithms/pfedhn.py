@@ -18,7 +18,7 @@ Clients may have different networks (a mapping of models): the hypernetwork emit
 parameters of all of them, and each client is sent the slice of its own, which alone
 passes a gradient back; decay and momentum move the others' too.
 
-Unseen clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
+Novel clients are embedded in a hypernetwork that stays as it is, `freeze=".*"`.
 
 Deviations, which `faithful=True` undoes: momentum and decay do not move embeddings of
 clients that are absent (the authors' code has one dense table), and the local gradient
@@ -41,7 +41,17 @@ from hyperjax.hypernets import heads
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
-from hyperjax.types import Algorithm, Downlink, Model, PyTree, ServerSide
+from hyperjax.types import (
+    Algorithm,
+    Array,
+    Cohort,
+    Downlink,
+    HyperNet,
+    Key,
+    Model,
+    PyTree,
+    ServerSide,
+)
 
 
 class State(NamedTuple):
@@ -131,13 +141,59 @@ def pfedhn(
     server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
     optimizer = optax.chain(optax.add_decayed_weights(weight_decay), server_opt)
     tree.splitter(jax.eval_shape(net.init, jax.random.key(0)), freeze)  # checks them
+    embeddings = _Embeddings(num_clients, size, optimizer, faithful)
+    whole = _server(net, embeddings, clip_norm, freeze)
+    sides = {name: wrappers.own_as_shared(alg.client) for name, alg in inner.items()}
+    if isinstance(model, Mapping):
+        return Algorithm(_sliced(whole, shared, dict(family_sizes or {})), sides)
+
+    def update(key, server, uplink, cohort):
+        return whole.update(key, server, uplink.delta, cohort)
+
+    return Algorithm(whole._replace(update=update), sides[""])
+
+
+class _Embeddings(NamedTuple):
+    """The table of clients' embeddings [N, d], and how it is trained."""
+
+    num_clients: int
+    size: int
+    optimizer: optax.GradientTransformation
+    faithful: bool
+
+    def init(self, key: Key) -> tuple[Array, PyTree]:
+        """A table and its optimizer's state."""
+        # N(0, 1) as PyTorch's nn.Embedding; one optimizer state for the whole table, or
+        # one for each row, which ages with its client alone.
+        table = jax.random.normal(key, (self.num_clients, self.size))
+        init = self.optimizer.init
+        return table, init(table) if self.faithful else jax.vmap(init)(table)
+
+    def update(self, stored: tuple[Array, PyTree], grads: Array, cohort: Cohort):
+        """Both after a step along the gradients [C, d] of a cohort's rows."""
+        if self.faithful:
+            table, opt = stored
+            dense = jnp.zeros_like(table)
+            dense = dense.at[cohort.ids].add(grads, mode="drop")
+            return _step(self.optimizer, dense, opt, table)
+        rows, opt_rows = mixing.take(stored, cohort.ids)
+        new = jax.vmap(lambda g, o, p: _step(self.optimizer, g, o, p))(
+            grads, opt_rows, rows
+        )
+        return mixing.put(stored, cohort.ids, new, cohort.active)
+
+
+def _server(
+    net: HyperNet, embeddings: _Embeddings, clip_norm: float, freeze: Patterns
+) -> ServerSide:
+    """Emits networks and pulls changes of them, leaves [C, ...], back through `net`."""
+    optimizer = embeddings.optimizer
 
     def init(common):
         key_phi, key_table = jax.random.split(rng.stream(common, "hypernetwork"))
         phi = net.init(key_phi)
-        table = jax.random.normal(key_table, (num_clients, size))
-        rows = optimizer.init if faithful else jax.vmap(optimizer.init)
-        return State(phi, table, optimizer.init(phi), rows(table))
+        table, opt_table = embeddings.init(key_table)
+        return State(phi, table, optimizer.init(phi), opt_table)
 
     def emit(phi, v):
         return jax.vmap(net.generate, (None, 0))(phi, v)
@@ -152,35 +208,19 @@ def pfedhn(
         some = jnp.maximum(jnp.sum(cohort.active), 1.0)
         # Old minus new is what a minimiser wants.
         of_phi, of_v = pull(tree.scale(delta, -1.0 / some))
-        grads = tree.hold(freeze, tree.zeros_like(of_phi), of_phi), of_v
-        norm = tree.norm(grads)
-        grads = tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-6)))
-        phi, opt_phi = _step(optimizer, grads[0], server.opt_phi, server.phi)
+        of_phi = tree.hold(freeze, tree.zeros_like(of_phi), of_phi)
+        (of_phi, of_v), norm = tree.clip((of_phi, of_v), clip_norm)
+        phi, opt_phi = _step(optimizer, of_phi, server.opt_phi, server.phi)
+        # Held once more: an optimizer's decay moves what has no gradient.
         phi = tree.hold(freeze, server.phi, phi)
-        if faithful:
-            dense = jnp.zeros_like(server.table)
-            dense = dense.at[cohort.ids].add(grads[1], mode="drop")
-            table, opt_table = _step(optimizer, dense, server.opt_table, server.table)
-        else:
-            stored = (server.table, server.opt_table)
-            rows, opt_rows = mixing.take(stored, cohort.ids)
-            step = jax.vmap(lambda g, o, p: _step(optimizer, g, o, p))
-            new = step(grads[1], opt_rows, rows)
-            table, opt_table = mixing.put(stored, cohort.ids, new, cohort.active)
+        stored = (server.table, server.opt_table)
+        table, opt_table = embeddings.update(stored, of_v, cohort)
         after = State(phi, table, opt_phi, opt_table)
         alive = jnp.sum(cohort.active) > 0
         after = jax.tree.map(lambda x, y: jnp.where(alive, x, y), after, server)
         return after, {"gradient_norm": norm}
 
-    sides = {name: wrappers.own_as_shared(alg.client) for name, alg in inner.items()}
-    if isinstance(model, Mapping):
-        whole = ServerSide(init, downlink, update)
-        return Algorithm(_sliced(whole, shared, dict(family_sizes or {})), sides)
-
-    def of_uplink(key, server, uplink, cohort):
-        return update(key, server, uplink.delta, cohort)
-
-    return Algorithm(ServerSide(init, downlink, of_uplink), sides[""])
+    return ServerSide(init, downlink, update)
 
 
 def _sliced(

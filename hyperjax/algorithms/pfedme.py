@@ -67,7 +67,7 @@ def pfedme(
     rate = inner_learning_rate
 
     def arrive(key, variables):
-        shared = model.arrive(key, memory.without(variables, NAME))
+        shared = model.visit.arrive(key, memory.without(variables, NAME))
         return memory.put(shared, NAME, shared["params"])
 
     def loss(key, variables, batch, context):
@@ -91,10 +91,11 @@ def pfedme(
         envelope = value + 0.5 * lam * sum(jax.tree.leaves(squares))
         return envelope, trained._replace(memory={**dict(trained.memory), NAME: u})
 
-    whole = memory.with_entry(
+    inner = memory.with_entry(
         model,
         NAME,
         lambda key, shared: jax.tree.map(jnp.copy, shared["params"]),
         deployed=lambda shared, own: {**shared, "params": own},
-    )._replace(loss=loss, arrive=arrive)
+    )
+    whole = inner._replace(loss=loss, visit=inner.visit._replace(arrive=arrive))
     return fedavg(whole, local=local, **fedavg_options)

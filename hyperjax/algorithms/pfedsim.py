@@ -20,14 +20,15 @@ import jax.numpy as jnp
 
 from hyperjax import aggregators, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.algorithms.fedper import HEAD
 from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_number
+from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
 from hyperjax.training import Local, round_at
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Array, Model, PyTree
 
+# Of similarities: -ln(1 - 1) is infinite, and everybody's head is just like itself.
 LARGEST = 0.9999
 
 
@@ -121,7 +122,7 @@ def pfedsim(
 def _renewed(phi: Array, kernels: Array, cohort) -> Array:
     """Similarities after a cohort with heads [C, L, K] took part together."""
     norms = jnp.linalg.norm(kernels, axis=1, keepdims=True)
-    unit = kernels / jnp.maximum(norms, 1e-12)
+    unit = kernels / jnp.maximum(norms, 1e-12)  # zeros stay, like nobody's weights
     # Full precision: weights of heads that are nearly alike differ in 1 - cosine.
     cosines = jnp.einsum(
         "alk,blk->abk", unit, unit, precision=jax.lax.Precision.HIGHEST

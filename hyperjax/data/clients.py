@@ -44,13 +44,15 @@ def make_pool(x: np.ndarray, y: np.ndarray, train_rows: np.ndarray) -> Pool:
         jnp.asarray(x),
         jnp.asarray(y, jnp.int32),
         jnp.asarray(mean, jnp.float32),
+        # A channel that is constant stays finite: 1e-3 is a quarter of a byte's level.
         jnp.asarray(np.maximum(std, 1e-3), jnp.float32),
     )
 
 
 def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
     """Mean and deviation [ch] of uint8 pixels in units of [0, 1]."""
-    # Moments from a histogram of the 256 levels: exact, and no float copy of x.
+    # Moments from a histogram of the 256 levels: exact, and no float copy of x. Some
+    # 4,096 images at a time, since indexing by rows copies them.
     levels = np.arange(256) / 255.0
     mean, std = [], []
     for channel in range(x.shape[-1]):
@@ -109,6 +111,7 @@ def shuffled(key: Key, data: ClientData) -> Array:
     order of the real samples as it was.
     """
     n_max = data.rows.shape[0]
+    # One bit less than the padding's number: no draw comes after it, or beside it.
     draw = jax.random.bits(key, (n_max,), jnp.uint32) >> 1
     draw = jnp.where(jnp.arange(n_max) < data.size, draw, jnp.uint32(0xFFFFFFFF))
     return jnp.argsort(draw)

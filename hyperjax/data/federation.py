@@ -1,13 +1,13 @@
-"""One federation: a data set dealt out to participating and unseen clients.
+"""One federation: a data set dealt out to participating and novel clients.
 
 Of the source, a random `test_fraction` is the global test set; the rest is partitioned
 once over N + M clients, so the last M, which never train, follow the same law as the
 others but other draws of it. Inside each of the first N, `eval_fraction` is held out;
 the last M keep all their samples for evaluation (arXiv:2508.12673, splits after the
-authors' earlier harness). Theirs are split in the same way too, to measure what an
-unseen client gains by fine-tuning. Of what is left to train on, a participant may set
+authors' earlier harness). Theirs are split in the same way too, to measure what a
+novel client gains by fine-tuning. Of what is left to train on, a participant may set
 `validation_fraction` aside to choose a round by. There may be no test set, no
-validation and no unseen clients.
+validation and no novel clients.
 """
 
 import os
@@ -21,7 +21,7 @@ from hyperjax import tree
 from hyperjax.data import clients, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data.clients import Table
-from hyperjax.data.sources import Source
+from hyperjax.data.sources import Source, shown_shape
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Pool
 
@@ -54,7 +54,7 @@ class Federation(NamedTuple):
     train: Table  # [N, ...]
     held_out: Table  # [N, ...], the participants' own evaluation split
     validation: Table | None  # [N, ...], set aside to choose a round by
-    novel: Table | None  # [M, ...], all samples of the unseen clients; None if M = 0
+    novel: Table | None  # [M, ...], all samples of the novel clients; None if M = 0
     novel_train: Table | None  # [M, ...], `novel` split like the participants' samples
     novel_held_out: Table | None  # [M, ...]
     test: Table | None  # [1, ...]
@@ -62,6 +62,18 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+
+    def __repr__(self) -> str:
+        number, *shape = self.pool.x.shape
+        size = shown_shape(tuple(shape))
+        what = f"{number:,} images of {size}, {self.num_classes} classes"
+        return f"Federation({self.who}, {what})"
+
+    @property
+    def who(self) -> str:
+        """How many there are, for people: "20 clients + 5 unseen"."""
+        novel = f" + {self.num_novel} unseen" if self.num_novel else ""
+        return f"{self.num_clients} clients{novel}"
 
     @property
     def num_classes(self) -> int:
@@ -107,19 +119,18 @@ class Federation(NamedTuple):
             missing = max(0, width - table.rows.shape[1])
             return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
 
-        tables = {name: getattr(self, name) for name in widths}
-        return self._replace(
-            **{k: t and widen(t, widths[k]) for k, t in tables.items()}
-        )
+        tables: dict[str, Any] = {name: getattr(self, name) for name in widths}
+        tables = {k: t and widen(t, widths[k]) for k, t in tables.items()}
+        return self._replace(**tables)
 
-    def newcomers(self) -> "Federation":
-        """Returns the federation of the unseen clients, who now take part.
+    def of_novel(self) -> "Federation":
+        """Returns the federation of the novel clients, who now take part.
 
-        Client 0 is the first unseen one, and so on. Pixels are normalised as before;
-        there are no further unseen clients, and no samples for validation.
+        Client 0 is the first novel one, and so on. Pixels are normalised as before;
+        there are no further novel clients, and no samples for validation.
 
         Raises:
-          ValueError: there are no unseen clients.
+          ValueError: there are no novel clients.
         """
         if self.novel_train is None or self.novel_held_out is None:
             raise ValueError(
@@ -234,12 +245,14 @@ def federate(
     if unassigned > _MANY_UNASSIGNED * len(rest):
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
 
-    def split(parts, fraction):
+    def set_apart(parts, fraction):
         labels = (source.y[part] if stratified else None for part in parts)
-        pairs = [_split(*pair, fraction) for pair in zip(parts, labels, strict=True)]
+        pairs = [
+            _set_apart(*pair, fraction) for pair in zip(parts, labels, strict=True)
+        ]
         return [kept for kept, _ in pairs], [apart for _, apart in pairs]
 
-    train, held_out = split(parts, eval_fraction)
+    train, held_out = set_apart(parts, eval_fraction)
     own, others = slice(num_clients), slice(num_clients, None)
     validation = None
     if validation_fraction:
@@ -249,7 +262,7 @@ def federate(
                     f"client {client} is left with one sample to train on, and none for"
                     f" validation_fraction={validation_fraction}"
                 )
-        train[own], apart = split(train[own], validation_fraction)
+        train[own], apart = set_apart(train[own], validation_fraction)
         validation = clients.table(apart, _WIDTH)
     own_train = clients.table(train[own], _WIDTH)
     return Federation(
@@ -337,7 +350,7 @@ def _parts(table: Table) -> list[np.ndarray]:
     return [row[:n] for row, n in zip(table.rows, table.size, strict=True)]
 
 
-def _split(
+def _set_apart(
     part: np.ndarray, y: np.ndarray | None, eval_fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the training and the held-out samples of a client, 1 of each at least.

@@ -165,9 +165,7 @@ def pathological(
       ValueError: `y` is no label array, `classes_per_client` is out of range, there are
         more clients than samples, or a class has fewer samples than holders.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     places, rest = divmod(num_clients * classes_per_client, len(classes))
     left = np.full(len(classes), places)
     left[rng.permutation(len(classes))[:rest]] += 1
@@ -222,9 +220,7 @@ def class_shares(
       ValueError: `y` is no label array, an option is out of range, there are more
         clients than samples, or a client's share of a class is less than one sample.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     _check_weights(low, high)
     num_shares = num_clients * classes_per_client // len(classes) + 1
     left = np.full(len(classes), num_shares)
@@ -270,9 +266,7 @@ def class_draws(
       ValueError: `y` is no label array, an option is out of range, there are more
         clients than samples, or a client's share of a class is less than one sample.
     """
-    y = _check(y, num_clients)
-    classes, sizes = np.unique(y, return_counts=True)
-    _check_classes(classes_per_client, len(classes))
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
     _check_weights(low, high)
     ranked = rng.random((num_clients, len(classes))).argsort(axis=1)
     held = np.zeros((num_clients, len(classes)), bool)
@@ -283,6 +277,59 @@ def class_draws(
     drawn = np.flatnonzero(held.any(axis=0))
     counts[held.argmax(axis=0)[drawn], drawn] += (sizes - counts.sum(axis=0))[drawn]
     _check_shares(classes, sizes, held, counts)
+    return _deal(rng, y, counts)
+
+
+def groups(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    num_groups: int,
+    classes_per_client: int,
+) -> list[np.ndarray]:
+    """Gives clients in equal groups the same classes, which other groups have none of.
+
+    The first N / G clients share the first classes_per_client classes, the next ones
+    the next, and so on; a class is split over its clients in shares that differ by one
+    at most. Classes beyond those of the last group are nobody's.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N, a multiple of the number of groups.
+      num_groups: G.
+      classes_per_client: classes of each group and so of each client; G times as many
+        are K at most.
+
+    Returns:
+      N arrays of indices into `y`, int64; together all samples of the first classes.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, there are more
+        clients than samples, or a class has fewer samples than its group has clients.
+    """
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    check_at_least(1, num_groups=num_groups)
+    _check_classes(classes_per_client, len(classes))
+    if num_clients % num_groups or num_groups * classes_per_client > len(classes):
+        raise ValueError(
+            f"num_groups={num_groups} with classes_per_client={classes_per_client} "
+            f"takes a multiple of {num_groups} clients and "
+            f"{num_groups * classes_per_client} classes; there are num_clients="
+            f"{num_clients} and {len(classes)} classes"
+        )
+    members = num_clients // num_groups
+    counts = np.zeros((num_clients, len(classes)), np.int64)
+    for k in range(num_groups * classes_per_client):
+        first = k // classes_per_client * members
+        whole, rest = divmod(sizes[k], members)
+        counts[first : first + members, k] = whole + (np.arange(members) < rest)
+    held = np.arange(len(classes)) // classes_per_client
+    _check_shares(
+        classes, sizes, held == np.arange(num_clients)[:, None] // members, counts
+    )
     return _deal(rng, y, counts)
 
 
@@ -325,6 +372,7 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "pathological": pathological,
     "class_shares": class_shares,
     "class_draws": class_draws,
+    "groups": groups,
     "by_client_id": by_client_id,
 }
 
@@ -439,6 +487,16 @@ def _cut(
         cuts[-1] = size  # whatever the shares sum to in floating point
         counts[takers, k] = np.diff(cuts, prepend=0)
     return counts
+
+
+def _classes(
+    y: np.ndarray, num_clients: int, classes_per_client: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns checked labels, their distinct values and how often each occurs."""
+    y = _check(y, num_clients)
+    classes, sizes = np.unique(y, return_counts=True)
+    _check_classes(classes_per_client, len(classes))
+    return y, classes, sizes
 
 
 def _hold(

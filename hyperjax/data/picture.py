@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PARTICIPATING = "#2a6f97"
-_HELD_OUT = "#e07a3f"
-_INK = "#3d4450"
-_GRID = "#eceef2"
+# One palette for pictures, pages and figures: colours that colour-blind readers tell
+# apart (Okabe and Ito 2008, without yellow and black).
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b7280")
+PARTICIPATING, NOVEL = PALETTE[:2]
+INK, MUTED, GRID = "#3d4450", "#7b8494", "#e3e7ed"
 _SIZE = "#b8bec9"
 
 
@@ -74,9 +75,9 @@ def partition_picture(
     _draw_dots(axes, counts[order], participating[order], cell)
     num_participating = int(participating.sum())
     if 0 < num_participating < num_clients:
-        axes.axvline(num_participating - 0.5, color=_INK, linewidth=1, zorder=3)
+        axes.axvline(num_participating - 0.5, color=INK, linewidth=1, zorder=3)
     if title is not None:
-        axes.set_title(title, loc="left", color=_INK, fontsize=11, weight="bold", pad=9)
+        axes.set_title(title, loc="left", color=INK, fontsize=11, weight="bold", pad=9)
     # Laid out anew at each drawing, a figure would never give the same file twice.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -118,12 +119,12 @@ def _draw_grid(
     axes.set_ylim(num_classes - 0.4, -0.6)
     axes.set_aspect("equal")
     axes.set_axisbelow(True)
-    axes.hlines(range(num_classes), -0.6, num_clients - 0.4, color=_GRID, linewidth=0.6)
-    axes.vlines(range(num_clients), -0.6, num_classes - 0.4, color=_GRID, linewidth=0.6)
-    axes.tick_params(length=0, colors=_INK)
+    axes.hlines(range(num_classes), -0.6, num_clients - 0.4, color=GRID, linewidth=0.6)
+    axes.vlines(range(num_clients), -0.6, num_classes - 0.4, color=GRID, linewidth=0.6)
+    axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("client", color=_INK, fontsize=9)
-    axes.set_ylabel("class", color=_INK, fontsize=9)
+    axes.set_xlabel("client", color=INK, fontsize=9)
+    axes.set_ylabel("class", color=INK, fontsize=9)
 
 
 def _draw_dots(
@@ -134,8 +135,8 @@ def _draw_dots(
     # Diameter in points; the biggest dot leaves a tenth of its cell free.
     biggest_area = (0.9 * 72 * cell) ** 2
     groups = (
-        ("participating", _PARTICIPATING, participating),
-        ("not participating", _HELD_OUT, ~participating),
+        ("participating", PARTICIPATING, participating),
+        ("not participating", NOVEL, ~participating),
     )
     for label, color, chosen in groups:
         if not chosen.any():
@@ -157,7 +158,7 @@ def _draw_dots(
         frameon=False,
         borderpad=0.7,
         fontsize=9,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=2.6,  # the biggest dot of all is 2.6 letters wide
         handletextpad=0.3,
     )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hyperjax import compiling
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
 from hyperjax.types import ALONE, Algorithm, Array
@@ -86,6 +87,7 @@ class Compiled:
     Calls with the same name, family, structure and shapes reuse the program. With a
     mesh, every output is replicated, so that it can be the next call's input. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
+    `times` says how often a program runs, see `compiling`.
     `watcher` is told the name of what is being compiled, and None when that is done.
     """
 
@@ -103,6 +105,7 @@ class Compiled:
         args: tuple,
         donate: tuple = (),
         family: str = ALONE,
+        times: int = compiling.OFTEN,
     ):
         if setting("jax_disable_jit"):
             return sharding.replicate(fn(*args), self._mesh)
@@ -111,7 +114,7 @@ class Compiled:
         if key not in self._programs:
             start = time.perf_counter()
             self.watcher(name)
-            options: dict[str, Any] = {"donate_argnums": donate}
+            options = {"donate_argnums": donate, **compiling.options(times)}
             if self._mesh is not None:
                 options["out_shardings"] = sharding.everywhere(self._mesh)
             try:

@@ -85,8 +85,8 @@ class Deployed(NamedTuple):
     """What a client gets; host arrays.
 
     `variables` are those that its family's model predicts with. `network` is what would
-    run on the client: variables of a plain network (`model.export`), which for a method
-    with a classifier per sample is none of its own.
+    run on the client: variables of a plain network (`model.serve.export`), which for a
+    method with a classifier per sample is none of its own.
     """
 
     variables: PyTree
@@ -182,7 +182,7 @@ def deployer(
     alg: Algorithm,
     *,
     members: Families | None = None,
-    unseen: Sequence[int] | np.ndarray = (),
+    novel: Sequence[int] | np.ndarray = (),
     batch_size: int = 256,
     mesh: Any = None,
     program: Compiled | None = None,
@@ -193,7 +193,7 @@ def deployer(
     Args:
       alg: the method.
       members: who has trained, by family; None for a method without families.
-      unseen: [m] int, position in `members.names` of clients N to N + m - 1.
+      novel: [m] int, position in `members.names` of clients N to N + m - 1.
       batch_size: B of prediction.
       mesh: see `sharding.client_mesh`; where a run's state is, if on several devices.
       program: the compiler; None for one of its own.
@@ -208,7 +208,7 @@ def deployer(
       carry: a run's state (`schedule.Carry`), as trained, or restored to the host.
       round: how many rounds it has been through.
       ids: [n] int. Participants have 0 to N - 1 and start from their stored state;
-        other numbers never trained, and start as on a first visit. Unseen clients of a
+        other numbers never trained, and start as on a first visit. Novel clients of a
         federation have N to N + M - 1, and whoever is none of them, such as the global
         test set, N + M.
       inputs: the clients' inputs, rows [n, n_max] and sizes [n] of any pool; labels in
@@ -243,7 +243,7 @@ def deployer(
             _check(alg, name, data, len(ids))
         pools = train.pool, clients.withhold_labels(inputs).pool
         found: dict[int, Deployed] = {}
-        for name, (places, numbers) in groups.numbers(ids, unseen).items():
+        for name, (places, numbers) in groups.numbers(ids, novel).items():
             tables = (Table(x.rows[places], x.size[places]) for x in (train, inputs))
             who = find(carry, name, numbers, *tables)
             args = moment(root, carry, round, name), who, pools
@@ -275,7 +275,7 @@ def _program(method: Callable[..., Algorithm], name: str, batch_size: int) -> Ca
             x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
             num_classes = jax.eval_shape(model.predict, variables, x).shape[-1]
             logits = predict_all(model, variables, inputs, num_classes, width)
-            return Deployed(variables, model.export(variables), logits)
+            return Deployed(variables, model.serve.export(variables), logits)
 
         return jax.lax.map(deploy_one, arrivals)
 

@@ -38,8 +38,8 @@ class Evaluator(NamedTuple):
     client for one of whose samples the outputs are not finite), for methods whose
     deployment differs between clients "accuracy_swapped" (with the next client's
     adapted state) and "distance_swapped" (relative distance between the two deployed
-    networks), and whatever `model.inspect` reports. With families, the next client is
-    one of the same family, and what only some report is NaN for the others.
+    networks), and whatever `model.serve.inspect` reports. With families, the next
+    client is one of the same family, and what only some report is NaN for the others.
 
     `tune(root, carry, round, epochs)` fine-tunes each client's copy on its training
     samples first, at the learning rate of the last round. Names: "size", "accuracy",
@@ -62,7 +62,7 @@ def evaluator(
     *,
     source_prior: np.ndarray,
     members: Families | None = None,
-    unseen: Sequence[int] | np.ndarray = (),
+    novel: Sequence[int] | np.ndarray = (),
     tuned: Mapping[str, Population] | None = None,
     batch_size: int = 256,
     clients_per_call: int = 64,
@@ -79,7 +79,7 @@ def evaluator(
         serves them, or one for each family.
       source_prior: [K] class prior of all participating clients' training samples.
       members: who has trained, by family; None for a method without families.
-      unseen: [m] int, position in `members.names` of clients N to N + m - 1.
+      novel: [m] int, position in `members.names` of clients N to N + m - 1.
       tuned: whom `tune` scores; their training rows are what they are tuned on.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
@@ -104,8 +104,8 @@ def evaluator(
     programs = {
         name: _programs(hyper.method, name, batch_size, mesh) for name in groups.names
     }
-    scored = _by_family(groups, unseen, populations)
-    fine_tuned = _by_family(groups, unseen, tuned or {})
+    scored = _by_family(groups, novel, populations)
+    fine_tuned = _by_family(groups, novel, tuned or {})
 
     def run(stage: str, name: str, call: _Call):
         args = (sharding.replicate(call, mesh),)
@@ -146,7 +146,7 @@ def evaluator(
     give = deploy.deployer(
         alg,
         members=members,
-        unseen=unseen,
+        novel=novel,
         batch_size=batch_size,
         mesh=mesh,
         program=program,
@@ -211,7 +211,9 @@ def _stages(
 
     def adapt_one(client: deploy.Arrival, shared: deploy.Shared):
         state, variables, data = deploy.adapt(side, client, shared)
-        return _Ready(client.own, state), side.model.inspect(variables, data.inputs)
+        return _Ready(client.own, state), side.model.serve.inspect(
+            variables, data.inputs
+        )
 
     def score_one(pair: _Pair, common: tuple[deploy.Shared, Samples]):
         shared, samples = common
@@ -270,12 +272,12 @@ class _Part(NamedTuple):
 
 
 def _by_family(
-    groups: Families, unseen: Sequence[int] | np.ndarray, whom: Mapping[str, Population]
+    groups: Families, novel: Sequence[int] | np.ndarray, whom: Mapping[str, Population]
 ) -> dict[str, dict[str, _Part]]:
     """Cuts populations by family: {family: {metric: part}}."""
     found: dict[str, dict[str, _Part]] = {name: {} for name in groups.names}
     for metric, population in whom.items():
-        for name, (places, numbers) in groups.numbers(population.ids, unseen).items():
+        for name, (places, numbers) in groups.numbers(population.ids, novel).items():
             tables = (
                 Table(table.rows[places], table.size[places])
                 for table in (population.train, population.inputs)

@@ -136,6 +136,7 @@ def make_joint_exchange(
         if stage:
             key = rng.stream(key, stage)
         if alone:
+            # Exchanges of one round have its number in common, not the client.
             key = jax.random.fold_in(rng.stream(key, one), cohort.ids[0])
         downs = server_side.downlink(rng.stream(key, "downlink"), server, cohorts)
         ups, new, infos, active = {}, {}, [], []
@@ -157,19 +158,19 @@ def make_joint_exchange(
 
 def cohort_info(info: dict[str, Array], active: Array) -> dict[str, Array]:
     """Reduces per-client info [C] to one value per name."""
-    alive = active > 0
-    info = tree.where_rows(alive, info, tree.zeros_like(info))
-    weight = info.get("samples", active)
-    share = weight / jnp.maximum(jnp.sum(weight), 1.0)
-    return {
-        name: jnp.sum(x) if name in SUMMED else jnp.tensordot(share, x, axes=1)
-        for name, x in info.items()
-    }
+    info = tree.where_rows(active > 0, info, tree.zeros_like(info))
+    return _reduced(info, active)
 
 
 def round_info(infos: dict[str, Array]) -> dict[str, Array]:
     """Reduces the infos of a round's exchanges [C] to those of the round."""
-    weight = infos.get("samples", jnp.ones_like(next(iter(infos.values()))))
+    return _reduced(infos, jnp.ones_like(next(iter(infos.values()))))
+
+
+def _reduced(infos: dict[str, Array], otherwise: Array) -> dict[str, Array]:
+    """Sums or means over [C], weighted `otherwise` where no samples are counted."""
+    weight = infos.get("samples", otherwise)
+    # A mean of nothing is 0, not 0 / 0; samples are whole numbers.
     share = weight / jnp.maximum(jnp.sum(weight), 1.0)
     return {
         name: jnp.sum(x) if name in SUMMED else jnp.tensordot(share, x, axes=1)

@@ -30,8 +30,8 @@ class Families(NamedTuple):
         """N_f."""
         return len(self.members[name])
 
-    def split(self, cohort: Cohort, multiple: int = 1) -> dict[str, Cohort]:
-        """Cuts a cohort by family; each part has room for all that could be in it."""
+    def cohorts(self, cohort: Cohort, multiple: int = 1) -> dict[str, Cohort]:
+        """Returns a cohort by family; each has room for all that could be in it."""
         if self.names == (ALONE,):
             return {ALONE: cohort}
         num = len(self.family)
@@ -43,6 +43,7 @@ class Families(NamedTuple):
             room = min(cohort.ids.shape[0], self.size(name))
             room = -(-room // multiple) * multiple
             here = family == i
+            # Stable: members keep their order in the cohort, all others come after.
             order = jnp.argsort(~here, stable=True)
             order = jnp.pad(order, (0, max(0, room - len(order))))[:room]
             inside = jnp.arange(room) < jnp.sum(here)
@@ -54,13 +55,13 @@ class Families(NamedTuple):
         return parts
 
     def numbers(
-        self, ids: np.ndarray, unseen: Sequence[int] | np.ndarray
+        self, ids: np.ndarray, novel: Sequence[int] | np.ndarray
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Returns where in `ids` a family's clients are, and their numbers inside it.
 
         Args:
           ids: [n] int; those from N on never trained.
-          unseen: [m] int, position in `names` of clients N to N + m - 1.
+          novel: [m] int, position in `names` of clients N to N + m - 1.
 
         Returns:
           {name: (places [k] in ids, numbers [k] int32)}, of families with somebody
@@ -73,7 +74,7 @@ class Families(NamedTuple):
         ids = np.asarray(ids)
         if self.names == (ALONE,):
             return {ALONE: (np.arange(len(ids)), ids.astype(np.int32))}
-        family = np.concatenate([self.family, np.asarray(unseen, np.int32)])
+        family = np.concatenate([self.family, np.asarray(novel, np.int32)])
         if len(ids) and ids.max() >= len(family):
             raise ValueError(
                 f"client {ids.max()} belongs to no family; those with one are 0 to "

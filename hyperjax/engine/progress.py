@@ -181,6 +181,21 @@ def fitted(fields: Sequence[str], width: int) -> str:
     return line
 
 
+class Silent(Progress):
+    """Shows nothing."""
+
+    def __init__(self, *args: object, **options: object):
+        pass  # neither a thread nor a terminal
+
+    def stage(self, what: str) -> None: ...
+
+    def compiling(self, program: str | None) -> None: ...
+
+    def update(self, done: int, values: Mapping[str, str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Lines:
     """Plain lines, not too many: the newest of each kind waits until it may go."""
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import rng
+from hyperjax import compiling, rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
@@ -180,6 +180,7 @@ def simulator(
         return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
 
     _check_data(alg, table, pool)
+    sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
         hyper=hyper or compiled.Hyper.none(alg),
@@ -325,8 +326,8 @@ class _Parts(NamedTuple):
             server = self.hyper.method(values).server
             return server.init(rng.stream(root, "common_init"))
 
-        root = sharding.replicate(root, self.mesh)
-        return self.program("init", init, (root, self.hyper.values))
+        args = (sharding.replicate(root, self.mesh), self.hyper.values)
+        return self.program("init", init, args, times=compiling.ONCE)
 
     def exchange(self, values: Mapping[str, Any]) -> Callable:
         """The exchange of the method that hyper-parameters make."""
@@ -340,9 +341,9 @@ class _Parts(NamedTuple):
             alg, self.mapper, self.mesh, stage="opening"
         )
 
-    def split(self, cohort: Cohort) -> dict[str, Cohort]:
+    def cohorts(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
-        return self.groups.split(cohort, 1 if self.mesh is None else self.mesh.size)
+        return self.groups.cohorts(cohort, 1 if self.mesh is None else self.mesh.size)
 
     def rows(self) -> dict[str, PyTree]:
         """The abstract state of one client of each family."""
@@ -424,9 +425,9 @@ def _on_device(parts: _Parts) -> Simulator:
         def body(carry, round):
             cohort, opened = parts.draw(root, round, weight), {}
             if opening:
-                carry, opened = one_exchange(carry, parts.split(cohort), opening)
+                carry, opened = one_exchange(carry, parts.cohorts(cohort), opening)
             if not parts.sequential:
-                carry, info = one_exchange(carry, parts.split(cohort))
+                carry, info = one_exchange(carry, parts.cohorts(cohort))
             else:
                 carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
                 info = exchange.round_info(infos)
@@ -471,7 +472,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         opened: dict[str, Array] = {}
         if parts.alg.opening or not parts.sequential:
-            cohorts = program("split", parts.split, (cohort,))
+            cohorts = program("cohorts", parts.cohorts, (cohort,))
         if parts.alg.opening:
             carry, opened = one_exchange(root, carry, cohorts, "opening")
         if not parts.sequential:

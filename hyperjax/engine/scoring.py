@@ -20,7 +20,8 @@ from hyperjax.data.clients import Table
 from hyperjax.engine import deploy
 from hyperjax.types import Array, ClientData, Model, Pool, PyTree
 
-EM_STEPS = 1000  # upper bound; it stops once the prior moves by less than 1e-6
+EM_STEPS = 1000  # upper bound, as it may go round in the last places of float32
+SETTLED = 1e-6  # it stops once the prior moves by less, 8 units in float32's last place
 
 
 def prior_em(probs: Array, mask: Array, source: Array) -> Array:
@@ -39,12 +40,13 @@ def prior_em(probs: Array, mask: Array, source: Array) -> Array:
     def step(state):
         prior, _, count = state
         joint = probs * (prior / source)
+        # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
         posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
         new = jnp.sum(jnp.where(mask[:, None] > 0, posterior, 0.0), 0) / total
         return new, jnp.max(jnp.abs(new - prior)), count + 1
 
     def moving(state):
-        return (state[1] > 1e-6) & (state[2] < EM_STEPS)
+        return (state[1] > SETTLED) & (state[2] < EM_STEPS)
 
     start = (source, jnp.float32(jnp.inf), jnp.int32(0))
     prior = jax.lax.while_loop(moving, step, start)[0]
@@ -138,7 +140,7 @@ def swapped(
     The distance is that of the exported networks, relative to the client's own.
     """
     logits = exam.logits(model, other)
-    mine, theirs = model.export(variables), model.export(other)
+    mine, theirs = model.serve.export(variables), model.serve.export(other)
     return {
         "accuracy_swapped": exam.accuracy(logits, exam.source),
         "distance_swapped": tree.norm(tree.sub(mine, theirs)) / tree.norm(mine),

@@ -31,6 +31,7 @@ def scatter(
 ) -> tuple[PyTree, Array]:
     """Writes a cohort back; padding ids are dropped."""
     rows = jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), rows, new)
+    # The larger of both: whoever was seen once stays so when it drops out.
     return rows, seen.at[ids].max(alive, mode="drop")
 
 

@@ -7,7 +7,7 @@ import jax
 from hyperjax import tree
 from hyperjax.errors import check_choice
 from hyperjax.hypernets.tiles import TileNet
-from hyperjax.types import Model, PyTree, cannot_rebuild
+from hyperjax.types import Model, PyTree, Visit, cannot_rebuild
 
 REGENERATE = ("every_step", "per_round")
 EMBEDDING_INITS = ("own", "common")
@@ -45,7 +45,7 @@ def hypernetworked(
     check_choice("regenerate", regenerate, REGENERATE)
     check_choice("embedding_init", embedding_init, EMBEDDING_INITS)
     # They are for variables that exist only while a network is generated.
-    model.check_without("a hypernetwork", "arrive", "visit", "leave")
+    model.check_without("a hypernetwork", "arrive", "enter", "leave")
     per_round = regenerate == "per_round"
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
     cut = tree.splitter(template, [re.escape(path) for path in net.targets])
@@ -61,9 +61,9 @@ def hypernetworked(
             "embed": net.init_embeddings(key_embed),
             "network": cut.split(plain["params"])[1],
         }
-        return visit({"params": params, "stats": plain["stats"]})
+        return enter({"params": params, "stats": plain["stats"]})
 
-    def visit(variables):
+    def enter(variables):
         params = variables["params"]
         if not per_round:
             return variables
@@ -89,25 +89,21 @@ def hypernetworked(
         if embedding_init == "common":
             return variables
         params = {**variables["params"], "embed": net.init_embeddings(key)}
-        return visit({**variables, "params": params})
+        return enter({**variables, "params": params})
 
     def loss(key, variables, batch, context):
         return model.loss(key, in_training(variables), batch, context)
 
     return model.around(
         "sample_shape",
-        "leave",
         init=init,
         loss=loss,
-        predict=lambda variables, x: model.predict(network_of(variables), x),
-        context=lambda variables, data: model.context(network_of(variables), data),
-        condition=lambda variables, inputs: model.condition(
-            network_of(variables), inputs
+        apply=lambda variables, x: model.apply(network_of(variables), x),
+        visit=Visit(
+            arrive,
+            enter,
+            lambda variables, data: model.visit.context(network_of(variables), data),
         ),
-        export=lambda variables: model.export(network_of(variables)),
-        inspect=lambda variables, inputs: model.inspect(network_of(variables), inputs),
+        serve=model.serve.seen(network_of),
         with_shape=cannot_rebuild,
-        features=lambda variables, batch: model.features(network_of(variables), batch),
-        arrive=arrive,
-        visit=visit,
     )

@@ -48,7 +48,7 @@ def flat(template: PyTree, chunk_size: int) -> Layout:
     total = tree.count(template)
     num_chunks = -(-total // chunk_size)
 
-    def split(vector, run):
+    def as_leaves(vector, run):
         parts, start = [], 0
         for leaf, size in zip(leaves[run], sizes[run], strict=True):
             part = jax.lax.slice_in_dim(vector, start, start + size)
@@ -57,7 +57,7 @@ def flat(template: PyTree, chunk_size: int) -> Layout:
         return parts
 
     def assemble(chunks):
-        parts = split(chunks.reshape(-1), slice(None))
+        parts = as_leaves(chunks.reshape(-1), slice(None))
         return jax.tree.unflatten(structure, parts)
 
     def stream(emit, shared, inputs, batch_size):
@@ -73,7 +73,7 @@ def flat(template: PyTree, chunk_size: int) -> Layout:
             reach = np.arange(-(-window // chunk_size) + 1)
             rows = np.minimum(first[:, None] + reach, num_chunks - 1)
             write = _writer(emit, size, window, skip, to)
-            parts += split(write(shared, inputs[rows]), run)
+            parts += as_leaves(write(shared, inputs[rows]), run)
             start += size
         return jax.tree.unflatten(structure, parts)
 

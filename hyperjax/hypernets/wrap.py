@@ -8,6 +8,7 @@ part). `deploy_granularity` is "client" (their mean) or "sample".
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,19 @@ from hyperjax.hypernets import embedding as embeddings
 from hyperjax.hypernets.embedding import Embedding
 from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import Array, HyperNet, Model, PyTree, Trained, cannot_rebuild
+from hyperjax.types import (
+    Array,
+    ClientData,
+    HyperNet,
+    Key,
+    Model,
+    Outputs,
+    PyTree,
+    Serve,
+    Trained,
+    Visit,
+    cannot_rebuild,
+)
 
 GRANULARITIES = ("sample", "batch", "client")
 DEPLOYMENTS = ("client", "sample")
@@ -31,7 +44,6 @@ ENTRIES: dict[str, Callable] = {
     "centred": lambda e: e.shape[-1] * e - 1.0,
     "log_ratio": lambda e: jnp.log(e.shape[-1] * e + 0.05),
 }
-HOOKS = ("arrive", "visit", "leave")
 EMBED_BATCH = 256  # inputs embedded at a time outside training
 NETWORKS_AT_ONCE = 16  # networks generated at a time when each sample has its own
 
@@ -73,7 +85,7 @@ def conditioned(
     ):
         check_choice(name, value, accepted)
 
-    model.check_without("a condition", "context", "condition", *HOOKS)
+    model.check_without("a condition", *Visit._fields, "condition")
     stats = jax.eval_shape(model.init, jax.random.key(0))["stats"]
     if embed_granularity == "sample" and jax.tree.leaves(stats):
         raise ValueError(
@@ -82,114 +94,123 @@ def conditioned(
             "or a model without them"
         )
 
+    parts = _Conditioned(model, embedding, bind, ENTRIES[enter], eval_noise)
+
     def init_all(key):
         key_embed, key_rest = jax.random.split(key)
         rest = init(key_rest)
         params = {"extractor": embedding.init(key_embed), **rest["params"]}
         return {"params": params, "stats": rest["stats"]}
 
-    def embed(key, variables, x):
-        return embedding.embed(key, variables["params"]["extractor"], x)
-
-    def bound(variables, e, x):
-        return bind(variables, ENTRIES[enter](e), x)
-
-    def logits_per_sample(variables, e, x):
-        def one(pair):
-            plain, x = bound(variables, pair[0], pair[1][None])
-            return model.predict(plain, x)[0]
-
-        return jax.lax.map(one, (e, x), batch_size=min(NETWORKS_AT_ONCE, len(x)))
-
     def loss(key, variables, batch, context):
         key_noise, key_model = jax.random.split(key)
-        e, info = embed(key_noise, variables, batch.x)
+        e, info = parts.embed(key_noise, variables, batch.x)
         penalty, terms = embedding.penalty(e, batch.mask)
         info |= terms
         if embed_granularity == "sample":
-            logits = logits_per_sample(variables, e, batch.x)
+            logits = parts.outputs_per_sample(variables, e, batch.x).logits
             value = cross_entropy(logits, batch)
             info = {"loss": value, **info}
             return value + penalty, Trained(variables["stats"], info, logits)
         mean = embeddings.mean_embedding(e, batch.mask)
         if embed_granularity == "client":
             clean = embeddings.mean_embedding(
-                embed(None, variables, batch.x)[0], batch.mask
+                parts.embed(None, variables, batch.x)[0], batch.mask
             )
+            # The value of the client's mean, the derivative of the batch's own part.
             mean = mean + jax.lax.stop_gradient(context - clean)
-        plain, x = bound(variables, mean, batch.x)
+        plain, x = parts.bound(variables, mean, batch.x)
         value, trained = model.loss(key_model, plain, batch._replace(x=x), ())
         return value + penalty, trained._replace(info={**trained.info, **info})
 
-    def moments(variables, inputs):
+    def context(variables, data):
+        if embed_granularity == "client":
+            return parts.moments(variables, data)[0]
+        return ()
+
+    def condition(variables, inputs):
+        if deploy_granularity == "client":
+            return parts.moments(variables, inputs)[0]
+        return ()
+
+    return model.around(
+        "sample_shape",
+        init=init_all,
+        loss=loss,
+        apply=parts.apply,
+        visit=Visit(context=context),
+        serve=Serve(condition, parts.export, parts.inspect),
+        with_shape=cannot_rebuild,
+    )
+
+
+class _Conditioned(NamedTuple):
+    """A model outside training, bound to the condition that its inputs have."""
+
+    model: Model
+    embedding: Embedding
+    bind: Callable
+    entry: Callable  # (e) -> condition
+    eval_noise: bool
+
+    def embed(self, key: Key | None, variables: PyTree, x: Array):
+        """Embeddings [B, P] of inputs, and what is logged."""
+        return self.embedding.embed(key, variables["params"]["extractor"], x)
+
+    def served(self, variables: PyTree, x: Array) -> Array:
+        """Embeddings of inputs outside training, [B, P]."""
+        # With a fixed key evaluation stays a function of its inputs.
+        key = jax.random.key(0) if self.eval_noise else None
+        return self.embed(key, variables, x)[0]
+
+    def bound(self, variables: PyTree, e: Array, x: Array) -> tuple[PyTree, Array]:
+        """Variables of the network under one embedding [P], and its inputs."""
+        return self.bind(variables, self.entry(e), x)
+
+    def outputs_per_sample(self, variables: PyTree, e: Array, x: Array) -> Outputs:
+        """What each input's own network says, for embeddings [B, P]."""
+
+        def one(pair):
+            plain, x = self.bound(variables, pair[0], pair[1][None])
+            return jax.tree.map(lambda rows: rows[0], self.model.apply(plain, x))
+
+        return jax.lax.map(one, (e, x), batch_size=min(NETWORKS_AT_ONCE, len(x)))
+
+    def moments(self, variables: PyTree, inputs: ClientData) -> tuple[Array, Array]:
         """Mean embedding [P] and mean entropy [] over a client's inputs."""
-        key = _noise_key(eval_noise)
 
         def step(sums, batch):
-            e, _ = embed(key, variables, batch.x)
+            e = self.served(variables, batch.x)
             total = jnp.sum(batch.mask)
             mean = embeddings.mean_embedding(e, batch.mask)
             entropy = embeddings.entropy(e)
             spread = jnp.sum(jnp.where(batch.mask > 0, entropy, 0.0))
             return sums[0] + total * mean, sums[1] + spread
 
-        start = (jnp.zeros(embedding.size), jnp.float32(0))
+        start = (jnp.zeros(self.embedding.size), jnp.float32(0))
         sums = clients.fold(step, start, inputs, EMBED_BATCH)
         size = jnp.maximum(inputs.size, 1)
         return sums[0] / size, sums[1] / size
 
-    def context(variables, data):
-        return moments(variables, data)[0] if embed_granularity == "client" else ()
-
-    def condition(variables, inputs):
-        return moments(variables, inputs)[0] if deploy_granularity == "client" else ()
-
-    def predict(variables, x):
+    def apply(self, variables: PyTree, x: Array) -> Outputs:
+        """The model's `apply`; without a condition every input has its own."""
         e = memory.get(variables, "condition")
         if isinstance(e, tuple):
-            e, _ = embed(_noise_key(eval_noise), variables, x)
-            return logits_per_sample(variables, e, x)
-        return model.predict(*bound(variables, e, x))
+            return self.outputs_per_sample(variables, self.served(variables, x), x)
+        return self.model.apply(*self.bound(variables, e, x))
 
-    def export(variables):
+    def export(self, variables: PyTree) -> PyTree:
+        """The network under the condition, if there is a single one to speak of."""
         e = memory.get(variables, "condition")
-        if isinstance(e, tuple):  # no single network to speak of
+        if isinstance(e, tuple):
             return variables
-        x = jnp.zeros((1, *model.sample_shape))
-        return bound(variables, e, x)[0]
+        x = jnp.zeros((1, *self.model.sample_shape))
+        return self.bound(variables, e, x)[0]
 
-    def inspect(variables, inputs):
-        mean, spread = moments(variables, inputs)
+    def inspect(self, variables: PyTree, inputs: ClientData) -> dict[str, Array]:
+        """A client's mean embedding and its inputs' mean entropy."""
+        mean, spread = self.moments(variables, inputs)
         return {"embedding": mean, "embedding_entropy": spread}
-
-    def features(variables, batch):
-        e = memory.get(variables, "condition")
-        if not isinstance(e, tuple):
-            plain, x = bound(variables, e, batch.x)
-            return model.features(plain, batch._replace(x=x))
-        e, _ = embed(_noise_key(eval_noise), variables, batch.x)
-
-        def one(pair):
-            e, alone = pair
-            plain, x = bound(variables, e, alone.x)
-            return model.features(plain, alone._replace(x=x))[0]
-
-        rows = jax.tree.map(lambda leaf: leaf[:, None], batch)
-        return jax.lax.map(one, (e, rows), batch_size=min(NETWORKS_AT_ONCE, len(e)))
-
-    return model.around(
-        "sample_shape",
-        *HOOKS,
-        init=init_all,
-        loss=loss,
-        predict=predict,
-        context=context,
-        condition=condition,
-        export=export,
-        inspect=inspect,
-        with_shape=cannot_rebuild,
-        features=features,
-    )
 
 
 def generated_from_input(
@@ -247,13 +268,5 @@ def concatenated_to_input(model: Model, embedding: Embedding, **choices) -> Mode
 
     joined = conditioned(wide, embedding, bind, init, **choices)
     # Inputs are still the raw ones, and a network fed its condition is not a plain one.
-    return joined._replace(sample_shape=model.sample_shape, export=_identity)
-
-
-def _identity(variables: PyTree) -> PyTree:
-    return variables
-
-
-def _noise_key(eval_noise: bool) -> Array | None:
-    """A fixed key: evaluation stays a function of its inputs even with noise on."""
-    return jax.random.key(0) if eval_noise else None
+    serve = joined.serve._replace(export=Serve().export)
+    return joined._replace(sample_shape=model.sample_shape, serve=serve)

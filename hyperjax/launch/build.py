@@ -30,7 +30,7 @@ from hyperjax.runs.experiment import (
     experiment,
     make_evaluator,
 )
-from hyperjax.runs.run import through_channel
+from hyperjax.runs.recipe import through_channel
 from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
 
@@ -38,7 +38,7 @@ from hyperjax.types import Algorithm, Model
 def build(
     config: ml_collections.ConfigDict, store_dir: str | None = None
 ) -> Experiment:
-    """Resolves a config: the last that reads it but for what is told about a run.
+    """Makes the experiment of a config, which stays as it is.
 
     Args:
       config: see `protocols.common.defaults`; with `config.method`.
@@ -48,7 +48,15 @@ def build(
       ValueError, TypeError, FileNotFoundError, ImportError: naming the field, what was
         given and what is accepted.
     """
+    config = common.filled(config)
     check(config)
+    return make_experiment(config, store_dir)
+
+
+def make_experiment(
+    config: ml_collections.ConfigDict, store_dir: str | None = None
+) -> Experiment:
+    """Makes the experiment of a config that is checked and complete."""
     warn_of_the_end(config)
     federation = federate(load_source(config.data), config)
     return assemble(config, federation, store_dir)
@@ -98,20 +106,18 @@ def assemble(
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
         return found
-    by_sample = ml_collections.ConfigDict(config.to_dict())
-    by_sample.method.deploy_granularity = "sample"
     other = like and like.by_sample
-    evaluator = make_evaluator(
+    by_sample = make_evaluator(
         federation.widened(widths or {}),
-        make_algorithm(by_sample, model),
+        make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
         evaluation.batch_size,
         evaluation.clients_per_call,
         engine.devices,
         program=other and other.program,
-        hyper=make_hyper(by_sample, model),
+        hyper=make_hyper(config, model, deploy_granularity="sample"),
     )
-    return found._replace(by_sample=evaluator)
+    return found._replace(by_sample=by_sample)
 
 
 def settings(config: ml_collections.ConfigDict) -> Settings:
@@ -226,7 +232,11 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     source = sources.load(
         data.name, data_dir=data.data_dir, split=data.split, download=data.download
     )
-    return sources.shrink(source, data.shrink)
+    try:
+        source = sources.shrink(source, data.shrink)
+    except ValueError as error:
+        raise ValueError(f"data.shrink={data.shrink}: {error}") from error
+    return sources.resize(source, data.resize)
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
@@ -248,7 +258,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         **options,
     )
     if data.newcomers:
-        return federation.newcomers()
+        return federation.of_novel()
     return federation.pooled() if data.pooled else federation
 
 
@@ -295,16 +305,21 @@ def _family(number: int, name: str) -> str:
 
 
 def make_algorithm(
-    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model], **instead: Any
 ) -> Algorithm:
     """Builds `config.method` around a model, or one per family.
+
+    Args:
+      config: checked.
+      model: from `make_model`.
+      **instead: options of the method that go before those of the config.
 
     Raises:
       ValueError: an unknown method or option, or a server optimizer that the method's
         server would never call.
     """
     server_opt, uses = factories.watched(factories.server_optimizer(config.server))
-    alg = _put_together(config, model, server_opt)
+    alg = _put_together(config, model, server_opt, **instead)
     chosen = config.server.optimizer, config.server.learning_rate
     if chosen != ("sgd", 1.0):
         family = min(model) if isinstance(model, dict) else families.ALONE
@@ -320,9 +335,9 @@ def make_algorithm(
 
 
 def make_hyper(
-    config: ml_collections.ConfigDict, model: Model | dict[str, Model]
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model], **instead: Any
 ) -> Hyper:
-    """Returns how `config.method` follows from the numbers of `fields.arguments`."""
+    """Returns how `make_algorithm` follows from the numbers of `fields.arguments`."""
 
     def method(values: Mapping[str, Any]) -> Algorithm:
         found = config.copy_and_resolve_references()
@@ -331,7 +346,7 @@ def make_hyper(
                 group, name = field.split(".")
                 found[group][name] = value
         server_opt = factories.server_optimizer(found.server)
-        alg = _put_together(found, model, server_opt)
+        alg = _put_together(found, model, server_opt, **instead)
         return through_channel(alg, found.uplink) if found.uplink else alg
 
     return Hyper(fields.arguments(config), method)
@@ -341,6 +356,7 @@ def _put_together(
     config: ml_collections.ConfigDict,
     model: Model | dict[str, Model],
     server_opt: optax.GradientTransformation,
+    **instead: Any,
 ) -> Algorithm:
     """The method of a config, whose numbers may be traced, before its uplink."""
     name = config.method.name
@@ -348,7 +364,7 @@ def _put_together(
     known = registry.options(name)
     options = {
         k: value
-        for k, value in config.method.items()
+        for k, value in {**config.method, **instead}.items()
         if k != "name" and not (value is None and _must_be_given(known.get(k)))
     }
     for option in options:

@@ -245,8 +245,8 @@ def _check_config(removed: list[str]) -> None:
     config = flags.FLAGS["config"].value
     getattr(config, "rounds", None)  # raises what kept the file from being read
     for field in removed:
-        if field not in fields.flat(config):
-            raise fields.unknown(field, list(fields.flat(config)))
+        if field not in common.flat(config):
+            raise fields.unknown(field, list(common.flat(config)))
         config.update_from_flattened_dict({field: None})
     fields.check(config)
     parser: Any = flags.FLAGS["config"].parser
@@ -283,7 +283,7 @@ def read_config(path: str, arguments: list[str]) -> ml_collections.ConfigDict:
     parser = ConfigParser("config")
     parser.chosen = chosen
     config = parser.parse(path)
-    known = list(fields.flat(config))
+    known = list(common.flat(config))
     given = [*_given_fields(kept), *removed]
     for field in given:
         if field not in known:
@@ -311,7 +311,21 @@ def explain(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "Traceback (most recent call last)" in text:  # of a config file that failed
         text = text.splitlines()[-1]
-    return _unknown_field() or text
+    return _unknown_field() or _several(text) or text
+
+
+def _several(text: str) -> str | None:
+    """Points somebody who gives a number's field a list to sweeps."""
+    from hyperjax.launch import fields
+
+    match = re.match(r"flag --config\.([\w.]+)=(\S*,\S*): ", text)
+    number = match and fields.NUMBERS.get(match[1])
+    if not match or (number and number.several):
+        return None
+    return (
+        f"--config.{match[1]}={match[2]}: {match[1]} takes one value; for several see "
+        "`hyperjax sweep --help`"
+    )
 
 
 def _unknown_field() -> str | None:
@@ -323,9 +337,9 @@ def _unknown_field() -> str | None:
     if not paths or not given:
         return None
     try:
-        known = flags.FLAGS["config"].parser.parse(paths[-1])
-        groups = {k.rpartition(".")[0] for k in fields.flat(known)}
-        known = [*fields.flat(known), *groups]
+        known: Any = flags.FLAGS["config"].parser.parse(paths[-1])
+        groups = {k.rpartition(".")[0] for k in common.flat(known)}
+        known = [*common.flat(known), *groups]
     except Exception:  # the file itself is at fault: the parser's words must do
         return None
     unknown = [field for field in given if field not in known]

@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from hyperjax import registry, tree
 from hyperjax.engine import checkpoint, deploy, log, scoring
-from hyperjax.launch import build, cli, saved, workdir
+from hyperjax.launch import build, cli, origin, outputs, saved
 from hyperjax.launch.saved import Run
 from hyperjax.types import ClientData, Pool, PyTree
 
@@ -41,7 +41,7 @@ def load_run(path: str) -> Run:
         nobody without training; JAX has settings with which other numbers are drawn.
     """
     run = saved.load(path)
-    workdir.check_settings(run.folder, workdir.read(run.folder))
+    origin.check_settings(run.folder, origin.read(run.folder))
     if run.algorithm.has_families:
         method = run.config.method.name
         join = "; `python -m experiments.join` trains an embedding for unseen clients"
@@ -181,7 +181,7 @@ def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dic
     )
     if labels is not None:
         result["zacc"] = 100.0 * float(np.mean(served.label == labels))
-    result = log.plain(result)
+    result = log.jsonable(result)
     checkpoint.write_atomically(
         out / "result.json", json.dumps(result, indent=2) + "\n"
     )
@@ -200,8 +200,7 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
     else:
         name = f"client_{client}"
         images, labels = own_client(run, int(client or 0))
-    folder = Path(out or run.folder / "served" / name).expanduser()
-    with workdir.room_for("out", folder):
+    with outputs.room("out", out or run.folder / "served" / name) as folder:
         result = write(folder, serve(run, images, client), labels, run)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(

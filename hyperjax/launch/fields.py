@@ -1,11 +1,14 @@
 """What the fields of a config may hold: names, types, bounds, and what goes unused."""
 
 import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from hyperjax import calls, registry
+from hyperjax.data import partition
 from hyperjax.errors import check_number
 from hyperjax.protocols import common
 
@@ -45,12 +48,14 @@ NUMBERS: dict[str, Number] = {
     "seed": Number(at_least=0, below=SEEDS, whole=True),
     "rounds": _count(0),
     "data.shrink": _count(1),
+    "data.resize": _count(0),
     "data.seed": Number(at_least=-1, below=SEEDS, whole=True),
     "data.num_clients": _count(1),
     "data.num_novel": _count(0),
     "data.alpha": Number(above=0),
     "data.min_size": _count(1),
     "data.classes_per_client": _count(0),
+    "data.num_groups": _count(1),
     "data.test_fraction": FRACTION,
     "data.eval_fraction": FRACTION,
     "data.validation_fraction": FRACTION,
@@ -78,15 +83,17 @@ NUMBERS: dict[str, Number] = {
 }
 # Of the options of networks and methods, which have types of their own.
 OPTIONS: dict[str, Number] = {"model.hidden": _count(1, several=True)}
+
+
+def _options(partitioner: Callable) -> tuple[str, ...]:
+    """The options of a partition that are fields of `data`."""
+    parameters = inspect.signature(partitioner).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return tuple(name for name in keywords if f"data.{name}" in common.FIELDS)
+
+
 # Partition -> the fields of `data` that it takes.
-PARTITIONS: dict[str, tuple[str, ...]] = {
-    "iid": (),
-    "dirichlet": ("alpha", "min_size", "capped"),
-    "pathological": ("classes_per_client",),
-    "class_shares": ("classes_per_client",),
-    "class_draws": ("classes_per_client",),
-    "by_client_id": ("client_ids",),
-}
+PARTITIONS = {name: _options(p) for name, p in partition.PARTITIONERS.items()}
 # Groups with fields of their own beside the common ones.
 OPEN = ("model", "method")
 
@@ -109,8 +116,8 @@ def check(config: Any) -> None:
     _check_names(expected, config, "")
     with config.unlocked(), config.ignore_type():
         _simplify(config, "")
-    known = flat(expected)
-    for field, value in flat(config).items():
+    known = common.flat(expected)
+    for field, value in common.flat(config).items():
         number = NUMBERS.get(field) or OPTIONS.get(field)
         if number:
             number.check(field, value)
@@ -210,17 +217,6 @@ def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
             )
 
 
-def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns {"a.b": value}."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
-        else:
-            found[name] = value
-    return found
-
-
 def unknown(field: str, known: list[str]) -> ValueError:
     """Returns the error for a field that is not among the known ones."""
 
@@ -240,7 +236,9 @@ def _check_names(expected: Any, given: Any, prefix: str) -> None:
     """Refuses unknown and missing fields; groups must be groups."""
     for name in given:
         if name not in expected and prefix.rstrip(".") not in OPEN:
-            raise unknown(f"{prefix}{name}", [*flat(common.defaults()), "method.name"])
+            raise unknown(
+                f"{prefix}{name}", [*common.flat(common.defaults()), "method.name"]
+            )
     for name, value in expected.items():
         field = f"{prefix}{name}"
         is_group = isinstance(value, ml_collections.ConfigDict)

@@ -12,9 +12,11 @@ import numpy as np
 
 from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import METRICS, TIMING, TRAINING, read_lines
-from hyperjax.launch import workdir
+from hyperjax.launch import origin, workdir
 
 Row = Mapping[str, Any]
+
+SWEEP, TRIALS = "sweep.json", "tune"  # of a sweep: its record, runs that chose numbers
 
 
 class Run(NamedTuple):
@@ -37,7 +39,7 @@ def read(folder: str) -> Run:
       FileNotFoundError: the folder holds no `config.json`.
     """
     try:
-        about = workdir.read(Path(folder))
+        about = origin.read(Path(folder))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"no {workdir.CONFIG} in {folder!r}: not a run folder"
@@ -108,19 +110,16 @@ def find(folders: Iterable[Path]) -> list[Path]:
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    """A run's folder is not searched for others."""
+    """A run's folder is not searched for others, nor a sweep's for its trials."""
     for path, inner, files in os.walk(folder):
         inner.sort(key=_natural)
         if workdir.CONFIG in files:
             inner.clear()
             yield Path(path)
+        elif SWEEP in files:
+            inner[:] = [name for name in inner if name != TRIALS]
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
     """Sorts p10 after p9."""
     return [(rest, int(n or 0)) for rest, n in re.findall(r"(\D*)(\d*)", name)]
-
-
-def points(run: Run, key: str) -> list[tuple[float, float]]:
-    """Returns (round, value) wherever a quantity was measured."""
-    return [(row["round"], row[key]) for row in run.metrics if row.get(key) is not None]

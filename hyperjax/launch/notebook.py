@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ml_collections
 
 from hyperjax.engine import log
-from hyperjax.launch import build, saved, workdir
+from hyperjax.launch import build, origin, saved, workdir
 from hyperjax.runs.experiment import Experiment
 from hyperjax.runs.loop import State
 from hyperjax.runs.run import ABOUT, Run, load_saved
@@ -31,7 +31,7 @@ def load_run(path: str | Path) -> Run:
             f"path={str(path)!r} holds no run (neither {ABOUT} nor {workdir.CONFIG})"
         )
     found = saved.load(str(folder), "path")
-    workdir.check_settings(folder, workdir.read(folder))
+    origin.check_settings(folder, origin.read(folder))
     recipe = _Config(found.config)
     experiment = recipe.build()
     carry = experiment.simulator.load(found.restored.carry)

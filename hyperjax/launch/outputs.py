@@ -1,6 +1,8 @@
 """Where results go: judged before anything is computed."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -28,6 +30,30 @@ def folder(flag: str, path: str | os.PathLike) -> Path:
     found = Path(path).expanduser()
     _check(flag, path, found)
     return found
+
+
+@contextlib.contextmanager
+def room(flag: str, path: str | os.PathLike) -> Iterator[Path]:
+    """Makes an output folder; takes it away again if nothing gets into it.
+
+    Raises:
+      ValueError: it cannot be made or written to.
+    """
+    found = folder(flag, path)
+    absent = [p for p in (found, *found.parents) if not p.exists()]
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        yield found
+    except (Exception, KeyboardInterrupt):
+        remove_empty(absent)
+        raise
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, innermost first, that hold nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _file(flag: str, path: str) -> Path:

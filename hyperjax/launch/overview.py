@@ -1,6 +1,7 @@
 """What --help prints: everything there is to choose from, a line each."""
 
 import inspect
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -13,25 +14,41 @@ from hyperjax.data import partition, sources
 from hyperjax.protocols import arguments, common, methods
 
 WIDTH, INDENT = 80, 2
+WIDEST = 100  # columns that a line is read across with ease
 _OURS = ("hyperjax", "experiments", "benchmarks")
 
 
-def text(doc: str, config: Any = None) -> str:
+def text(doc: str, config: Any = None, width: int | None = None) -> str:
     """Returns the help of a launcher.
 
     Args:
       doc: what it does, in the words of its module.
-      config: of a run that was named; its method's options are listed too.
+      config: of a run that was named: its values, and nothing that is to choose from.
+      width: of lines; as wide as the terminal by default, within reason.
     """
-    parts = [doc.strip(), table("Flags", _flags())]
+    width = width or min(shutil.get_terminal_size().columns, WIDEST)
+    parts = [doc.strip(), table("Flags", _flags(), width)]
     if "config" in flags.FLAGS:
-        parts.append(overview())
-        if config is not None:
-            parts += [options(config, group) for group in ("method", "model")]
+        parts.append(overview(width) if config is None else named(config, width))
     return "\n\n".join(parts)
 
 
-def overview() -> str:
+def named(config: Any, width: int = WIDTH) -> str:
+    """Returns what a run that was named is: its experiment, fields and options."""
+    parts, values = [], common.flat(config)
+    if config.get("experiment") in protocols.NAMES:
+        parts.append((protocols.find(config.experiment).__doc__ or "").strip())
+    fields = []
+    for name, (default, words) in common.FIELDS.items():
+        usual, value = _shown(default), _shown(values.get(name))
+        words += "" if value == usual else f" [default: {usual}]"
+        fields.append((f"{name}={value}", words))
+    parts.append(table("Fields of this run: --config.FIELD=VALUE", fields, width))
+    parts += [options(config, group, width) for group in ("method", "model")]
+    return "\n\n".join([*parts, "--help without --config lists all there is."])
+
+
+def overview(width: int = WIDTH) -> str:
     """Returns tables of experiments, methods, networks, data sets and fields."""
     experiments = {name: protocols.find(name) for name in protocols.NAMES}
     own = {k: v for module in experiments.values() for k, v in module.EXTRA.items()}
@@ -48,49 +65,50 @@ def overview() -> str:
         (f"{name}={_shown(default)}", words)
         for name, (default, words) in common.FIELDS.items()
     ]
-    return "\n\n".join(
-        [
-            table(
-                "Experiments: --config=EXPERIMENT:METHOD,argument=value,...",
-                ((name, _experiment(module)) for name, module in experiments.items()),
+    tables: list[tuple[str, Iterable[tuple[str, str]]]] = [
+        (
+            "Experiments: --config=EXPERIMENT:METHOD,argument=value,...",
+            ((name, _experiment(module)) for name, module in experiments.items()),
+        ),
+        ("Arguments", given),
+        (
+            "Methods: METHOD, or --config.method.name=METHOD; your own is "
+            "package.module:function",
+            ((name, _method(name)) for name in registry.methods()),
+        ),
+        (
+            "Variants, named as methods are",
+            ((name, alias.words) for name, alias in methods.ALIASES.items()),
+        ),
+        (
+            "Networks: --config.model.name=NETWORK; your own is package.module:Class",
+            ((name, first_line(cls)) for name, cls in models.ZOO.items()),
+        ),
+        (
+            "Data sets",
+            [
+                (", ".join(sources.EMBEDDED), "come with the package"),
+                ("any other name", "of an image set of TensorFlow Datasets"),
+            ],
+        ),
+        (
+            "Partitions: --config.data.partition=NAME",
+            (
+                (name, first_line(function))
+                for name, function in partition.PARTITIONERS.items()
             ),
-            table("Arguments", given),
-            table(
-                "Methods: METHOD, or --config.method.name=METHOD; your own is "
-                "package.module:function",
-                ((name, _method(name)) for name in registry.methods()),
-            ),
-            table(
-                "Variants, named as methods are",
-                ((name, alias.words) for name, alias in methods.ALIASES.items()),
-            ),
-            table(
-                "Networks: --config.model.name=NETWORK; your own is "
-                "package.module:Class",
-                ((name, first_line(cls)) for name, cls in models.ZOO.items()),
-            ),
-            table(
-                "Data sets",
-                [
-                    (", ".join(sources.EMBEDDED), "come with the package"),
-                    ("any other name", "of an image set of TensorFlow Datasets"),
-                ],
-            ),
-            table(
-                "Partitions: --config.data.partition=NAME",
-                (
-                    (name, first_line(function))
-                    for name, function in partition.PARTITIONERS.items()
-                ),
-            ),
-            table("Fields: --config.FIELD=VALUE, and their defaults", fields),
-            "Options of a method or a network are fields, too: with --config=... "
-            "--help\nlists them.",
-        ]
+        ),
+        ("Fields: --config.FIELD=VALUE, and their defaults", fields),
+    ]
+    end = (
+        "Options of a method or a network are fields, too: --config=EXPERIMENT:METHOD "
+        "--help lists them, and the values of that run."
     )
+    found = [table(heading, rows, width) for heading, rows in tables]
+    return "\n\n".join([*found, textwrap.fill(end, width)])
 
 
-def options(config: Any, group: str) -> str:
+def options(config: Any, group: str, width: int = WIDTH) -> str:
     """Returns a table of the options of a config's method or network."""
     name, chosen = config[group].name, config[group]
     known = registry.options(registry.find(name)) if group == "method" else {}
@@ -102,21 +120,21 @@ def options(config: Any, group: str) -> str:
         for option in (known or sorted(set(chosen) - {"name"}))
         if option in chosen
     ]
-    return table(f"Options of {name}", rows)
+    return table(f"Options of {name}", rows, width)
 
 
-def table(heading: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Returns a heading and two columns, words folded at 80 characters."""
+def table(heading: str, rows: Iterable[tuple[str, str]], width: int = WIDTH) -> str:
+    """Returns a heading and two columns, words folded at a width."""
     rows = list(rows)
     widest = max((len(name) for name, _ in rows), default=0)
     column = min(INDENT + widest + 2, 36)
-    lines = [textwrap.fill(heading, WIDTH)]
+    lines = [textwrap.fill(heading, width)]
     for name, words in rows:
         start = " " * INDENT + name
         start = start.ljust(column) if len(start) < column else start + "  "
         lines += textwrap.wrap(
             start + words,
-            WIDTH,
+            width,
             subsequent_indent=" " * column,
             drop_whitespace=True,
             break_on_hyphens=False,
@@ -149,5 +167,8 @@ def _flags() -> list[tuple[str, str]]:
     found = []
     for module, defined in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith(_OURS) or module == sys.argv[0]:
-            found += [(f"--{flag.name}", flag.help) for flag in defined]
+            # Of a flag that may be repeated absl says so at the end.
+            found += [
+                (f"--{flag.name}", flag.help.partition(";\n")[0]) for flag in defined
+            ]
     return sorted(found)

@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
+import gzip
+import importlib.metadata
 import json
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from hyperjax.engine import log
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.protocols import common
 
 Columns = Sequence[tuple[str, str]]
 NOTHING = "–"  # in pages, where there is no value; "-" on terminals of any locale
 
-STYLE = """
-:root{--ink:#3d4450;--muted:#7b8494;--line:#e3e7ed;--accent:#2a6f97}
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);
-font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:40px 20px 64px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:19px;margin:44px 0 10px;padding-top:18px;border-top:1px solid var(--line)}
-h3{font-size:14px;margin:0 0 4px}
-p{margin:6px 0;max-width:78ch}
-.muted,small{color:var(--muted)}
-.note{background:#fdf4ec;border-left:4px solid #e07a3f;padding:10px 14px;margin:18px 0}
-.cards{display:grid;gap:14px;margin:26px 0 0;
-grid-template-columns:repeat(auto-fit,minmax(165px,1fr))}
-.card{border:1px solid var(--line);border-radius:10px;padding:14px 16px}
-.card b{display:block;font-size:26px;line-height:1.25;font-weight:650;
-font-variant-numeric:tabular-nums}
-.card small{display:block;line-height:1.45}
-.grid{display:grid;gap:26px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));
-margin-top:26px}
-figure{margin:0;break-inside:avoid}
-svg{display:block;width:100%;height:auto;
-font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-.map{max-width:700px}
-.picture{overflow-x:auto}
-.picture svg{width:auto;max-width:100%}
-.picture.wide svg{max-width:none}
-.legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:4px 0 8px;
-padding:0;font-size:13px}
-.legend li{display:flex;align-items:center;gap:6px}
-.legend svg{width:26px;height:10px;flex:none}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;
-margin:10px 0}
-th,td{text-align:left;padding:6px 16px 6px 0;border-bottom:1px solid var(--line);
-vertical-align:top;overflow-wrap:anywhere}
-.scroll th,.scroll td{white-space:nowrap;overflow-wrap:normal}
-th{color:var(--muted);font-weight:600;font-size:13px;overflow-wrap:normal}
-.num{text-align:right;white-space:nowrap}
-code{font:13px ui-monospace,Menlo,Consolas,"Liberation Mono",monospace}
-details{margin:10px 0}
-summary{cursor:pointer;font-weight:600}
-a{color:var(--accent)}
-@media print{main{max-width:none;padding:0}.picture.wide svg{max-width:100%}
-h2{break-after:avoid}.card,tr{break-inside:avoid}}
-"""
+_TEMPLATE = Path(__file__).with_name("page.html")
+# From this many rows on a table can be filtered.
+_MANY = 8
 
 
 def text_table(rows: Sequence[Mapping[str, object]], columns: Columns) -> str:
@@ -131,39 +98,37 @@ def num_bytes(value: Any) -> str:
     return NOTHING if value is None else log.size(value)
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (a.b.c, value) for nested mappings; lists stay whole."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An HTML table; cells that are `Html` go in as they are."""
-    kinds = [is_numeric([row[i] for row in rows]) for i in range(len(headings))]
-    marks = [' class="num"' if kind else "" for kind in kinds]
-    head = "".join(
-        f"<th{mark}>{escape(heading)}</th>"
-        for mark, heading in zip(marks, headings, strict=True)
-    )
-    lines = [
-        "<tr>"
-        + "".join(
-            f"<td{mark}>{cell(value)}</td>"
-            for mark, value in zip(marks, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    ]
-    return (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+    for name, inner in common.flat(value).items():
+        yield name, inner if isinstance(inner, str) else json.dumps(inner)
 
 
 class Html(str):
     """Text that is HTML already."""
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table; cells that are `Html` go in as they are."""
+    return _table(headings, rows, lambda heading: escape(heading))
+
+
+def _table(headings: Sequence[str], rows, headed: Callable[[str], str]) -> str:
+    kinds = [is_numeric([row[i] for row in rows]) for i in range(len(headings))]
+    marks = [' class="num"' if kind else "" for kind in kinds]
+    head = "".join(
+        f"<th{mark}>{headed(heading)}</th>"
+        for mark, heading in zip(marks, headings, strict=True)
+    )
+    lines = "".join(f"<tr>{''.join(map(_cell, marks, row))}</tr>\n" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>"
+
+
+def _cell(mark: str, value: object) -> str:
+    exact = f' data-v="{value!r}"' if isinstance(value, float) else ""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        exact = f' data-v="{value}"'  # without the separators
+    return f"<td{mark}{exact}>{cell(value)}</td>"
 
 
 def cell(value: object) -> str:
@@ -172,28 +137,150 @@ def cell(value: object) -> str:
     return value if isinstance(value, Html) else escape(plain(value))
 
 
-def folded(summary: str, value: Any) -> str:
-    """A nested mapping as a folded table; nothing if it is empty."""
-    if not value:
-        return ""
-    rows = [(Html(f"<code>{escape(k)}</code>"), v) for k, v in flatten(value)]
-    inner = table(("name", "value"), rows)
-    return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
+def tabular(
+    name: str, headings: Sequence[str], rows: Sequence[Sequence[object]]
+) -> Html:
+    """A table that scrolls, sorts, filters if it is long, and can be kept as CSV.
+
+    Args:
+      name: of the file.
+      headings: of its columns.
+      rows: cells, see `table`.
+    """
+    sorts = _table(
+        headings, rows, lambda h: f'<button type="button">{escape(h)}</button>'
+    )
+    words = '<input type="search" placeholder="filter" aria-label="filter rows">'
+    return Html(
+        f'<div class="tabular" data-name="{escape(name)}">'
+        f'<div class="scroll">{sorts}</div><div class="tools">'
+        f"{words if len(rows) >= _MANY else ''}"
+        '<button type="button" class="csv">CSV</button>'
+        '<span class="hint">scroll sideways for more columns →</span></div></div>'
+    )
 
 
-def section(heading: str, *parts: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{''.join(parts)}</section>"
+def header(title: str, words: str, *more: str) -> Html:
+    """The top of a page."""
+    return Html(
+        f'<header><h1>{escape(title)}</h1><p class="muted">{escape(words)}</p>'
+        f"{''.join(more)}</header>"
+    )
 
 
-def figure(heading: str, *parts: str) -> str:
-    return f"<figure><h3>{escape(heading)}</h3>{''.join(parts)}</figure>"
+def card(name: str, value: str, *lines: str) -> str:
+    """One main number, with lines of small print."""
+    small = "".join(f"<small>{escape(line)}</small>" for line in lines if line)
+    return f'<div class="card">{escape(name)}<b>{escape(value)}</b>{small}</div>'
+
+
+def command(text: str) -> Html:
+    return Html(f"<pre><code>{escape(text)}</code></pre>")
+
+
+def facts(rows: Sequence[tuple[str, object]]) -> Html:
+    """Names and values, without headings."""
+    lines = "".join(f"<tr><th>{escape(k)}</th><td>{cell(v)}</td></tr>" for k, v in rows)
+    return Html(f'<table class="words"><tbody>{lines}</tbody></table>')
+
+
+def code(text: object) -> Html:
+    return Html(f"<code>{escape(str(text))}</code>")
+
+
+def link(target: str, text: str) -> Html:
+    return Html(f'<a href="{quote(target)}">{escape(text)}</a>')
+
+
+def text(words: str, note: bool = False) -> Html:
+    """A paragraph; a note stands out."""
+    return Html(f"<p{' class=note' if note else ''}>{escape(words)}</p>")
+
+
+def folded(summary: str, inner: str) -> Html:
+    """What is shown once it is asked for; nothing if it is empty."""
+    if not inner:
+        return Html("")
+    return Html(f"<details><summary>{escape(summary)}</summary>{inner}</details>")
+
+
+def nested(value: Any) -> str:
+    """A nested mapping as a table; nothing if it is empty."""
+    return facts([(k, v) for k, v in flatten(value)]) if value else ""
+
+
+def section(heading: str, *parts: str) -> Html:
+    """A part of a page; none if there is nothing in it."""
+    if not any(parts):
+        return Html("")
+    return Html(f"<section><h2>{escape(heading)}</h2>{''.join(parts)}</section>")
+
+
+def chart(heading: str, spec: str, note: str = "") -> Html:
+    """A chart of `charts` with its name, and what it needs to be understood."""
+    name = re.sub(r"\W+", "_", heading).strip("_").lower()
+    return Html(
+        f"<figure><h3>{escape(heading)}</h3>{text(note) if note else ''}"
+        f'<div class="chart" data-name="{name}" role="img" '
+        f'aria-label="{escape(heading)}"></div><script type="application/json">'
+        # Nothing in it ends the script.
+        f"{spec.replace('<', chr(92) + 'u003c')}</script></figure>"
+    )
+
+
+def grid(*parts: str) -> Html:
+    """Parts side by side where there is room."""
+    there = [part for part in parts if part]
+    return Html(f'<div class="grid">{"".join(there)}</div>' if there else "")
+
+
+def against(axes: Mapping[str, str]) -> Html:
+    """Lets the reader choose the horizontal axis of a section's charts."""
+    options = "".join(
+        f'<option value="{name}" data-axis="{escape(title)}">{name}</option>'
+        for name, title in axes.items()
+    )
+    return Html(
+        f'<div class="tools"><label>against <select class="against">{options}</select>'
+        "</label><span>click a legend's entry to hide it, drag to move, shift and "
+        "wheel to zoom, double click to reset; ⋯ keeps a chart as SVG or PNG</span>"
+        "</div>"
+    )
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    """Returns a page that stands alone: style, scripts and charts are in it."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, trim_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    parts = [Markup(part) for part in body]
+    has_charts = any('class="chart"' in part for part in parts)
+    script = drawing() if has_charts else ""
+    return template.render(title=title, body=parts, drawing=script) + "\n"
+
+
+@functools.cache
+def drawing() -> str:
+    """The scripts that draw charts, packed: a third of their size.
+
+    To make them takes seconds, so they are kept where compiled programs are.
+    """
+    found = f"vega-{importlib.metadata.version('vl-convert-python')}.txt"
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        kept = Path(base).expanduser() / "hyperjax" / found
+        if kept.exists():
+            return kept.read_text(encoding="ascii")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, _packed())
+    return _packed()
+
+
+@functools.cache
+def _packed() -> str:
+    import vl_convert
+
+    bundle: Any = vl_convert.javascript_bundle  # its type asks for what has a default
+    return base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()

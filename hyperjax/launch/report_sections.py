@@ -5,187 +5,244 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hyperjax import protocols
 from hyperjax.data import picture
-from hyperjax.launch import finished, pages, plots
+from hyperjax.engine import log
+from hyperjax.launch import charts, origin, pages, workdir
+from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Row, Run
+from hyperjax.protocols import common
 
 METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC", "vacc": "vACC"}
-_COLORS = {
-    "gacc": plots.INK,
-    "pacc": plots.PARTICIPATING,
-    "zacc": plots.NOVEL,
-    "vacc": plots.MUTED,
-}
-_CONTROLS = {"_em": ("EM control", "dashed"), "_oracle": ("oracle", "dotted")}
 MEANINGS = {
     "gacc": "global test set",
     "pacc": "clients that take part",
     "zacc": "clients never trained on",
     "vacc": "what they set aside for validation",
 }
-_FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean|_not_finite)?")
-_FINE_TUNED_COLUMNS = {
-    ("pacc", ""): "participants, %",
-    ("pacc", "_mean"): "participants, mean over clients, %",
-    ("zacc", ""): "unseen clients, %",
-    ("zacc", "_mean"): "unseen clients, mean over clients, %",
+_COLUMNS = {
+    "": "weighted by samples %",
+    "_mean": "mean over clients %",
+    "_std": "± over clients",
+    "_p10": "tenth percentile %",
+    "_em": "EM control %",
+    "_oracle": "oracle %",
+    "_swapped": "swapped %",
+    "_sample": "sample by sample %",
 }
+_FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean|_not_finite)?")
+_TUNED_COLUMNS = {
+    ("pacc", ""): "participants %",
+    ("pacc", "_mean"): "participants, mean over clients %",
+    ("zacc", ""): "unseen clients %",
+    ("zacc", "_mean"): "unseen clients, mean over clients %",
+}
+# What is measured in training: unit or range, and what it says.
+_QUANTITIES = {
+    "loss": ("nats", "mean of the local training loss"),
+    "dispersion": ("0 uniform, P - 1 one-hot", "spread of embeddings' entries"),
+    "entropy": ("nats", "entropy of embeddings"),
+    "noise_scale": ("softplus of the raw scale", "noise on embeddings in training"),
+    "update_norm": ("2-norm", "size of the server's step"),
+    "gradient_norm": ("2-norm", "what reaches the hypernetwork"),
+    "samples": ("samples a round", "what clients went through"),
+    "steps": ("steps a round", "minibatches, all clients"),
+}
+_FILES = (
+    *(workdir.SUMMARY, log.METRICS, log.TRAINING, log.TIMING),
+    *(workdir.CLIENTS, workdir.PARTITION, workdir.CONFIG),
+)
 # Embeddings that differ by less are one embedding in float32.
 _SAME = 1e-6
 # Below this share of its most, embedding use is called small.
 _LITTLE_USE = 0.01
-# More clients than this scroll sideways rather than shrink out of sight.
-_WIDE_CLIENTS = 150
+# A line that moves by less than this share of itself is no trend.
+_CONSTANT = 0.005
+# More clients than this are shown by histograms and quantiles.
+MANY_CLIENTS = 120
+_WORST, _MOST_PLACES = 5, 400
 
 
-def headline(run: Run, latest: Row, heading: str) -> str:
+def headline(run: Run, latest: Row, heading: str) -> pages.Html:
     """What ran, and whether it came to its end."""
     rounds = latest.get("rounds", "?")
-    finished = latest.get("finished") is True
-    state = "finished" if finished else "not finished"
+    done = latest.get("finished") is True
     note = ""
-    if not finished:
-        done = run.metrics[-1]["round"] if run.metrics else 0
-        note = (
-            '<p class="note">This run is not finished: evaluated up to round '
-            f"{done} of {escape(str(rounds))}. Numbers are of that evaluation.</p>"
+    if not done:
+        last = run.metrics[-1]["round"] if run.metrics else 0
+        note = pages.text(
+            f"This run is not finished: evaluated up to round {last} of {rounds}. "
+            "Numbers are of that evaluation.",
+            note=True,
         )
-    facts = f"seed {latest.get('seed', '?')} · {rounds} rounds · {state}"
-    return (
-        f'<header><h1>{escape(heading)}</h1><p class="muted">{escape(facts)}</p>'
-        f"{note}</header>"
-    )
+    facts = [f"seed {latest.get('seed', '?')}", f"{rounds} rounds"]
+    families = latest.get("families") or {}
+    if len(families) > 1:
+        facts.append(f"{len(families)} kinds of network: {', '.join(families)}")
+    facts.append("finished" if done else "not finished")
+    return pages.header(heading, " · ".join(facts), note)
 
 
 def cards(latest: Row) -> str:
     """The main numbers, a card each."""
-    cards = []
+    found = []
     for key, name in METRICS.items():
         bad = latest.get(f"{key}_not_finite")
         if bad:
             line = f"outputs of the network for {bad} of them are not finite"
-            cards.append(_card(name, pages.NOTHING, MEANINGS[key], line))
-        if key not in latest:
-            continue
-        # The global test set is one client.
-        weighted = "" if key == "gacc" else ", weighted by samples"
-        lines = [MEANINGS[key] + weighted]
-        controls = [
-            f"{label} {latest[key + suffix]:.2f}"
-            for suffix, (label, _) in _CONTROLS.items()
-            if key + suffix in latest
-        ]
-        lines += [" · ".join(controls)] if controls else []
-        if key != "gacc" and f"{key}_mean" in latest:
-            spread = f"mean over clients {latest[f'{key}_mean']:.2f}"
-            if f"{key}_std" in latest:
-                spread += f" ± {latest[f'{key}_std']:.2f}"
-            if f"{key}_p10" in latest:
-                spread += f", tenth percentile {latest[f'{key}_p10']:.2f}"
-            lines.append(spread)
-        cards.append(_card(name, pages.percent(latest[key]), *lines))
+            found.append(pages.card(name, pages.NOTHING, MEANINGS[key], line))
+        elif key in latest:
+            lines = [MEANINGS[key]]
+            if key != "gacc" and f"{key}_mean" in latest:  # the test set is one client
+                spread = f"mean over clients {latest[f'{key}_mean']:.2f}"
+                if f"{key}_std" in latest:
+                    spread += f" ± {latest[f'{key}_std']:.2f}"
+                lines.append(spread)
+            found.append(pages.card(name, pages.percent(latest[key]), *lines))
     best = latest.get("best_by_validation")
     if best:
         line = f"round {best['round']}, where vACC was {best['vacc']:.2f}"
         value = pages.percent(best["pacc"])
-        cards.append(_card("pACC, best by validation", value, line))
+        found.append(pages.card("pACC, best by validation", value, line))
     if "up_bytes" in latest and "down_bytes" in latest:
         up, down = latest["up_bytes"], latest["down_bytes"]
         line = f"up {pages.num_bytes(up)} · down {pages.num_bytes(down)}"
-        cards.append(_card("Per client and round", pages.num_bytes(up + down), line))
+        value = pages.num_bytes(up + down)
+        found.append(pages.card("Per client and round", value, line))
     if "seconds" in latest:
-        compile_seconds = latest.get("compile_seconds")
-        line = (
-            ""
-            if compile_seconds is None
-            else f"of it compiling {compile_seconds:.1f} s"
+        spent = latest.get("compile_seconds")
+        lines = [] if spent is None else [f"of it compiling {spent:.1f} s"]
+        if "samples_per_second" in latest:
+            lines.append(f"{latest['samples_per_second']:,.0f} samples/s in training")
+        found.append(pages.card("Wall time", f"{latest['seconds']:,.1f} s", *lines))
+    return f'<div class="cards">{"".join(found)}</div>' if found else ""
+
+
+def accuracies(latest: Row) -> pages.Html:
+    """Every accuracy of the last evaluation, beside its controls."""
+    there = [m for m in METRICS if m in latest]
+    columns = [s for s in _COLUMNS if any(m + s in latest for m in there)]
+    if not there:
+        return pages.Html("")
+    rows = [
+        (METRICS[m], MEANINGS[m], *(_float(latest.get(m + s)) for s in columns))
+        for m in there
+    ]
+    said = []
+    if "_em" in columns:
+        said.append(
+            "EM control: the same outputs, reweighted by class shares estimated from "
+            "them (label-shift EM), without training. Oracle: reweighted by the true "
+            "class shares, which no client knows."
         )
-        cards.append(_card("Wall time", f"{latest['seconds']:,.1f} s", line))
-    if "samples_per_second" in latest:
-        cards.append(
-            _card("Samples per second", f"{latest['samples_per_second']:,.0f}")
-        )
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+    if "_swapped" in columns:
+        said.append("Swapped: every client tested with its neighbour's network.")
+    table = pages.tabular(
+        "accuracies", ("", "of", *(_COLUMNS[s] for s in columns)), rows
+    )
+    return pages.section("Accuracy", pages.text(" ".join(said)) if said else "", table)
 
 
-def _card(name: str, value: str, *lines: str) -> str:
-    small = "".join(f"<small>{escape(line)}</small>" for line in lines if line)
-    return f'<div class="card">{escape(name)}<b>{escape(value)}</b>{small}</div>'
-
-
-def curves(run: Run) -> str:
-    """Charts of accuracy, loss and further quantities against round."""
+def curves(run: Run) -> pages.Html:
+    """Charts of accuracy and of what training measures."""
     if not run.metrics:
-        return pages.section("Curves", "<p>No evaluation yet.</p>")
-    lines, entries = [], []
-    for key, name in METRICS.items():
-        points = finished.points(run, key)
-        if points:
-            lines.append(plots.Line(name, points, _COLORS[key]))
-            entries.append((name, _COLORS[key], "solid"))
-    num_metrics = len(lines)
-    for suffix, (label, style) in _CONTROLS.items():
-        extra = [
-            plots.Line(f"{name} {label}", found, _COLORS[key], style)
-            for key, name in METRICS.items()
-            if (found := finished.points(run, key + suffix))
+        return pages.section("Curves", pages.text("No evaluation yet."))
+    axes = dict(charts.AXES)
+    for axis in ("seconds", "bytes"):
+        if any(_where(row)[axis] is None for row in run.metrics):
+            del axes[axis]
+    found = [_accuracy_chart(run, key) for key in METRICS]
+    return pages.section("Curves", pages.against(axes), pages.grid(*found))
+
+
+def _where(row: Row) -> dict[str, Any]:
+    """A record's places on all horizontal axes."""
+    ways = [row.get(f"{way}_bytes_total") for way in ("up", "down")]
+    return {
+        "round": row["round"],
+        "bytes": None if None in ways else sum(ways),
+        "seconds": row.get("seconds"),
+    }
+
+
+def _thinned(rows: Sequence[Any], most: int = 80) -> list[Any]:
+    """Rows at equal steps, the last among them, so that no more than `most` are left.
+
+    More could not be told apart in a chart.
+    """
+    step = -(-len(rows) // most) if rows else 1
+    return list(rows[::-1][::step])[::-1]
+
+
+def _accuracy_chart(run: Run, key: str) -> str:
+    """One accuracy, its spread over clients and its controls."""
+    names = {"": "as deployed", "_em": "EM control", "_oracle": "oracle"}
+    rows: list[dict[str, Any]] = []
+    for record in _thinned(run.metrics):
+        at = _where(record)
+        rows += [
+            {"series": name, **at, "y": record[key + suffix]}
+            for suffix, name in names.items()
+            if record.get(key + suffix) is not None
         ]
-        lines += extra
-        if extra:
-            entries.append((label, plots.MUTED, style))
-    note = (
-        "<p>EM control: the same outputs, reweighted by class shares estimated from "
-        "them (label-shift EM), without training. Oracle: reweighted by the true "
-        "class shares, which no client knows.</p>"
-        if len(lines) > num_metrics
-        else ""
-    )
-    figures = []
-    if lines:
-        chart = plots.line_chart(
-            "Accuracy in percent against round", lines, y_ceiling=100
-        )
-        figures.append(pages.figure("Accuracy, %", plots.legend(entries), chart))
-    loss = plots.Line("loss", finished.points(run, "loss"), plots.INK)
-    if loss.points:
-        figures.append(
-            pages.figure(
-                "Local training loss",
-                plots.legend([("mean over the last round", plots.INK, "solid")]),
-                plots.line_chart("Local training loss against round", [loss]),
-            )
-        )
-    return pages.section(
-        "Curves",
-        note,
-        f'<div class="grid">{"".join(figures)}</div>' if figures else "",
-        _further_quantities(run),
-    )
+        mean, std = record.get(f"{key}_mean"), record.get(f"{key}_std")
+        if key != "gacc" and None not in (mean, std):
+            edges = {"low": mean - std, "high": mean + std}
+            rows.append({"series": "mean of clients ± std", **at, "y": mean, **edges})
+    if not rows:
+        return ""
+    series = [
+        Series("as deployed", picture.PARTICIPATING),
+        Series("mean of clients ± std", picture.MUTED, ":"),
+        Series("EM control", picture.PALETTE[1], "--"),
+        Series("oracle", picture.PALETTE[2], "-."),
+    ]
+    spec = charts.lines(rows, series, f"{METRICS[key]}, %")
+    return pages.chart(f"{METRICS[key]}, %", spec, MEANINGS[key])
 
 
-def _further_quantities(run: Run) -> str:
-    """Small charts of the training quantities that have no place of their own."""
+def training(run: Run) -> pages.Html:
+    """Charts of what training measures; what does not move is said in words."""
+    records: Sequence[Row] = run.training or run.metrics
     placed = (*METRICS, "collapse_", "up_bytes", "down_bytes")
-    keys = dict.fromkeys(key for row in run.metrics for key in row)
-    figures = []
-    for key in keys:
+    found, constant = [], []
+    for key in dict.fromkeys(key for row in records for key in row):
         points = [
-            p for p in finished.points(run, key) if isinstance(p[1], numbers.Real)
+            (row["round"], row[key])
+            for row in records
+            if isinstance(row.get(key), numbers.Real)
         ]
-        if key in ("round", "loss", "seconds") or key.startswith(placed) or not points:
+        if (
+            key in ("round", "seconds", "opening")
+            or key.startswith(placed)
+            or not points
+        ):
             continue
-        line = plots.Line(key, points, plots.PARTICIPATING)
-        chart = plots.line_chart(f"{key} against round", [line], size=(380, 200))
-        figures.append(pages.figure(key.replace("_", " "), chart))
-    return f'<div class="grid small">{"".join(figures)}</div>' if figures else ""
+        unit, meaning = _QUANTITIES.get(key, ("", ""))
+        name = key.replace("_", " ")
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        if len(points) < 2 or high - low <= _CONSTANT * max(abs(low), abs(high)):
+            span = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+            constant.append(f"{name} {span}" + (f" ({unit})" if unit else ""))
+            continue
+        rows = [{"series": name, "round": x, "y": y} for x, y in _thinned(points)]
+        title = f"{name}, {unit}" if unit else name
+        series = [Series(name, picture.PARTICIPATING)]
+        spec = charts.lines(rows, series, title, ("round", "round"))
+        found.append(pages.chart(name, spec, meaning))
+    still = f"Did not change: {'; '.join(constant)}." if constant else ""
+    return pages.section(
+        "Training", pages.grid(*found), pages.text(still) if still else ""
+    )
 
 
-def fine_tuning(latest: Row) -> str:
+def fine_tuning(latest: Row) -> pages.Html:
     """Accuracy before and after local epochs on a client's own labelled samples."""
     found: dict[int, dict[tuple[str, str], float | None]] = {}
     bad = False
@@ -198,131 +255,243 @@ def fine_tuning(latest: Row) -> str:
                 bad = True
                 row |= {(metric, ""): None, (metric, "_mean"): None}
             else:
-                row[metric, suffix] = value
+                row[metric, suffix] = _float(value)
     if not found:
-        return ""
-    columns = [
-        c for c in _FINE_TUNED_COLUMNS if any(c in row for row in found.values())
-    ]
-    table = pages.table(
-        ("fine-tuning epochs", *(_FINE_TUNED_COLUMNS[column] for column in columns)),
+        return pages.Html("")
+    columns = [c for c in _TUNED_COLUMNS if any(c in row for row in found.values())]
+    table = pages.tabular(
+        "fine_tuning",
+        ("epochs", *(_TUNED_COLUMNS[column] for column in columns)),
         [(k, *(row.get(c) for c in columns)) for k, row in sorted(found.items())],
     )
-    note = (
-        "<p>Accuracy on a client's held-out samples after so many local epochs on its "
-        "other samples, from what the server deploys. Weighted by samples, unless it "
-        "is the mean over clients.</p>"
+    said = (
+        "Accuracy on a client's held-out samples after so many local epochs on its "
+        "other samples, from what the server deploys. Of unseen clients these are a "
+        "part of the samples that zACC above is of, all of theirs."
     )
+    worse = _gets_worse(found)
+    if worse:
+        said += f" Fine-tuning makes {worse} worse here."
+    note = pages.Html("")
     if bad:
-        note += (
-            f'<p class="note">{pages.NOTHING}: for some clients the outputs of the '
-            "fine-tuned network are not finite, so there is no accuracy.</p>"
+        note = pages.text(
+            f"{pages.NOTHING}: for some clients the outputs of the fine-tuned network "
+            "are not finite, so there is no accuracy.",
+            note=True,
         )
-    return pages.section("Fine-tuning", note, f'<div class="scroll">{table}</div>')
+    return pages.section("Fine-tuning", pages.text(said), note, table)
 
 
-def partition(run: Run) -> str:
-    """A picture of who holds how much of each class."""
+def _gets_worse(found: Mapping[int, Mapping[tuple[str, str], float | None]]) -> str:
+    """Whose accuracy is lower after the most epochs than after the fewest."""
+    fewest, most = found[min(found)], found[max(found)]
+    who = {"pacc": "participants", "zacc": "unseen clients"}
+    pairs = {name: (fewest.get((m, "")), most.get((m, ""))) for m, name in who.items()}
+    return " and ".join(
+        name
+        for name, (a, b) in pairs.items()
+        if a is not None and b is not None and b < a
+    )
+
+
+def partition(run: Run) -> pages.Html:
+    """Who holds how much of each class: a picture, or quantiles of many clients."""
     if run.partition is None:
-        return ""
+        return pages.Html("")
     counts, participating, names = run.partition
-    # A dollar sign would start a formula in the picture.
-    names = [name.replace("$", r"\$") for name in names]
-    figure = picture.partition_picture(counts, participating, names, None)
-    name = (
-        f"Samples of {counts.shape[1]} classes over {counts.shape[0]} clients, "
+    num, num_classes = counts.shape
+    said = (
+        f"Samples of {num_classes} classes over {num} clients, "
         f"{int(participating.sum())} of them participating"
     )
-    nobodys = f" {run.unassigned:,} more belong to no client." if run.unassigned else ""
-    wide = " wide" if len(counts) > _WIDE_CLIENTS else ""
+    more = f" {run.unassigned:,} more belong to no client." if run.unassigned else ""
+    words = pages.text(f"{said}; {int(counts.sum()):,} samples in all.{more}")
+    if num <= MANY_CLIENTS and num_classes <= MANY_CLIENTS:
+        # A dollar sign would start a formula in the picture.
+        names = [name.replace("$", r"\$") for name in names]
+        figure = picture.partition_picture(counts, participating, names, None)
+        svg = picture.figure_svg(figure)
+        shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
+        return pages.section("Partition", words, shown)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    entropy = -np.sum(share * np.log(share, where=share > 0, out=0 * share), axis=1)
+    sides = {charts.kind(True): participating, charts.kind(False): ~participating}
+    sides = {name: side for name, side in sides.items() if side.any()}
+
+    def histogram(title: str, values: np.ndarray, note: str) -> str:
+        of = {name: values[side] for name, side in sides.items()}
+        return pages.chart(title, charts.histogram(of, title), note)
+
     return pages.section(
         "Partition",
-        f"<p>{name}; {int(counts.sum()):,} samples in all.{nobodys}</p>",
-        f'<div class="picture{wide}" role="img" aria-label="{name}">',
-        picture.figure_svg(figure),
-        "</div>",
-    )
-
-
-def clients(run: Run) -> str:
-    """A chart of every client's accuracy."""
-    marks, tested = [], [c for c in run.clients if c.get("accuracy") is not None]
-    for client in tested:
-        control = client.get("accuracy_em")
-        name = f"client {client['client']}: {client['accuracy']:.2f} %"
-        name += "" if control is None else f", EM control {control:.2f} %"
-        name += f", {client['train_samples']:,} training samples"
-        where = (0.0, client["accuracy"], bool(client["participating"]), control)
-        marks.append(plots.Mark(name, *where))
-    if not marks:
-        return ""
-    entries = [*_groups(marks), ("mean of a group", plots.MUTED, "dashed")]
-    if any(mark.control is not None for mark in marks):
-        entries.append(("EM control of the same client", plots.MUTED, "bar"))
-    chart = plots.sorted_dots("Accuracy of every client, sorted, in percent", marks)
-    return pages.section(
-        "Clients",
-        pages.figure(
-            "Accuracy of every client, sorted, %", plots.legend(entries), chart
+        words,
+        pages.grid(
+            histogram("samples of a client", counts.sum(1), "how unequal clients are"),
+            histogram(
+                "effective number of classes of a client",
+                np.exp(entropy),
+                "exp of the entropy of its class shares: 1 has one class",
+            ),
         ),
     )
 
 
-def _groups(marks: Sequence[plots.Mark]) -> list[tuple[str, str, str]]:
-    """Legend entries of the groups of clients that are there."""
-    kinds = {mark.participating for mark in marks}
-    entries = {
-        True: ("participating", plots.PARTICIPATING, "dot"),
-        False: ("not participating", plots.NOVEL, "diamond"),
+def families(run: Run, latest: Row) -> pages.Html:
+    """Who has which network, what each sends and how well it does."""
+    known = latest.get("families")
+    if not known or len(known) < 2:
+        return pages.Html("")
+    rows = []
+    for name, facts in known.items():
+        own = [c for c in run.clients if c.get("family") == name]
+        scores = [c["accuracy"] for c in own if c.get("accuracy") is not None]
+        ids = [c["client"] for c in own]
+        rows.append(
+            (
+                name,
+                facts["clients"],
+                f"{min(ids)} to {max(ids)}" if ids else None,
+                float(np.mean(scores)) if scores else None,
+                float(np.std(scores)) if scores else None,
+                facts["up_numbers"],
+                facts["down_numbers"],
+                pages.num_bytes(facts["up_bytes"]),
+                pages.num_bytes(facts["down_bytes"]),
+            )
+        )
+    headings = (
+        *(
+            "network",
+            "clients",
+            "numbers",
+            "pACC, mean over clients %",
+            "± over clients",
+        ),
+        *("numbers up", "numbers down", "bytes up", "bytes down"),
+    )
+    words = pages.text(
+        "Clients have networks of several kinds; a family are those with one. What is "
+        "sent is per client and round; elsewhere on this page it is the mean over all."
+    )
+    return pages.section("Families", words, pages.tabular("families", headings, rows))
+
+
+def clients(run: Run) -> pages.Html:
+    """Every client's accuracy: a dot each, or a histogram of many; all in a table."""
+    tested = [c for c in run.clients if c.get("accuracy") is not None]
+    if not tested:
+        return pages.Html("")
+    sides = {
+        charts.kind(side): [c for c in tested if bool(c["participating"]) is side]
+        for side in (True, False)
     }
-    return [entry for kind, entry in entries.items() if kind in kinds]
+    sides = {name: side for name, side in sides.items() if side}
+    title = "accuracy of a client, %"
+    if len(tested) <= MANY_CLIENTS:
+        rows: list[dict[str, Any]] = []
+        for name, side in sides.items():
+            gap = 2 * bool(rows)
+            for c in sorted(side, key=lambda c: c["accuracy"]):
+                row = {"series": name, "x": len(rows) + gap, "y": c["accuracy"]}
+                row |= {"client": c["client"], "samples": c["train_samples"]}
+                if c.get("accuracy_em") is not None:
+                    row["EM control"] = c["accuracy_em"]
+                rows.append(row)
+        chart = pages.chart("Accuracy of every client", charts.sorted_dots(rows, title))
+    else:
+        values = {name: [c["accuracy"] for c in side] for name, side in sides.items()}
+        chart = pages.chart("Accuracy of clients", charts.histogram(values, title))
+    spreads = [(name, *_quantiles(side)) for name, side in sides.items()]
+    headings = ("clients", "number", "least", "10 %", "25 %", "median", "75 %", "90 %")
+    worst = sorted(tested, key=lambda c: c["accuracy"])[:_WORST]
+    said = ", ".join(f"{c['client']} ({c['accuracy']:.1f} %)" for c in worst)
+    return pages.section(
+        "Clients",
+        chart,
+        pages.tabular("quantiles", (*headings, "most"), spreads),
+        pages.text(f"Lowest: client {said}."),
+        _client_table(run.clients),
+    )
 
 
-def embeddings(run: Run, latest: Row) -> str:
+def _quantiles(side: Sequence[Row]) -> tuple[float, ...]:
+    values = [c["accuracy"] for c in side]
+    found = np.percentile(values, [0, 10, 25, 50, 75, 90, 100])
+    return len(values), *map(float, found)
+
+
+def _client_table(rows: Sequence[Row]) -> str:
+    """All clients, or of many those served worst, folded."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if all(not isinstance(row.get(key), list | dict) for row in rows)
+    ]
+    name = f"All {len(rows)} clients"
+    if len(rows) > MANY_CLIENTS:
+        by = sorted(rows, key=lambda row: row.get("accuracy") or 0.0)
+        rows = by[:MANY_CLIENTS]
+        name = f"The {MANY_CLIENTS} clients served worst; clients.json has all"
+    table = [[row.get(key) for key in keys] for row in rows]
+    headings = [key.replace("_", " ") for key in keys]
+    return pages.folded(name, pages.tabular("clients", headings, table))
+
+
+def embeddings(run: Run, latest: Row) -> pages.Html:
     """A map of clients' embeddings, and what they are good for."""
-    clients = [client for client in run.clients if client.get("embedding")]
-    if not clients:
-        return ""
-    embeddings = np.array([client["embedding"] for client in clients], float)
-    use = _use_table(latest, embeddings.shape[1])
-    centred = embeddings - embeddings.mean(0)
+    known = [client for client in run.clients if client.get("embedding")]
+    if not known:
+        return pages.Html("")
+    values = np.array([client["embedding"] for client in known], float)
+    use = _use_table(latest, values.shape[1])
+    centred = values - values.mean(0)
     if np.abs(centred).max() <= _SAME:
-        note = (
-            '<p class="note">The embedding has collapsed: all '
-            f"{len(clients)} clients have the same one (to {_SAME:g}), so the deployed "
-            "networks do not depend on the client through it.</p>"
+        note = pages.text(
+            f"The embedding has collapsed: all {len(known)} clients have the same one "
+            f"(to {_SAME:g}), so the deployed networks do not depend on the client "
+            "through it.",
+            note=True,
+        )
+        return pages.section("Embeddings", note, use)
+    reach = float(np.linalg.norm(centred, axis=1).max())
+    uses = [latest.get(f"collapse_{side}") for side in ("participating", "novel")]
+    there = [value for value in uses if value is not None]
+    most = math.log(values.shape[1])
+    if there and max(there) < _LITTLE_USE * most:
+        note = pages.text(
+            "The embedding has all but collapsed: its use is under "
+            f"{_LITTLE_USE:.0%} of the most possible, and no client is further than "
+            f"{reach:.2g} from the mean. A map would show what means nothing.",
+            note=True,
         )
         return pages.section("Embeddings", note, use)
     left, spread, _ = np.linalg.svd(centred, full_matrices=False)
-    places = np.zeros((len(clients), 2))
+    at = np.zeros((len(known), 2))
     shares = np.zeros(2)
     rank = min(2, len(spread))
-    places[:, :rank] = (left * spread)[:, :rank]
+    at[:, :rank] = (left * spread)[:, :rank]
     shares[:rank] = 100 * spread[:rank] ** 2 / np.sum(spread**2)
-    marks = [
-        plots.Mark(f"client {client['client']}", x, y, bool(client["participating"]))
-        for client, (x, y) in zip(clients, places.tolist(), strict=True)
+    step = -(-len(known) // _MOST_PLACES)
+    rows = [
+        {
+            "series": charts.kind(bool(client["participating"])),
+            "x": x,
+            "y": y,
+            "name": f"client {client['client']}",
+            "short": str(client["client"]),
+        }
+        for client, (x, y) in list(zip(known, at.tolist(), strict=True))[::step]
     ]
-    labels = [f"component {i + 1} ({share:.0f} %)" for i, share in enumerate(shares)]
-    name = f"Embeddings of {len(clients)} clients on their two main components"
-    chart = plots.point_map(name, marks, (labels[0], labels[1]))
-    legend = plots.legend(_groups(marks))
-    figure = pages.figure(f"{name} (share of variance)", legend, chart)
-    reach = float(np.linalg.norm(centred, axis=1).max())
-    note = (
-        "<p>No client's embedding is further than "
-        f"{reach:.2g} from their mean; the map is scaled to fill its frame.</p>"
+    titles = [f"component {i + 1} ({share:.0f} %)" for i, share in enumerate(shares)]
+    spec = charts.places(rows, charts.GROUPS, *titles, named=len(known) <= 40)
+    name = f"Embeddings of {len(known)} clients on their two main components"
+    said = (
+        "In brackets the share of variance. No client is further than "
+        f"{reach:.2g} from the mean."
     )
-    uses = [latest.get(f"collapse_{kind}") for kind in ("participating", "novel")]
-    known = [value for value in uses if value is not None]
-    most = math.log(embeddings.shape[1])
-    if known and max(known) < _LITTLE_USE * most:
-        note = (
-            '<p class="note">The embedding has all but collapsed: its use is under '
-            f"{_LITTLE_USE:.0%} of the most possible, and no client is further than "
-            f"{reach:.2g} from the mean. The map magnifies these differences.</p>"
-        )
-    return pages.section("Embeddings", use, note, f'<div class="map">{figure}</div>')
+    if step > 1:
+        said += f" One client in {step} is drawn."
+    return pages.section("Embeddings", use, pages.grid(pages.chart(name, spec, said)))
 
 
 def _use_table(latest: Row, size: int) -> str:
@@ -330,47 +499,49 @@ def _use_table(latest: Row, size: int) -> str:
     quantities = (
         (
             "embedding use I, nats",
-            "collapse_{participating}",
+            "collapse_{side}",
             "I = H(mean e) - mean H(e), with H the entropy: 0 means the embedding is "
             "the same for every input, so it is ignored; the most is "
             f"ln {size} = {math.log(size):.2f}.",
         ),
         (
             "distance of networks",
-            "{pacc}_distance",
+            "{acc}_distance",
             "Relative distance between the networks deployed by two clients: 0 means "
             "that all clients get one network.",
         ),
         (
             "swapped accuracy, %",
-            "{pacc}_swapped",
+            "{acc}_swapped",
             "Every client tested with its neighbour's deployed state: no worse than "
             "with its own means that nothing is personal.",
         ),
     )
-    kinds = {
-        "participating": {"participating": "participating", "pacc": "pacc"},
-        "not participating": {"participating": "novel", "pacc": "zacc"},
+    sides = {
+        "participating": {"side": "participating", "acc": "pacc"},
+        "unseen": {"side": "novel", "acc": "zacc"},
     }
-    kinds = {name: kind for name, kind in kinds.items() if kind["pacc"] in latest}
+    sides = {name: side for name, side in sides.items() if side["acc"] in latest}
     rows: list[tuple[object, ...]] = []
     for name, pattern, meaning in quantities:
-        values = [latest.get(pattern.format(**k)) for k in kinds.values()]
+        values = [latest.get(pattern.format(**side)) for side in sides.values()]
         shown = [None if value is None else f"{value:.4g}" for value in values]
-        if pattern == "{pacc}_swapped":
-            own = [latest.get(kind["pacc"]) for kind in kinds.values()]
+        if pattern == "{acc}_swapped":
+            own = [latest.get(side["acc"]) for side in sides.values()]
             shown = [
                 f"{text} (own {value:.4g})" if text and value is not None else text
                 for text, value in zip(shown, own, strict=True)
             ]
         if any(shown):
             rows.append((name, *shown, meaning))
-    headings = ("quantity", *kinds, "meaning")
-    return pages.table(headings, rows) if rows else ""
+    if not rows:
+        return ""
+    table = pages.table(("quantity", *sides, "meaning"), rows)
+    return f'<div class="words">{table}</div>'
 
 
-def communication(latest: Row) -> str:
-    """A table of what is sent."""
+def communication(latest: Row) -> pages.Html:
+    """What is sent, and what an accuracy cost."""
     kinds = ("numbers", "bytes", "bytes_total")
     sizes = {
         name: [latest.get(f"{way}_{kind}") for kind in kinds]
@@ -381,22 +552,20 @@ def communication(latest: Row) -> str:
         for pair in zip(*sizes.values(), strict=True)
     ]
     rows = [
-        (name, *row, pages.num_bytes(row[-1]))
+        (name, _whole(row[0]), pages.num_bytes(row[1]), pages.num_bytes(row[2]))
         for name, row in sizes.items()
         if row != [None] * len(kinds)
     ]
     if not rows:
-        return ""
+        return pages.Html("")
     headings = (
-        "direction",
-        "numbers per client and round",
-        "bytes per client and round",
+        *("direction", "numbers per client and round", "bytes per client and round"),
         "bytes in all",
-        "",
     )
-    table = pages.table(headings, rows)
     return pages.section(
-        "Communication", f'<div class="scroll">{table}</div>', _reached(latest)
+        "Communication",
+        pages.tabular("communication", headings, rows),
+        _reached(latest),
     )
 
 
@@ -412,36 +581,80 @@ def _reached(latest: Row) -> str:
     ]
     if not rows:
         return ""
-    note = (
-        "<p>Rounds are counted from 0, and what is reached in round 0 is free. Between "
+    note = pages.text(
+        "Rounds are counted from 0, and what is reached in round 0 is free. Between "
         "evaluations nothing is seen: the first number is for the round after the last "
-        "evaluation below the accuracy, the second for the first evaluation at it.</p>"
+        "evaluation below the accuracy, the second for the first evaluation at it."
     )
-    table = pages.table(("pACC, %", "reached in round", "numbers until then"), rows)
-    return f'<h3>Cost to an accuracy</h3>{note}<div class="scroll">{table}</div>'
+    headings = ("pACC, %", "reached in round", "numbers until then")
+    return f"<h3>Cost to an accuracy</h3>{note}{pages.tabular('reach', headings, rows)}"
 
 
-def _between(least: int, most: int) -> str:
+def _between(least: float, most: float) -> str:
     return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def configuration(run: Run, latest: Row) -> str:
-    """Where the run came from: commit, device, configuration, versions."""
-    facts = {
-        "commit": run.about.get("commit") or "unknown",
-        "device": run.about.get("device") or "unknown",
-        "state digest (SHA-256)": latest.get("state_sha256") or "none yet",
-    }
-    rows = [
-        (name, pages.Html(f"<code>{escape(str(v))}</code>"))
-        for name, v in facts.items()
+def configuration(run: Run, latest: Row, linked: bool) -> pages.Html:
+    """How to run it again, what was changed, and where the run came from."""
+    about = run.about
+    config = about.get("config", {})
+    changed, command = _as_command(config)
+    facts: list[tuple[str, object]] = [
+        ("commit", pages.code(about.get("commit") or "unknown")),
+        ("device", pages.code(about.get("device") or "unknown")),
+        (
+            "state digest (SHA-256)",
+            pages.code(latest.get("state_sha256") or "none yet"),
+        ),
     ]
+    files = [name for name in _FILES if linked and (Path(run.folder) / name).exists()]
+    if files:
+        links = ", ".join(pages.link(name, name) for name in files)
+        facts.append(("files of the run", pages.Html(links)))
+    own = [(field, str(value)) for field, value in changed.items()]
     return pages.section(
         "Configuration",
-        pages.table(("", ""), rows).replace(
-            "<thead><tr><th></th><th></th></tr></thead>", ""
-        ),
-        pages.folded("Configuration", run.about.get("config")),
-        pages.folded("Plan", latest.get("plan")),
-        pages.folded("Package versions", run.about.get("versions")),
+        pages.facts(facts),
+        pages.command(command) if command else "",
+        f"<h3>Changed from the experiment's defaults</h3>{pages.facts(own)}"
+        if own
+        else "",
+        pages.folded("All settings", pages.nested(config)),
+        pages.folded("Plan", pages.nested(latest.get("plan"))),
+        pages.folded("Package versions", pages.nested(about.get("versions"))),
     )
+
+
+def _as_command(config: Row) -> tuple[dict[str, Any], str | None]:
+    """Settings that are not its experiment's, and a command that gives them all."""
+    flat = common.flat(config)
+    name = config.get("experiment")
+    if name not in protocols.NAMES:
+        return {}, None
+    method, data = flat.get("method.name"), flat.get("data.name")
+    argument = f"{name}:{method},data={data}"
+    try:
+        usual = common.flat(
+            origin.as_json(protocols.find(name).get_config(f"{method},data={data}"))
+        )
+    except Exception:  # a method or data of one's own, or of another version
+        return {}, None
+    changed = {k: v for k, v in flat.items() if k not in usual or usual[k] != v}
+    flags = "".join(f" \\\n  --config.{k}={_flag(v)}" for k, v in changed.items())
+    return changed, f"hyperjax train --config={argument} --workdir=NEW_FOLDER{flags}"
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, list):
+        value = origin.as_tuples(value)
+    text = str(value)
+    return text if re.fullmatch(r"[\w.+-]+", text) else f"'{text}'"
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _whole(value: Any) -> Any:
+    """A mean over families is no whole number, but shown as one."""
+    return None if value is None else round(value)

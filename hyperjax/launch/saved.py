@@ -13,8 +13,8 @@ from absl import logging
 from hyperjax import tree
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, families, schedule
-from hyperjax.launch import build, workdir
-from hyperjax.runs.experiment import blocks
+from hyperjax.launch import build, origin, workdir
+from hyperjax.runs.experiment import Experiment, blocks
 from hyperjax.types import Algorithm, PyTree
 
 
@@ -41,7 +41,7 @@ def load_config(path: str, field: str) -> ml_collections.ConfigDict:
 
 def as_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """Returns the config in the content of a config.json."""
-    return ml_collections.ConfigDict(workdir.as_tuples(record["config"]))
+    return ml_collections.ConfigDict(origin.as_tuples(record["config"]))
 
 
 def _record(path: str, field: str) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def _record(path: str, field: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if not (folder / workdir.CONFIG).is_file():
         raise ValueError(f"{field}={path!r} holds no run (no {workdir.CONFIG})")
-    record = workdir.read(folder)
-    workdir.check_format(f"{field}={path!r}", record)
+    record = origin.read(folder)
+    origin.check_format(f"{field}={path!r}", record)
     return record
 
 
@@ -96,7 +96,7 @@ def _restore(config: ml_collections.ConfigDict, folder: Path, facts: Any):
 
 def _made_by(record: dict[str, Any]) -> str:
     """Returns words on the version of a run, if it is not this one; else nothing."""
-    commit, now = record.get("commit"), workdir.commit()
+    commit, now = record.get("commit"), origin.commit()
     if commit == now:
         return ""
     return (
@@ -157,6 +157,29 @@ def parts_to_take(run: Run, take: Sequence[str], server: PyTree) -> dict[str, An
         )
     there = tree.by_path(theirs)
     return {path: there[path] for path in taken}
+
+
+def lent(
+    path: str, take: Sequence[str], newcomers: bool, experiment: Experiment
+) -> dict[str, Any]:
+    """Returns by path what the run in a folder lends to another one.
+
+    Args:
+      path: the folder, `start.run`; "" lends nothing.
+      take: see `common_paths`.
+      newcomers: the other one trains the run's unseen clients.
+      experiment: the other one.
+
+    Raises:
+      ValueError: see `load`, `check_newcomers` and `parts_to_take`.
+    """
+    if not path:
+        return {}
+    run = load(path, "start.run")
+    if newcomers:
+        check_newcomers(run, experiment.federation)
+    server = jax.eval_shape(experiment.algorithm.server.init, jax.random.key(0))
+    return parts_to_take(run, take, server)
 
 
 def put(parts: dict[str, Any], server: PyTree) -> PyTree:

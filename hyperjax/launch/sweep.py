@@ -1,31 +1,35 @@
-"""Trains many runs from one command; the same command goes on with a stopped sweep.
+r"""Trains many runs from one command; the same command continues a stopped sweep.
 
 hyperjax sweep --config=zero_shot:hyperfedzero,data=digits --workdir=runs/abl \
-    --sweep='seed=0..2' --sweep='data.alpha=0.1,1' --sweep='method.name=fedavg,fedprox'
+    --sweep=seed=0..2 --sweep=data.alpha=0.1,1.0 --sweep=method.name=fedavg,fedprox
 
-Points are the product of the --sweep flags: a field and its values (a..b and a..b..step
-are whole numbers, both ends included; commas inside brackets and quotes belong to a
-value), or the name of a function sweep_NAME(add) in the config's file or the
-experiment's, which adds points one by one: add({"method.name": "fedprox", "seed": 1}).
+Points are the product of the --sweep flags. Each is a field and its values, where
+a..b and a..b..step are whole numbers, both ends included, and commas in brackets or
+quotes belong to a value; or the name of a function sweep_NAME(add) in the config's
+file or the experiment's, which adds points one by one:
+add({"method.name": "fedprox", "method.mu": 0.1}).
+
 Every point is a run in a folder of its own, which `train` continues and `evaluate`
-serves. One that diverges or fails is marked, and the others go on; the exit code is 0
-only if every point has ended well.
+serves. One that diverges or fails is marked, and the others go on; the exit code
+is 0 only if every point has ended well.
 
---tune='local.learning_rate=0.03,0.1' chooses a value for everything that is swept but
-seeds, by what participants set aside for validation (data.validation_fraction), or on a
-federation of the seed --tune_seed; --by names the metric.
+--tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
+swept but seeds), by what participants set aside (data.validation_fraction), or on a
+federation of the seed --tune_seed. --by names the metric.
 """
 
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from hyperjax.launch import cli, train
-from hyperjax.sweeps import live, page, points, record, runner, tune
+from hyperjax import protocols
+from hyperjax.launch import cli, overview, train
+from hyperjax.sweeps import live, page, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
 from hyperjax.sweeps.tune import Setting
@@ -38,8 +42,8 @@ class Asked(NamedTuple):
     workdir: str
     sweep: Sequence[str]
     arguments: Sequence[str] = ()  # --config.field=value, for all points
-    list: bool = False
-    index: str | None = None
+    list_only: bool = False
+    part: str | None = None
     baseline: str | None = None
     tune: Sequence[str] = ()
     by: str | None = None
@@ -66,16 +70,23 @@ def main(asked: Asked) -> int:
         something else.
     """
     plan = make_plan(asked)
-    if asked.list:
+    if asked.list_only:
         print(listed(plan))
         return 0
     if not any(setting.points for setting in plan.mine):
-        print(f"--index={asked.index}: of {len(plan.points)} points it has none.")
+        print(f"--index={asked.part}: of {len(plan.points)} points it has none.")
         return 0
     try:
-        return ended(run(plan, asked))
+        well = ended(run(plan, asked))
+        return 0 if write_results(plan.record) and well else 1
     except (train.Stopped, KeyboardInterrupt):
-        print("Stopped; the same command goes on.", flush=True)
+        entries = plan.record.read()["points"]
+        done = sum(entry["status"] in record.ENDED for entry in entries)
+        print(
+            f"Stopped: {done} of {len(entries)} points have ended; the same command "
+            "continues.",
+            flush=True,
+        )
         return 130
 
 
@@ -95,7 +106,7 @@ def make_plan(asked: Asked) -> Plan:
     given = runner.ordered(given)
     runner.check_baseline(asked.baseline, given)
     record.check_base(there, path, arguments)
-    tuned, settings = {}, [Setting(runner.part(given, asked.index), [])]
+    tuned, settings = {}, [Setting(runner.part(given, asked.part), [])]
     if others:
         seed = asked.tune_seed
         by = tune.check_metric(asked.by, seed)
@@ -106,13 +117,14 @@ def make_plan(asked: Asked) -> Plan:
     else:
         record.check_runs(there, given)
     trials = [trial for setting in settings for trial in setting.trials]
-    cli.use_cores(max(point.config.engine.devices for point in given))
+    devices = [point.config.engine.devices for point in given]
+    cli.use_cores(max(devices) if all(devices) else 0)
     runner.check([*given, *trials])
     return Plan(
         there,
         given,
         trials,
-        runner.part(settings, asked.index) if others else settings,
+        runner.part(settings, asked.part) if others else settings,
         points.read(path, arguments, points.as_texts(given[0].fields)),
         tuned,
     )
@@ -125,33 +137,37 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     record.begin(there, plan.points, plan.first, plan.trials, **about)
     show = live.Shown(sum(len(s.points) + len(s.trials) for s in plan.mine))
     statuses: dict[str, str] = {}
-
-    def each() -> None:
-        page.write(there.folder, there.read(), show.left())
-
-    each()
+    pages = page.Page(there, show)
     for setting in plan.mine:
         members = setting.points
         if setting.trials:
-            runner.run(there, setting.trials, show, each)
-            chosen = tune.choose(there, setting, plan.tuned["by"])
-            if chosen is None:
-                for point in members:
-                    statuses[point.name] = record.FAILED
-                    there.set_status(point.name, record.FAILED, tune.NONE_ENDED)
-                    show.ended(point.name, f"failed: {tune.NONE_ENDED}", ran=False)
-                continue
-            values = {field: chosen[field] for field in plan.tuned["fields"]}
-            record.set_tuned(there, members, values)
-            members = [with_values(point, values, asked) for point in members]
-        statuses |= runner.run(there, members, show, each)
+            tried = runner.run(there, setting.trials, show, pages.write)
+            members = with_values(plan, setting, tried, asked)
+            for point in setting.points if not members else ():
+                message = tune.unknown(tried)
+                there.set_status(point.name, record.FAILED, message)
+                show.ended(point.name, f"failed: {message}", ran=False)
+                statuses[point.name] = record.FAILED
+        statuses |= runner.run(there, members, show, pages.write)
+    pages.write(last=True)
     return statuses
 
 
-def with_values(point: Point, values: dict[str, Any], asked: Asked) -> Point:
-    """Returns a point with the values that were chosen for it."""
-    texts = points.as_texts({**point.fields, **values})
-    return point._replace(config=points.read(asked.config, asked.arguments, texts))
+def with_values(
+    plan: Plan, setting: Setting, tried: Mapping[str, str], asked: Asked
+) -> list[Point]:
+    """Returns the points of a setting with the values chosen for them; [] if none."""
+    chosen = tune.choose(plan.record, setting, plan.tuned["by"], tried)
+    if chosen is None:
+        return []
+    values = {field: chosen[field] for field in plan.tuned["fields"]}
+    record.set_tuned(plan.record, setting.points, values)
+    found = []
+    for point in setting.points:
+        texts = points.as_texts({**point.fields, **values})
+        config = points.read(asked.config, asked.arguments, texts)
+        found.append(point._replace(config=config))
+    return found
 
 
 def listed(plan: Plan) -> str:
@@ -180,26 +196,58 @@ def listed(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def ended(statuses: dict[str, str]) -> int:
-    """Prints what became of the points; returns the exit code."""
+def write_results(there: Record) -> bool:
+    """Writes tables and figures once all points have ended; returns whether it could.
+
+    Raises nothing: what the runs came to is in their folders.
+    """
+    if not results.has_ended(there.read()):
+        print("Tables are written when the other points have ended.")
+        return True
+    try:
+        results.write(there)
+    except Exception as error:
+        print(f"error: no tables: {error}", file=sys.stderr)
+        return False
+    print(f"tables: {there.folder / 'table.md'}\nreport: {there.folder / page.PAGE}")
+    return True
+
+
+def ended(statuses: dict[str, str]) -> bool:
+    """Prints what became of the points; returns whether all ended well."""
     values = list(statuses.values())
     counts = {status: values.count(status) for status in dict.fromkeys(values)}
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(values)} points: {said}")
-    return 0 if set(values) <= {record.FINISHED} else 1
+    return set(values) <= {record.FINISHED}
+
+
+def named_sweeps(argv: Sequence[str]) -> str:
+    """Returns a table of the named sweeps of --config, or of all experiments."""
+    given = [text.partition("=")[2] for text in argv if text.startswith("--config=")]
+    rows = [
+        (f"{path.partition(':')[0]}: {name}", overview.first_line(function))
+        for path in given or protocols.NAMES
+        for name, function in points.find_named(path).items()
+    ]
+    return overview.table("Named sweeps: --sweep=NAME", rows)
 
 
 def launch() -> None:
     """Runs the command with what the command line says."""
-    command = shlex.join(["hyperjax", "sweep", *sys.argv[1:]])
+    if {"--help", "-help", "-h"} & set(sys.argv):
+        doc = f"{(__doc__ or '').strip()}\n\n{named_sweeps(sys.argv)}"
+        sys.modules["__main__"].__doc__ = doc
+    whole = [text for text in sys.argv[1:] if not re.match("--?index=", text)]
+    command = shlex.join(["hyperjax", "sweep", *whole])
     arguments = cli.config_arguments(sys.argv[1:])
     config = cli.define_config()
-    workdir = cli.define_path("workdir", None, "Folder of the sweep.")
+    folder = cli.define_path("workdir", None, "Folder of the sweep.")
     sweeps = flags.DEFINE_multi_string("sweep", [], "field=values, or a sweep's name.")
     list_only = flags.DEFINE_bool("list", False, "Print the points; run nothing.")
     index = flags.DEFINE_string("index", None, "i/n: run slice i, 0 to n - 1, of n.")
     baseline = flags.DEFINE_string(
-        "baseline", None, "field=value of the points that others are compared with."
+        "baseline", None, "METHOD or field=value that the others are compared with."
     )
     tuned = flags.DEFINE_multi_string("tune", [], "field=values to choose among.")
     by = flags.DEFINE_string("by", None, "What --tune chooses by; vacc or pacc.")
@@ -211,7 +259,7 @@ def launch() -> None:
         path = flags.FLAGS[config.name].config_filename  # type: ignore[attr-defined]
         asked = Asked(
             path,
-            str(workdir.value),
+            str(folder.value),
             sweeps.value,
             arguments,
             list_only.value,

@@ -5,10 +5,11 @@ python -m experiments.train --config=configs/zero_shot.py --workdir=runs/x
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from absl import logging
 
 from hyperjax import tree
 from hyperjax.data import federation as federations
+from hyperjax.data import picture
+from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress
-from hyperjax.launch import build, cli, pages, report, saved, workdir
+from hyperjax.launch import cli, origin, pages, report, saved, workdir
+from hyperjax.launch.report_sections import MANY_CLIENTS
+from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
-
-SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # in progress lines
 
 
 class Stopped(Exception):
@@ -35,59 +38,70 @@ class Stopped(Exception):
 
 def train(
     config: ml_collections.ConfigDict,
-    path: str,
-    name: str | None = None,
+    path: str | os.PathLike,
+    label: str | None = None,
     show: Callable[[str, int], Progress] = Progress,
+    experiment: Experiment | None = None,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
     A finished run goes on if it is given more rounds, and is summed up anew if it is
-    asked for other numbers at the end.
+    asked for other numbers at the end. May be called as often as one likes in a
+    process; what calls share is `experiment` and JAX's cache of programs.
 
     Args:
       config: see `protocols.common.defaults`; its method under `config.method`.
       path: the run's folder; made if it is not there.
-      name: shown in progress lines; the method's name by default.
-      show: what makes these lines of a name and a number of rounds.
+      label: of the run in progress lines; the method's name by default.
+      show: what makes these lines of a label and a number of rounds; `Silent` none.
+      experiment: what `build.build` made of this config, or of one that differs from
+        it in nothing but `seed` (with a `data.seed` of its own) and `evaluation`; its
+        compiled programs are used again. Default: it is made here.
 
     Returns:
       The summary, also written to summary.json.
 
     Raises:
-      ValueError and others, before any work: bad input, see `build.build` and
-        `workdir.claim`.
-      FloatingPointError: a loss or the state is not finite.
+      ValueError and others, before any work: bad input, see `resolve`,
+        `workdir.claim` and `origin.compare`.
+      loop.Diverged: a loss or the state is not finite. The folder keeps what is good.
       Stopped: by SIGTERM or SIGINT.
     """
     compiled.check_jax()
-    config = common.filled(config)
-    build.check(config)
-    with workdir.claim(path, config) as folder:
-        summary = workdir.result(folder, config)
+    resolved = resolve(config)
+    with workdir.claim(path) as folder:
+        if (folder / workdir.CONFIG).exists():
+            origin.compare(folder, resolved.config)
+        summary = origin.result(folder, resolved.config)
         if summary is not None:
             logging.info("%s is finished; nothing to do.", folder)
             if not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
-        with show(name or config.method.name, config.rounds) as progress:
-            return _train(config, folder, progress)
+        with show(label or resolved.method, resolved.settings.rounds) as progress:
+            return _train(resolved, experiment, folder, progress)
 
 
 def _train(
-    config: ml_collections.ConfigDict, folder: Path, progress: Progress
+    resolved: Resolved,
+    experiment: Experiment | None,
+    folder: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Runs, or continues, an experiment in a folder that is this process's."""
-    progress.stage(f"reading {config.data.name}, building {config.method.name}")
-    experiment = build.build(config, str(folder / workdir.STORE))
-    settings, checkpoints = experiment.settings, folder / workdir.CHECKPOINTS
+    if experiment is None:
+        progress.stage(f"reading {resolved.dataset}, building {resolved.method}")
+        experiment = resolved.make(str(folder / workdir.STORE))
+    settings, checkpoints = resolved.settings, folder / workdir.CHECKPOINTS
+    experiment = experiment._replace(settings=settings)
     for part in (experiment.simulator, experiment.evaluator):
         part.program.watcher = progress.compiling
     restored = _newest(experiment, checkpoints)
-    lent = _parts_to_start_from(config, experiment) if restored is None else {}
+    lent = resolved.lend(experiment) if restored is None else {}
     began, before = time.perf_counter(), _summed_up(folder)
     digests = federations.digests(experiment.federation)
     done = 0 if restored is None else restored.round
-    workdir.describe(folder, config, experiment.plan, digests, done)
+    origin.describe(folder, resolved.config, experiment.plan, digests, done)
     if not _tables_are_there(folder):
         federations.save_tables(experiment.federation, folder / workdir.PARTITION)
     if restored is None:
@@ -99,7 +113,11 @@ def _train(
         logging.info("Continuing %s after round %d.", folder, done)
         state = loop.State(done, experiment.simulator.load(restored.carry))
     recorder = log.Recorder(
-        folder, -1 if restored is None else done, config.tensorboard
+        folder,
+        -1 if restored is None else done,
+        resolved.tensorboard,
+        resolved.tracker,
+        common.flat(resolved.config),
     )
     shown = _Shown(progress)
 
@@ -112,35 +130,39 @@ def _train(
         metrics = results.record(values)
         record = dict(round=state.round, loss=info.get("loss"), **metrics, **totals)
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
-        recorder.evaluation(record, time.perf_counter() - began)
+        accuracy = {k: v["accuracy"] for k, v in values.items() if k != "gacc"}
+        recorder.evaluation(record, time.perf_counter() - began, accuracy)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
-        shown.update(state.round, info, log.plain(metrics), sent=log.size(sent))
+        shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
     with contextlib.closing(recorder), _stop_signals() as stop:
         values = None
         if restored is None:
+            if resolved.tensorboard:
+                _show_partition(recorder, experiment.federation)
             values = score(state, {})
-            checkpoint.save(checkpoints, 0, state.carry, config.checkpoint.keep)
+            checkpoint.save(checkpoints, 0, state.carry, resolved.keep)
         elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
             values = score(state, {})  # the record was lost
         for call in _calls(experiment, state, checkpoints, stop, progress):
-            recorder.rounds(state.round, call.info)
+            rate = call.samples / call.seconds if call.seconds else None
+            recorder.rounds(state.round, call.info, rate)
             state = call.state
             shown.trained(call)
             shown.update(state.round, call.last, {})
             values = None
             if loop.is_due(settings, state.round):
                 values = score(state, call.last)
-            checkpoint.save(
-                checkpoints, state.round, state.carry, config.checkpoint.keep
-            )
+            checkpoint.save(checkpoints, state.round, state.carry, resolved.keep)
         if values is None:  # continued after the last evaluation
             progress.stage("evaluating")
             values = experiment.evaluator.evaluate(
                 settings.seed, state.carry, state.round
             )
-        summary = _summary(config, folder, experiment, state, values, progress)
+        summary = dict(method=resolved.method, dataset=resolved.dataset)
+        summary |= _summary(folder, experiment, state, values, progress)
+        recorder.summary(summary)
     spent = dict(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
@@ -151,13 +173,23 @@ def _train(
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
-    summary = log.plain(summary | spent)
+    summary = log.jsonable(summary | spent)
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
     progress.stage("writing the report")
     report.run_report(str(folder))
     return summary
+
+
+def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
+    """Who has how much of which class, beside the events; of few clients alone."""
+    counts = federation.counts
+    if max(counts.shape) <= MANY_CLIENTS:
+        takes_part = np.arange(len(counts)) < federation.num_clients
+        names = [name.replace("$", r"\$") for name in federation.label_names]
+        figure = picture.partition_picture(counts, takes_part, names)
+        recorder.picture("partition", figure)
 
 
 def _calls(
@@ -178,10 +210,11 @@ def _calls(
             if stop() and call.state.round < experiment.settings.rounds:
                 raise Stopped(call.state.round)
     except loop.Diverged as error:
-        raise FloatingPointError(
+        error.args = (
             f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint "
-            f"is that after round {error.last_good} in {checkpoints}"
-        ) from error
+            f"is that after round {error.last_good} in {checkpoints}",
+        )
+        raise
 
 
 @contextlib.contextmanager
@@ -229,7 +262,7 @@ class _Shown:
         shown = {"loss": f"{info['loss']:.4f}"} if "loss" in info else {}
         shown |= {
             label: pages.accuracy(metrics[m])
-            for m, label in SHOWN.items()
+            for m, label in results.SHOWN.items()
             if m in metrics
         }
         if self.rate is not None:
@@ -243,19 +276,6 @@ def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | 
         experiment.algorithm, experiment.members or experiment.federation.num_trainers
     )
     return checkpoint.restore(checkpoints, template)
-
-
-def _parts_to_start_from(
-    config: ml_collections.ConfigDict, experiment: Experiment
-) -> dict[str, Any]:
-    """What another run's server lends to a fresh run, by path."""
-    if not config.start.run:
-        return {}
-    other = saved.load(config.start.run, "start.run")
-    if config.data.newcomers:
-        saved.check_newcomers(other, experiment.federation)
-    server = jax.eval_shape(experiment.algorithm.server.init, jax.random.key(0))
-    return saved.parts_to_take(other, config.start.take, server)
 
 
 def _summed_up(folder: Path) -> dict[str, Any]:
@@ -291,7 +311,6 @@ def _warn(folder: Path, round: int, values, suffix: str = "") -> None:
 
 
 def _summary(
-    config: ml_collections.ConfigDict,
     folder: Path,
     experiment: Experiment,
     state: loop.State,
@@ -300,17 +319,20 @@ def _summary(
 ) -> dict[str, Any]:
     """Sums a finished run up; writes what is known of each client."""
     rows = results.per_client(values, experiment.federation)
+    if experiment.members is not None:
+        names, of = experiment.members.names, experiment.members.family
+        for row in rows:
+            if row["client"] < len(of):
+                row["family"] = names[of[row["client"]]]
     checkpoint.write_atomically(
-        folder / workdir.CLIENTS, json.dumps(log.plain(rows), indent=1) + "\n"
+        folder / workdir.CLIENTS, json.dumps(log.jsonable(rows), indent=1) + "\n"
     )
     settings, cost = experiment.settings, experiment.cost
     summary = dict(
-        method=config.method.name,
-        dataset=config.data.name,
         rounds=settings.rounds,
         seed=settings.seed,
         unassigned=experiment.federation.unassigned,
-        **log.plain(results.record(values)),
+        **log.jsonable(results.record(values)),
         **cost._asdict(),
         **experiment.totals(settings.seed, state.round),
         plan=experiment.plan,
@@ -357,14 +379,16 @@ def main(config: ml_collections.ConfigDict, path: str) -> int:
 def outcome(summary: dict[str, Any]) -> str:
     """Returns the accuracies of a run in words: by samples, then means over clients."""
 
-    def line(suffix: str, names: Iterable[str]) -> str:
-        there = [name for name in names if name + suffix in summary]
+    def line(suffix: str, labels: Mapping[str, str]) -> str:
         return ", ".join(
-            f"{SHOWN[name]} {pages.accuracy(summary[name + suffix])}" for name in there
+            f"{label} {pages.accuracy(summary[name + suffix])}"
+            for name, label in labels.items()
+            if name + suffix in summary
         )
 
-    means = line("_mean", [name for name in SHOWN if name != "gacc"])  # one client
-    return line("", SHOWN) + (f"\nmeans over clients: {means}" if means else "")
+    several = {k: v for k, v in results.SHOWN.items() if k != "gacc"}  # one client
+    means = line("_mean", several)
+    return line("", results.SHOWN) + (f"\nmeans over clients: {means}" if means else "")
 
 
 def launch() -> None:

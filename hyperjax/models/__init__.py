@@ -4,7 +4,7 @@
 and the parameters and statistics of every normalisation, also of Flax's own modules.
 """
 
-from hyperjax.models.layers import CONV_RULES
+from hyperjax.models.convolutions import RULES as CONV_RULES
 from hyperjax.models.linen import from_linen
 from hyperjax.models.resnet import ResNet, ResNet20
 from hyperjax.models.squeezenet import SqueezeNet

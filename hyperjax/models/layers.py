@@ -1,24 +1,13 @@
-"""Layers every network shares: linear, convolution, batch normalisation, pooling.
+"""Layers every network shares: linear, convolution, batch normalisation, pooling."""
 
-XLA's derivative of a convolution is slow on the CPU inside the loops of local training
-(tens of times slower than outside a loop), so `convolve` has a derivative rule of its
-own made of ordinary forward convolutions and products, which loops do not slow down.
-"""
-
-import functools
 import math
-from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hyperjax.models.convolutions import Padding, convolve
 from hyperjax.types import Array
-
-CONV_RULES = ("auto", "xla", "scan", "patches")
-# "SAME", "VALID", or ((low, high), (low, high)) for height and width. SAME is not
-# PyTorch's padding 1 of a 3x3 kernel where the stride is 2: it pads (0, 1).
-Padding: TypeAlias = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -57,9 +46,8 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """A convolution, [B, H, W, c] -> [B, H', W', features].
 
-    `rule` is one of `CONV_RULES`; "auto" is "scan" or "patches" on the CPU, whichever
-    is faster for the kernel's shape, and "xla" elsewhere. Parameters start as PyTorch's
-    where no initialiser is given.
+    `rule` is one of `convolutions.RULES`. Parameters start as PyTorch's where no
+    initialiser is given.
     """
 
     features: int
@@ -95,8 +83,8 @@ class BatchNorm(nn.Module):
     Reference: Ioffe and Szegedy 2015, algorithms 1 and 2 (arXiv:1502.03167).
     """
 
-    momentum: float = 0.9
-    epsilon: float = 1e-5
+    momentum: float = 0.9  # what is kept at each step: PyTorch's 0.1 is the rest
+    epsilon: float = 1e-5  # PyTorch's
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
@@ -125,142 +113,50 @@ class BatchNorm(nn.Module):
         return centred * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
 
 
-def convolve(
-    x: Array, kernel: Array, stride: int, padding: Padding, rule: str
-) -> Array:
-    """Convolves [B, H, W, c] with [k, k, c, f]; the rules differ in their derivative.
-
-    "xla" leaves it to XLA; "scan" is fast inside loops on the CPU; "patches" is one
-    product with the windows of x, whose derivative is made of products and pads.
-    """
-    if rule == "auto":
-        rule = _cpu_rule(kernel) if jax.default_backend() == "cpu" else "xla"
-    if rule == "patches":
-        return patches(x, kernel.shape[0], stride, padding) @ kernel.reshape(
-            -1, kernel.shape[-1]
-        )
-    return (_scan_conv if rule == "scan" else _xla_conv)(x, kernel, stride, padding)
-
-
-def _cpu_rule(kernel: Array) -> str:
-    """The faster rule inside a loop on the CPU.
-
-    Only small windows are worth copying: HyperFedZero's extractor makes Opt.1 train 1.5
-    times faster with patches. Single layers would choose them for 5x5 kernels too
-    (`benchmarks/conv_rules.py`), but a whole LeNet is 1.6 times faster without, ResNets
-    of 8 and 20 layers 1.5 and 2 times.
-    """
-    size, _, channels, _ = kernel.shape
-    return "patches" if size <= 3 and channels < 16 else "scan"
-
-
-def _xla_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _scan_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    return _xla_conv(x, kernel, stride, padding)
-
-
-def _scan_conv_fwd(x, kernel, stride, padding):
-    return _xla_conv(x, kernel, stride, padding), (x, kernel)
-
-
-def _scan_conv_bwd(stride, padding, residuals, cotangent):
-    x, kernel = residuals
-    pads = _explicit(padding, x, kernel.shape[0], stride)
-    return (
-        _input_gradient(x, kernel, cotangent, stride, pads),
-        _kernel_gradient(x, kernel, cotangent, stride, pads),
-    )
-
-
-_scan_conv.defvjp(_scan_conv_fwd, _scan_conv_bwd)
-
-
-def _input_gradient(x, kernel, cotangent, stride, pads):
-    """A stride-1 convolution of the spread-out cotangent with the flipped kernel."""
-    size = kernel.shape[0]
-    edges = [(0, 0, 0)]
-    lengths = zip(pads, x.shape[1:3], cotangent.shape[1:3], strict=True)
-    for (low, _), length, windows in lengths:
-        spread = (windows - 1) * stride + 1
-        before = size - 1 - low
-        edges.append((before, length + size - 1 - spread - before, stride - 1))
-    zero = jnp.zeros((), cotangent.dtype)
-    spread_out = jax.lax.pad(cotangent, zero, [*edges, (0, 0, 0)])
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    # By the same rule, so that second derivatives (gradient inversion) are fast too.
-    return _scan_conv(spread_out, flipped, 1, "VALID")
-
-
-def _kernel_gradient(x, kernel, cotangent, stride, pads):
-    """One product; for stride 1 of column shifts of x with row shifts of the cotangent.
-
-    That takes k copies of each side where windows take k * k of one.
-    """
-    size, _, channels, features = kernel.shape
-    if stride > 1 or size == 1:
-        windows = patches(x, size, stride, pads).reshape(-1, size * size * channels)
-        return (windows.T @ cotangent.reshape(-1, features)).reshape(kernel.shape)
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height, width = x.shape[1], cotangent.shape[2]
-    columns = [x[:, :height, j : j + width] for j in range(size)]
-    rows = [
-        jnp.pad(cotangent, ((0, 0), (i, size - 1 - i), (0, 0), (0, 0)))
-        for i in range(size)
-    ]
-    left = jnp.concatenate(columns, -1).reshape(-1, size * channels)
-    right = jnp.concatenate(rows, -1).reshape(-1, size * features)
-    product = (left.T @ right).reshape(size, channels, size, features)
-    return product.transpose(2, 0, 1, 3)  # [column, c, row, f] -> [row, column, c, f]
-
-
-def _explicit(padding: Padding, x: Array, size: int, stride: int):
-    """Returns padding as ((low, high), (low, high)) for inputs x [B, H, W, c]."""
-    if not isinstance(padding, str):
-        return padding
-    return jax.lax.padtype_to_pads(
-        x.shape[1:3], (size, size), (stride, stride), padding
-    )
-
-
-def patches(x: Array, size: int, stride: int, padding: Padding) -> Array:
-    """Returns the windows of x: [B, H, W, c] -> [B, H', W', size * size * c]."""
-    pads = _explicit(padding, x, size, stride)
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height = (x.shape[1] - size) // stride + 1
-    width = (x.shape[2] - size) // stride + 1
-    shifts = [
-        x[
-            :,
-            i : i + (height - 1) * stride + 1 : stride,
-            j : j + (width - 1) * stride + 1 : stride,
-        ]
-        for i in range(size)
-        for j in range(size)
-    ]
-    return jnp.concatenate(shifts, axis=-1)
-
-
 def max_pool(x: Array, size: int = 2) -> Array:
     """Non-overlapping max pooling, [B, H, W, c] -> [B, H // size, W // size, c].
 
-    A maximum of strided slices: the derivative of `reduce_window` is slow on the CPU.
-    Rows and columns that do not fill a window are dropped, as "VALID" does.
+    Two maxima of views: the derivative of `reduce_window` is slow on the CPU, and that
+    of a maximum of strided slices has size^2 pads. Rows and columns that do not fill a
+    window are dropped, as "VALID" does. The gradient of a tie is shared.
     """
-    height, width = x.shape[1] // size * size, x.shape[2] // size * size
-    x = x[:, :height, :width]
-    out = x[:, ::size, ::size]
-    for i in range(size):
-        for j in range(size):
-            if i or j:
-                out = jnp.maximum(out, x[:, i::size, j::size])
-    return out
+    batch, height, width, channels = x.shape
+    height, width = height // size, width // size
+    x = x[:, : height * size, : width * size]
+    x = jnp.max(x.reshape(batch, height, size, width * size, channels), 2)
+    return jnp.max(x.reshape(batch, height, width, size, channels), 3)
+
+
+def group_norm(
+    x: Array, groups: int, scale: Array | None, bias: Array | None, epsilon: float
+) -> Array:
+    """Normalises each sample by the moments of groups of channels, [B, ..., c] -> same.
+
+    As Flax's `GroupNorm` to rounding, but in one reading of x and without an axis of
+    the few channels of a group: sums over pixels first, of channels after.
+
+    Reference: Wu and He 2018 (arXiv:1803.08494).
+    """
+    shape, channels = x.shape, x.shape[-1]
+    x = x.reshape(shape[0], -1, channels)
+    each = channels // groups
+
+    def mean(values):  # [B, c] -> the same, of each channel's group
+        of_group = values.reshape(-1, groups, each).mean(-1, keepdims=True)
+        return jnp.broadcast_to(of_group, (len(values), groups, each)).reshape(
+            values.shape
+        )
+
+    # A centre near the mean, on which the result does not depend, so that the variance
+    # as a difference of two moments does not cancel: the first pixel's.
+    centre = jax.lax.stop_gradient(mean(x[:, 0]))
+    x = x - centre[:, None]
+    first, second = mean(x.mean(1)), mean(jnp.square(x).mean(1))
+    variance = jnp.maximum(second - jnp.square(first), 0.0)
+    factor = jax.lax.rsqrt(variance + epsilon)
+    if scale is not None:
+        factor = factor * scale
+    shift = -first * factor
+    if bias is not None:
+        shift = shift + bias
+    return (x * factor[:, None] + shift[:, None]).reshape(shape)

@@ -19,16 +19,25 @@ from hyperjax.models.passes import (
     check_switches,
     passes,
 )
-from hyperjax.types import Array, Batch, ClientData, Model, Pool, PyTree, Trained
+from hyperjax.types import (
+    Array,
+    Batch,
+    ClientData,
+    Model,
+    Outputs,
+    Pool,
+    PyTree,
+    Trained,
+)
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Returns the mean of values [B] where mask [B] is 1; 0 if it is nowhere."""
+    """Returns the mean of values [B] where mask [B] is 1, []; 0 if it is nowhere."""
     return jnp.sum(jnp.where(mask > 0, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def cross_entropy(logits: Array, batch: Batch) -> Array:
-    """Returns the mean cross-entropy over the real samples of a batch, []."""
+    """Returns the mean cross-entropy of logits [B, K] over real samples, []."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
     return masked_mean(losses, batch.mask)
 
@@ -50,13 +59,13 @@ def sizes(model: Model) -> tuple[int, int]:
     """Returns the numbers of a model's classes, K, and features, L.
 
     Raises:
-      ValueError: it has no features.
+      ValueError: it has no features, outside training or in it.
     """
 
     def trial(key):
         variables = model.init(key)
-        batch = _blank(model.sample_shape)
-        return model.predict(variables, batch.x), model.features(variables, batch)
+        x = _blank(model.sample_shape).x
+        return model.predict(variables, x), model.features(variables, x)
 
     logits, features = jax.eval_shape(trial, jax.random.key(0))
     check_gives(model, "features")
@@ -64,14 +73,19 @@ def sizes(model: Model) -> tuple[int, int]:
 
 
 def check_gives(model: Model, *outputs: str) -> None:
-    """Raises ValueError unless these fields of `Trained` come out of a training pass.
+    """Refuses a model whose training pass leaves out what a method's loss will read.
 
-    A method asks here, when it is built, for what its loss is going to read.
+    Args:
+      model: looked at by abstract evaluation.
+      *outputs: fields of `Trained`, "logits" or "features".
+
+    Raises:
+      ValueError: one of them is ().
     """
 
     def trial(key, data):
         variables = model.init(key)
-        context = model.context(variables, data)
+        context = model.visit.context(variables, data)
         return model.loss(key, variables, _blank(model.sample_shape), context)[1]
 
     one = jnp.ones(model.sample_shape[-1:], jnp.float32)
@@ -98,26 +112,38 @@ def from_linen(
 ) -> Model:
     """Returns a classification `Model` of a linen module.
 
-    The module maps [B, *input_shape] float32 to logits [B, num_classes]. Collections
-    other than "params" become `variables["stats"]`. How a module is told that it
-    trains, what its layers are told of padding, and how it draws, is told in `passes`.
-    `features` is the input of the module's layer "head" (path params/head), if it has
-    one.
+    The module maps normalised images [B, *input_shape] float32 to logits
+    [B, num_classes]; those of the model are float32, as its variables are, whatever
+    the module keeps and computes in. Collections other than "params" become
+    `variables["stats"]`, floating-point or signed integers, nested as the module has
+    them: `{"batch_stats": {layer: {"mean": [c], "var": [c]}}}`. How a module is told
+    that it trains, what its layers are told of padding, and how it draws, is told in
+    `passes`.
+
+    The loss is the mean cross-entropy over the real samples of a batch, reported as
+    "loss". `Outputs.features` and `Trained.features` [B, L] are the input of the
+    module's layer "head" (path params/head), and () if it has none.
 
     Args:
       module: an instance.
       input_shape: (H, W, c), as of the images of a `Source`.
-      num_classes: how many logits it returns.
+      num_classes: K, how many logits it returns.
       frozen: paths of layers, or patterns of them, whose statistics and dropout are
         meant to stay as outside training ("BatchNorm_0", "backbone", "*/norm"), with
         all that is in them. Their parameters are trained all the same.
 
+    Returns:
+      A model that is not yet drawn: `model.init(key)` does that. `with_shape` takes a
+      shape of any length, and does not ask anew whether samples are mixed.
+
     Raises:
-      ValueError: the module does not accept the shape, does not return logits of shape
-        [B, num_classes] or cannot be trained: it needs an argument that is not known,
-        has a switch by another name than those of `SWITCHES`, has a layer that nobody
-        tells that it trains, does not keep what it keeps in one form, or mixes the
-        samples of a batch. `with_shape` does not ask anew whether it mixes them.
+      ValueError: an argument is of another form; or the module does not accept the
+        shape, has no parameters or keeps what cannot be averaged, does not return
+        logits of shape [B, num_classes], or cannot be trained: it needs an argument
+        that is not known, draws random numbers or changes what it keeps outside
+        training, has a switch by another name than those of `SWITCHES`, has a layer
+        that nobody tells that it trains, does not keep what it keeps in one form, or
+        mixes the samples of a batch. The message names the module and what it did.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"{module!r} is not an instance of a flax.linen module")
@@ -168,19 +194,18 @@ def _built(
             seen.stats, {"loss": value}, seen.logits, *seen.features[:1]
         )
 
-    model = Model(
+    def apply(variables, x):
+        seen = found.run(variables, x)
+        return Outputs(seen.logits, *seen.features[:1])
+
+    return Model(
         sample_shape=shape,
         init=found.init,
         loss=loss,
-        predict=lambda variables, x: found.run(variables, x).logits,
+        apply=apply,
         with_shape=lambda other: _built(
             module, _shape(other), num_classes, frozen, apart=True
         ),
-    )
-    if not predicted.features:
-        return model
-    return model._replace(
-        features=lambda variables, batch: found.run(variables, batch.x).features[0]
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hyperjax.types import Model, PyTree, cannot_rebuild
+from hyperjax.types import Model, PyTree, Visit, cannot_rebuild
 
 
 def get(variables: PyTree, name: str, default: Any = ()) -> PyTree:
@@ -48,15 +48,11 @@ def with_entry(
       name: of the entry.
       start: `(key, variables) -> entry`.
       deployed: `(variables, entry) -> variables` of the model that is looked at from
-        outside: its predictions, condition, features and so on.
+        outside: its outputs and what it serves by.
     """
 
-    def seen(hook):
-        def run(variables, *rest):
-            ours, entry = without(variables, name), get(variables, name)
-            return hook(deployed(ours, entry), *rest)
-
-        return run
+    def seen(variables):
+        return deployed(without(variables, name), get(variables, name))
 
     def within(hook):
         def run(variables):
@@ -75,15 +71,14 @@ def with_entry(
         "sample_shape",
         init=init,
         loss=loss,
-        predict=seen(model.predict),
-        context=lambda variables, data: model.context(without(variables, name), data),
-        condition=seen(model.condition),
-        export=seen(model.export),
-        inspect=seen(model.inspect),
+        apply=lambda variables, x: model.apply(seen(variables), x),
+        visit=Visit(
+            arrive=lambda key, v: within(partial(model.visit.arrive, key))(v),
+            enter=within(model.visit.enter),
+            context=lambda v, data: model.visit.context(without(v, name), data),
+            leave=within(model.visit.leave),
+        ),
+        serve=model.serve.seen(seen),
         # The entry may depend on the shape in ways that nobody here knows.
         with_shape=cannot_rebuild,
-        features=seen(model.features),
-        arrive=lambda key, variables: within(partial(model.arrive, key))(variables),
-        visit=within(model.visit),
-        leave=within(model.leave),
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import rng, tree
+from hyperjax import compiling, rng, tree
 from hyperjax.models import layers
 from hyperjax.types import Array, PyTree
 
@@ -296,7 +296,8 @@ def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruc
         return found.run(variables, x).logits[real], seen.logits[real], seen.stats
 
     # Ahead of time, as models are also built while something else is traced.
-    compiled = jax.jit(outputs).lower(variables, first).compile()
+    trial = jax.jit(outputs, **compiling.options(compiling.ONCE))
+    compiled = trial.lower(variables, first).compile()
     once, again = (jax.device_get(compiled(variables, x)) for x in (first, second))
     names = ("predictions", "logits", *tree.paths(once[2]))
     changed = [
@@ -404,9 +405,35 @@ def _informing(
         if mask is not None and normalises and given.get("mask") is None:
             kwargs = {**kwargs, "mask": _mask_of(layer, shown, mask)}
         args = (*(more.pop(k, v) for k, v in first.items()), *args[len(first) :])
+        if _is_plain_group_norm(layer, args, {**kwargs, **more}):
+            return _group_norm(layer, *args)
         return call(*args, **{**kwargs, **more})
 
     return intercept
+
+
+def _is_plain_group_norm(layer: nn.Module, args: tuple, kwargs: Mapping) -> bool:
+    """Whether a layer is Flax's, in float32, over all of a sample."""
+    return (
+        type(layer) is nn.GroupNorm
+        and len(args) == 1
+        and kwargs.get("mask") is None
+        and layer.reduction_axes is None
+        and layer.axis_name is None
+        and layer.dtype in (None, jnp.float32)
+        and layer.param_dtype == jnp.float32
+        and getattr(args[0], "dtype", None) == jnp.float32
+        and args[0].ndim > 1
+        and not layer.is_initializing()  # Flax checks the groups, and makes parameters
+    )
+
+
+def _group_norm(layer: nn.GroupNorm, x: Array) -> Array:
+    """What Flax's layer computes, two to four times faster inside loops on the CPU."""
+    scale = layer.get_variable("params", "scale") if layer.use_scale else None
+    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    groups = layer.num_groups or x.shape[-1] // (layer.group_size or 1)
+    return layers.group_norm(x, groups, scale, bias, layer.epsilon)
 
 
 def _trains(layer: nn.Module, given: Mapping[str, Any]) -> bool | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
-from hyperjax.types import Model, PyTree
+from hyperjax.types import Model, PyTree, Visit
 
 NAME = "personal"
 
@@ -86,14 +86,13 @@ def doubled(model: Model) -> Model:
         "sample_shape",
         init=lambda key: copied(model.init(key)),
         loss=loss,
-        arrive=lambda key, variables: copied(model.arrive(key, without(variables))),
-        visit=around(model.visit),
-        leave=around(model.leave),
-        predict=lambda variables, x: model.predict(only(variables), x),
-        context=lambda variables, data: model.context(without(variables), data),
-        condition=lambda variables, data: model.condition(only(variables), data),
-        export=lambda variables: model.export(only(variables)),
-        inspect=lambda variables, data: model.inspect(only(variables), data),
+        apply=lambda variables, x: model.apply(only(variables), x),
+        visit=Visit(
+            arrive=lambda key, v: copied(model.visit.arrive(key, without(v))),
+            enter=around(model.visit.enter),
+            context=lambda v, data: model.visit.context(without(v), data),
+            leave=around(model.visit.leave),
+        ),
+        serve=model.serve.seen(only),
         with_shape=lambda shape: doubled(model.with_shape(shape)),
-        features=lambda variables, batch: model.features(only(variables), batch),
     )

@@ -72,6 +72,9 @@ class ResNet(nn.Module):
       shortcut: where a block changes the shape: "conv", a 1x1 convolution without
         normalisation; "pad", subsampling, with zeros as the new channels.
       conv_bias: whether the convolutions have biases.
+
+    Raises:
+      ValueError: an unknown shortcut.
     """
 
     num_classes: int

@@ -66,7 +66,7 @@ class SqueezeNet(nn.Module):
             x = x[:, 0, 0]  # what `features` shows
         head = layers.Dense(
             self.num_classes,
-            nn.initializers.normal(0.01),
+            nn.initializers.normal(0.01),  # as torchvision's classifier
             nn.initializers.zeros,
             name="head",
         )
@@ -107,7 +107,7 @@ def max_pool(x: Array) -> Array:
     """Pools 3x3 windows with stride 2; those at the far edges may be cut off.
 
     Maps [B, H, W, c] to [B, H', W', c] with H' = ceil((H - 3) / 2) + 1, at least 1. A
-    maximum of strided slices, as `layers.max_pool` is.
+    maximum of strided slices: the derivative of `reduce_window` is slow on the CPU.
     """
     counts = [max((length - 2) // 2, 0) + 1 for length in x.shape[1:3]]
     pads = [

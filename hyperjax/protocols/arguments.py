@@ -105,6 +105,20 @@ def parse(
     )
 
 
+def begin(
+    experiment: str, arg: str | None, presets: Mapping[str, Any], **accepted
+) -> tuple[Arguments, common.Config]:
+    """Parses an experiment's argument; returns it with a config at all defaults.
+
+    Args:
+      experiment: its name.
+      arg, presets, **accepted: see `parse`.
+    """
+    args, config = parse(arg, presets, **accepted), common.defaults()
+    config.experiment = experiment
+    return args, config
+
+
 def _value(item: str, name: str, text: str, default: Any) -> Any:
     try:
         value = ast.literal_eval(text) if text else True
@@ -147,13 +161,13 @@ def apply(
     common.change(config, presets[args.like])
     named = {"clients": "data.num_clients", "novel": "data.num_novel"}
     given = args._asdict()
-    fields = {field: given[k] for k, field in named.items() if given[k] is not None}
-    fields["data.name"] = args.data
+    asked = {field: given[k] for k, field in named.items() if given[k] is not None}
+    asked["data.name"] = args.data
     if args.iid:
-        fields["data.partition"] = "iid"
+        asked["data.partition"] = "iid"
     if args.alpha is not None:
-        fields |= {"data.partition": "dirichlet", "data.alpha": args.alpha}
-    common.change(config, fields)
+        asked |= {"data.partition": "dirichlet", "data.alpha": args.alpha}
+    common.change(config, asked)
     traits, own = registry.traits(args.method), tuned.get(args.method, Tuned({}, ""))
     fields: dict[str, Any] = {"server.weights": traits.weights}
     if traits.base_option:

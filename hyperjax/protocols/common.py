@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.data_dir": (str, "folder of prepared TFDS sets; None: TFDS's own"),
     "data.split": ("train", "of a TFDS set: train, train+test, train[:5000], ..."),
     "data.shrink": (1, "images are averaged over squares of so many pixels"),
+    "data.resize": (0, "they are then scaled to so many pixels each way; 0: not"),
     "data.download": (False, "let TFDS download and prepare a missing set"),
     "data.seed": (-1, "of splits and partition; -1: `seed`"),
     "data.num_clients": (10, "N, take part in training"),
@@ -35,12 +36,13 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.pooled": (False, "centralised: one client has all participants' samples"),
     "data.partition": (
         "dirichlet",
-        "iid, dirichlet, pathological, class_shares, class_draws, by_client_id",
+        "iid, dirichlet, pathological, class_shares, class_draws, groups, by_client_id",
     ),
     "data.alpha": (1.0, "dirichlet: concentration; small is skewed"),
     "data.min_size": (10, "dirichlet: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
-    "data.classes_per_client": (2, "pathological, class_shares, class_draws"),
+    "data.classes_per_client": (2, "pathological, class_shares, class_draws, groups"),
+    "data.num_groups": (5, "groups: how many, of clients with the same classes"),
     "data.client_ids": (str, "by_client_id: ids.npy, or file.npz:key"),
     "data.test_fraction": (0.2, "of all samples, global test set (gACC); 0: none"),
     "data.eval_fraction": (0.2, "of its samples, held out by each client"),
@@ -89,6 +91,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.sample_level": (False, "at the end, also one classifier per input"),
     "checkpoint.keep": (2, "newest checkpoints that stay"),
     "tensorboard": (True, "write TensorBoard events"),
+    "tracker": ("", "also tell wandb or trackio, or a package with their interface"),
 }
 # Options that are functions in Python and text in a config.
 TEXTS = {"correction": ""}
@@ -154,6 +157,17 @@ def filled(config: ml_collections.ConfigDict) -> "Config":
     # References are resolved: copies would share them.
     found = Config(config.copy_and_resolve_references())
     fill(found)
+    return found
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"group.field": value} of a config, as such or as JSON has it."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            found |= {f"{name}.{k}": v for k, v in flat(value).items()}
+        else:
+            found[name] = value
     return found
 
 

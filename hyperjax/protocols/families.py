@@ -8,8 +8,8 @@ Five networks on CIFAR-10, in equal blocks of 50 clients; `--config.families` na
 others. As the code of arXiv:2507.22330 runs it: the training split alone, two classes a
 client, a quarter of each client's images held out, all clients every round one after
 another. Every client draws its classes on its own (`class_draws`): 2 on CIFAR-10, 10 on
-CIFAR-100 (`data=cifar100`), 20 on Tiny-ImageNet, 6 on EMNIST, whose images the code
-scales to 32x32 (`--config.data.shrink=2` halves 64x64). `averaged` steps once a round
+CIFAR-100 (`data=cifar100`), 20 on Tiny-ImageNet (`--config.data.shrink=2` halves its
+64x64 pixels), 6 on EMNIST; images are 32x32. `averaged` steps once a round
 for all clients; `--config.uplink='topk(fraction=0.3)'` sends 30 % of each client's
 change.
 
@@ -21,7 +21,7 @@ networks; the changes of the copies are sent whole.
 
 from typing import Any
 
-from hyperjax.protocols import arguments, common, methods
+from hyperjax.protocols import arguments, common, methods, pfedhn
 
 DEFAULT = "mh_pfedhn"
 EXTRA = dict(averaged=False)
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "cifar100": {"data.classes_per_client": 10},
     "tiny_imagenet": {"data.classes_per_client": 20},
-    "emnist": {"data.classes_per_client": 6},
+    "emnist": {"data.classes_per_client": 6, "data.resize": 32},
     "mnist5k": {},
     "digits": {
         "rounds": 20,
@@ -45,29 +45,24 @@ TUNED = methods.TUNED
 
 def get_config(arg: str = ""):
     """METHOD, data, clients, novel, iid, alpha, averaged, smoke."""
-    args = arguments.parse(
-        arg, PRESETS, method=DEFAULT, data="cifar10", other="cifar10", **EXTRA
+    args, config = arguments.begin(
+        "families",
+        arg,
+        PRESETS,
+        method=DEFAULT,
+        data="cifar10",
+        other="cifar10",
+        **EXTRA,
     )
-    config = common.defaults()
-    config.experiment = "families"
+    common.change(config, pfedhn.SETTING)
     config.families = FAMILIES
     config.rounds = 500
     config.data.update(
         num_clients=50,
-        num_novel=0,
         partition="class_draws",
-        test_fraction=0.0,
         eval_fraction=0.25,
     )
-    config.local.update(
-        epochs=1,
-        batch_size=64,
-        optimizer="sgd(momentum=0.9)",
-        learning_rate=5e-3,
-        learning_rate_decay=1.0,
-        weight_decay=5e-4,
-        clip_norm=50.0,
-    )
+    config.local.update(epochs=1, weight_decay=5e-4)
     config.evaluation.finetune_epochs = (0, 1)
     arguments.apply(config, args, PRESETS, TUNED)
     if args.more["averaged"]:

@@ -17,7 +17,7 @@ scaffold, ditto(lam=1.0), ...; HyperFedNet + FedBN is `--config.method.share_aux
 
 from typing import Any
 
-from hyperjax.protocols import arguments, common, methods
+from hyperjax.protocols import arguments, methods
 from hyperjax.protocols.methods import Tuned
 
 DEFAULT = "hyperfednet"
@@ -62,11 +62,15 @@ TUNED = {
 
 def get_config(arg: str = ""):
     """METHOD, data, clients, novel, iid, alpha, smoke."""
-    args = arguments.parse(
-        arg, PRESETS, method=DEFAULT, data="mnist5k", other="cifar10", **EXTRA
+    args, config = arguments.begin(
+        "personalised",
+        arg,
+        PRESETS,
+        method=DEFAULT,
+        data="mnist5k",
+        other="cifar10",
+        **EXTRA,
     )
-    config = common.defaults()
-    config.experiment = "personalised"
     config.rounds = 90
     config.model.name = "resnet8"
     config.data.update(

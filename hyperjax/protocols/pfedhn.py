@@ -37,19 +37,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"model.name": "mlp", "model.hidden": (32,)},
 }
 TUNED = methods.TUNED
+# What MH-pFedHN's experiment has from this one.
+SETTING: dict[str, Any] = {
+    "data.num_novel": 0,
+    "data.test_fraction": 0.0,
+    "local.batch_size": 64,
+    "local.optimizer": "sgd(momentum=0.9)",
+    "local.learning_rate": 5e-3,
+    "local.learning_rate_decay": 1.0,
+    "local.clip_norm": 50.0,
+}
 
 
 def get_config(arg: str = ""):
     """METHOD, data, clients, novel, iid, alpha, smoke."""
-    args = arguments.parse(
-        arg, PRESETS, method=DEFAULT, data="cifar10", other="mnist5k", **EXTRA
+    args, config = arguments.begin(
+        "pfedhn",
+        arg,
+        PRESETS,
+        method=DEFAULT,
+        data="cifar10",
+        other="mnist5k",
+        **EXTRA,
     )
-    config = common.defaults()
-    config.experiment = "pfedhn"
+    common.change(config, SETTING)
     config.data.update(
-        num_novel=0,
         partition="class_shares",
-        test_fraction=0.0,
         eval_fraction=1 / 6,
         validation_fraction=0.2,
         stratified=True,
@@ -57,13 +70,8 @@ def get_config(arg: str = ""):
     config.model.name = "pfedhn_cnn"
     config.local.update(
         steps=50,
-        batch_size=64,
         batches="fresh",
-        optimizer="sgd(momentum=0.9)",
-        learning_rate=5e-3,
-        learning_rate_decay=1.0,
         weight_decay=5e-5,
-        clip_norm=50.0,
     )
     visits, every = (300, 50) if args.like == "digits" else (5000, 100)
     clients = config.data.get_ref("num_clients")  # however many a flag sets

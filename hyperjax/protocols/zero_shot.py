@@ -11,7 +11,7 @@ mean nothing. `tuned` is the learning rate chosen for FedAvg itself. Expected: s
 results table of README.md.
 """
 
-from hyperjax.protocols import arguments, common, methods
+from hyperjax.protocols import arguments, methods
 from hyperjax.protocols.methods import Tuned
 
 DEFAULT = "hyperfedzero"
@@ -53,11 +53,15 @@ RATES = {"fedavg": 0.3}
 
 def get_config(arg: str = ""):
     """METHOD, data, clients, novel, iid, alpha, tuned, smoke."""
-    args = arguments.parse(
-        arg, PRESETS, method=DEFAULT, data="mnist5k", other="mnist", **EXTRA
+    args, config = arguments.begin(
+        "zero_shot",
+        arg,
+        PRESETS,
+        method=DEFAULT,
+        data="mnist5k",
+        other="mnist",
+        **EXTRA,
     )
-    config = common.defaults()
-    config.experiment = "zero_shot"
     arguments.apply(config, args, PRESETS, TUNED)
     if args.more["tuned"]:
         if args.name not in RATES:

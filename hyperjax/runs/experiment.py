@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hyperjax import compiling
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
@@ -157,6 +158,7 @@ def experiment(
         store=store,
         rounds_per_call=settings.rounds_per_call or settings.every,
         cohort_size=cohort_size,
+        compiler_level=compiling.level(),
     )
     costs = {}
     for name in families.clients(algorithm):
@@ -244,18 +246,18 @@ def make_evaluator(
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     most = max(federation.num_clients, federation.num_novel)
     clients_per_call = min(clients_per_call, most)
-    whom, unseen = populations(federation), np.zeros(0, np.int32)
+    whom, novel = populations(federation), np.zeros(0, np.int32)
     if members is not None:
         # The global test set belongs to no family.
         whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
         parts = np.array_split(np.arange(federation.num_novel), len(members.names))
-        unseen = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
+        novel = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
     return evaluate.evaluator(
         algorithm,
         federation.pool,
         whom,
         members=members,
-        unseen=unseen,
+        novel=novel,
         source_prior=federation.source_prior,
         tuned=tuned_populations(federation),
         batch_size=batch_size,

@@ -11,6 +11,7 @@ from hyperjax.engine.evaluate import summarise
 NOT_FINITE = "_not_finite"  # how many clients have no accuracy; missing if none
 VARIANTS = ("em", "oracle", "swapped")
 PREFIXES = ("pacc", "vacc", "zacc", "gacc")
+SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}  # while a run goes on
 
 Values = Mapping[str, np.ndarray]
 
@@ -20,7 +21,7 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
 
     Args:
       values: per-client values by metric ("pacc": participants, "vacc": their
-        validation samples, "zacc": unseen clients, "gacc": the global test set), from
+        validation samples, "zacc": novel clients, "gacc": the global test set), from
         `Evaluator.evaluate`; what a federation does not have is missing.
 
     Returns:
@@ -106,7 +107,7 @@ def collapse(clients: Values) -> float:
 def per_client(
     values: Mapping[str, Values], federation: Federation
 ) -> list[dict[str, Any]]:
-    """Returns one record per participating and per unseen client, if evaluated."""
+    """Returns one record per participating and per novel client, if evaluated."""
     rows = []
     for metric, participating in (("pacc", True), ("zacc", False)):
         clients = values.get(metric, {})

@@ -1,6 +1,5 @@
 """A run as an object: train, score, serve, go on, save; for notebooks and scripts."""
 
-import inspect
 import json
 import logging
 import math
@@ -14,21 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperjax import calls, channels, models, registry
+from hyperjax import registry
 from hyperjax.data import clients, sources
 from hyperjax.data.federation import Federation
-from hyperjax.engine import checkpoint, comm, families, log, schedule
+from hyperjax.engine import checkpoint, log, schedule, scoring
 from hyperjax.engine.deploy import Deployed
-from hyperjax.engine.progress import Progress
-from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.engine.progress import Progress, Silent
+from hyperjax.errors import check_at_least, first_line
 from hyperjax.runs import loop, results
-from hyperjax.runs.experiment import Experiment, Settings, blocks, experiment
+from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.runs.loop import State
+from hyperjax.runs.recipe import Recipe
 from hyperjax.training import Local, Phase
-from hyperjax.types import Algorithm, ClientData, Model
+from hyperjax.types import Algorithm, ClientData
 
 RECIPE, ABOUT, CHECKPOINTS = "run.pkl", "run.json", "checkpoints"
-SHOWN = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC"}
 
 
 def run(
@@ -137,114 +136,6 @@ def run(
     return fresh.resume(rounds, progress=progress)
 
 
-class Recipe(NamedTuple):
-    """What an experiment is made of, as it was given: this is what can be saved."""
-
-    method: str | Algorithm | Callable[..., Algorithm]
-    network: Any
-    data: Federation
-    local: Local
-    server_opt: optax.GradientTransformation | None
-    uplink: str
-    settings: Settings
-    options: dict[str, Any]
-    engine: dict[str, Any]
-
-    def build(self) -> Experiment:
-        """Makes it."""
-        if isinstance(self.method, Algorithm):
-            algorithm = self.method
-        else:
-            algorithm = _algorithm(
-                self.method,
-                self.network,
-                self.data,
-                self.local,
-                self.server_opt,
-                self.settings.rounds,
-                dict(self.options),
-            )
-        if self.uplink:
-            algorithm = through_channel(algorithm, self.uplink)
-        return experiment(self.data, algorithm, self.settings, **self.engine)
-
-
-def _function(method: Any) -> Any:
-    return registry.find(method) if isinstance(method, str) else method
-
-
-def _algorithm(
-    method: str | Callable[..., Algorithm],
-    network: Any,
-    data: Federation,
-    local: Local,
-    server_opt: optax.GradientTransformation | None,
-    rounds: int,
-    options: dict[str, Any],
-) -> Algorithm:
-    """Builds a method around networks for a federation."""
-    function = _function(method)
-    takes = inspect.signature(function).parameters
-    several = registry.families(function) == "several"
-    networks = _networks(network, data)
-    if isinstance(networks, Model) and several:
-        networks = {"network": networks}
-    supplied: dict[str, Any] = dict(
-        num_clients=data.num_trainers, num_rounds=rounds, server_opt=server_opt
-    )
-    if isinstance(networks, dict):
-        if "family_sizes" not in takes:
-            raise ValueError(
-                f"network: {getattr(function, '__name__', method)} needs one network "
-                f"for all clients, and {len(networks)} are given"
-            )
-        members = blocks(networks, data.num_clients)
-        supplied["family_sizes"] = {k: len(ids) for k, ids in members.items()}
-    if server_opt is not None and "server_opt" not in takes:
-        raise ValueError("server_opt: the server of this method has no optimizer")
-    known = registry.options(function)
-    for option in options:
-        if option not in takes:
-            check_choice("option", option, known)
-    options |= {k: v for k, v in supplied.items() if k in takes and v is not None}
-    return calls.call("method", function, networks, local=local, **options)
-
-
-def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
-    """Returns a model for the federation's images, or several by name."""
-    if isinstance(network, Mapping):
-        found = {str(name): _networks(one, data) for name, one in network.items()}
-        return {name: one for name, one in found.items() if isinstance(one, Model)}
-    if isinstance(network, (list, tuple)) and not isinstance(network, Model):
-        names = [n if isinstance(n, str) else type(n).__name__ for n in network]
-        pairs = enumerate(zip(names, network, strict=True))
-        return _networks({f"{i:02d}_{name}": one for i, (name, one) in pairs}, data)
-    if isinstance(network, Model):
-        return network
-    shape, num_classes = data.pool.x.shape[1:], data.num_classes
-    if isinstance(network, str):
-        check_choice("network", network, models.ZOO)
-        network = models.ZOO[network](num_classes)
-    if network is None:
-        raise ValueError(
-            "network: give a linen module, a hyperjax.Model or the name of a network: "
-            f"{', '.join(models.ZOO)}"
-        )
-    return models.from_linen(network, shape, num_classes)
-
-
-def through_channel(algorithm: Algorithm, text: str) -> Algorithm:
-    """Sends a method's uplink through a channel such as "topk(fraction=0.3)"."""
-    name, options = calls.parse("uplink", text)
-    check_choice("uplink", name, channels.CHANNELS)
-    channel = calls.call("uplink", channels.CHANNELS[name], **options)
-
-    def uplink(family: str):
-        return comm.describe(families.view(algorithm, family)).uplink
-
-    return channels.with_uplink(algorithm, channel, uplink)
-
-
 class Run(NamedTuple):
     """A method that was trained on a federation, as far as it has come.
 
@@ -264,12 +155,10 @@ class Run(NamedTuple):
         shown = [
             f"{label} {record[metric]:.2f}"
             for record in best
-            for metric, label in SHOWN.items()
+            for metric, label in results.SHOWN.items()
             if record.get(metric) is not None
         ]
-        who = f"{data.num_clients} clients"
-        who += f" + {data.num_novel} unseen" if data.num_novel else ""
-        parts = [self.name, who, f"round {self.state.round}", *shown]
+        parts = [self.name, data.who, f"round {self.state.round}", *shown]
         return f"Run({', '.join(parts)})"
 
     # Training ------------------------------------------------------------------------
@@ -291,7 +180,7 @@ class Run(NamedTuple):
             )
         settings = self.experiment.settings._replace(rounds=rounds)
         current = self._replace(experiment=self.experiment._replace(settings=settings))
-        with Progress(self.name, rounds) if progress else _Silent() as shown:
+        with Progress(self.name, rounds) if progress else Silent() as shown:
             for part in (current.experiment.simulator, current.experiment.evaluator):
                 part.program.watcher = shown.compiling
             try:
@@ -320,10 +209,10 @@ class Run(NamedTuple):
         record |= results.record(values)
         record |= self.experiment.totals(seed, round)
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
-        record = log.plain(record)
+        record = log.jsonable(record)
         words = {
             label: f"{record[metric]:.2f}"
-            for metric, label in SHOWN.items()
+            for metric, label in results.SHOWN.items()
             if record.get(metric) is not None
         }
         shown.update(round, words)
@@ -402,8 +291,8 @@ class Run(NamedTuple):
         own = pool._replace(x=jnp.asarray(images), y=labels)
         rows = jnp.arange(len(images), dtype=jnp.int32)[None]
         inputs = ClientData(rows, jnp.array([len(images)], jnp.int32), own)
-        logits = np.asarray(self._deploy(client, inputs).logits)
-        if not np.isfinite(logits).any(-1).all() or np.isnan(logits).any():
+        logits = self._deploy(client, inputs).logits
+        if not np.all(scoring.usable(logits)):
             raise FloatingPointError("the network's outputs for x are not finite")
         return np.asarray(jax.nn.softmax(logits))
 
@@ -513,18 +402,3 @@ def load_saved(path: str | Path) -> Run:
     state = State(restored.round, built.simulator.load(restored.carry))
     records = tuple(log.read_lines(folder / log.METRICS))
     return Run(name, recipe, built, state, records)
-
-
-class _Silent:
-    """Progress that shows nothing."""
-
-    def compiling(self, program: str | None) -> None: ...
-
-    def __enter__(self) -> "_Silent":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def stage(self, what: str) -> None: ...
-
-    def update(self, done: int, values: Mapping[str, str]) -> None: ...

@@ -5,7 +5,7 @@ once and then take turns. Index tables are padded to one width, which changes no
 a run has the same states in a group as alone, bit for bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -33,26 +33,23 @@ def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     """Returns what runs of one program have in common: fields and their values."""
     free = {*FREE, *fields.arguments(config)}
     return tuple(
-        sorted((k, repr(v)) for k, v in fields.flat(config).items() if k not in free)
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in free)
     )
 
 
-def builder(
-    configs: Sequence[ml_collections.ConfigDict],
-) -> Callable[..., Experiment]:
-    """Returns `build.build` for configs with one key, with programs in common.
+def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment]:
+    """Builds the experiments of configs with one key, with programs in common.
 
-    The data set is read once and on the device once. What is built is compiled when the
-    first of the runs is at work.
+    What is read of the data is read once, and is on the device once.
 
     Raises:
       ValueError and others: as `build.build`; or the keys differ.
     """
     configs = [common.filled(config) for config in configs]
+    _check_alike(configs)
     for config in configs:
         build.check(config)
-    _check_alike(configs)
-    names = [fields.flat(config) for config in configs]
+        build.warn_of_the_end(config)
     source = build.load_source(configs[0].data)
     dealt: list[Federation] = []
     for config in configs:
@@ -61,30 +58,15 @@ def builder(
             shared = dict(x=dealt[0].pool.x, y=dealt[0].pool.y)
             one = one._replace(pool=one.pool._replace(**shared))
         dealt.append(one)
-    first: list[Experiment] = []
-
-    def build_one(
-        config: ml_collections.ConfigDict, store_dir: str | None = None
-    ) -> Experiment:
-        build.warn_of_the_end(config)
-        one = dealt[names.index(fields.flat(common.filled(config)))]
-        found = build.assemble(
-            config,
-            one,
-            store_dir,
-            like=first[0] if first else None,
-            widths=_widths(config, one, dealt),
-        )
-        first.append(found)
-        return found
-
-    return build_one
-
-
-def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment]:
-    """Builds the experiments of configs with one key, see `builder`."""
-    build_one = builder(configs)
-    return [build_one(config) for config in configs]
+    found: list[Experiment] = []
+    for config, one in zip(configs, dealt, strict=True):
+        # With the same numbers the method is the same too.
+        numbers = fields.arguments(config)
+        alike = (e for e in found if e.hyper and e.hyper.values == numbers)
+        like = next(alike, found[0] if found else None)
+        widths = _widths(config, one, dealt)
+        found.append(build.assemble(config, one, like=like, widths=widths))
+    return found
 
 
 def _check_alike(configs: Sequence[ml_collections.ConfigDict]) -> None:

@@ -18,7 +18,8 @@ import pandas as pd
 
 from hyperjax.launch import finished
 from hyperjax.launch.finished import Run
-from hyperjax.launch.workdir import flatten
+from hyperjax.protocols import common
+from hyperjax.sweeps.points import SEEDS
 
 Folders = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -53,8 +54,10 @@ def table(folders: Folders, fields: Sequence[str] = ()) -> pd.DataFrame:
       ValueError: a file of a run is damaged.
 
     Example:
-      >>> table = hyperjax.table("runs/sweep")  # doctest: +SKIP
-      >>> table[table.metric == "pacc"].groupby("round").value.mean()  # doctest: +SKIP
+      Mean pACC by round, over all points of a sweep::
+
+        table = hyperjax.table("runs/sweep")
+        table[table.metric == "pacc"].groupby("round").value.mean()
     """
     return table_of(points(folders, fields))
 
@@ -91,11 +94,11 @@ def points(
     found = finished.find([Path(folder) for folder in folders])
     runs = [finished.read(str(folder)) for folder in found]
     configs = [run.about.get("config", {}) for run in runs]
-    flat = [flatten(config) for config in configs]
-    chosen = [field for field in fields if field not in ("seed", "method.name")]
+    flat = [common.flat(config) for config in configs]
+    chosen = [field for field in fields if field not in (*SEEDS, "method.name")]
     if not fields:
         chosen = [f for f, v in differing(configs).items() if _beside_method(flat, v)]
-        chosen = [field for field in chosen if field != "seed"]
+        chosen = [field for field in chosen if field not in SEEDS]
     heads = [
         {
             "point": name,
@@ -125,7 +128,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     Returns:
       {"group.field": a value for each run, None where it has none of it}.
     """
-    flat = [flatten(config) for config in configs]
+    flat = [common.flat(config) for config in configs]
     found = {}
     for field in dict.fromkeys(field for config in flat for field in config):
         if field in ("method.name", "experiment") or _ANYWHERE.fullmatch(field):
@@ -158,14 +161,11 @@ def clients_of(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
     return _joined(found, _by_client, columns)
 
 
-def last(long: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per point with the newest value of every metric as a column."""
-    about = long.columns[: list(long.columns).index("round")]
-    known = long.dropna(subset=["value"])
-    newest = known.groupby(["point", "metric"], sort=False)["value"].last()
-    heads = long.drop_duplicates("point").set_index("point")[list(about[1:])]
-    wide = heads.join(newest.unstack("metric"))
-    return wide.reset_index()
+def last(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
+    """Returns a row per point, with the newest value of every metric as a column."""
+    heads = pd.DataFrame([head for head, _ in found])
+    known = table_of(found).groupby(["point", "metric"], sort=False)["value"].last()
+    return heads.join(known.unstack("metric"), on="point")
 
 
 def _joined(found, rows_of, columns: list[str]) -> pd.DataFrame:
@@ -189,8 +189,8 @@ def _by_round(run: Run) -> pd.DataFrame:
         rounds.setdefault(row["round"], {}).update(row)
     rows = [rounds[t] for t in sorted(rounds)]
     for row in rows:
-        ways = [row.get(f"{way}_bytes_total") for way in ("up", "down")]
-        row["bytes"] = None if None in ways else sum(ways)
+        up, down = (row.get(f"{way}_bytes_total") for way in ("up", "down"))
+        row["bytes"] = None if up is None or down is None else up + down
     if rows:
         rows[-1] = {**_final(run), **rows[-1]}
     wide = pd.DataFrame(rows, columns=list(_numeric(rows)))
@@ -209,17 +209,16 @@ def _final(run: Run) -> dict[str, Any]:
     found = {k: v for k, v in run.summary.items() if k not in _NO_SCORES}
     # The whole run's, and not those of the last round.
     found["run_seconds"] = found.pop("seconds", None)
-    ways = ("up", "down")
-    numbers_, bytes_ = (
-        [run.summary.get(f"{way}_{unit}") for way in ways]
-        for unit in ("numbers", "bytes")
-    )
+    kinds = ("numbers", "bytes")
+    sent: dict[str, list[Any]]
+    sent = {k: [run.summary.get(f"{way}_{k}") for way in ("up", "down")] for k in kinds}
+    known = None not in (*sent["numbers"], *sent["bytes"])
     for reach in run.summary.get("reach", ()):
         name = f"{reach['threshold']:g}"
         found[f"numbers_to_{name}"] = reach["cost"]
-        if None not in (*numbers_, *bytes_) and sum(numbers_):
-            share = sum(bytes_) / sum(numbers_)
-            found[f"bytes_to_{name}"] = reach["cost"] * share
+        if known and any(sent["numbers"]):
+            per_number: Any = sum(sent["bytes"]) / sum(sent["numbers"])
+            found[f"bytes_to_{name}"] = reach["cost"] * per_number
     return found
 
 

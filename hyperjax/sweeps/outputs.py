@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hyperjax.engine.checkpoint import write_atomically
-from hyperjax.sweeps import long, tables
+from hyperjax.sweeps import comparison, figures, tables
 
 POINTS, CLIENTS = "points.csv", "clients.csv"
+FIGURES, PAGE = "figures", "report.html"
 
 
 def write(
@@ -32,31 +33,35 @@ def write(
       paper: published values, {label of a group: {metric: value}}.
 
     Returns:
-      The files: points.csv, clients.csv, table.md, table.tex and table.csv.
+      The files: points.csv, clients.csv, table.md, table.tex,
+      table.csv, figures/*.{pdf,svg,png} and report.html.
 
     Raises:
       FileNotFoundError: there is no run.
       ValueError: a run is damaged, or `baseline` or `paper` name no group.
     """
-    points = long.points(list(runs), fields)
-    table, clients = long.table_of(points), long.clients_of(points)
-    wide = long.last(table)
-    by = [name for name in points[0][0] if name not in ("point", "seed", "finished")]
-    try:
-        found = tables.content(wide, clients, by, baseline, paper)
-    except ValueError:
-        if not live:
-            raise
-        found = tables.content(wide, clients, by)
+    results = comparison.read(runs, fields, baseline, paper, live)
     texts = {
-        POINTS: table.to_csv(index=False),
-        CLIENTS: clients.to_csv(index=False),
-        "table.md": tables.markdown(found),
-        "table.tex": tables.latex(found),
-        "table.csv": tables.frame(found).to_csv(index=False),
+        POINTS: results.table.to_csv(index=False),
+        CLIENTS: results.clients.to_csv(index=False),
+        "table.md": tables.markdown(results.content),
+        "table.tex": tables.latex(results.content),
+        "table.csv": tables.frame(results.content).to_csv(index=False),
     }
     written = []
     for name, text in texts.items():
         write_atomically(folder / name, text)
         written.append(folder / name)
-    return written
+    if not live:
+        (folder / FIGURES).mkdir(exist_ok=True)
+        for name, figure in figures.all_of(*results[1:5]):
+            for form in figures.FORMATS:
+                path = folder / FIGURES / f"{name}.{form}"
+                part = path.with_name(f".{path.name}.part")
+                part.write_bytes(figures.rendered(figure, form))
+                part.replace(path)
+                written.append(path)
+    # Last, with links to what is there.
+    page = comparison.page(results, folder / PAGE, folder.resolve().name, live)
+    write_atomically(folder / PAGE, page)
+    return [*written, folder / PAGE]

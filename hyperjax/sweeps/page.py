@@ -1,23 +1,44 @@
 """The page of a sweep that is running: what each point is at, and its accuracies."""
 
 import json
+import time
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.launch import pages, workdir
-from hyperjax.launch.train import SHOWN
+from hyperjax.runs.results import SHOWN
+from hyperjax.sweeps.live import Shown
+from hyperjax.sweeps.record import ENDED, Record
 
 PAGE = "report.html"
 _RELOADED = "<script>setTimeout(()=>location.reload(),15000)</script>"
 
 
-def write(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
-    """Writes `report.html`, which loads itself anew as long as the sweep runs.
+class Page:
+    """Writes `report.html` again and again, as often as costs little."""
+
+    SHARE = 0.05  # of the time, at most
+
+    def __init__(self, record: Record, show: Shown):
+        self._record, self._show = record, show
+        self._next = 0.0
+        self.write()
+
+    def write(self, last: bool = False) -> None:
+        """Writes it if it is time, or for the last time."""
+        began = time.monotonic()
+        if last or began >= self._next:
+            with self._record.change() as found:  # one process at a time
+                draw(self._record.folder, found, self._show.left())
+            now = time.monotonic()
+            self._next = now + (now - began) / self.SHARE
+
+
+def draw(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
+    """Writes the page, which loads itself anew as long as the sweep runs.
 
     Args:
       folder: of the sweep.
@@ -30,30 +51,28 @@ def write(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)
     )
     rest = f"; about {left} left" if left else ""
-    fields = list(dict.fromkeys(field for e in entries for field in e["fields"]))
-    rows = [_row(folder, entry, fields) for entry in entries]
-    table = pages.table(("run", *fields, "status", *SHOWN.values()), rows)
+    rows = [_row(folder, entry) for entry in entries]
+    headings = ("run", "status", *(f"{name} %" for name in SHOWN.values()))
     body = [
-        f"<header><h1>{escape(folder.name)}</h1>",
-        f'<p class="muted">{len(entries)} runs: {counts}{rest}</p></header>',
-        f'<div class="scroll">{table}</div>',
-        f"<p><code>{escape(found['command'])}</code></p>",
-        _RELOADED,
+        pages.header(folder.name, f"{len(entries)} runs: {counts}{rest}"),
+        pages.tabular("runs", headings, rows),
+        *(
+            pages.text(f"{entry['name']}: {entry['message']}", note=True)
+            for entry in entries
+            if entry["message"]
+        ),
+        pages.command(found["command"]),
+        "" if set(statuses) <= set(ENDED) else _RELOADED,
     ]
     write_atomically(folder / PAGE, pages.page(folder.name, body))
 
 
-def _row(folder: Path, entry: Mapping[str, Any], fields: list[str]) -> list[object]:
-    name = escape(entry["name"])
+def _row(folder: Path, entry: Mapping[str, Any]) -> list[object]:
+    name: object = entry["name"]
     if (folder / entry["name"] / workdir.REPORT).exists():
-        link = quote(f"{entry['name']}/{workdir.REPORT}")
-        name = f'<a href="{link}">{name}</a>'
-    values = [entry["fields"].get(field) for field in fields]
-    # As text: a seed is no number to add up or to round.
-    texts = [None if value is None else str(value) for value in values]
-    status = f"{entry['status']}: {entry['message']}".removesuffix(": ")
+        name = pages.link(f"{entry['name']}/{workdir.REPORT}", entry["name"])
     scores = _scores(folder / entry["name"])
-    return [pages.Html(name), *texts, status, *(scores.get(name) for name in SHOWN)]
+    return [name, entry["status"], *(scores.get(k) for k in SHOWN)]
 
 
 def _scores(folder: Path) -> Mapping[str, Any]:

@@ -20,7 +20,8 @@ import ml_collections
 
 from hyperjax import protocols
 from hyperjax.errors import check_choice, first_line
-from hyperjax.launch import build, cli, fields, workdir
+from hyperjax.launch import build, cli, origin
+from hyperjax.protocols import common
 
 Texts = Mapping[str, str]  # {"data.alpha": "0.1"}: what a point changes, as typed
 
@@ -240,13 +241,13 @@ def resolve(
     seen: dict[str, Texts] = {}
     for texts in grid:
         config = read(path, arguments, {**texts, **(more or {})})
-        content = json.dumps(workdir.as_json(config), sort_keys=True)
+        content = json.dumps(origin.as_json(config), sort_keys=True)
         if content in seen:
             raise ValueError(
                 f"two points are one run: {shown(seen[content])}; and {shown(texts)}"
             )
         seen[content] = texts
-        flat = fields.flat(config)
+        flat = common.flat(config)
         # A variant is no method's name: what was asked for is the variant.
         changes.append(
             {k: text if k.endswith(".name") else flat[k] for k, text in texts.items()}

@@ -10,11 +10,12 @@ from typing import Any
 import ml_collections
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import outputs, workdir
+from hyperjax.launch import finished, origin, outputs, workdir
+from hyperjax.protocols import common
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import Point
 
-FILE, LOCK = "sweep.json", ".sweep.lock"
+FILE, LOCK = finished.SWEEP, ".sweep.lock"
 FORMAT = 1
 WAITING, RUNNING = "waiting", "running"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -22,7 +23,7 @@ ENDED = (FINISHED, DIVERGED, FAILED)
 _AGAIN = "remove it: the command that made the sweep writes it anew"
 # Fields that a sweep may go on with other values of, as its runs may.
 _FREE = re.compile(
-    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard"
+    r"rounds|data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 
 
@@ -104,12 +105,10 @@ def check_base(record: Record, path: str, arguments: Sequence[str]) -> None:
     first = record.read().get("first")
     if first is None:
         return
-    texts = {
-        k: points.as_text(workdir.as_tuples(v)) for k, v in first["fields"].items()
-    }
+    texts = {k: points.as_text(origin.as_tuples(v)) for k, v in first["fields"].items()}
     config = points.read(path, arguments, texts)
-    there = workdir.flatten(first["config"])
-    now = workdir.flatten(workdir.as_json(config))
+    there = common.flat(first["config"])
+    now = common.flat(origin.as_json(config))
     for field in sorted(there.keys() | now.keys()):
         if not _FREE.fullmatch(field) and there.get(field) != now.get(field):
             raise ValueError(
@@ -120,14 +119,15 @@ def check_base(record: Record, path: str, arguments: Sequence[str]) -> None:
 
 
 def check_runs(record: Record, given: Sequence[Point]) -> None:
-    """Refuses to go on with runs that would become others, see `workdir.compare`.
+    """Refuses to go on with runs that would become others, see `origin.compare`.
 
     Raises:
       ValueError: naming the run and the fields.
     """
     for point in given:
         if (record.folder / point.name / workdir.CONFIG).exists():
-            workdir.compare(record.folder / point.name, point.config)
+            config = origin.as_json(common.filled(point.config))
+            origin.compare(record.folder / point.name, config)
 
 
 def begin(
@@ -151,10 +151,10 @@ def begin(
         found.update(
             format=FORMAT,
             **about,
-            commit=workdir.commit(),
-            versions={name: workdir.version(name) for name in workdir.PACKAGES},
+            commit=origin.commit(),
+            versions={name: origin.version(name) for name in origin.PACKAGES},
         )
-        config = workdir.as_json(first)
+        config = origin.as_json(first)
         found.setdefault("first", dict(fields=given[0].fields, config=config))
         for kind, members in (("points", given), ("trials", trials)):
             entries = found.setdefault(kind, [])

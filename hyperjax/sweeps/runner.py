@@ -1,21 +1,24 @@
 """Runs the points of a sweep, one after another; what fails does not end the rest."""
 
 import contextlib
+import functools
+import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import ml_collections
+import jax
 from absl import logging
 
 from hyperjax.data import sources
-from hyperjax.errors import check_choice
 from hyperjax.launch import build, train, workdir
-from hyperjax.launch.fields import flat
+from hyperjax.protocols.common import flat
+from hyperjax.runs.experiment import Experiment
+from hyperjax.sweeps import group
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
-from hyperjax.sweeps.points import Point, as_text, shown
+from hyperjax.sweeps.points import SEEDS, Point, shown
 from hyperjax.sweeps.record import Record
 
 Item = TypeVar("Item")
@@ -30,7 +33,8 @@ def check(points: Sequence[Point]) -> None:
     read: dict[str, sources.Source] = {}
     for point in points:
         config = point.config
-        data = str([config.data[k] for k in ("name", "data_dir", "split", "shrink")])
+        where = ("name", "data_dir", "split", "shrink", "resize")
+        data = str([config.data[k] for k in where])
         try:
             if data not in read:
                 read[data] = build.load_source(config.data)
@@ -41,34 +45,31 @@ def check(points: Sequence[Point]) -> None:
 
 
 def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
-    """Raises ValueError unless some points have --baseline=field=value, and not all."""
+    """Raises ValueError unless some points are those that --baseline names."""
     if baseline is None:
         return
-    field, _, text = baseline.partition("=")
-    there = [as_text(p.fields[field]) for p in points if field in p.fields]
-    if not there:
-        swept = ", ".join(dict.fromkeys(f for p in points for f in p.fields))
-        raise ValueError(f"--baseline={baseline}: {field!r} is not swept; {swept} are")
-    check_choice(f"--baseline={field}", text, dict.fromkeys(there))
+    from hyperjax.sweeps import statistics  # which takes long to import
+
+    swept = dict.fromkeys(f for p in points for f in p.fields if f not in SEEDS)
+    fields = [field for field in swept if field != "method.name"]
+    groups = []
+    for point in points:
+        values = {field: flat(point.config).get(field) for field in fields}
+        groups.append({"method": point.config.method.name, **values})
+    statistics.parse_baseline(baseline, groups)
 
 
 def grouped(points: Sequence[Point]) -> list[list[Point]]:
     """Returns the points by program, in the order in which these are met first."""
     found: dict[Hashable, list[Point]] = {}
     for point in points:
-        found.setdefault(program(point.config), []).append(point)
+        found.setdefault(group.key(point.config), []).append(point)
     return list(found.values())
 
 
 def ordered(points: Sequence[Point]) -> list[Point]:
     """Returns the points so that those of one program are neighbours."""
     return [point for group in grouped(points) for point in group]
-
-
-def program(config: ml_collections.ConfigDict) -> Hashable:
-    """Returns what is the same of runs that can share a compiled program."""
-    free = ("seed", "data.seed")
-    return tuple((k, repr(v)) for k, v in flat(config).items() if k not in free)
 
 
 def part(items: Sequence[Item], index: str | None) -> list[Item]:
@@ -114,10 +115,40 @@ def run(
     """
     found = {}
     with _stops_at_once():
-        for point in points:
-            found[point.name] = _one(record, point, show, run_one)
-            each()
+        for members in grouped(points):
+            built = _built(record, members, show)
+            for point in members:
+                once = functools.partial(
+                    run_one, experiment=built.pop(point.name, None), show=show.point
+                )
+                found[point.name] = _one(record, point, show, once)
+                each()
+            del built, once
+            _drop_programs()
     return found
+
+
+def _built(
+    record: Record, members: Sequence[Point], show: Shown
+) -> dict[str, Experiment]:
+    """Builds runs of one program together; {} if each is to be built by itself."""
+    left = [
+        point
+        for point in members
+        if not (record.folder / point.name / workdir.SUMMARY).exists()
+        and record.entry(point.name)["status"] != records.DIVERGED
+    ]
+    configs = [point.config for point in left]
+    if len(left) < 2 or configs[0].engine.memory_map:  # files lie in a run's folder
+        return {}
+    with show.point(left[0].name, configs[0].rounds) as progress:
+        progress.stage(f"building {len(left)} runs of one program")
+        try:
+            found = group.experiments(configs)
+        except Exception:  # each then says what is wrong with it
+            logging.debug("building a group", exc_info=True)
+            return {}
+    return dict(zip((point.name for point in left), found, strict=True))
 
 
 def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
@@ -132,7 +163,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     record.set_status(point.name, records.RUNNING)
     status, message = records.FINISHED, ""
     try:
-        summary = run_one(point.config, str(folder), point.name, show=show.point)
+        summary = run_one(point.config, str(folder), point.name)
     except train.Stopped:
         raise
     except workdir.InUse:
@@ -156,6 +187,17 @@ def _said(status: str, message: str) -> str:
 
 def _accuracies(summary: dict[str, Any]) -> str:
     return train.outcome(summary).splitlines()[0]
+
+
+def _drop_programs() -> None:
+    """Drops compiled programs before they are too many.
+
+    A process may have 65,530 memory maps, and every program takes a few.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as maps:
+        if sum(1 for _ in maps) > 40_000:
+            jax.clear_caches()
+            gc.collect()
 
 
 @contextlib.contextmanager

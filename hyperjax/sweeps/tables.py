@@ -16,7 +16,7 @@ _TUNED = re.compile(r"([pz]acc)_ft(\d+)")
 # Beside the accuracies, in the CSV file: means and deviations alone.
 _FURTHER = re.compile(
     r"([gpz]acc)_(mean|std|p10|em|oracle|swapped|distance|sample|ft\d+_mean)"
-    r"|collapse_\w+|loss|flops"
+    r"|collapse_\w+|loss"
 )
 NOTHING = "–"
 _VERDICTS = {"better": "↑", "worse": "↓", "level": "=", None: ""}
@@ -131,7 +131,7 @@ def label(group: Mapping[str, Any]) -> str:
     """
     parts = [str(group.get("method", ""))]
     parts += [
-        f"{short(field, list(group))}={_setting(value)}"
+        f"{short(field, list(group))}={setting(value)}"
         for field, value in group.items()
         if field != "method" and value is not None
     ]
@@ -190,7 +190,7 @@ def _heads(found: Content) -> tuple[list[str], list[list[str]]]:
     """Columns that tell the groups apart."""
     fields = [name for name in found.by if name != "method"]
     rows = [
-        [str(r["group"]["method"]), *(_setting(r["group"][f]) for f in fields)]
+        [str(r["group"]["method"]), *(setting(r["group"][f]) for f in fields)]
         for r in found.records
     ]
     return ["method", *(short(field, fields) for field in fields)], rows
@@ -204,8 +204,8 @@ def _results(found: Content) -> Part:
         headings.append(heading)
         for row, cell in zip(rows, cells, strict=True):
             row.append(cell)
-        for row, mark in zip(bold, marks or [False] * len(rows), strict=True):
-            row.append(mark)
+        for line, mark in zip(bold, marks or [False] * len(rows), strict=True):
+            line.append(mark)
 
     records = found.records
     add("n", [_count(record) for record in records])
@@ -227,7 +227,7 @@ def _results(found: Content) -> Part:
         "n: finished runs. Accuracies: mean ± sample deviation over seeds (n - 1), "
         "none for one seed."
     ]
-    if found.baseline is not None:
+    if any(map(any, bold)):
         said.append(
             "Bold: the best of those with one baseline, where the paired test says so."
         )
@@ -368,7 +368,6 @@ def _costs(
     if set(ways) <= set(done):
         done["bytes_total"] = done[ways].sum(axis=1, min_count=2)
     columns["bytes in all"] = ("bytes_total", log.size)
-    columns["FLOPs a round"] = ("flops", "{:.3g}".format)
     columns["seconds"] = ("run_seconds", "{:,.1f}".format)
     columns["of it compiling"] = ("compile_seconds", "{:,.1f}".format)
     found = []
@@ -376,8 +375,8 @@ def _costs(
         own = statistics.members(done, group)
         row = {}
         for heading, (name, as_text) in columns.items():
-            values = own[name].dropna() if name in own else ()
-            if not len(values):
+            values = own[name].dropna() if name in own else own["seed"][:0]
+            if values.empty:
                 continue
             text = as_text(float(values.mean()))
             if len(values) < len(own):
@@ -395,7 +394,8 @@ def threshold(done: pd.DataFrame) -> str | None:
     return max(numbers, key=float, default=None)
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """Returns a value of a setting as text."""
     return (
         NOTHING if value is None else f"{value:g}" if _is_number(value) else str(value)
     )

@@ -9,18 +9,17 @@ tried and what was chosen is in `sweep.json` and `tuning.csv`.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import workdir
+from hyperjax.launch import finished, workdir
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import SEEDS, Point, Texts
-from hyperjax.sweeps.record import Record
+from hyperjax.sweeps.record import DIVERGED, FAILED, FINISHED, RUNNING, Record
 
-FOLDER, TABLE = "tune", "tuning.csv"
-NONE_ENDED = "none of the values of --tune came to an end"
+TABLE = "tuning.csv"
 _SUFFIXES = ("", "_mean", "_p10")
 VALIDATION = tuple(f"vacc{suffix}" for suffix in _SUFFIXES)
 PARTICIPANTS = tuple(f"pacc{suffix}" for suffix in _SUFFIXES)
@@ -108,7 +107,7 @@ def settings(
                 "data.validation_fraction is 0: give --config.data.validation_fraction="
                 "0.2, or --tune_seed=N to choose on a federation of another seed"
             )
-    named = [trial._replace(name=f"{FOLDER}/{trial.name}") for trial in trials]
+    named = [trial._replace(name=f"{finished.TRIALS}/{trial.name}") for trial in trials]
     per = len(tried)
     return [
         Setting(members, named[i * per : (i + 1) * per])
@@ -124,16 +123,27 @@ def value(folder: Path, by: str) -> float | None:
         return None
 
 
-def choose(record: Record, setting: Setting, by: str) -> dict[str, Any] | None:
-    """Chooses among the finished trials of a setting, and writes it down.
+def choose(
+    record: Record, setting: Setting, by: str, tried: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Chooses among the trials of a setting, and writes it down.
+
+    Args:
+      record: of the sweep.
+      setting: what is chosen for.
+      by: the metric.
+      tried: what became of the trials. One that diverged has no value; until every
+        other is finished nothing is chosen.
 
     Returns:
-      What the trial with the highest metric, the first of equals, changes; None if
-      none came to an end.
+      What the trial with the highest metric, the first of equals, changes; or None.
     """
     found = {t.name: value(record.folder / t.name, by) for t in setting.trials}
     known = {name: number for name, number in found.items() if number is not None}
-    best = max(known, key=lambda name: known[name], default=None)
+    if set(tried.values()) <= {FINISHED, DIVERGED}:
+        best = max(known, key=lambda name: known[name], default=None)
+    else:
+        best = None
     with record.change() as content:
         for entry in content["trials"]:
             if entry["name"] in found:
@@ -141,6 +151,15 @@ def choose(record: Record, setting: Setting, by: str) -> dict[str, Any] | None:
                 entry.update(value=found[entry["name"]], chosen=chosen)
         write_table(record.folder / TABLE, content)
     return next((t.fields for t in setting.trials if t.name == best), None)
+
+
+def unknown(tried: Mapping[str, str]) -> str:
+    """Says why nothing was chosen."""
+    for status, words in ((RUNNING, "is run by another process"), (FAILED, FAILED)):
+        if status in tried.values():
+            name = next(name for name, known in tried.items() if known == status)
+            return f"nothing is chosen for it yet: {name} {words}"
+    return "no value of --tune came to an end"
 
 
 def write_table(path: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from hyperjax.algorithms.hyperfednet import hyperfednet
 from hyperjax.algorithms.local_only import local_only
 from hyperjax.engine import comm
 from hyperjax.models.linen import cross_entropy
-from hyperjax.types import ClientData, Cohort, Downlink
+from hyperjax.types import ClientData, Cohort, Downlink, Outputs
 
 BODY, HEAD = "params/body/w", "params/head/w"
 STILL = q.training(phases=(training.Phase(epochs=0),))
@@ -26,12 +26,12 @@ STILL = q.training(phases=(training.Phase(epochs=0),))
 def model():
     """The quadratics; logits are theta times the optimum b, and all labels are 0."""
 
-    def predict(variables, x):
+    def apply(variables, x):
         params = variables["params"]
         theta = jnp.stack([params["body"]["w"], params["head"]["w"]])
-        return x.reshape(-1, 5)[:, 3:] * theta
+        return Outputs(x.reshape(-1, 5)[:, 3:] * theta)
 
-    return q.model()._replace(predict=predict)
+    return q.model()._replace(apply=apply)
 
 
 def loss(client, theta):

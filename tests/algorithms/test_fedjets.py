@@ -20,7 +20,7 @@ from hyperjax.types import (
     ClientData,
     Cohort,
     Downlink,
-    no_features,
+    Outputs,
 )
 
 ROOT = jax.random.key(0)
@@ -290,7 +290,7 @@ def test_an_unseen_client_answers_with_the_expert_ranked_first():
     nothing = inputs._replace(size=jnp.int32(0))
     batch = clients.take(inputs, jnp.arange(9), 0, 9)
     common = model.init(ROOT)
-    features = model.features(common, batch)
+    features = model.features(common, batch.x)
     draw = np.random.default_rng(2)
     experts = jax.tree.map(
         lambda x: jnp.float32(draw.normal(size=x.shape)), server.experts
@@ -366,6 +366,7 @@ def test_bad_input(options, message):
 
 
 def test_a_model_without_a_head():
-    model = tiny().model._replace(features=no_features)
+    whole = tiny().model
+    model = whole._replace(apply=lambda *args: Outputs(whole.predict(*args)))
     with pytest.raises(ValueError, match="no layer named 'head'"):
         fedjets(model, local=make_local(), num_clients=NUM_CLIENTS)

@@ -17,7 +17,7 @@ from hyperjax.algorithms.fml import fml, mutual
 from hyperjax.engine import comm, families
 from hyperjax.models import MLP, from_linen
 from hyperjax.models.linen import cross_entropy, distillation
-from hyperjax.types import Batch, ClientData, Model, Trained
+from hyperjax.types import Batch, ClientData, Model, Outputs, Trained
 
 LINE = from_linen(MLP(K, hidden=()), SHAPE, K)
 NETWORKS = {"plain": LINE, "wide": MODEL}  # 15 and 35 parameters
@@ -57,11 +57,11 @@ def trained_alone(model):
 def logits_model(z):
     """A network whose parameters are its logits for every input."""
 
-    def predict(variables, x):
-        return jnp.broadcast_to(variables["params"]["z"], (len(x), K))
+    def apply(variables, x):
+        return Outputs(jnp.broadcast_to(variables["params"]["z"], (len(x), K)))
 
     def loss(key, variables, batch, context):
-        logits = predict(variables, batch.x)
+        logits = apply(variables, batch.x).logits
         value = cross_entropy(logits, batch)
         return value, Trained({}, {"loss": value}, logits)
 
@@ -69,7 +69,7 @@ def logits_model(z):
         sample_shape=(1,),
         init=lambda key: {"params": {"z": jnp.array(z)}, "stats": {}},
         loss=loss,
-        predict=predict,
+        apply=apply,
     )
 
 
@@ -87,7 +87,7 @@ def test_gradients_by_hand(alpha, beta):
 
     def loss(params):
         full = {**variables, "params": params}
-        return both.loss(jax.random.key(0), full, BATCH, both.context(full, None))
+        return both.loss(jax.random.key(0), full, BATCH, both.visit.context(full, None))
 
     grads, trained = jax.grad(loss, has_aux=True)(variables["params"])
     own, shared = (np.exp(z) / np.sum(np.exp(z)) for z in (OWN, SHARED))
@@ -117,7 +117,7 @@ def test_it_predicts_with_its_own_and_exports_it():
     both = mutual(MODEL, LINE, 0.5, 0.5)
     variables = both.init(jax.random.key(0))
     own = MODEL.init(jax.random.split(jax.random.key(0))[0])
-    chex.assert_trees_all_equal(both.export(variables), own)
+    chex.assert_trees_all_equal(both.serve.export(variables), own)
     x = jax.random.normal(jax.random.key(1), (3, *SHAPE))
     expected = MODEL.predict(own, x)
     np.testing.assert_array_equal(both.predict(variables, x), expected)

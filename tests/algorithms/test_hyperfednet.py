@@ -359,7 +359,7 @@ def test_listing_and_default_agree_for_one_step_only():
 def test_predictions_are_those_of_the_exported_network():
     model = whole()
     variables = jax.jit(model.init)(jax.random.key(0))
-    exported = model.export(variables)
+    exported = model.serve.export(variables)
     expected = jax.eval_shape(normed().init, jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(exported, expected)
     x = np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype(np.float32)

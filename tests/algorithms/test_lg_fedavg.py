@@ -67,7 +67,7 @@ def joint(alg, parts=None, pool=None) -> Joint:
 
     @jax.jit
     def one(server, rows, seen, cohort, pool):
-        cohorts = groups.split(cohort)
+        cohorts = groups.cohorts(cohort)
         data, got, were = {}, {}, {}
         for name, part in cohorts.items():
             place = jnp.minimum(groups.everywhere(name, part.ids), q.N - 1)

@@ -339,6 +339,27 @@ def test_heads_may_be_kept_apart():
     chex.assert_trees_all_equal(found, received(ours(), together, deep=(0, 1)))
 
 
+def test_extractors_may_be_kept_apart():
+    alg = ours(share_extractor=False)
+    server, ids = start(alg), dict(line=(0, 2))
+    assert sorted(server.phi["extractor"]) == sorted(MEMBERS)
+    line, norm = (jax.tree.leaves(server.phi["extractor"][k]) for k in ("line", "norm"))
+    assert all(np.any(a != b) for a, b in zip(line, norm, strict=True))
+    after, _ = absorbed(alg, server, changes(1, **ids), **ids)
+    for name in MEMBERS:  # who was absent does not move
+        before, now = (s.phi["extractor"][name] for s in (server, after))
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, now)
+        assert any(jax.tree.leaves(moved)) == (name == "line")
+    # With equal extractors it is the method itself.
+    together = start(ours())
+    same = dict.fromkeys(MEMBERS, together.phi["extractor"])
+    alike = together._replace(phi={**together.phi, "extractor": same})
+    found = received(alg, alike, line=(0, 1), deep=(0, 1))
+    chex.assert_trees_all_equal(
+        found, received(ours(), together, line=(0, 1), deep=(0, 1))
+    )
+
+
 def test_every_tensor_counts_its_own_steps():
     alg = ours(ADAM)
     server, num_rounds = start(alg), 2

@@ -10,7 +10,7 @@ import quadratics as q
 
 from hyperjax.algorithms.moon import moon
 from hyperjax.engine import comm
-from hyperjax.types import Batch, no_features
+from hyperjax.types import Batch, Outputs
 
 MU, TEMPERATURE = 0.8, 0.5
 TRAIN = q.training(q.DECAYING)
@@ -83,19 +83,19 @@ def test_mu_zero_is_fedavg():
 
 def test_features_of_zero_have_a_gradient():
     # All units of a ReLU off: the cosine is 0 / 0.
-    def nothing(variables, batch):
+    def nothing(variables, x):
         body = variables["params"]["body"]["w"]
-        return jax.nn.relu(jnp.full((batch.x.shape[0], 3), -1.0) * body**2)
+        return Outputs(jnp.ones(1), jax.nn.relu(jnp.full((len(x), 3), -1.0) * body**2))
 
     def loss(key, variables, batch, context):
         value, trained = q.model().loss(key, variables, batch, context)
-        return value, trained._replace(features=nothing(variables, batch))
+        return value, trained._replace(features=nothing(variables, batch.x).features)
 
-    off = q.model()._replace(features=nothing, loss=loss)
+    off = q.model()._replace(apply=nothing, loss=loss)
     model = moon(off, local=TRAIN).client.model
     variables = model.init(jax.random.key(0))
     batch = Batch(jnp.ones((2, 1, 5, 1)), jnp.zeros(2, jnp.int32), jnp.ones(2))
-    context = model.context(variables, None)
+    context = model.visit.context(variables, None)
 
     def loss(params):
         after = {**variables, "params": params}
@@ -126,6 +126,6 @@ def test_bad_numbers(options, message):
 
 
 def test_model_without_a_head():
-    model = q.model()._replace(features=no_features)
+    model = q.model()._replace(apply=lambda v, x: Outputs(jnp.ones((len(x), 2))))
     with pytest.raises(ValueError, match="no layer named 'head'"):
         moon(model, local=TRAIN)

@@ -124,7 +124,7 @@ def test_a_step_costs_one_pass(name):
     costs, grads = [], []
     for network in (WIDE, twice(WIDE)):
         model, variables = build(network)
-        given = variables, model.context(variables, DATA), BATCH
+        given = variables, model.visit.context(variables, DATA), BATCH
         costs.append(flops(gradient(model), *given))
         grads.append(gradient(model)(*given))
     assert costs[0] < 1.05 * needed

@@ -41,7 +41,7 @@ def model():
     return plain._replace(
         init=init,
         loss=lambda key, v, *rest: plain.loss(key, narrow(v), *rest),
-        predict=lambda v, x: plain.predict(narrow(v), x),
+        apply=lambda v, x: plain.apply(narrow(v), x),
     )
 
 

@@ -1,4 +1,4 @@
-"""How a data set is dealt out to participants, unseen clients and the test set."""
+"""How a data set is dealt out to participants, novel clients and the test set."""
 
 import numpy as np
 import pytest
@@ -48,20 +48,30 @@ def test_every_sample_has_one_place(options):
     assert found.trainers is found.train
 
 
+def test_a_federation_says_in_a_line_who_there_is_and_of_what():
+    images = "1,200 images of 2x2x1, 5 classes)"
+    assert repr(deal(1200)) == f"Federation(6 clients + 3 unseen, {images}"
+    assert repr(deal(1200, num_novel=0)) == f"Federation(6 clients, {images}"
+    assert repr(source(1200)) == f"Source('synthetic', {images}"
+    # One of one's own that nobody has looked at yet.
+    raw = source()._replace(name="mine", x=[[0, 1]])
+    assert repr(raw) == "Source('mine', of list)"
+
+
 @pytest.mark.parametrize("num_novel", [0, 3])
 @pytest.mark.parametrize("test_fraction", [0.0, 0.2])
-def test_unseen_clients_and_the_test_set_may_be_missing(num_novel, test_fraction):
+def test_novel_clients_and_the_test_set_may_be_missing(num_novel, test_fraction):
     found = deal(num_novel=num_novel, test_fraction=test_fraction)
     rows = np.concatenate([everything(getattr(found, name)) for name in TABLES])
     np.testing.assert_array_equal(np.sort(rows), np.arange(600))
     assert found.num_novel == num_novel and len(found.counts) == 6 + num_novel
-    unseen = (found.novel, found.novel_train, found.novel_held_out)
-    assert [table is None for table in unseen] == [num_novel == 0] * 3
+    novel = (found.novel, found.novel_train, found.novel_held_out)
+    assert [table is None for table in novel] == [num_novel == 0] * 3
     assert (found.test is None) == (test_fraction == 0)
 
 
 @pytest.mark.parametrize("options", [{}, DIRICHLET, STRATIFIED])
-def test_unseen_clients_are_split_like_participants(options):
+def test_novel_clients_are_split_like_participants(options):
     found = deal(**options, eval_fraction=0.25)
     np.testing.assert_array_equal(
         found.novel_held_out.size, np.round(0.25 * found.novel.size)
@@ -108,7 +118,7 @@ def test_a_stratified_split_by_hand():
     # lost most, 5/15 each, so to the first of them.
     y = np.array([0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0])
     part = np.arange(100, 115)
-    train, held_out = federations._split(part, y, 1 / 3)
+    train, held_out = federations._set_apart(part, y, 1 / 3)
     assert held_out.tolist() == [100, 101, 102, 103, 105]
     assert sorted([*train, *held_out]) == part.tolist()
 
@@ -148,7 +158,7 @@ def test_participants_set_validation_samples_aside(options):
 
 def test_newcomers_take_the_place_of_participants():
     found = deal(validation_fraction=0.25, **DIRICHLET)
-    new = found.newcomers()
+    new = found.of_novel()
     assert (new.num_clients, new.num_novel, new.num_trainers) == (3, 0, 3)
     assert new.train is found.novel_train and new.trainers is new.train
     assert new.held_out is found.novel_held_out and new.test is found.test
@@ -159,7 +169,7 @@ def test_newcomers_take_the_place_of_participants():
         labels = np.asarray(new.pool.y)[part]
         np.testing.assert_array_equal(np.bincount(labels, minlength=5), count)
     with pytest.raises(ValueError, match="num_novel is 0"):
-        deal(num_novel=0).newcomers()
+        deal(num_novel=0).of_novel()
 
 
 def test_sizes_follow_the_fractions():

@@ -14,6 +14,7 @@ OPTIONS = {
     "pathological": dict(classes_per_client=2),
     "class_shares": dict(classes_per_client=2),
     "class_draws": dict(classes_per_client=2),
+    "groups": dict(num_groups=5, classes_per_client=1),
     "by_client_id": dict(client_ids=np.arange(200) % 10),
 }
 
@@ -356,6 +357,30 @@ def test_class_draws_need_a_sample_in_every_share():
     y = np.array([0] * 30 + [7] * 2)
     with pytest.raises(ValueError, match="class 7 has 2 samples for the 3 of 3"):
         partition.class_draws(rng(), y, 3, classes_per_client=2)
+
+
+def test_groups_have_classes_of_their_own():
+    # Classes 0 and 1 are the first three clients', 10 samples each cut in 4, 3, 3.
+    y = np.repeat(np.arange(5), 10)
+    parts = partition.groups(rng(), y, 6, num_groups=2, classes_per_client=2)
+    expected = [[n, n, 0, 0, 0] for n in (4, 3, 3)]
+    expected += [[0, 0, n, n, 0] for n in (4, 3, 3)]
+    assert partition.class_counts(y, parts, 5).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "options", "match"),
+    [
+        (7, dict(num_groups=2, classes_per_client=2), "num_clients=7 and 5 classes"),
+        (6, dict(num_groups=3, classes_per_client=2), "multiple of 3 clients and 6 cl"),
+        (6, dict(num_groups=0, classes_per_client=2), "num_groups=0"),
+        (6, dict(num_groups=2, classes_per_client=6), "classes_per_client=6"),
+        (60, dict(num_groups=1, classes_per_client=1), "class 0 has 40 samples"),
+    ],
+)
+def test_groups_must_fit(num_clients, options, match):
+    with pytest.raises(ValueError, match=match):
+        partition.groups(rng(), Y, num_clients, **options)
 
 
 def test_client_ids_group_samples():

@@ -206,6 +206,16 @@ def test_mnist5k_has_500_images_of_each_digit():
     assert source.x.min() == 0 and source.x.max() == 255
 
 
+def test_digits_are_scikit_learns_read_without_importing_it(monkeypatch):
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    source = sources.load("digits")
+    np.testing.assert_array_equal(source.x[..., 0], np.rint(digits.images * 255 / 16))
+    np.testing.assert_array_equal(source.y, digits.target)
+    assert source.label_names == tuple(map(str, digits.target_names))
+
+
 def test_digits_spread_over_the_byte_range():
     source = sources.load("digits")
     check(source, (1797, 8, 8, 1), 10)
@@ -469,3 +479,18 @@ def test_prepared_sets_take_slices(name, shape, label):
     source = sources.load(name, data_dir=str(TFDS), split="train[:30]+test[:10]")
     check(source, (40, *shape), 10)
     assert source.label_names[-1] == label
+
+
+def test_images_are_scaled_between_the_centres_of_pixels():
+    # To twice the size, pixels lie at -1/4 (at the edge: 0), 1/4, 3/4 and 5/4 (1).
+    image = np.array([[0, 100], [100, 200]], np.uint8)[None, :, :, None]
+    source = sources.Source("x", image, np.zeros(1, np.int32), 1, ("a",))
+    along = np.array([0, 25, 75, 100])
+    expected = along[:, None] + along
+    found = sources.resize(source, 4)
+    assert found.x.shape == (1, 4, 4, 1) and found.x.dtype == np.uint8
+    np.testing.assert_array_equal(found.x[0, :, :, 0], expected)
+    for size in (0, 2):
+        assert sources.resize(source, size) is source
+    with pytest.raises(ValueError, match="size=-1"):
+        sources.resize(source, -1)

@@ -20,7 +20,7 @@ from test_evaluate import (
 )
 
 from hyperjax.engine import deploy, evaluate, sharding
-from hyperjax.types import ClientData, Pool
+from hyperjax.types import ClientData, Outputs, Pool
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -66,8 +66,8 @@ def test_a_participant_has_what_it_stored():
         chex.assert_trees_all_equal(found.variables, expected)
         chex.assert_trees_all_equal(found.network, expected)
     # The last one never took part, so it starts as those who cannot.
-    never, unseen = everybody(KEPT, "pacc")[-1], everybody(KEPT, "zacc")[0]
-    chex.assert_trees_all_equal(never.variables, unseen.variables)
+    never, novel = everybody(KEPT, "pacc")[-1], everybody(KEPT, "zacc")[0]
+    chex.assert_trees_all_equal(never.variables, novel.variables)
 
 
 def test_the_network_predicts_as_the_method_does():
@@ -111,7 +111,7 @@ def test_clients_adapt_on_what_they_are_given():
     client = alg.client._replace(
         adapt=lambda key, down, state, data: (total(data.train), total(data.inputs)),
         deploy=lambda down, seen: {"params": {}, "seen": seen},
-        model=alg.client.model._replace(predict=lambda variables, x: x[:, 0, 0]),
+        model=alg.client.model._replace(apply=lambda variables, x: Outputs(x[:, 0, 0])),
     )
     give = deploy.deployer(alg._replace(client=client), batch_size=4)
     inputs, train = data_of("pacc", [4, 1])

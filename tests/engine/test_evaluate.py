@@ -14,7 +14,7 @@ from hyperjax.algorithms.fedper import fedper
 from hyperjax.data import clients
 from hyperjax.engine import deploy, evaluate, schedule, scoring, sharding
 from hyperjax.engine.evaluate import Population
-from hyperjax.types import ALONE, AdaptData, ClientData, Downlink
+from hyperjax.types import ALONE, AdaptData, ClientData, Downlink, Outputs
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -45,13 +45,13 @@ def trained(stack: str):
 
 @functools.cache
 def populations() -> dict[str, Population]:
-    """All clients on their samples, and three unseen ones that share some of them."""
-    unseen = [np.arange(10, 19), np.arange(30, 35), np.arange(3)]
+    """All clients on their samples, and three novel ones that share some of them."""
+    novel = [np.arange(10, 19), np.arange(30, 35), np.arange(3)]
     nothing = clients.table([np.arange(0)] * NUM_NOVEL)
     ids = np.arange(NUM_CLIENTS + NUM_NOVEL, dtype=np.int32)
     return {
         "pacc": Population(ids[:NUM_CLIENTS], tiny().table, tiny().table),
-        "zacc": Population(ids[NUM_CLIENTS:], nothing, clients.table(unseen)),
+        "zacc": Population(ids[NUM_CLIENTS:], nothing, clients.table(novel)),
     }
 
 
@@ -196,16 +196,16 @@ def test_outputs_that_are_not_finite_have_no_accuracy(bad):
     }
     assert 4 in held and len(held) < NUM_CLIENTS
 
-    def predict(variables, x):
+    def apply(variables, x):
         logits = tiny().model.predict(variables, x)
         marked = jnp.all(x == shown, axis=tuple(range(1, x.ndim)))
-        return jnp.where(marked[:, None], bad, logits)
+        return Outputs(jnp.where(marked[:, None], bad, logits))
 
     # All other samples differ from the marked one.
     x = jnp.zeros_like(pool.x).at[jnp.arange(size), 0].set(1).at[mark].set(0)
     pool = pool._replace(x=x)
     shown = clients.gather(pool, jnp.array([mark]), jnp.ones(1)).x[0]
-    client = alg.client._replace(model=alg.client.model._replace(predict=predict))
+    client = alg.client._replace(model=alg.client.model._replace(apply=apply))
     evaluator = evaluate.evaluator(
         *(alg._replace(client=client), pool, {"pacc": populations()["pacc"]}),
         tuned={"pacc": populations()["pacc"]},
@@ -225,7 +225,7 @@ def test_outputs_of_low_precision_are_scored_as_float32(dtype):
     variables, table = tiny().model.init(jax.random.key(1)), tiny().table
     data = ClientData(jnp.asarray(table.rows[4, :4]), jnp.int32(4), tiny().pool)
     low = tiny().model._replace(
-        predict=lambda *args: tiny().model.predict(*args).astype(dtype)
+        apply=lambda *args: Outputs(tiny().model.predict(*args).astype(dtype))
     )
     found = deploy.predict_all(low, variables, data, NUM_CLASSES, 4)
     exact = deploy.predict_all(tiny().model, variables, data, NUM_CLASSES, 4)

@@ -27,7 +27,7 @@ from hyperjax.engine import (
 )
 from hyperjax.engine.evaluate import Population
 from hyperjax.models import layers
-from hyperjax.types import AdaptData, ClientData, Cohort
+from hyperjax.types import AdaptData, ClientData, Cohort, Outputs, Visit
 
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families")
@@ -117,14 +117,14 @@ def test_without_families_all_are_one():
     found = families.families(3)
     cohort = cohort_of([2, 0], width=4, num=3)
     assert found.names == (families.ALONE,)
-    assert found.split(cohort) == {families.ALONE: cohort}
+    assert found.cohorts(cohort) == {families.ALONE: cohort}
     ids = jnp.array([2, 0, 7])
     assert found.everywhere(families.ALONE, ids) is ids
 
 
 def test_who_never_trained_has_the_number_after_the_last():
     ids = np.array([4, 9, 0, 8, 7])
-    found = groups().numbers(ids, unseen=[2, 0])  # 8 is of "norm", 9 of "deep"
+    found = groups().numbers(ids, novel=[2, 0])  # 8 is of "norm", 9 of "deep"
     expected = {
         "deep": ([1], [2]),
         "line": ([2], [0]),
@@ -169,7 +169,7 @@ def cohort_of(ids, active=None, width=NUM_CLIENTS, num=NUM_CLIENTS) -> Cohort:
 
 @functools.partial(jax.jit, static_argnames="multiple")
 def split(cohort, multiple=1):
-    return groups().split(cohort, multiple)
+    return groups().cohorts(cohort, multiple)
 
 
 def test_cohorts_are_cut_by_family():
@@ -422,7 +422,9 @@ def test_a_client_starts_the_same_in_training_and_in_the_view_of_its_family():
     def arrive(key, variables):
         return jax.tree.map(lambda x: x + jax.random.normal(key), variables)
 
-    base = fedavg(tiny().model._replace(arrive=arrive), local=make_local(), keep=".*")
+    base = fedavg(
+        tiny().model._replace(visit=Visit(arrive)), local=make_local(), keep=".*"
+    )
     alg = base._replace(client={"a": base.client, "b": base.client})
     down = base.server.downlink(ROOT, base.server.init(ROOT), cohort_of([0]))
     ids = jnp.arange(2)
@@ -585,14 +587,14 @@ STRANGERS = np.array([2, 0, 1, 2])
 
 @functools.cache
 def populations() -> dict[str, Population]:
-    """All clients in an order of their own, and four unseen ones."""
+    """All clients in an order of their own, and four novel ones."""
     ids = np.array([4, 0, 7, 6, 5, 1, 3, 2], np.int32)
     table = clients.Table(*(x[ids] for x in tiny().table))
-    unseen = clients.table([np.arange(k, 9) for k in range(4)])
+    novel = clients.table([np.arange(k, 9) for k in range(4)])
     late = np.arange(NUM_CLIENTS, NUM_CLIENTS + 4, dtype=np.int32)
     return {
         "pacc": Population(ids, table, table),
-        "zacc": Population(late, *2 * [unseen]),
+        "zacc": Population(late, *2 * [novel]),
     }
 
 
@@ -606,7 +608,7 @@ def evaluator():
         tiny().pool,
         populations(),
         members=groups(),
-        unseen=STRANGERS,
+        novel=STRANGERS,
         tuned=populations(),
         **OPTIONS,
     )
@@ -731,7 +733,7 @@ def data_of_nobody():
 def test_families_of_one_structure_have_programs_of_their_own():
     same, pool = fedavg(tiny().model, local=make_local()), tiny().pool
     model = same.client.model
-    upside_down = model._replace(predict=lambda *args: -model.predict(*args))
+    upside_down = model._replace(apply=lambda *args: Outputs(-model.predict(*args)))
     other = same._replace(client=same.client._replace(model=upside_down))
     alg = over_families.averaged({"a": same, "b": other})
     members = families.families({"a": np.arange(4), "b": np.arange(4, NUM_CLIENTS)})

@@ -1,11 +1,16 @@
 """Records that survive kills, and numbers for people."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 
+from hyperjax.data.picture import partition_picture
 from hyperjax.engine import log
+from hyperjax.launch.resolve import resolve
+from hyperjax.protocols import zero_shot
 
 
 def lines(path):
@@ -28,7 +33,7 @@ def lines(path):
     ],
 )
 def test_plain_values_are_json_with_six_digits(value, expected):
-    found = log.plain(value)
+    found = log.jsonable(value)
     assert found == expected and type(found) is type(expected)
     json.dumps(found, allow_nan=False)
 
@@ -37,8 +42,13 @@ def test_records_are_appended_and_times_kept_apart(tmp_path):
     recorder = log.Recorder(tmp_path, -1, tensorboard=False)
     recorder.evaluation({"round": 0, "loss": None}, 1.23456)
     recorder.evaluation({"round": 2, "loss": np.float32(0.1)}, 2.5)
-    recorder.rounds(0, {"loss": np.zeros(2)})  # for TensorBoard alone
+    info = {"loss": np.array([0.2, 0.1], np.float32), "by_class": np.zeros((2, 3))}
+    recorder.rounds(0, info)
     recorder.close()
+    assert lines(tmp_path / log.TRAINING) == [
+        {"round": 1, "loss": 0.2},
+        {"round": 2, "loss": 0.1},
+    ]
     assert lines(tmp_path / log.METRICS) == [
         {"round": 0, "loss": None},
         {"round": 2, "loss": 0.1},
@@ -55,14 +65,22 @@ def test_records_are_appended_and_times_kept_apart(tmp_path):
 )
 @pytest.mark.parametrize("torn", ["", "{", '{"round": 6, "lo', '{"round": 6}x', "\0\0"])
 def test_records_after_the_checkpoint_are_cut_off(finished, kept, torn, tmp_path):
-    for name in (log.METRICS, log.TIMING):
+    for name in (log.METRICS, log.TIMING, log.TRAINING):
         text = "".join(json.dumps({"round": r, "x": 0.1}) + "\n" for r in (0, 2, 4))
         (tmp_path / name).write_text(text + torn)
     recorder = log.Recorder(tmp_path, finished, tensorboard=False)
-    for name in (log.METRICS, log.TIMING):
+    for name in (log.METRICS, log.TIMING, log.TRAINING):
         assert [record["round"] for record in lines(tmp_path / name)] == kept
     recorder.evaluation({"round": 10}, 1.0)
     assert [r["round"] for r in lines(tmp_path / log.METRICS)] == [*kept, 10]
+
+
+def test_seconds_go_on_where_a_process_ended(tmp_path):
+    first = log.Recorder(tmp_path, -1, tensorboard=False)
+    for round, seconds in ((0, 1.0), (2, 5.0), (4, 7.0)):
+        first.evaluation({"round": round}, seconds)
+    log.Recorder(tmp_path, 2, tensorboard=False).evaluation({"round": 4}, 3.0)
+    assert [r["seconds"] for r in lines(tmp_path / log.TIMING)] == [1.0, 5.0, 8.0]
 
 
 def test_rewritten_records_are_the_same_bytes(tmp_path):
@@ -93,6 +111,68 @@ def test_events_are_written(tmp_path):
     assert b"image" not in content and b"eval/loss" not in content
     assert b"eval/round" not in content
     assert b"eval/pacc" not in content and b"eval/x" not in content
+
+
+def test_events_hold_clients_settings_and_a_picture(tmp_path):
+    settings = {"data.alpha": 0.5, "model.hidden": (4,), "start.run": None}
+    recorder = log.Recorder(tmp_path, -1, settings=settings)
+    figure = partition_picture(np.eye(2), np.ones(2, bool))
+    recorder.picture("partition", figure)
+    clients = {"pacc": np.array([50.0, np.nan, 70.0]), "zacc": np.array([np.nan])}
+    recorder.evaluation({"round": 0, "pacc": 60.0}, 0.1, clients)
+    recorder.rounds(0, {"loss": np.ones(2)}, rate=123.0)
+    recorder.summary({"pacc": 61.0, "zacc": None, "finished": True, "plan": {}})
+    recorder.close()
+    content = b"".join(
+        file.read_bytes()
+        for file in (tmp_path / log.EVENTS).iterdir()
+        if file.is_file()
+    )
+    assert content.count(b"clients/pacc") == 1 and b"clients/zacc" not in content
+    assert b"PNG" in content and b"train/samples_per_second" in content
+    (file,) = (tmp_path / log.EVENTS / "hparams").iterdir()
+    hparams = file.read_bytes()
+    assert b"data.alpha" in hparams and b"(4,)" in hparams
+    assert b"pacc" in hparams and b"finished" not in hparams
+
+
+def test_a_tracker_hears_what_is_written(tmp_path, monkeypatch):
+    heard = []
+    tracker = types.ModuleType("a_tracker")
+    tracker.init = lambda **given: heard.append(given)
+    tracker.log = lambda row, step=None: heard.append((step, row))
+    tracker.finish = lambda: heard.append("finished")
+    monkeypatch.setitem(sys.modules, "a_tracker", tracker)
+    settings = {"seed": 3, "data.labels": [1, 2], "start.run": None}
+    run = tmp_path / "run"
+    run.mkdir()
+    recorder = log.Recorder(run, -1, False, "a_tracker", settings)
+    recorder.evaluation({"round": 0, "pacc": np.float32(50), "zacc": None}, 0.1)
+    recorder.rounds(0, {"loss": np.array([2.0, 1.0])}, rate=10.0)
+    recorder.summary({"pacc": 60.0, "method": "fedavg"})
+    recorder.close()
+    config = {"seed": 3, "data.labels": "[1, 2]", "start.run": "None"}
+    assert heard == [
+        {"project": "hyperjax", "name": "run", "config": config},
+        (0, {"eval/pacc": 50.0}),
+        (1, {"train/loss": 2.0}),
+        (2, {"train/loss": 1.0}),
+        (2, {"train/samples_per_second": 10.0}),
+        (None, {"summary/pacc": 60.0}),
+        "finished",
+    ]
+
+
+@pytest.mark.parametrize("name", ["no_such_tracker", "no_such.tracker", "."])
+def test_a_tracker_that_is_not_installed_is_refused_before_work(name):
+    log.check_tracker("")
+    log.check_tracker("json")
+    with pytest.raises(ValueError, match="no such package is installed; pip install"):
+        log.check_tracker(name)
+    config = zero_shot.get_config("fedavg,data=digits")
+    config.tracker = name
+    with pytest.raises(ValueError, match="tracker="):
+        resolve(config)
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,11 @@ def test_ids_that_cannot_be_read_are_named(form, error, match, tmp_path):
         build.federate(build.load_source(found.data), found)
 
 
+def test_images_that_cannot_be_shrunk_are_refused_by_the_field():
+    with pytest.raises(ValueError, match=r"^data.shrink=3: images of 8x8 cannot be"):
+        build.load_source(config(data__name="digits", data__shrink=3).data)
+
+
 def test_the_datas_seed_is_the_runs_unless_given():
     def tables(**fields):
         found = config(data__partition="iid", **fields)

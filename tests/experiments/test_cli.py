@@ -48,6 +48,19 @@ def test_a_switched_off_field_is_given(monkeypatch):
     assert cli._given_fields() == ["engine.memory_map", "rounds"]
 
 
+def test_a_list_for_one_value_points_to_sweeps():
+    said = cli.explain(ValueError("flag --config.seed=0,1,2: invalid literal"))
+    assert said == (
+        "--config.seed=0,1,2: seed takes one value; for several see "
+        "`hyperjax sweep --help`"
+    )
+    for text in (
+        "flag --config.seed=one: invalid literal for int()",
+        "flag --config.evaluation.thresholds=1,(: malformed",
+    ):
+        assert cli.explain(ValueError(text)) == text
+
+
 def test_path_flags_take_what_people_type(monkeypatch):
     values = flags.FlagValues()
     monkeypatch.setattr(cli.flags, "FLAGS", values)

@@ -161,8 +161,8 @@ def test_a_place_that_cannot_be_written_is_named(run_folder, tmp_path, monkeypat
         raise ValueError("not like this")
 
     for out, words in (
-        ("file", "out='.*file' is no folder"),
-        ("file/below", "out='.*below' is no folder"),
+        ("file", "--out='.*file': '.*file' is not a folder"),
+        ("file/below", "--out='.*below': '.*file' is not a folder"),
         ("new/er", "not like this"),
     ):
         with monkeypatch.context() as patch:

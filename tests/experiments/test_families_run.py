@@ -34,7 +34,7 @@ def small(averaged=False, **fields):
     return config
 
 
-_really_build = build.build
+_really_build = build.make_experiment
 _built: dict[str, build.Experiment] = {}
 
 
@@ -48,7 +48,7 @@ def _build(config, store_dir=None):
 @pytest.fixture(autouse=True)
 def built_once(monkeypatch):
     """Runs of one config in one process share their compiled programs."""
-    monkeypatch.setattr(build, "build", _build)
+    monkeypatch.setattr(build, "make_experiment", _build)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in turn", "averaged"])
@@ -56,7 +56,7 @@ def finished(request, tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "build", _build)
+        patch.setattr(build, "make_experiment", _build)
         train.train(small(request.param), str(folder))
     return folder
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from hyperjax import calls, registry
-from hyperjax.data import partition
 from hyperjax.launch import build, cli, factories, fields
 from hyperjax.protocols import common, personalised, pfedhn, zero_shot
 
@@ -36,7 +35,7 @@ def numbers(value):
 
 
 def test_the_table_has_every_number_there_is():
-    known = fields.flat(common.defaults())
+    known = common.flat(common.defaults())
     assert set(fields.NUMBERS) <= set(known)
     for field, value in known.items():
         assert not numbers(value) or field in fields.NUMBERS, field
@@ -156,7 +155,7 @@ def test_other_libraries_numbers_become_pythons():
 
 
 def test_fields_without_numbers_keep_their_type():
-    for field, value in fields.flat(common.defaults()).items():
+    for field, value in common.flat(common.defaults()).items():
         if field in fields.NUMBERS:
             continue
         wrong = (3, "x") if isinstance(value, bool) else (3, True, (1,), b"x")
@@ -184,7 +183,7 @@ def test_a_misspelt_field_of_a_file_is_refused_with_the_nearest(field, near):
 
 
 def test_what_a_file_leaves_out_is_named():
-    for field in fields.flat(common.defaults()):
+    for field in common.flat(common.defaults()):
         config = fedavg()
         group, _, name = field.rpartition(".")
         del (config[group] if group else config)[name]
@@ -237,16 +236,20 @@ def test_given_fields_that_nothing_looks_at_are_refused():
     ):
         assert used in fields.idle(config)
         assert used not in fields.idle(changed(config, field, value))
-    known = fields.flat(common.defaults())
+    known = common.flat(common.defaults())
     assert set(idle) <= set(known)
 
 
 def test_partitions_take_the_fields_named_after_their_options():
-    assert set(fields.PARTITIONS) == set(partition.PARTITIONERS)
-    for name, taken in fields.PARTITIONS.items():
-        parameters = inspect.signature(partition.PARTITIONERS[name]).parameters
-        needed = {k for k, p in parameters.items() if p.default is p.empty}
-        assert needed - {"rng", "y", "num_clients"} <= set(taken) <= set(parameters)
+    assert fields.PARTITIONS == {
+        "iid": (),
+        "dirichlet": ("alpha", "min_size", "capped"),
+        "pathological": ("classes_per_client",),
+        "class_shares": ("classes_per_client",),
+        "class_draws": ("classes_per_client",),
+        "groups": ("num_groups", "classes_per_client"),
+        "by_client_id": ("client_ids",),
+    }
 
 
 # The command line --------------------------------------------------------------------

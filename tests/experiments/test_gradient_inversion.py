@@ -27,7 +27,7 @@ def test_what_hyperfednet_sends(n, shape, numbers):
     made = 2 * 12 * 12 * 5 * 5
     assert tree.count(kept) == tree.count(whole) - made + 2 * n
     # Nothing but the two kernels is made, and they vary as the plain ones do.
-    exported = model.export({"params": params, "stats": {}})["params"]
+    exported = model.serve.export({"params": params, "stats": {}})["params"]
     for name in ("conv2", "conv3"):
         kernel = np.asarray(exported[name]["kernel"])
         np.testing.assert_allclose(kernel.std(), 12**-0.5, rtol=0.35)
@@ -76,6 +76,8 @@ def test_a_stopped_study_continues(tmp_path, monkeypatch, capsys):
     assert not any(capsys.readouterr())
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
+    with pytest.raises(TypeError):  # of another scale nothing is there
+        study.inverted(label, source, SMALL._replace(steps=3), tmp_path)
     rows = np.random.default_rng(0).permutation(8)[:3]
     np.testing.assert_allclose(first["x"], x[rows] / 255.0, rtol=1e-6)
     assert first["label_right"].all()  # read off, not looked for
@@ -85,11 +87,3 @@ def test_a_stopped_study_continues(tmp_path, monkeypatch, capsys):
     assert "FedAvg, iDLG" in study.as_text({"rows": [row]})
     text = study.gallery({label: first})
     assert text.startswith("<svg") and text == study.gallery({label: first})
-
-
-def test_other_settings_need_another_folder(tmp_path):
-    settings = {"data": "mnist5k", **SMALL._asdict()}
-    study.check(tmp_path / "new", settings)
-    study.check(tmp_path / "new", settings)
-    with pytest.raises(ValueError, match=r"results with steps=2; the command says st"):
-        study.check(tmp_path / "new", {**settings, "steps": 9})

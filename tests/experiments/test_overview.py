@@ -55,8 +55,20 @@ def test_arguments_of_experiments_have_words():
 
 def test_lines_fit_a_terminal():
     config = zero_shot.get_config("hyperfedzero")
-    text = TEXT + overview.options(config, "method") + overview.options(config, "model")
-    assert max(map(len, text.splitlines())) <= 80
+    for width in (60, 80, 100):
+        text = overview.overview(width) + overview.options(config, "method", width)
+        assert width - 9 < max(map(len, text.splitlines())) <= width
+
+
+def test_a_named_run_shows_its_own_values_alone():
+    config = zero_shot.get_config("fedprox,data=digits")
+    text = overview.named(config)
+    assert re.search(r"^  rounds=40 +.* \[default:\s+100\]$", text, re.M | re.S)
+    assert re.search(r"^  seed=0 +of everything that is drawn$", text, re.M)
+    assert "method.mu=0.1" in text and "model.hidden=(32,)" in text
+    assert zero_shot.__doc__.strip() in text
+    assert "scaffold" not in text and "squeezenet" not in text
+    assert max(map(len, text.splitlines())) <= 88
 
 
 def test_options_of_a_named_run_have_words():

@@ -26,7 +26,9 @@ import numpy as np
 import pytest
 
 from hyperjax.engine import checkpoint, log
-from hyperjax.launch import build, report, saved, train, workdir
+from hyperjax.engine.progress import Silent
+from hyperjax.launch import build, origin, report, saved, train, workdir
+from hyperjax.launch.resolve import resolve
 from hyperjax.protocols import zero_shot
 
 # One worker runs everything that starts processes, and starts the server once.
@@ -39,7 +41,6 @@ PRELOADED = (
     "hyperjax.runs.results",
     "hyperjax.launch.workdir",
     "orbax.checkpoint",
-    "sklearn.datasets",
     "tensorboardX",
 )
 DIGITS = (
@@ -191,7 +192,7 @@ def test_damage_is_reported_and_the_checkpoint_before_is_used(story):
 def test_broken_and_whole_run_have_the_same_bits(story):
     whole, broken = (read(path, "summary.json") for path in (story.whole, story.broken))
     assert whole["state_sha256"] == broken["state_sha256"]
-    for name in ("metrics.jsonl", "clients.json"):
+    for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
     timed = {"seconds", "samples_per_second", "compile_seconds"}
     assert without(whole, timed) == without(broken, timed)
@@ -234,9 +235,9 @@ def test_config_json_says_what_made_the_run(story):
     assert record["commit"] is None or re.fullmatch(
         r"[0-9a-f]{40}\+?", record["commit"]
     )
-    assert set(workdir.PACKAGES) == set(record["versions"])
+    assert set(origin.PACKAGES) == set(record["versions"])
     assert record["versions"]["jax"] == jax.__version__
-    assert record["format"] == workdir.FORMAT and record["history"] == []
+    assert record["format"] == origin.FORMAT and record["history"] == []
     assert record["settings"]["jax_default_prng_impl"] == "threefry2x32"
     assert record["data"].keys() == {"pixels", "labels", "partition"}
     assert all(re.fullmatch("[0-9a-f]{64}", x) for x in record["data"].values())
@@ -309,6 +310,9 @@ def test_report_and_events_are_there(story):
     found = read_events(story.whole / "events")
     assert found["train/loss"].keys() == {1, 2, 3, 4, 5, 6}
     assert found["eval/zacc"].keys() == {0, 2, 4, 6}
+    assert found["clients/pacc"].keys() == {0, 2, 4, 6}
+    assert found["partition"].keys() == {0}
+    assert found["train/samples_per_second"].keys() <= {2, 4, 6}
     last = log.read_lines(story.whole / "metrics.jsonl")[-1]
     assert found["eval/zacc"][6] == pytest.approx(last["zacc"], rel=1e-5)
 
@@ -318,7 +322,7 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     from tensorboardX.proto import event_pb2
 
     found: dict[str, dict[int, float]] = {}
-    for file in folder.iterdir():
+    for file in filter(Path.is_file, folder.iterdir()):  # beside them hparams
         content, place = file.read_bytes(), 0
         while place < len(content):
             size = int.from_bytes(content[place : place + 8], "little")
@@ -348,13 +352,18 @@ def small(**fields):
     return config
 
 
+def recorded(**fields):
+    """The config of `small` as config.json has it."""
+    return resolve(small(**fields)).config
+
+
 @pytest.fixture(autouse=True)
 def built_once(monkeypatch):
     """Runs of one config in one process share their compiled programs."""
-    monkeypatch.setattr(build, "build", _build)
+    monkeypatch.setattr(build, "make_experiment", _build)
 
 
-_really_build = build.build
+_really_build = build.make_experiment
 _built: dict[str, build.Experiment] = {}
 
 
@@ -372,7 +381,7 @@ def finished(tmp_path_factory) -> Path:
     """A run of `small()` that nothing happened to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "build", _build)
+        patch.setattr(build, "make_experiment", _build)
         train.train(small(), str(folder))
     return folder
 
@@ -409,6 +418,20 @@ def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
     assert contents(run) == before
     assert capsys.readouterr().out.startswith("fedavg on digits: gACC ")
     assert train.train(small(), str(run)) == read(run, "summary.json")
+
+
+def test_runs_of_several_seeds_share_an_experiment(finished, tmp_path, monkeypatch):
+    config = small(data__seed=0)  # of the run's seed in any case
+    shared = build.build(config)
+    first = train.train(config, tmp_path / "a", experiment=shared, show=Silent)
+    assert first["state_sha256"] == read(finished, "summary.json")["state_sha256"]
+    monkeypatch.setattr(build, "make_experiment", pytest.fail)
+    seconds = shared.simulator.program.seconds
+    config.seed = 1
+    other = train.train(config, tmp_path / "b", experiment=shared, show=Silent)
+    assert shared.simulator.program.seconds == seconds > 0
+    assert other["seed"] == 1 and other["state_sha256"] != first["state_sha256"]
+    assert read(tmp_path / "b", "config.json")["config"]["seed"] == 1
 
 
 def test_a_run_killed_before_its_summary_gets_one(run, finished):
@@ -566,7 +589,7 @@ def test_a_finished_run_goes_on_with_more_rounds_and_other_evaluations(run, tmp_
     )
     # Asked for more and stopped at once, it may end where it was after all.
     plan, data = record["plan"], record["data"]
-    workdir.describe(run, small(rounds=9, **fields), plan, data, 5)
+    origin.describe(run, recorded(rounds=9, **fields), plan, data, 5)
     train.train(longer, str(run))
     before = contents(run)
     with pytest.raises(ValueError, match=r"rounds: 5 there, 4 given"):
@@ -589,15 +612,15 @@ def test_a_finished_run_is_summed_up_as_it_is_asked_for_now(run, finished):
 def test_a_run_that_would_have_been_another_one_is_not_made_longer(run):
     plan = read(run, "config.json")["plan"] | {"marks": {"local.milestones": [2, 4]}}
     data = read(run, "config.json")["data"]
-    workdir.describe(run, small(), plan, data, 1)  # as if it had been so all along
+    origin.describe(run, recorded(), plan, data, 1)  # as if it had been so all along
     before = contents(run)
-    longer = small(rounds=6)
+    longer = recorded(rounds=6)
     with pytest.raises(ValueError, match=r"3 rounds .*local.milestones: \[2\] there"):
         marks = {"local.milestones": [4, 8]}
-        workdir.describe(run, longer, plan | dict(marks=marks), data, 3)
+        origin.describe(run, longer, plan | dict(marks=marks), data, 3)
     assert contents(run) == before
     marks = {"local.milestones": [2, 5]}  # not yet reached
-    workdir.describe(run, longer, plan | dict(marks=marks), data, 3)
+    origin.describe(run, longer, plan | dict(marks=marks), data, 3)
     assert read(run, "config.json")["config"]["rounds"] == 6
 
 
@@ -628,7 +651,7 @@ def test_other_data_are_refused(part, run):
     record, before = read(run, "config.json"), contents(run)
     other = {**record["data"], part: "0" * 64}
     with pytest.raises(ValueError, match=f"other data: {part} differ"):
-        workdir.describe(run, small(), record["plan"], other, 3)
+        origin.describe(run, recorded(), record["plan"], other, 3)
     assert contents(run) == before
 
 
@@ -638,7 +661,7 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     (run / "config.json").write_text(json.dumps(record))
     plan = record["plan"] | dict(device="H100", rounds_per_call=1)
     with caplog.at_level(logging.WARNING):
-        workdir.describe(run, small(rounds=5), plan, record["data"], 3)
+        origin.describe(run, recorded(rounds=5), plan, record["data"], 3)
     (message,) = [r.getMessage() for r in caplog.records]
     for words in ("versions.jax: 0.0.1 there", "commit: abc there", "H100 now"):
         assert words in message
@@ -648,18 +671,25 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     assert after["history"][-1]["changed"]["versions.jax"] == ["0.0.1", jax.__version__]
 
 
+@pytest.mark.parametrize("epochs", [None, 1, 2])
+def test_what_a_run_was_given_is_what_it_is_given_again(epochs, tmp_path):
+    given = recorded(local__epochs=epochs, local__steps=None)
+    origin.describe(tmp_path, given, {"device": "cpu"}, {})
+    assert origin.changes(tmp_path, given) == {}
+    origin.compare(tmp_path, given)
+
+
 def test_a_run_of_an_older_version_goes_on_with_defaults(run):
     record = read(run, "config.json")
     for name in ("settings", "data", "flags", "history"):
         del record[name]
     del record["config"]["uplink"], record["config"]["data"]["stratified"]
     (run / "config.json").write_text(json.dumps(record))
-    with workdir.claim(run, small()):
-        pass
+    origin.compare(run, recorded())
     assert saved.load_config(str(run), "run").data.stratified is False
     with pytest.raises(ValueError, match=r"data.stratified: False there, True"):
         train.train(small(data__stratified=True), str(run))
-    workdir.describe(run, small(), record["plan"], {"labels": "0"}, 3)
+    origin.describe(run, recorded(), record["plan"], {"labels": "0"}, 3)
     assert read(run, "config.json")["data"] == {"labels": "0"}
 
 
@@ -807,7 +837,7 @@ def test_of_two_lengths_in_an_old_config_steps_counted(run):
     about["config"]["local"]["epochs"] = 1
     assert about["config"]["local"]["steps"]
     (run / "config.json").write_text(json.dumps(about))
-    assert workdir.read(run)["config"]["local"]["epochs"] is None
+    assert origin.read(run)["config"]["local"]["epochs"] is None
 
 
 def test_files_that_are_missing_at_the_end_are_written_anew(run, finished):
@@ -866,7 +896,7 @@ def test_where_there_are_no_locks_a_warning_must_do(flock, words, tmp_path, capl
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workdir, "fcntl", locks)
-        with caplog.at_level(logging.WARNING), workdir.claim(tmp_path / "x", small()):
+        with caplog.at_level(logging.WARNING), workdir.claim(tmp_path / "x"):
             assert (tmp_path / "x").is_dir()
     assert words in caplog.text and "cannot be locked" in caplog.text
 
@@ -895,7 +925,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         train.train(small(), os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "café ü").mkdir()
-    with workdir.claim(f"{tmp_path}/café ü/", small()) as folder:
+    with workdir.claim(f"{tmp_path}/café ü/") as folder:
         assert folder.name == "café ü"
 
 
@@ -908,7 +938,7 @@ def test_foreign_files_are_not_touched(tmp_path):
 
 def test_a_folder_in_use_is_refused(run):
     before = contents(run)
-    with workdir.claim(run, small()), pytest.raises(ValueError, match="in use by"):
+    with workdir.claim(run), pytest.raises(ValueError, match="in use by"):
         train.train(small(), str(run))
     assert contents(run) == before
     train.train(small(), str(run))  # free again
@@ -945,7 +975,7 @@ def test_labels_of_unseen_clients_never_reach_training(finished, tmp_path, monke
         for rows, size in parts:
             y[rows[:size]] = (y[rows[:size]] + 1 + np.arange(size) % 9) % 10
     monkeypatch.setattr(build, "load_source", lambda data: source._replace(y=y))
-    monkeypatch.setattr(build, "build", _really_build)
+    monkeypatch.setattr(build, "make_experiment", _really_build)
     other = train.train(config, str(tmp_path / "run"))
     plain = read(finished, "summary.json")
     assert other["state_sha256"] == plain["state_sha256"]

@@ -185,7 +185,7 @@ def test_client_mode_uses_the_clients_mean_and_trains_the_extractor():
     model = generated(embed_granularity="client")
     variables, data = filled(model.init), batch(range(6))
     everything = client(range(15), padding=2)
-    context = jax.jit(model.context)(variables, everything)
+    context = jax.jit(model.visit.context)(variables, everything)
     x = clients.gather(pool(), np.arange(15), np.ones(15)).x
     client_mean = np.asarray(jax.jit(embed)(variables, x)).mean(0)
     np.testing.assert_allclose(context, client_mean, atol=1e-6)
@@ -211,14 +211,14 @@ def test_client_mode_uses_the_clients_mean_and_trains_the_extractor():
 def test_client_mode_over_a_full_batch_equals_batch_mode():
     variables, data = filled(generated().init), batch(range(6))
     model = generated(embed_granularity="client")
-    context = jax.jit(model.context)(variables, client(range(6)))
+    context = jax.jit(model.visit.context)(variables, client(range(6)))
     chex.assert_trees_all_close(
         value_and_grads(model, variables, data, context),
         value_and_grads(generated(), variables, data),
         rtol=1e-5,
         atol=1e-6,
     )
-    assert generated().context(variables, client(range(6))) == ()
+    assert generated().visit.context(variables, client(range(6))) == ()
 
 
 def test_noise_enters_training_only():
@@ -230,7 +230,7 @@ def test_noise_enters_training_only():
         for seed in (0, 0, 1)
     ]
     assert values[0] == values[1] != values[2]
-    silent = jax.jit(model.condition)(variables, client(range(6)))
+    silent = jax.jit(model.serve.condition)(variables, client(range(6)))
     expected = np.asarray(jax.jit(embed)(_without_noise(variables), batch().x))[:6]
     np.testing.assert_allclose(silent, expected.mean(0), atol=1e-6)
 
@@ -274,7 +274,7 @@ def test_statistics_of_the_target_are_moved_not_generated():
 
 def deployed(model, variables, inputs):
     return memory.put(
-        variables, "condition", jax.jit(model.condition)(variables, inputs)
+        variables, "condition", jax.jit(model.serve.condition)(variables, inputs)
     )
 
 
@@ -287,7 +287,7 @@ def test_client_deployment_is_one_plain_network():
     assert float(jnp.sum(memory.get(variables, "condition"))) == pytest.approx(
         1, abs=1e-6
     )
-    plain = jax.jit(model.export)(variables)
+    plain = jax.jit(model.serve.export)(variables)
     assert jax.tree.structure(plain) == jax.tree.structure(spec(TARGET.init))
     np.testing.assert_allclose(
         jax.jit(model.predict)(variables, x),
@@ -315,7 +315,7 @@ def test_sample_deployment_generates_a_network_per_input():
         logits, np.stack([one(v) for v in x]), rtol=1e-5, atol=1e-5
     )
     # There is no single network to export.
-    assert model.export(variables) is variables
+    assert model.serve.export(variables) is variables
 
 
 def test_labels_do_not_enter_conditions():
@@ -323,7 +323,7 @@ def test_labels_do_not_enter_conditions():
     variables = filled(model.init)
     inputs = client(range(10))
     permuted = inputs._replace(pool=pool()._replace(y=pool().y[::-1]))
-    condition, inspect = jax.jit(model.condition), jax.jit(model.inspect)
+    condition, inspect = jax.jit(model.serve.condition), jax.jit(model.serve.inspect)
     for other in (permuted, clients.withhold_labels(inputs)):
         np.testing.assert_array_equal(
             condition(variables, inputs), condition(variables, other)
@@ -338,7 +338,7 @@ def test_inspection_over_more_than_one_group_of_inputs():
     model = generated()
     variables = filled(model.init)
     rows = np.random.default_rng(0).integers(0, N, 300)
-    out = jax.jit(model.inspect)(variables, client(rows, padding=9))
+    out = jax.jit(model.serve.inspect)(variables, client(rows, padding=9))
     x = clients.gather(pool(), np.arange(N), np.ones(N)).x
     e = jax.jit(embed)(variables, x)
     np.testing.assert_allclose(out["embedding"], np.asarray(e)[rows].mean(0), rtol=1e-5)
@@ -348,7 +348,9 @@ def test_inspection_over_more_than_one_group_of_inputs():
 
 def test_condition_of_a_client_without_inputs_is_finite():
     model = generated()
-    condition = jax.jit(model.condition)(filled(model.init), client([], padding=2))
+    condition = jax.jit(model.serve.condition)(
+        filled(model.init), client([], padding=2)
+    )
     np.testing.assert_array_equal(condition, np.zeros(P))
 
 
@@ -357,7 +359,7 @@ def test_evaluation_noise_is_fixed():
     noisy, silent = generated(e, eval_noise=True), generated(e)
     variables = filled(noisy.init)
     first, again, without = (
-        np.asarray(jax.jit(m.condition)(variables, client(range(4))))
+        np.asarray(jax.jit(m.serve.condition)(variables, client(range(4))))
         for m in (noisy, noisy, silent)
     )
     np.testing.assert_array_equal(first, again)
@@ -380,7 +382,7 @@ def test_ways_for_the_condition_to_enter(enter, expected):
     )
     params = jax.jit(NET.generate)(variables["params"]["hyper"], np.float32(expected))
     chex.assert_trees_all_close(
-        jax.jit(model.export)(variables)["params"], params, rtol=1e-5, atol=1e-5
+        jax.jit(model.serve.export)(variables)["params"], params, rtol=1e-5, atol=1e-5
     )
 
 
@@ -389,7 +391,7 @@ def test_constant_embedding_has_no_parameters():
     params = spec(model.init)["params"]
     assert tree.count(params["extractor"]) == 0
     assert tree.count(params) == tree.count(params["hyper"])
-    condition = jax.jit(model.condition)(filled(model.init), client(range(3)))
+    condition = jax.jit(model.serve.condition)(filled(model.init), client(range(3)))
     np.testing.assert_allclose(condition, np.full(P, 0.25), atol=1e-7)
 
 

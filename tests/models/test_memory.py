@@ -14,7 +14,7 @@ from hyperjax.engine import comm
 from hyperjax.models import MLP, from_linen, memory
 from hyperjax.models.linen import sizes
 from hyperjax.training import Local, no_adjustment, trainer
-from hyperjax.types import Batch, ClientData, Model, Trained, no_features
+from hyperjax.types import Batch, ClientData, Model, Outputs, Serve, Trained, Visit
 
 ZEROS = np.zeros((1, 7))
 KEY = jax.random.key(0)
@@ -41,15 +41,14 @@ def plain() -> Model:
         sample_shape=(3,),
         init=lambda key: {"params": jnp.float32(2), "stats": {"seen": jnp.float32(0)}},
         loss=loss,
-        predict=told("predict"),
-        context=told("context"),
-        condition=told("condition"),
-        export=told("export"),
-        inspect=told("inspect"),
-        features=told("features"),
-        arrive=lambda key, variables: moved(10)(variables),
-        visit=moved(20),
-        leave=moved(40),
+        apply=told("apply"),
+        visit=Visit(
+            arrive=lambda key, variables: moved(10)(variables),
+            enter=moved(20),
+            context=told("context"),
+            leave=moved(40),
+        ),
+        serve=Serve(told("condition"), told("export"), told("inspect")),
     )
 
 
@@ -74,18 +73,19 @@ def test_an_entry_is_cut_out_and_put_back():
 def test_no_function_of_the_model_sees_it():
     model, variables = both()
     ours = plain().init(KEY)
-    for name in ("predict", "context", "condition", "export", "inspect", "features"):
-        assert getattr(model, name)(variables, BATCH) == (name, ours)
+    functions = {"apply": model.apply, "context": model.visit.context}
+    for name, function in {**functions, **model.serve._asdict()}.items():
+        assert function(variables, BATCH) == (name, ours)
     value, trained = model.loss(KEY, variables, BATCH, ())
     assert value == 2 and trained.stats == {"seen": 1}
     assert trained[1:] == plain().loss(KEY, ours, BATCH, ())[1][1:]
 
 
-@pytest.mark.parametrize(("name", "by"), [("arrive", 10), ("visit", 20), ("leave", 40)])
+@pytest.mark.parametrize(("name", "by"), [("arrive", 10), ("enter", 20), ("leave", 40)])
 def test_it_passes_through_what_a_client_does_to_its_variables(name, by):
     model, variables = both()
     key = (KEY,) if name == "arrive" else ()
-    after = getattr(model, name)(*key, variables)
+    after = getattr(model.visit, name)(*key, variables)
     chex.assert_trees_all_equal(after, {**variables, "params": jnp.float32(2 + by)})
 
 
@@ -120,18 +120,18 @@ def test_a_step_may_leave_it_otherwise():
 
 def test_it_may_be_what_is_deployed():
     model, variables = both(lambda ours, entry: {**ours, "params": entry["x"]})
-    assert model.predict(variables, BATCH)[1]["params"] == 3
-    assert model.export(variables)[1]["params"] == 3
+    assert model.apply(variables, BATCH)[1]["params"] == 3
+    assert model.serve.export(variables)[1]["params"] == 3
     # Not so in training.
     assert model.loss(KEY, variables, BATCH, ())[0] == 2
-    assert model.context(variables, BATCH)[1]["params"] == 2
+    assert model.visit.context(variables, BATCH)[1]["params"] == 2
 
 
 def test_sizes_of_classes_and_features():
-    model = plain()._replace(predict=lambda v, x: jnp.zeros((len(x), 5)))
+    model = plain()._replace(visit=Visit())
     with pytest.raises(ValueError, match="no layer named 'head'"):
-        sizes(model._replace(features=no_features))
-    wide = model._replace(context=lambda v, data: (), features=lambda v, b: ZEROS)
+        sizes(model._replace(apply=lambda v, x: Outputs(jnp.zeros((len(x), 5)))))
+    wide = model._replace(apply=lambda v, x: Outputs(jnp.zeros((len(x), 5)), ZEROS))
 
     def loss(outputs):
         return lambda *_: (0.0, Trained((), {}, **outputs))

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from hyperjax import tree
-from hyperjax.models import MLP, ZOO, LeNet, from_linen, layers
+from hyperjax.models import MLP, ZOO, LeNet, convolutions, from_linen, layers
 from hyperjax.models.linen import cross_entropy, masked_mean
+from hyperjax.models.passes import passes
 from hyperjax.types import Batch
 
 MNIST = (28, 28, 1)
@@ -155,7 +156,7 @@ def test_rules_of_a_whole_network_agree():
     (x,) = numbers((2, *MNIST))
     ours, theirs = (
         from_linen(LeNet(3, channels=(2, 3), hidden=(4,), conv_rule=rule), MNIST, 3)
-        for rule in ("patches", "xla")
+        for rule in ("stripes", "xla")
     )
 
     @jax.jit
@@ -186,24 +187,96 @@ def test_explicit_padding_under_all_rules(size, stride, pads):
     def outputs(x, kernel):
         def one(rule):
             y, pullback = jax.vjp(
-                lambda x, kernel: layers.convolve(x, kernel, stride, pads, rule),
+                lambda x, kernel: convolutions.convolve(x, kernel, stride, pads, rule),
                 x,
                 kernel,
             )
             return y, pullback(jnp.sin(y))
 
-        return [one(rule) for rule in ("xla", "scan", "patches")]
+        return [one(rule) for rule in convolutions.RULES[1:]]
 
     expected, *others = outputs(x, kernel)
     for found in others:
         chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
+# Blocks that divide the outputs and not, of one and of more than there are; stripes
+# that need one neighbour, two, or less than their own columns; columns that none needs.
+@pytest.mark.parametrize(
+    ("size", "stride", "shape", "padding", "block"),
+    [
+        (1, 3, (7, 8), "VALID", 2),
+        (3, 1, (9, 8), "SAME", 1),
+        (3, 2, (9, 8), ((1, 1), (1, 1)), 3),
+        (3, 3, (9, 11), "VALID", 20),
+        (5, 1, (12, 13), "VALID", 1),
+        (5, 1, (8, 12), "VALID", 4),
+        (5, 2, (9, 10), ((2, 1), (0, 3)), 2),
+    ],
+)
+def test_stripes_of_any_width(size, stride, shape, padding, block):
+    x, kernel = numbers((2, *shape, 3), (size, size, 3, 4))
+    kernel /= size * np.sqrt(3)
+
+    def both(convolve, x, kernel):
+        y, pullback = jax.vjp(convolve, x, kernel)
+        return y, pullback(jnp.sin(y))
+
+    @jax.jit
+    def outputs(x, kernel):
+        return (
+            both(lambda *of: convolutions._xla_conv(*of, stride, padding), x, kernel),
+            both(
+                lambda *of: convolutions.stripes(*of, stride, padding, block),
+                x,
+                kernel,
+            ),
+        )
+
+    expected, found = outputs(x, kernel)
+    chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 8), (8,)])
+@pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False}])
+def test_group_norm_of_a_users_network(shape, options):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.GroupNorm(4, epsilon=1e-3, **options)(x).reshape(len(x), -1)
+
+    (x,) = numbers((3, *shape))
+    x = 3 * x + 100.0  # far from the origin, where a careless variance cancels
+    x[0] = 7.0  # no spread at all
+    found = passes(Net(), shape)
+    variables = jax.tree.map(lambda x: x + 0.5, found.init(jax.random.key(0)))
+    ours = jax.jit(lambda x: found.run(variables, x).logits)(x)
+    given = variables["params"].get("GroupNorm_0", {})
+    values = np.float64(x).reshape(3, -1, 4, 2)
+    centred = values - values.mean((1, 3), keepdims=True)
+    y = centred / np.sqrt(centred.var((1, 3), keepdims=True) + 1e-3)
+    y = y.reshape(3, -1, 8) * np.asarray(given.get("scale", 1.0))
+    y = y + np.asarray(given.get("bias", 0.0))
+    np.testing.assert_allclose(ours, y.reshape(3, -1), atol=1e-4)
+
+
+def test_group_norm_is_what_a_layer_is_given(monkeypatch):
+    norms = []
+    monkeypatch.setattr(
+        layers, "group_norm", lambda x, *how: norms.append(how) or jnp.zeros_like(x)
+    )
+    for layer in (nn.GroupNorm(2), nn.GroupNorm(None, 3, dtype=jnp.bfloat16)):
+        found = passes(nn.Sequential([layer, lambda x: x]), (6,))
+        variables = found.init(jax.random.key(0))
+        found.run(variables, jnp.ones((1, 6)))
+    assert [how[0] for how in norms] == [2]  # what computes in bfloat16 stays Flax's
+
+
 def test_explicit_padding_is_pytorchs():
     # A kernel that copies the corner of its window: row 0 starts one pixel outside.
     x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0)
-    y = layers.convolve(x, kernel, 2, ((1, 1), (1, 1)), "xla")
+    y = convolutions.convolve(x, kernel, 2, ((1, 1), (1, 1)), "xla")
     np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 6]])
 
 
@@ -379,7 +452,7 @@ def test_features_are_what_the_head_gets():
         head = variables["params"]["head"]
 
         value, trained = model.loss(key, variables, batch, ())
-        outside = model.features(variables, batch)
+        outside = model.features(variables, batch.x)
         assert trained.features.shape == outside.shape == (6, 4)
         found = [f @ head["kernel"] + head["bias"] for f in (trained.features, outside)]
         expected = trained.logits, model.predict(variables, batch.x)
@@ -395,7 +468,7 @@ def test_features_are_what_the_head_gets():
 def test_features_need_a_head():
     model = from_linen(Normalised(3), (2, 2, 1), 3)
     with pytest.raises(ValueError, match="no layer named 'head'"):
-        model.features({}, batch_of())
+        model.features(model.init(jax.random.key(0)), batch_of().x)
 
 
 def test_with_shape_rebuilds():

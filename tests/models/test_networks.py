@@ -166,8 +166,7 @@ def test_features_are_rows_of_the_heads_inputs(name):
     model = from_linen(ZOO[name](10), CIFAR, 10)
 
     def inputs(key):
-        batch = Batch(jnp.zeros((2, *CIFAR)), jnp.zeros(2, jnp.int32), jnp.ones(2))
-        return model.features(model.init(key), batch)
+        return model.features(model.init(key), jnp.zeros((2, *CIFAR)))
 
     features = jax.eval_shape(inputs, jax.random.key(0))
     assert features.shape == (2, 512 if name == "squeezenet1_1" else 64)
@@ -275,7 +274,7 @@ def test_dropout_in_training_only(network, options):
             *(m.loss(key, variables, batch, ()) for m in (model, without, without)),
             strict=True,
         )
-        head, outside = variables["params"]["head"], model.features(variables, batch)
+        head, outside = variables["params"]["head"], model.features(variables, batch.x)
         logits = outside @ head["kernel"] + head["bias"]
         features = [t.features for t in trained]
         return losses, features, outside, logits, model.predict(variables, batch.x)
@@ -311,8 +310,7 @@ def test_squeezenets_classifier_is_a_mean_over_positions():
     @jax.jit
     def outputs(key):
         variables = model.init(key)
-        batch = Batch(x, jnp.zeros(1, jnp.int32), jnp.ones(1))
-        features = model.features(variables, batch)
+        features = model.features(variables, x)
         return variables["params"]["head"], features, model.predict(variables, x)
 
     head, features, logits = outputs(jax.random.key(0))

@@ -754,7 +754,7 @@ def test_everything_is_float32_outside(kept, computed):
             lambda params: model.loss(KEY, {**plain, "params": params}, BATCH, ()),
             has_aux=True,
         )(plain["params"])
-        features = model.features(plain, BATCH)
+        features = model.features(plain, X)
         return raw, model.predict(plain, X), (value, trained, grads, features, plain)
 
     raw, predicted, others = outputs(model.init(KEY))
@@ -791,4 +791,4 @@ def test_layers_may_be_called_by_keyword():
     trained = model.loss(jax.random.key(1), variables, batch, ())[1]
     mean = trained.stats["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, x[:2].reshape(2, -1).mean(0), rtol=1e-6)
-    assert model.features(variables, batch).shape == (4, np.prod(SHAPE))
+    assert model.features(variables, x).shape == (4, np.prod(SHAPE))

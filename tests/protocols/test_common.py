@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hyperjax import models, registry
-from hyperjax.launch import build, fields
+from hyperjax.launch import build
 from hyperjax.protocols import common, zero_shot
 
 
@@ -55,7 +55,7 @@ def made(**given):
 def test_every_field_has_words_that_fit_a_line():
     for field, (default, words) in common.FIELDS.items():
         assert 3 < len(words) < 80 and words[-1] not in ",;:", field
-        value = fields.flat(common.defaults())[field]
+        value = common.flat(common.defaults())[field]
         assert value is None if isinstance(default, type) else value == default
 
 

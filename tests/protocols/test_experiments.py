@@ -23,7 +23,7 @@ def get_config(experiment, arg=""):
 
 def differing(config, other):
     """{field: value} of what a config has otherwise than another."""
-    ours, theirs = fields.flat(config), fields.flat(other)
+    ours, theirs = common.flat(config), common.flat(other)
     return {k: v for k, v in ours.items() if theirs.get(k) != v}
 
 
@@ -65,7 +65,7 @@ def test_every_field_is_there_and_every_number_has_bounds(experiment):
     for name in registry.methods():
         config = get_config(experiment, name)
         fields.check(config)
-        assert set(fields.flat(config)) - set(common.FIELDS) == {
+        assert set(common.flat(config)) - set(common.FIELDS) == {
             *(f"method.{option}" for option in common.Method.known(name)),
             *(f"model.{option}" for option in common.Model.known(config.model.name)),
             "method.name",
@@ -198,7 +198,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_an_experiment_is_what_was_published(name):
     experiment, _, data = name.partition(":")
-    found = fields.flat(get_config(experiment, f"data={data}" if data else ""))
+    found = common.flat(get_config(experiment, f"data={data}" if data else ""))
     assert {k: found[k] for k in GOLDEN[name]} == GOLDEN[name]
 
 
@@ -250,7 +250,7 @@ VISITS = {"rounds": 5000, "evaluation.every": 100, "server.sampler": "uniform"}
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_what_belongs_to_a_method_in_an_experiment(experiment, name):
     config, other = get_config(experiment, name), get_config(experiment, "fedavg")
-    known = fields.flat(other)
+    known = common.flat(other)
     expected = dict(APART.get(name, {}))
     if name == "pfedhn_synchronous":  # the step grows with the clients
         expected["server.learning_rate"] = 1e-2 * config.data.num_clients

@@ -67,6 +67,25 @@ def test_the_networks_variables_predict_what_the_run_does(run, data, client):
     np.testing.assert_allclose(shares, nn.softmax(logits), rtol=1e-5)
 
 
+class Sure(nn.Module):
+    """A network whose first logit is always the same."""
+
+    value: float
+
+    @nn.compact
+    def __call__(self, x):
+        return Net()(x).at[:, 0].set(self.value)
+
+
+def test_infinite_logits_rule_a_class_out_and_nothing_in(data):
+    x = arrays()[0][:9]
+    without = train(data, "fedavg", Sure(-np.inf), rounds=0)
+    assert (without.probabilities(None, x)[:, 0] == 0).all()
+    certain = train(data, "fedavg", Sure(np.inf), rounds=0)
+    with pytest.raises(FloatingPointError, match="outputs for x are not finite"):
+        certain.predict(None, x)
+
+
 def test_a_client_is_served_the_network_that_was_scored(run, data):
     rows = data.held_out.rows[1, : data.held_out.size[1]]
     right = run.predict(1, np.asarray(data.pool.x)[rows]) == data.pool.y[rows]

@@ -158,3 +158,23 @@ def test_the_latex_table_compiles(written, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").exists()
+
+
+def test_everything_is_written_of_runs_that_have_ended(tmp_path, monkeypatch):
+    from hyperjax.launch import pages
+
+    monkeypatch.setattr(pages, "drawing", lambda: "")
+    for seed in range(2):
+        for method in ("fedavg", "scaffold"):
+            folder = tmp_path / f"runs/{method}{seed}"
+            make_run(folder, method=method, rounds=4, seed=seed, shift=3.0 * seed)
+    (tmp_path / "out").mkdir()
+    files = outputs.write(tmp_path / "out", [tmp_path / "runs"], (), "fedavg")
+    there = {p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert set(files) == there
+    names = {p.relative_to(tmp_path / "out").as_posix() for p in there}
+    assert {"points.csv", "clients.csv", "table.tex", "report.html"} <= names
+    assert {f"figures/curves_bytes.{form}" for form in ("pdf", "svg", "png")} <= names
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "4 runs in 2 groups · 4 finished" in page
+    assert 'href="figures"' in page and "location.reload" not in page

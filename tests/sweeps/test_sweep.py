@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperjax.launch import sweep, train, workdir
-from hyperjax.sweeps import live, points, record, runner, tune
+from hyperjax.launch import finished, origin, sweep, train, workdir
+from hyperjax.sweeps import live, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 
 FEDAVG = "zero_shot:fedavg,data=digits"
@@ -21,7 +21,7 @@ class Trainer:
         self.ran: list[str] = []
         self.stop_at: int | None = None
 
-    def __call__(self, config, path, name, show):
+    def __call__(self, config, path, name, experiment, show):
         folder = Path(path)
         if not (folder / workdir.SUMMARY).exists():
             if len(self.ran) == self.stop_at:
@@ -42,6 +42,7 @@ class Trainer:
 def trainer(monkeypatch):
     found = Trainer()
     monkeypatch.setattr(runner, "check", lambda points: None)
+    monkeypatch.setattr(runner.group, "experiments", lambda configs: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
     monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found))
     return found
@@ -81,7 +82,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(trainer, tmp_path, capsys):
     trainer.stop_at = 2
     flags = ("seed=0..1", "local.learning_rate=0.05,0.1")
     assert sweep.main(asked(tmp_path, *flags)) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    stopped = "2 of 4 points have ended; the same command continues"
+    assert stopped in capsys.readouterr().out
     assert sorted(statuses(tmp_path).values()) == [
         *["finished"] * 2,
         "running",
@@ -109,10 +111,10 @@ def test_another_grid_adds_points_and_another_base_is_refused(trainer, tmp_path)
 
 
 def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
-    def busy(config, path, name, show):
+    def busy(config, path, *args, **kwargs):
         if "seed=1" in path:
             raise workdir.InUse("in use")
-        return trainer(config, path, name, show)
+        return trainer(config, path, *args, **kwargs)
 
     monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
@@ -126,7 +128,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 def test_slices_part_the_points(trainer, tmp_path, n):
     for i in range(n):
-        assert sweep.main(asked(tmp_path, index=f"{i}/{n}")) in (0, 1)
+        assert sweep.main(asked(tmp_path, part=f"{i}/{n}")) in (0, 1)
     assert len(trainer.ran) == len(set(trainer.ran)) == 4  # two diverge
     assert "waiting" not in statuses(tmp_path).values()
 
@@ -140,7 +142,7 @@ def test_slices_are_refused_by_name():
 
 def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     folder = tmp_path / "abl"
-    assert sweep.main(asked(folder, list=True)) == 0
+    assert sweep.main(asked(folder, list_only=True)) == 0
     out = capsys.readouterr().out
     assert "6 points" in out and "learning_rate=0.05,seed=1" in out
     assert "one program for 2:" in out
@@ -152,8 +154,8 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     [
         (dict(sweep=()), "--sweep is required"),
         (dict(sweep=("rounds=2,x",)), "rounds=x"),
-        (dict(baseline="data.alpha=1"), "'data.alpha' is not swept"),
-        (dict(baseline="local.learning_rate=3"), "accepted: '0.05', '0.1', '0.2'"),
+        (dict(baseline="data.alpha=1"), r"baseline='data.alpha=1' is none"),
+        (dict(baseline="local.learning_rate=3"), r"there are: .*0.05, 0.1, 0.2"),
         (dict(by="vacc"), "go with --tune"),
         (dict(tune=("local.learning_rate=1,2",)), "is swept twice"),
         (dict(tune=("local.epochs=1,2",), by="zacc"), "--by=zacc: it is measured on"),
@@ -224,10 +226,14 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
         assert entry["tuned"] == {"local.learning_rate": 0.1}
 
 
-def test_a_setting_with_no_good_value_fails_alone(trainer, tmp_path):
-    more = dict(tune=("local.learning_rate=0.2,0.3",), arguments=VALIDATED)
+@pytest.mark.parametrize(
+    ("tried", "message"), [("0.2", "no value of"), ("0.1,0.3", "0.3,seed=0 failed")]
+)
+def test_without_a_choice_a_setting_fails(trainer, tmp_path, tried, message, capsys):
+    more = dict(tune=(f"local.learning_rate={tried}",), arguments=VALIDATED)
     assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 1
     assert set(statuses(tmp_path).values()) == {"failed"}
+    assert message in capsys.readouterr().out
 
 
 # What is shown ----------------------------------------------------------------------
@@ -254,3 +260,32 @@ def test_neighbours_share_a_program():
     assert [len(g) for g in runner.grouped(seeds)] == [2]
     assert [p.config.local.batch_size for p in runner.ordered(mixed)] == [8, 8, 4, 4]
     assert isinstance(seeds[0], Point)
+
+
+# Results ----------------------------------------------------------------------------
+
+
+def test_trials_are_no_results(tmp_path):
+    for name in ("seed=0", "tune/seed=0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / workdir.CONFIG).write_text("{}")
+    assert len(finished.find([tmp_path])) == 2
+    (tmp_path / record.FILE).write_text("{}")
+    assert [run.name for run in finished.find([tmp_path])] == ["seed=0"]
+    assert len(finished.find([tmp_path / "tune"])) == 1
+
+
+def test_variants_of_one_method_are_told_apart_by_what_they_change(trainer, tmp_path):
+    flags = ("method.name=pfedhn,pfedhn_pc", "seed=0..1")
+    assert sweep.main(asked(tmp_path, *flags)) == 0
+    there = record.Record(str(tmp_path))
+    configs = {
+        p.name: p.config for p in sweep.make_plan(asked(tmp_path, *flags)).points
+    }
+    for name, config in configs.items():
+        about = dict(config=origin.as_json(config), format=origin.FORMAT)
+        (tmp_path / name / workdir.CONFIG).write_text(json.dumps(about))
+    assert results.telling(tmp_path, there.read()) == [
+        *("method.name", "method.keep", "method.persist_optimizer"),
+        "server.learning_rate",
+    ]

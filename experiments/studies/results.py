@@ -1,0 +1,145 @@
+"""Makes the tables of RESULTS.md and README.md anew from the records they name.
+
+python -m experiments.studies.results
+
+A table stands between `<!-- record: NAME.json COLUMN,... -->` and `<!-- end -->`, where
+NAME is a file of experiments/results and the columns are some of the record's, all by
+default. Nothing else in the files is touched.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperjax.engine.checkpoint import write_atomically
+from hyperjax.errors import check_choice
+from hyperjax.launch import cli
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "experiments" / "results"
+FILES = ("RESULTS.md", "README.md")
+_TABLE = re.compile(
+    r"(<!-- record: (\S+\.json)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+
+def rewritten(text: str, records: Path = RECORDS) -> str:
+    """Returns a text with all its tables as the records have them."""
+
+    def table(match: re.Match) -> str:
+        opening, name, columns, closing = match.groups()
+        record = json.loads((records / name).read_text(encoding="utf-8"))
+        chosen = columns.split(",") if columns else list(record["columns"])
+        return f"{opening}{markdown(record, chosen)}{closing}"
+
+    return _TABLE.sub(table, text)
+
+
+def markdown(record: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """Returns the table of a record, and a line on where it is from.
+
+    Raises:
+      ValueError: a column that the record does not have.
+    """
+    for column in columns:
+        check_choice("column", column, record["columns"])
+    table = [dict(_cells(record, row, columns)) for row in record["rows"]]
+    # Columns in which nothing stands in any row are left out.
+    heads = [h for h in table[0] if any(row[h] not in ("", "–") for row in table)]
+    lines = [
+        _line(heads),
+        "|---" * len(heads) + "|",
+        *(_line([row[head] for head in heads]) for row in table),
+    ]
+    return "\n".join([*lines, "", source(record)]) + "\n"
+
+
+def _cells(
+    record: Mapping[str, Any], row: Mapping[str, Any], columns: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yields (heading, cell) of a row from left to right."""
+    named = record["columns"]
+    diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+    yield "method", row["label"] and row["label"] + diverged
+    yield "setting", row["settings"] + ("" if row["label"] else diverged)
+    if record["tuning"]:
+        yield "rate", f"{row['learning_rate']:g}"
+    for column in columns:
+        ours, paper = row.get(column), row["published"].get(column)
+        yield named[column], spread(ours)
+        yield f"paper: {named[column]}", number(paper)
+        if ours is None or paper is None:
+            yield f"{named[column]} - paper", "–"
+        else:
+            yield f"{named[column]} - paper", f"{ours['mean'] - paper:+.2f}"
+    compared = named.get(record["compared"])
+    yield f"{compared} - {record['baseline']}'s", difference(row.get("difference"))
+
+
+def source(record: Mapping[str, Any]) -> str:
+    """Returns a line that says how a table came about."""
+    seeds = ", ".join(map(str, record["seeds"]))
+    one = "seed" if len(record["seeds"]) == 1 else "seeds"
+    return (
+        f"`{record['command']}`; {one} {seeds}; {record['hardware']}; "
+        f"{record['date']}; commit {record['commit'][:9]}."
+    )
+
+
+def spread(value: Mapping[str, Any] | None) -> str:
+    """Returns "mean ± deviation"; a dash where a seed has no value."""
+    if value is None:
+        return "–"
+    mean, std = value["mean"], value["std"]
+    if not std:  # one seed, or a count
+        return number(mean)
+    digits = _format(mean)
+    return f"{mean:{digits}} ± {std:{digits}}"
+
+
+def difference(pair: Mapping[str, Any] | None) -> str:
+    """Returns a paired difference and its 95 % interval; a star: not by chance."""
+    if pair is None or pair["difference"] is None:
+        return "–"
+    if pair["low"] is None:
+        return f"{pair['difference']:+.2f}"
+    star = "*" if pair["holm"] is not None and pair["holm"] <= 0.05 else ""
+    low, high = (f"{pair[end]:+.2f}" for end in ("low", "high"))
+    return f"{pair['difference']:+.2f} [{low}, {high}]{star}"
+
+
+def number(value: float | None) -> str:
+    """Returns a number as short as it may be; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:{_format(value)}}" if value else "0"
+
+
+def _format(value: float) -> str:
+    """Two decimals, three below one, none of thousands."""
+    size = abs(value)
+    if size >= 1000:
+        return ",.0f"
+    return ".2f" if size >= 1 else ".3f" if size >= 0.001 else ".1e"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    """Rewrites the files; returns the exit code."""
+    for name in FILES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if after != before:
+            write_atomically(path, after)
+        print(f"{name}: {'written anew' if after != before else 'is current'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, needs=())

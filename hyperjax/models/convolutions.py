@@ -1,0 +1,220 @@
+"""Convolutions by several rules, which differ in their derivatives and their speed.
+
+On the CPU XLA's own derivative of a convolution is tens of times slower inside the
+loops of local training than outside. "scan" has a derivative of ordinary forward
+convolutions and products, which loops do not slow down; "patches" and "stripes" are a
+product with copies of the input, and their derivative is products and pads.
+
+"auto" is "xla" but on the CPU, where it is what `python -m benchmarks.conv_rules` found
+to be the fastest for kernels of that shape.
+"""
+
+import functools
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax.types import Array
+
+RULES = ("auto", "xla", "scan", "patches", "stripes")
+# "SAME", "VALID", or ((low, high), (low, high)) for height and width. SAME is not
+# PyTorch's padding 1 of a 3x3 kernel where the stride is 2: it pads (0, 1).
+Padding: TypeAlias = str | tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolve(
+    x: Array, kernel: Array, stride: int, padding: Padding, rule: str
+) -> Array:
+    """Convolves [B, H, W, c] with [k, k, c, f] by one of `RULES`.
+
+    Returns:
+      [B, H', W', f].
+    """
+    if rule == "auto":
+        rule = cpu_rule(kernel.shape) if jax.default_backend() == "cpu" else "xla"
+    if rule == "patches":
+        windows = patches(x, kernel.shape[0], stride, padding)
+        return _product(windows, kernel.reshape(-1, kernel.shape[-1]))
+    if rule == "stripes":
+        return stripes(x, kernel, stride, padding)
+    return (_scan_conv if rule == "scan" else _xla_conv)(x, kernel, stride, padding)
+
+
+def cpu_rule(shape: tuple[int, ...]) -> str:
+    """Returns the fastest rule inside a loop on the CPU for a kernel's shape.
+
+    Measured by `benchmarks/conv_rules.py`.
+
+    Stripes win where there are few channels, so that their copies are cheap and the
+    product is what was too narrow before; with more of them copies cost more than they
+    give, those of patches earlier than those of stripes for 5x5, later for 3x3.
+    """
+    size, _, channels, _ = shape
+    if channels <= (20 if size >= 5 else 3):
+        return "stripes"
+    return "patches" if size <= 3 and channels < 16 else "scan"
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """[..., p] @ [p, q], as a product of two matrices.
+
+    The derivative of one with more axes contracts several at once, which XLA transposes
+    first: two to three times slower.
+    """
+    flat = x.reshape(-1, x.shape[-1]) @ matrix
+    return flat.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def stripes(
+    x: Array, kernel: Array, stride: int, padding: Padding, block: int | None = None
+) -> Array:
+    """A convolution as one product of stripes of x with a banded matrix.
+
+    A stripe is what `block` neighbouring outputs of a row see: size rows of
+    (block - 1) * stride + size columns. It is copied once for all of them, where
+    patches copy a window for each.
+    """
+    size, _, channels, features = kernel.shape
+    block = block or block_of(size, features)
+    pads = _explicit(padding, x, size, stride)
+    height, width = (
+        (length + low + high - size) // stride + 1
+        for length, (low, high) in zip(x.shape[1:3], pads, strict=True)
+    )
+    blocks, step = -(-width // block), block * stride
+    columns = step - stride + size  # of a stripe
+    # Columns in whole blocks, as many as the last stripe reaches.
+    parts = blocks + -(-(columns - step) // step)
+    (low, _), rows = pads[1], pads[0]
+    fill = parts * step - x.shape[2] - low  # negative: columns that no output sees
+    zero = jnp.zeros((), x.dtype)
+    x = jax.lax.pad(x, zero, [(0, 0, 0), (*rows, 0), (low, fill, 0), (0, 0, 0)])
+    x = x.reshape(*x.shape[:2], parts, step * channels)
+    pieces = [x[:, :, i : i + blocks] for i in range(parts - blocks + 1)]
+    x = jnp.concatenate(pieces, -1)[..., : columns * channels]
+    end = (height - 1) * stride + 1
+    x = jnp.concatenate([x[:, i : i + end : stride] for i in range(size)], -1)
+    y = _product(x, _band(kernel, stride, block, columns))
+    return y.reshape(len(x), height, blocks * block, features)[:, :, :width]
+
+
+def block_of(size: int, features: int) -> int:
+    """Returns how many outputs share a stripe: enough for a product that is fast.
+
+    More would be zeros of the band.
+    """
+    return 4 if size >= 5 and features <= 10 else 2
+
+
+def _band(kernel: Array, stride: int, block: int, columns: int) -> Array:
+    """The matrix of `stripes`: output j of a block has the kernel, moved by j strides.
+
+    Returns:
+      [size * columns * c, block * f], in which a row is (row, column, channel).
+    """
+    size, _, channels, features = kernel.shape
+    # Copies one after another in a line whose period is `stride` more than the length
+    # of what is read: each is found that much further on, behind zeros.
+    period = columns + stride
+    line = jnp.pad(kernel, ((0, 0), (0, period - size), (0, 0), (0, 0)))
+    line = jnp.broadcast_to(line[:, None], (size, block, *line.shape[1:]))
+    line = line.reshape(size, block * period, channels, features)
+    moved = line[:, : block * columns].reshape(size, block, columns, channels, features)
+    return moved.transpose(0, 2, 3, 1, 4).reshape(-1, block * features)
+
+
+def _xla_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _scan_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return _xla_conv(x, kernel, stride, padding)
+
+
+def _scan_conv_fwd(x, kernel, stride, padding):
+    return _xla_conv(x, kernel, stride, padding), (x, kernel)
+
+
+def _scan_conv_bwd(stride, padding, residuals, cotangent):
+    x, kernel = residuals
+    pads = _explicit(padding, x, kernel.shape[0], stride)
+    return (
+        _input_gradient(x, kernel, cotangent, stride, pads),
+        _kernel_gradient(x, kernel, cotangent, stride, pads),
+    )
+
+
+_scan_conv.defvjp(_scan_conv_fwd, _scan_conv_bwd)
+
+
+def _input_gradient(x, kernel, cotangent, stride, pads):
+    """A stride-1 convolution of the spread-out cotangent with the flipped kernel."""
+    size = kernel.shape[0]
+    edges = [(0, 0, 0)]
+    lengths = zip(pads, x.shape[1:3], cotangent.shape[1:3], strict=True)
+    for (low, _), length, windows in lengths:
+        spread = (windows - 1) * stride + 1
+        before = size - 1 - low
+        edges.append((before, length + size - 1 - spread - before, stride - 1))
+    zero = jnp.zeros((), cotangent.dtype)
+    spread_out = jax.lax.pad(cotangent, zero, [*edges, (0, 0, 0)])
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    # By the same rule, so that second derivatives (gradient inversion) are fast too.
+    return _scan_conv(spread_out, flipped, 1, "VALID")
+
+
+def _kernel_gradient(x, kernel, cotangent, stride, pads):
+    """One product; for stride 1 of column shifts of x with row shifts of the cotangent.
+
+    That takes k copies of each side where windows take k * k of one.
+    """
+    size, _, channels, features = kernel.shape
+    if stride > 1 or size == 1:
+        windows = patches(x, size, stride, pads).reshape(-1, size * size * channels)
+        return (windows.T @ cotangent.reshape(-1, features)).reshape(kernel.shape)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = x.shape[1], cotangent.shape[2]
+    columns = [x[:, :height, j : j + width] for j in range(size)]
+    rows = [
+        jnp.pad(cotangent, ((0, 0), (i, size - 1 - i), (0, 0), (0, 0)))
+        for i in range(size)
+    ]
+    left = jnp.concatenate(columns, -1).reshape(-1, size * channels)
+    right = jnp.concatenate(rows, -1).reshape(-1, size * features)
+    product = (left.T @ right).reshape(size, channels, size, features)
+    return product.transpose(2, 0, 1, 3)  # [column, c, row, f] -> [row, column, c, f]
+
+
+def _explicit(padding: Padding, x: Array, size: int, stride: int):
+    """Returns padding as ((low, high), (low, high)) for inputs x [B, H, W, c]."""
+    if not isinstance(padding, str):
+        return padding
+    return jax.lax.padtype_to_pads(
+        x.shape[1:3], (size, size), (stride, stride), padding
+    )
+
+
+def patches(x: Array, size: int, stride: int, padding: Padding) -> Array:
+    """Returns the windows of x: [B, H, W, c] -> [B, H', W', size * size * c]."""
+    pads = _explicit(padding, x, size, stride)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height = (x.shape[1] - size) // stride + 1
+    width = (x.shape[2] - size) // stride + 1
+    shifts = [
+        x[
+            :,
+            i : i + (height - 1) * stride + 1 : stride,
+            j : j + (width - 1) * stride + 1 : stride,
+        ]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(shifts, axis=-1)

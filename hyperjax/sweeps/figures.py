@@ -1,0 +1,438 @@
+"""Figures of groups of runs for a paper, in one style; equal results, equal files.
+
+Made without pyplot, so nothing global changes and no display is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from hyperjax.data.picture import GRID, INK, MUTED, PALETTE
+from hyperjax.sweeps import statistics, tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("pdf", "svg", "png")
+# Inches, of a page of two columns: the text's width.
+WIDTH, PANEL_HEIGHT = 6.9, 2.1
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "pdf.fonttype": 42,  # fonts that journals take
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "hyperjax",
+}
+AXES = {
+    "round": "round",
+    "bytes": "sent by all clients and to them, bytes",
+    "seconds": "seconds, compiling included",
+}
+_NO_DATES: dict[str, dict[str, None]] = {
+    "pdf": dict.fromkeys(("CreationDate", "Creator", "Producer")),
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    "png": {"Software": None},
+}
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
+# Up to so many clients of a group are shown each by a dot.
+_MAX_DOTS = 200
+
+
+def _style() -> Any:
+    """Our style, and nothing of the process' own."""
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Has a figure drawn in our style, whatever the process' own is."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any) -> Figure:
+        with _style():
+            figure = draw(*args)
+            # Laid out anew at each drawing, it would give other files each time.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
+
+    return drawn
+
+
+class Look(NamedTuple):
+    """How a group is drawn: by colour, and by line and marker if that is not enough."""
+
+    color: Any
+    line: Any
+    marker: Any
+
+
+class Looks(NamedTuple):
+    """How groups are drawn, and the legend of it: (words, look) in order."""
+
+    of: dict[str, Look]
+    legend: list[tuple[str, Look]]
+
+
+def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
+    """Returns a line for each value of one setting, and colours for all else.
+
+    The setting is one that has few values, the same for all else. Numbers that nothing
+    else varies with have colours in their order.
+    """
+    names = list(groups[0]) if groups else []
+    varying = [n for n in names if len({group[n] for group in groups}) > 1]
+    crossed = [n for n in varying if n != "method" and _is_crossed(groups, n)]
+    crossed.sort(key=lambda n: len({group[n] for group in groups}))
+    lined = crossed[0] if len(varying) > 1 and crossed else None
+    values = list(dict.fromkeys(group[lined] for group in groups)) if lined else []
+    rest = [{k: v for k, v in g.items() if k != lined} for g in groups]
+    words = list(dict.fromkeys(tables.label(group) for group in rest))
+    colors = _shades(rest, [n for n in varying if n != lined]) or {
+        name: PALETTE[i % len(PALETTE)] for i, name in enumerate(words)
+    }
+    found = {}
+    for group, other in zip(groups, rest, strict=True):
+        name = tables.label(other)
+        # Beyond the palette its colours come again, with another line.
+        kind = (
+            values.index(group[lined]) if lined else words.index(name) // len(PALETTE)
+        )
+        kind %= len(_LINES)
+        found[tables.label(group)] = Look(colors[name], _LINES[kind], _MARKERS[kind])
+    if not lined:
+        return Looks(found, list(found.items()))
+    legend = [(name, Look(colors[name], "-", "o")) for name in words]
+    legend += [
+        (f"{tables.short(lined, names)}={tables.setting(value)}", Look(MUTED, *kind))
+        for value, kind in zip(values, zip(_LINES, _MARKERS, strict=True), strict=False)
+    ]
+    return Looks(found, legend)
+
+
+def _is_crossed(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether all groups that are else alike have the same few values of a setting."""
+    seen: dict[str, set[Any]] = {}
+    for group in groups:
+        other = tables.label({k: v for k, v in group.items() if k != name})
+        seen.setdefault(other, set()).add(group[name])
+    first, *others = seen.values()
+    return 1 < len(first) <= len(_LINES) and all(values == first for values in others)
+
+
+def _shades(groups: Sequence[Mapping[str, Any]], varying: Sequence[str]):
+    """By group, a scale of colours if they are several values of one number."""
+    if len(varying) != 1 or not all(is_number(group[varying[0]]) for group in groups):
+        return {}
+    import matplotlib
+
+    ordered = {group[varying[0]]: tables.label(group) for group in groups}
+    if len(ordered) < 3:
+        return {}
+    scale = matplotlib.colormaps["viridis"]
+    places = np.linspace(0.15, 0.88, len(ordered))  # not its palest, nor darkest
+    return {ordered[v]: scale(x) for v, x in zip(sorted(ordered), places, strict=True)}
+
+
+def all_of(
+    long: pd.DataFrame, wide: pd.DataFrame, clients: pd.DataFrame, by: Sequence[str]
+) -> Iterator[tuple[str, Figure]]:
+    """Yields every figure that the results have something for, with its name.
+
+    Args:
+      long: as from `long.table`.
+      wide: as from `long.last`.
+      clients: as from `long.clients`.
+      by: columns that make a group.
+    """
+    look = looks(statistics.groups_of(wide, by))
+    metrics = [m for m in tables.NAMES if m in wide]
+    for against in AXES:
+        if metrics and long[against].nunique() > 1:
+            yield f"curves_{against}", curves(long, by, metrics, against, look)
+    done = wide[wide["finished"].astype(bool)]
+    for field in by:
+        if field != "method" and metrics and len(numbers_of(done, field)) > 1:
+            name = f"by_{field.replace('.', '_')}"
+            yield name, against_field(done, by, metrics, field)
+    if len(clients):
+        yield "clients", distributions(clients, by, look)
+    if {"pacc", "zacc"} <= set(done) and len(done):
+        yield "pacc_zacc", participants_and_unseen(done, by, look)
+
+
+def rendered(figure: Figure, form: str) -> bytes:
+    """Returns a figure as a file of one of `FORMATS`; equal figures, equal bytes."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format=form, dpi=220, metadata=_NO_DATES[form])
+    return buffer.getvalue()
+
+
+def by_round(
+    long: pd.DataFrame, by: Sequence[str], metric: str
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yields for every group its mean over seeds by evaluated round.
+
+    Columns of the frames: round, bytes, seconds (means), mean, std (NaN for one seed),
+    n.
+    """
+    rows = long[(long["metric"] == metric) & long["bytes"].notna()]
+    for group in statistics.groups_of(long, by):
+        own = statistics.members(rows, group).groupby("round")
+        frame = own[["bytes", "seconds"]].mean().reset_index()
+        for name, how in (("mean", "mean"), ("std", "std"), ("n", "count")):
+            frame[name] = own["value"].agg(how).to_numpy()
+        yield tables.label(group), frame
+
+
+@_styled
+def curves(
+    long: pd.DataFrame,
+    by: Sequence[str],
+    metrics: Sequence[str],
+    against: str,
+    look: Looks,
+) -> Figure:
+    """Draws accuracies against rounds, bytes or seconds, with bands over seeds."""
+    figure, axes = _panels(len(metrics))
+    for axis, metric in zip(axes, metrics, strict=True):
+        for name, frame in by_round(long, by, metric):
+            if frame.empty:
+                continue
+            one = look.of[name]
+            x, mean, std = frame[against], frame["mean"], frame["std"].fillna(0)
+            axis.plot(x, mean, color=one.color, linestyle=one.line)
+            axis.fill_between(
+                x, mean - std, mean + std, color=one.color, alpha=0.18, linewidth=0
+            )
+        axis.set(title=f"{tables.metric_name(metric)}, %", xlabel=AXES[against])
+        if against == "bytes":
+            _bytes_axis(axis)
+    _legend(figure, look, _over_seeds(long, "band"))
+    return figure
+
+
+@_styled
+def against_field(
+    done: pd.DataFrame, by: Sequence[str], metrics: Sequence[str], field: str
+) -> Figure:
+    """Draws accuracies after the last round against a swept number."""
+    rest = [name for name in by if name != field]
+    done = done[done[field].notna()]
+    groups = statistics.groups_of(done, rest)
+    look = looks(groups)
+    values = numbers_of(done, field)
+    figure, axes = _panels(len(metrics))
+    for axis, metric in zip(axes, metrics, strict=True):
+        for group in groups:
+            own = statistics.members(done, group)
+            points = [
+                (v, statistics.spread(list(seeds.values())))
+                for v in values
+                if (seeds := statistics.by_seed(own[own[field] == v], metric))
+            ]
+            one = look.of[tables.label(group)]
+            axis.errorbar(
+                [v for v, _ in points],
+                [s.mean for _, s in points],
+                [s.std or 0 for _, s in points],
+                color=one.color,
+                linestyle=one.line,
+                marker=one.marker,
+                capsize=2,
+                elinewidth=0.8,
+            )
+        if is_geometric(values):
+            axis.set_xscale("log")
+        axis.set_xticks(values, [f"{v:g}" for v in values])
+        axis.minorticks_off()
+        axis.set(title=f"{tables.metric_name(metric)}, %", xlabel=field)
+    _legend(figure, look, _over_seeds(done, "bars"))
+    return figure
+
+
+@_styled
+def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figure:
+    """Draws the accuracy of clients: quartiles, whiskers at 10 and 90 %, dots."""
+    rows = clients[clients["metric"] == "accuracy"]
+    groups = statistics.groups_of(rows, by)
+    kinds = sorted(rows["participating"].unique(), reverse=True)
+    figure, axes = _panels(len(kinds), height=0.7 + 0.24 * len(groups))
+    names = [tables.label(group) for group in groups]
+    rng = np.random.default_rng(0)  # of the dots' height alone
+    for axis, kind in zip(axes, kinds, strict=True):
+        chosen = rows[rows["participating"] == kind]
+        for at, group in enumerate(groups):
+            values = statistics.members(chosen, group)["value"].to_numpy(float)
+            if not len(values):
+                continue
+            color = look.of[names[at]].color
+            box = axis.boxplot(
+                values,
+                positions=[at],
+                whis=(10, 90),
+                widths=0.55,
+                orientation="horizontal",
+                showfliers=False,
+                patch_artist=True,
+                manage_ticks=False,
+            )
+            for part in (
+                *box["boxes"],
+                *box["whiskers"],
+                *box["caps"],
+                *box["medians"],
+            ):
+                part.set(color=color, linewidth=1)
+            box["boxes"][0].set(facecolor=(*_rgb(color), 0.15))
+            if len(values) <= _MAX_DOTS:
+                heights = at + rng.uniform(-0.2, 0.2, len(values))
+                axis.scatter(values, heights, s=3, color=color, alpha=0.5, linewidths=0)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set(title=f"{'participants' if kind else 'unseen clients'}, accuracy in %")
+    figure.supxlabel(
+        "box: quartiles and median, clients of all seeds; whiskers: 10 and 90 %",
+        fontsize=7,
+    )
+    return figure
+
+
+@_styled
+def participants_and_unseen(
+    done: pd.DataFrame, by: Sequence[str], look: Looks
+) -> Figure:
+    """Draws zACC against pACC: a small mark per run, a large one per group's mean."""
+    figure, (axis,) = _panels(1, width=WIDTH / 2, height=2.6)
+    for group in statistics.groups_of(done, by):
+        own = statistics.members(done, group).dropna(subset=["pacc", "zacc"])
+        if own.empty:
+            continue
+        one = look.of[tables.label(group)]
+        marked = {"color": one.color, "marker": one.marker, "linestyle": ""}
+        axis.plot(own["pacc"], own["zacc"], alpha=0.35, markersize=2.5, **marked)
+        pacc, zacc = (
+            statistics.spread(list(statistics.by_seed(own, m).values()))
+            for m in ("pacc", "zacc")
+        )
+        axis.errorbar(
+            pacc.mean,
+            zacc.mean,
+            xerr=pacc.std or 0,
+            yerr=zacc.std or 0,
+            elinewidth=0.8,
+            markersize=5,
+            **marked,
+        )
+    axis.set(xlabel="pACC, % (participants)", ylabel="zACC, % (unseen clients)")
+    _legend(figure, look, _over_seeds(done, "bars"))
+    return figure
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def numbers_of(wide: pd.DataFrame, field: str) -> list[float]:
+    """Returns the values of a setting in order if all are numbers, else none."""
+    values = wide[field].dropna().unique().tolist()
+    return sorted(values) if all(map(is_number, values)) else []
+
+
+def is_geometric(values: Sequence[float]) -> bool:
+    """Whether values are better spread on a logarithmic axis.
+
+    Example:
+      >>> is_geometric([2, 4, 8, 16]), is_geometric([2, 4, 6, 8])
+      (True, False)
+    """
+    if len(values) < 3:
+        return len(values) == 2 and min(values) > 0 and max(values) >= 8 * min(values)
+    if min(values) <= 0:
+        return False
+
+    def unevenness(places):
+        steps = np.diff(places)
+        return np.std(steps) / np.mean(steps)
+
+    return bool(unevenness(np.log(values)) < unevenness(values))
+
+
+def _panels(
+    num: int, width: float = WIDTH, height: float = PANEL_HEIGHT
+) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, num, squeeze=False)[0])
+
+
+def _legend(figure: Figure, look: Looks, title: str) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = look.legend
+    lines = [
+        Line2D([], [], color=o.color, linestyle=o.line, marker=o.marker, label=words)
+        for words, o in entries
+    ]
+    longest = max((len(words) for words, _ in entries), default=1)
+    # About 19 letters an inch, and the line before them.
+    columns = int(figure.get_figwidth() * 19 // (longest + 8))
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=max(1, min(len(entries), columns)),
+        title=title,
+    )
+
+
+def _over_seeds(rows: pd.DataFrame, what: str) -> str:
+    seeds = rows["seed"].nunique()
+    if seeds < 2:
+        return "one seed"
+    return f"mean over up to {seeds} seeds; {what}: ± sample deviation (n - 1)"
+
+
+def _bytes_axis(axis: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _rgb(color: Any) -> tuple[float, float, float]:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(color)

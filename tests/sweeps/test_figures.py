@@ -1,0 +1,101 @@
+"""Figures for a paper: what is drawn, and that equal results give equal files."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from made_runs import make_run
+from PIL import Image
+
+from hyperjax.sweeps import figures, long
+
+BY = ["method", "data.alpha"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two methods x three settings x two seeds: their tables."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for i, method in enumerate(("fedavg", "hyperfedzero")):
+        for alpha in (0.1, 1.0, 10.0):
+            for seed in range(2):
+                make_run(
+                    folder / f"{method}{alpha}{seed}",
+                    method=method,
+                    rounds=8,
+                    seed=seed,
+                    shift=-4.0 * seed - 6 * i,
+                    settings={"data.alpha": alpha},
+                )
+    points = long.points(folder)
+    table = long.table_of(points)
+    return table, long.last(points), long.clients_of(points)
+
+
+@pytest.fixture(scope="module")
+def drawn(results):
+    return dict(figures.all_of(*results, BY))
+
+
+def test_there_is_a_figure_for_everything_there_is(drawn):
+    assert list(drawn) == [
+        *("curves_round", "curves_bytes", "curves_seconds", "by_data_alpha"),
+        *("clients", "pacc_zacc"),
+    ]
+
+
+def test_curves_are_means_with_the_deviation_over_seeds(drawn, results):
+    pacc = drawn["curves_bytes"].axes[1]
+    assert pacc.get_title() == "pACC, %" and "bytes" in pacc.get_xlabel()
+    line = pacc.get_lines()[0]
+    # Rounds 0, 4 and 8 at 12000 bytes each.
+    assert list(line.get_xdata()) == [0, 48000, 96000]
+    table = results[0]
+    last = table[(table["metric"] == "pacc") & (table["round"] == 8)]
+    first = last[(last["method"] == "fedavg") & (last["data.alpha"] == 0.1)]["value"]
+    assert line.get_ydata()[-1] == pytest.approx(first.mean())
+    band = pacc.collections[0].get_paths()[0].vertices
+    top = band[band[:, 0] == 96000][:, 1].max()
+    assert top == pytest.approx(first.mean() + np.std(first, ddof=1))
+    (legend,) = drawn["curves_bytes"].legends
+    assert "band: ± sample deviation" in legend.get_title().get_text()
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == ["fedavg", "hyperfedzero", "alpha=0.1", "alpha=1", "alpha=10"]
+
+
+def test_a_swept_number_has_a_logarithmic_axis_where_its_values_say_so(drawn):
+    axis = drawn["by_data_alpha"].axes[0]
+    assert axis.get_xscale() == "log" and axis.get_xlabel() == "data.alpha"
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0.1", "1", "10"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 1, 10], False), ([1, 2], False), ([0.1, 10], True), ([10, 20, 30], False)],
+)
+def test_which_values_are_geometric(values, expected):
+    assert figures.is_geometric(values) is expected
+
+
+def test_groups_look_different():
+    sizes = [{"method": "a", "size": v} for v in (2, 4, 8, 16)]
+    scale = figures.looks(sizes)
+    assert len({look.color for look in scale.of.values()}) == 4
+    assert {look.line for look in scale.of.values()} == {"-"}
+    many = figures.looks([{"method": f"m{i}"} for i in range(20)])
+    assert len(set(many.of.values())) == 20
+    uneven = [{"method": m, "size": v} for m, v in (("a", None), ("b", 1), ("b", 2))]
+    assert len(set(figures.looks(uneven).of.values())) == 3
+
+
+def test_equal_results_give_equal_files_without_a_date(results, drawn):
+    table, wide, clients = results
+    again = dict(figures.all_of(table, wide, clients, BY))["pacc_zacc"]
+    for form in figures.FORMATS:
+        content = figures.rendered(again, form)
+        assert content == figures.rendered(drawn["pacc_zacc"], form)
+        assert b"CreationDate" not in content and b"<dc:date>" not in content
+    width = Image.open(io.BytesIO(content)).width
+    assert width == pytest.approx(figures.WIDTH / 2 * 220, abs=1)
