@@ -37,7 +37,7 @@ every_method_at_length = stacks(THOROUGH)  # laws that take programs of their ow
 def start(stack: str):
     """Server state and stored rows before the first exchange."""
     alg = method(stack)
-    server = alg.server.init(rng.stream(ROOT, "common_init"))
+    server = jax.jit(alg.server.init)(rng.stream(ROOT, "common_init"))
     rows, seen = stores.zeros(comm.describe(alg).client, NUM_CLIENTS)
     return server, rows, seen
 

@@ -41,7 +41,7 @@ def test_records_of_studies_say_where_they_are_from(repository):
     shown = "".join((repository / name).read_text() for name in results.FILES)
     for path in (repository / "experiments" / "results").glob("*.json"):
         record = json.loads(path.read_text())
-        assert record["study"] in path.stem
+        assert record["study"] in path.stem and record["scale"] in ("small", "paper")
         assert f"record: {path.name}" in shown, f"nobody shows {path.name}"
         assert record["seeds"] and re.fullmatch("[0-9a-f]{40}.*", record["commit"])
         assert record["hardware"] and record["date"] and record["settings"]

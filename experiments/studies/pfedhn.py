@@ -10,6 +10,8 @@ The small scale has images shrunk by two and 1,000 visits of one client where th
 has 5,000. Local training is the published one for all methods; no rate is searched.
 """
 
+from typing import Any
+
 import ml_collections
 
 from experiments.studies.study import (
@@ -73,7 +75,8 @@ def sweep_table_1(add):
 def sweep_clients(add):
     """The paper's numbers of clients; beside MNIST's 5,000 images 100 are too many."""
     for num in CLIENTS:
-        add_rows(add, TABLE_1, **{"data.num_clients": num})
+        own: dict[str, Any] = {"data.num_clients": num}
+        add_rows(add, TABLE_1, **own)
 
 
 def published(num_clients: int) -> dict[Place, Values]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments.studies.study import Group, Study, Values, named
+from experiments.studies.study import Group, Study, Values, named, scale_of
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import check_choice
@@ -90,6 +90,7 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
     return dict(
         study=name,
         asks=study.asks,
+        scale=scale_of(config.partition(":")[2])[0],
         config=config,
         command=without_places(found["command"]),
         seeds=sorted({run.about["config"]["seed"] for run in runs}),

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from hyperjax.launch import charts, pages
+from hyperjax.engine.checkpoint import read_json
+from hyperjax.launch import charts, finished, pages
 from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Run
 from hyperjax.launch.report_sections import METRICS
@@ -85,6 +86,7 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     words = f"{num} runs in {len(series)} groups · {done} finished"
     body = [
         pages.header(title, words),
+        *_failed(path.parent),
         _differing(results),
         _results(results),
         _curves(results, series),
@@ -98,6 +100,19 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     if live:
         body.append("<script>setTimeout(() => location.reload(), 15000)</script>")
     return pages.page(title, body)
+
+
+def _failed(folder: Path) -> list[pages.Html]:
+    """What a sweep's record says of points that did not end well."""
+    try:
+        found = read_json(folder / finished.SWEEP, "start the sweep again")
+    except FileNotFoundError:
+        return []
+    return [
+        pages.text(f"{entry['name']}: {entry['status']}: {entry['message']}", note=True)
+        for entry in found.get("points", ())
+        if entry.get("message")
+    ]
 
 
 def _differing(results: Results) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -303,18 +304,19 @@ def latex(found: Content) -> str:
 def _latex(part: Part, settings: int) -> str:
     cells = [
         [
-            rf"\textbf{{{_tex(cell)}}}" if mark else _tex(cell)
+            rf"\textbf{{{_tex(cell)}}}" if mark else _stacked(cell.split(" [", 1))
             for cell, mark in zip(*both, strict=True)
         ]
         for both in zip(part.rows, part.bold, strict=True)
     ]
-    names = [_tex(heading) for heading in part.headings]
+    sides = "l" * settings + "r" * (len(part.headings) - settings)
+    names = list(map(_stacked, map(_folded, part.headings), sides))
     text = (
         pd.DataFrame(cells, columns=names)
         .style.hide(axis="index")
         .to_latex(
             hrules=True,
-            column_format="l" * settings + "r" * (len(names) - settings),
+            column_format=sides,
             caption=_tex(part.caption),
             label=f"tab:{part.name}",
             environment="table*",
@@ -322,8 +324,30 @@ def _latex(part: Part, settings: int) -> str:
         )
     )
     # A size in which more columns fit.
-    begin = r"\begin{tabular}"
-    return text.replace(begin, "\\small\n\\setlength{\\tabcolsep}{4pt}\n" + begin)
+    begin, size = (
+        r"\begin{tabular}",
+        "\\footnotesize\n\\setlength{\\tabcolsep}{2.8pt}\n",
+    )
+    return text.replace(begin, size + begin)
+
+
+def _folded(heading: str) -> list[str]:
+    """The lines of a heading over a narrow column."""
+    return textwrap.wrap(heading.replace("_", " "), 11, break_long_words=False)
+
+
+def _stacked(lines: Sequence[str], side: str = "r") -> str:
+    """Lines over one another; an interval's bracket, which was taken off, is back."""
+    first, *others = map(_tex, lines)
+    if not others:
+        return first
+    others = [
+        f"[{line}" if line.count("]") > line.count("[") else line for line in others
+    ]
+    # An empty group, since a bracket after a new line would be taken for its height.
+    # The rule, which is not seen, keeps it apart from the row above.
+    stack = r"\\{}".join([r"\rule{0pt}{2.6ex}" + first, *others])
+    return rf"\shortstack[{side}]{{{stack}}}"
 
 
 def mean_and_deviation(spread: statistics.Spread | None, digits: str = ".2f") -> str:
@@ -340,8 +364,8 @@ def _difference(pair: statistics.Paired | None, verdict: str | None) -> str:
         return NOTHING
     if pair.low is None:
         return f"{pair.difference:+.2f}"
-    sign = _VERDICTS[verdict]
-    return f"{pair.difference:+.2f} [{pair.low:+.2f}, {pair.high:+.2f}] {sign}".rstrip()
+    said = f"{pair.difference:+.2f} {_VERDICTS[verdict]}".rstrip()
+    return f"{said} [{pair.low:+.2f}, {pair.high:+.2f}]"
 
 
 def _served(found: tuple | None) -> str:

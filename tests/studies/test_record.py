@@ -69,6 +69,7 @@ def test_a_record_and_its_table(tmp_path):
     )
     found = record.record(folder)
     assert (found["study"], found["seeds"]) == ("which", [0, 1, 2])
+    assert found["scale"] == "small"
     assert (found["commit"], found["config"]) == (COMMIT, "experiments/studies/x.py")
     assert "where" not in found["command"] and "--sweep=which" in found["command"]
     # What all points change is a setting; where it was made is none.

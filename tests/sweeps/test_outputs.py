@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_the_table_has_a_row_per_group(written):
     # Shifts 5 + 1.5 s against s: 5.5 on average, s / sqrt(n) = 0.29, t = 4.30.
     difference = rows[8]
     assert difference.startswith("| hyperfedzero | 0.1 | 3 |")
-    assert "+5.40 [+4.18, +6.62]" in difference
+    assert re.search(r"\+5\.40 [↑=] \[\+4\.18, \+6\.62\]", difference)
     frame = pd.read_csv(written / "table.csv")
     assert list(frame["pacc:n"]) == [3, 3, 3, 2]
     assert frame["pacc:difference"][2] == pytest.approx(5.5 * (1 - 2.718281828**-4))
@@ -178,3 +179,20 @@ def test_everything_is_written_of_runs_that_have_ended(tmp_path, monkeypatch):
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "4 runs in 2 groups · 4 finished" in page
     assert 'href="figures"' in page and "location.reload" not in page
+
+
+def test_points_that_failed_are_named_on_the_page(tmp_path, monkeypatch):
+    from hyperjax.launch import finished, pages
+
+    monkeypatch.setattr(pages, "drawing", lambda: "")
+    make_run(tmp_path / "a", rounds=4)
+    entries = [
+        {"name": "a", "status": "finished", "message": ""},
+        {"name": "b", "status": "failed", "message": "no <room>"},
+    ]
+    content = json.dumps({"points": entries})
+    (tmp_path / finished.SWEEP).write_text(content, encoding="utf-8")
+    outputs.write(tmp_path, [tmp_path / "a"], live=True)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "b: failed: no &lt;room&gt;" in page and "a: finished" not in page
+    assert "setTimeout(() => location.reload()" in page
