@@ -438,8 +438,9 @@ def _on_device(parts: _Parts) -> Simulator:
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
         root = sharding.replicate(root, parts.mesh)
-        fixed = (table, parts.pool, parts.weight, parts.hyper.values)
-        return program("rounds", many_rounds, (root, carry, rounds, *fixed), (1,))
+        given = table, parts.pool, parts.weight, parts.hyper.values
+        args = (root, carry, rounds, *given)
+        return program("rounds", many_rounds, args, donate=(1,))
 
     return Simulator(init, load, run, parts.visits, program)
 

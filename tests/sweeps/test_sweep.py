@@ -145,7 +145,7 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     assert sweep.main(asked(folder, list_only=True)) == 0
     out = capsys.readouterr().out
     assert "6 points" in out and "learning_rate=0.05,seed=1" in out
-    assert "one program for 2 (local.learning_rate=0.05):" in out
+    assert "one program for 6:" in out
     assert not folder.exists() and not trainer.ran
 
 
