@@ -5,10 +5,13 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from hyperjax.errors import check_choice, check_number
 
+# A number that sets shapes, branches or limits: programs have it built in, where others
+# are arguments of theirs.
+Fixed = Annotated[float, "fixed"]
 LARGEST = 2**31 - 1  # of whole numbers: they are int32 on the device
 FLOAT32 = 3.4e38
 
@@ -82,6 +85,12 @@ def call(field: str, factory: Callable, *args, **options):
         raise
 
 
+def plain_type(annotation: Any) -> Any:
+    """Returns a parameter's annotation without what else is declared of it."""
+    declared = typing.get_origin(annotation) is Annotated
+    return annotation.__origin__ if declared else annotation
+
+
 _WORDS = {bool: "True or False", str: "text", type(None): "None"}
 
 
@@ -91,6 +100,7 @@ def check_option(field: str, value: Any, annotation: Any) -> None:
     Raises:
       ValueError: it is of another type, or not finite.
     """
+    annotation = plain_type(annotation)
     union = isinstance(annotation, types.UnionType)
     kinds = set(typing.get_args(annotation) if union else (annotation,))
     if not kinds <= {bool, int, float, str, type(None)}:

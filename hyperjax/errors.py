@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 
 def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of `accepted`; suggests the nearest."""
@@ -30,7 +32,8 @@ def check_number(
     """Raises ValueError for the first named value that is not such a number.
 
     Python's, NumPy's and JAX's numbers are numbers; truth values, text and what is not
-    finite are none.
+    finite are none. Arguments of a program that is being traced pass: what they stand
+    for is checked where the same is built from numbers, before there is a program.
 
     Args:
       at_least: lower bound, or
@@ -52,6 +55,8 @@ def check_number(
     given = [bound for bound in bounds if bound[0] is not None]
     accepted = " and ".join(text for _, _, text in given)
     for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
         if not _is_number(value, whole):
             kind = "a whole number" if whole else "a finite number"
             accepted = f"{kind}, {accepted}" if accepted else kind
@@ -63,6 +68,11 @@ def check_number(
 def check_at_least(minimum: int, **values: Any) -> None:
     """Raises ValueError for the first named value that is no integer >= `minimum`."""
     check_number(at_least=minimum, whole=True, **values)
+
+
+def surely(condition: Any) -> bool:
+    """Returns whether a condition on numbers is met; not if they are traced."""
+    return not isinstance(condition, jax.core.Tracer) and bool(condition)
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import aggregators, tree, wrappers
+from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.types import Algorithm, Array, Downlink, PyTree, ServerSide
 
@@ -101,7 +102,7 @@ def server(
     received: Callable = lambda sent, uplink: tree.add(sent, uplink.delta),
     learn: Callable = lambda state, after, trained, uplink, cohort: after,
     beside: PyTree = (),
-    max_table_gb: float = MAX_TABLE_GB,
+    max_table_gb: Fixed = MAX_TABLE_GB,
 ) -> ServerSide:
     """Returns a server that keeps a model of every client and sends mixtures of them.
 

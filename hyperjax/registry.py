@@ -39,6 +39,7 @@ class Option(NamedTuple):
     type: Any  # the annotation
     doc: str
     of: str  # the name of the function whose option it is
+    fixed: bool = False  # a number that is built into programs, `calls.Fixed`
 
 
 class Traits(NamedTuple):
@@ -201,7 +202,11 @@ def options(method: str | Callable) -> dict[str, Option]:
             continue
         owner = _owner(function, name)
         found[name] = Option(
-            parameter.default, parameter.annotation, _doc(owner, name), owner.__name__
+            parameter.default,
+            calls.plain_type(parameter.annotation),
+            _doc(owner, name),
+            owner.__name__,
+            fixed=parameter.annotation is calls.Fixed,
         )
     return found
 

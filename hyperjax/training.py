@@ -333,6 +333,8 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
         together = moved(2 * first - 3 * second)
         apart = 2 * moved(first) - 3 * moved(second)
         alike = moved(np.full_like(first, -1))
+    if isinstance(together, jax.core.Tracer):
+        return  # of traced numbers: with others it was tried before
     scale = np.max(np.abs(apart))
     if not (
         np.allclose(together, apart, rtol=0, atol=1e-4 * scale)

@@ -109,11 +109,13 @@ STACKS = [*METHODS, *EXTRA, "mh_pfedhngd" + OPENING]
 
 def make_local(**options):
     """The local training of the tests: momentum and decay on, to catch leaks."""
-    options = {"batch_size": BATCH, "phases": (training.Phase(epochs=2),), **options}
     optimizer = optax.chain(
         optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9)
     )
-    return training.Local(optimizer=optimizer, **options)
+    usual = dict(
+        optimizer=optimizer, batch_size=BATCH, phases=(training.Phase(epochs=2),)
+    )
+    return training.Local(**{**usual, **options})
 
 
 @functools.cache

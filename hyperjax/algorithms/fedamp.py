@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from hyperjax import corrections, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.calls import Fixed
+from hyperjax.errors import check_at_least, check_number, surely
 from hyperjax.registry import hands_on
 from hyperjax.training import Local
 from hyperjax.types import Algorithm, Model
@@ -34,7 +35,7 @@ def fedamp(
     alpha: float = 100.0,
     sigma: float = 1e4,
     lam: float = 1.0,
-    max_table_gb: float = mixing.MAX_TABLE_GB,
+    max_table_gb: Fixed = mixing.MAX_TABLE_GB,
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedAMP.
@@ -56,7 +57,7 @@ def fedamp(
     check_at_least(1, num_clients=num_clients)
     check_number(above=0, alpha=alpha, sigma=sigma)
     check_number(at_least=0, lam=lam)
-    if (num_clients - 1) * alpha > sigma:
+    if surely((num_clients - 1) * alpha > sigma):
         raise ValueError(
             f"alpha={alpha} is too large: (num_clients - 1) alpha / sigma = "
             f"{(num_clients - 1) * alpha / sigma:.3g} must be at most 1"

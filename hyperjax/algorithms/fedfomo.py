@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local, mean_loss
@@ -70,8 +71,8 @@ def fedfomo(
     num_models: int = 5,
     epsilon: float = 0.3,
     epsilon_decay: float = 0.05,
-    validation_fraction: float = 0.2,
-    max_table_gb: float = mixing.MAX_TABLE_GB,
+    validation_fraction: Fixed = 0.2,
+    max_table_gb: Fixed = mixing.MAX_TABLE_GB,
     **fedavg_options,
 ) -> Algorithm:
     """Returns FedFomo.

@@ -67,7 +67,8 @@ def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Mo
     """
     key = jax.random.key(0)
     if hypernet.get("out_scale") == "fan_in":  # looks at the numbers
-        start = compiling.once(model.init)(key)
+        with jax.ensure_compile_time_eval():
+            start = compiling.once(model.init)(key)
     else:
         start = jax.eval_shape(model.init, key)
     template = start["params"]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from hyperjax import mixing, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import torch_uniform
 from hyperjax.registry import hands_on, has_traits
@@ -53,7 +54,7 @@ def pfedla(
     hidden_size: int = 100,
     generator_learning_rate: float = 5e-3,
     sign: int = 1,
-    max_table_gb: float = mixing.MAX_TABLE_GB,
+    max_table_gb: Fixed = mixing.MAX_TABLE_GB,
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedLA.

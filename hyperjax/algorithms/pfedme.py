@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.errors import check_at_least, check_number, surely
 from hyperjax.models import memory
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
@@ -59,7 +59,7 @@ def pfedme(
             "which follows from all of w; leave it empty"
         )
     check_number(at_least=0, lam=lam, inner_learning_rate=inner_learning_rate)
-    if inner_learning_rate * lam >= 2:
+    if surely(inner_learning_rate * lam >= 2):
         raise ValueError(
             f"inner_learning_rate={inner_learning_rate} times lam={lam} must be below "
             "2, or the inner steps diverge"

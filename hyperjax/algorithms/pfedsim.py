@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from hyperjax import aggregators, mixing, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
@@ -45,9 +46,9 @@ def pfedsim(
     local: Local,
     num_clients: int,
     num_rounds: int,
-    warmup: float = 0.5,
+    warmup: Fixed = 0.5,
     head: Patterns = HEAD,
-    max_table_gb: float = mixing.MAX_TABLE_GB,
+    max_table_gb: Fixed = mixing.MAX_TABLE_GB,
     **fedavg_options,
 ) -> Algorithm:
     """Returns pFedSim.

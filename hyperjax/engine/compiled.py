@@ -1,15 +1,15 @@
 """Ahead-of-time compilation, timed."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 from hyperjax import compiling
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
-from hyperjax.types import ALONE
+from hyperjax.types import ALONE, Algorithm, Array
 
 _GUARDED = (("disallow", "disallow_explicit"), "data and results are moved as needed")
 # Settings of JAX, the values under which nothing here can run, and why.
@@ -62,6 +62,23 @@ def check_jax() -> None:
             "there, or whose plugin is not installed; unset it, or give "
             "JAX_PLATFORMS=cpu"
         ) from error
+
+
+class Hyper(NamedTuple):
+    """Hyper-parameters of a method that are arguments of its programs.
+
+    One program then serves all values. What is built in is what sets shapes and
+    branches.
+    """
+
+    values: Mapping[str, float | Array]
+    # Builds the method from values that may be traced, [] float32: of one structure.
+    method: Callable[[Mapping[str, Any]], Algorithm]
+
+    @classmethod
+    def none(cls, alg: Algorithm) -> "Hyper":
+        """Those of a method with everything built in."""
+        return cls({}, lambda values: alg)
 
 
 class Compiled:

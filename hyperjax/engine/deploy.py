@@ -17,7 +17,7 @@ from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.data.clients import Table
 from hyperjax.engine import exchange, families, schedule, sharding, stores
-from hyperjax.engine.compiled import Compiled
+from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.errors import check_at_least
 from hyperjax.types import (
@@ -186,6 +186,7 @@ def deployer(
     batch_size: int = 256,
     mesh: Any = None,
     program: Compiled | None = None,
+    hyper: Hyper | None = None,
 ) -> Callable[..., list[Deployed]]:
     """Builds the deployment of single clients.
 
@@ -196,6 +197,7 @@ def deployer(
       batch_size: B of prediction.
       mesh: see `sharding.client_mesh`; where a run's state is, if on several devices.
       program: the compiler; None for one of its own.
+      hyper: see `schedule.simulator`.
 
     Returns:
       `deploy(root, carry, round, ids, inputs, train=None) -> [Deployed]`, a client each
@@ -218,9 +220,9 @@ def deployer(
       family.
     """
     groups = families.check(alg, members)
-    program = program or Compiled(mesh)
-
-    programs = {name: _program(alg, name, batch_size) for name in groups.names}
+    program, hyper = program or Compiled(mesh), hyper or Hyper.none(alg)
+    values = hyper.values
+    programs = {name: _program(hyper.method, name, batch_size) for name in groups.names}
 
     def deploy(
         root: Any,
@@ -245,7 +247,7 @@ def deployer(
             tables = (Table(x.rows[places], x.size[places]) for x in (train, inputs))
             who = find(carry, name, numbers, *tables)
             args = moment(root, carry, round, name), who, pools
-            args = sharding.replicate(args, mesh)
+            args = (*sharding.replicate(args, mesh), values)
             out = jax.device_get(program("deploy", programs[name], args, family=name))
             for i, place in enumerate(places):
                 one = jax.tree.map(lambda x, i=i: x[i], out)
@@ -256,12 +258,15 @@ def deployer(
     return deploy
 
 
-def _program(alg: Algorithm, name: str, batch_size: int) -> Callable:
+def _program(method: Callable[..., Algorithm], name: str, batch_size: int) -> Callable:
     """What is compiled for a family: a function from its clients to `Deployed`s."""
-    side = families.clients(alg)[name]
-    model = side.model
 
-    def deploy_all(at: Moment, who: Clients, pools: tuple[Pool, Pool]) -> Deployed:
+    def deploy_all(
+        at: Moment, who: Clients, pools: tuple[Pool, Pool], values: Any
+    ) -> Deployed:
+        alg = method(values)
+        side = families.clients(alg)[name]
+        model = side.model
         arrivals, shared = arrive(alg, name, at, who, pools)
 
         def deploy_one(client: Arrival) -> Deployed:

@@ -15,7 +15,7 @@ import numpy as np
 from hyperjax import rng
 from hyperjax.data.clients import Table
 from hyperjax.engine import deploy, families, schedule, scoring, sharding
-from hyperjax.engine.compiled import Compiled
+from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.engine.scoring import Samples
 from hyperjax.errors import check_at_least
@@ -68,6 +68,7 @@ def evaluator(
     clients_per_call: int = 64,
     mesh: Any = None,
     program: Compiled | None = None,
+    hyper: Hyper | None = None,
 ) -> Evaluator:
     """Builds the evaluation of a method.
 
@@ -84,21 +85,25 @@ def evaluator(
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
       program: the compiler, that of an evaluator of the same method and arguments but
-        for pool, populations and prior, whose programs then serve this one too; None
-        for one of its own.
+        for pool, populations, prior and values of hyper-parameters, whose programs then
+        serve this one too; None for one of its own.
+      hyper: see `schedule.simulator`.
 
     Raises:
       ValueError: the members are not the method's families, or somebody who is to be
         evaluated belongs to none.
     """
     groups, program = families.check(alg, members), program or Compiled(mesh)
+    hyper = hyper or Hyper.none(alg)
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
     # Arguments of the programs, not constants in them: other federations of equal
     # shapes find the programs in the compilation cache.
     samples = Samples(pool, unlabelled, source / jnp.sum(source))
     samples = sharding.replicate(samples, mesh)
-    programs = {name: _programs(alg, name, batch_size, mesh) for name in groups.names}
+    programs = {
+        name: _programs(hyper.method, name, batch_size, mesh) for name in groups.names
+    }
     scored = _by_family(groups, novel, populations)
     fine_tuned = _by_family(groups, novel, tuned or {})
 
@@ -111,7 +116,8 @@ def evaluator(
         width = sharding.padded_size(min(shape.clients, max(2, clients_per_call)), mesh)
         for places, real, lanes in _lanes(num, width):
             who = _some(carry, name, population, places, lanes, shape)
-            call = _Call(moment, who, samples, jnp.int32(lanes), jnp.int32(epochs))
+            counts = jnp.int32(lanes), jnp.int32(epochs)
+            call = _Call(moment, who, samples, *counts, hyper.values)
             values = run(stage, name, call)
             blocks.append(jax.tree.map(lambda x, n=real: x[:n], values))
         stacked = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
@@ -144,6 +150,7 @@ def evaluator(
         batch_size=batch_size,
         mesh=mesh,
         program=program,
+        hyper=hyper,
     )
     return Evaluator(evaluate, tune, give, program)
 
@@ -159,6 +166,7 @@ class _Call(NamedTuple):
     samples: Samples
     lanes: Array  # [] int32, how many clients there really are
     epochs: Array  # [] int32, of tuning
+    hyper: Mapping[str, float | Array]
 
 
 class _Ready(NamedTuple):
@@ -177,9 +185,24 @@ class _Pair(NamedTuple):
 
 
 def _programs(
-    alg: Algorithm, name: str, batch_size: int, mesh: Any
+    method: Callable[..., Algorithm], name: str, batch_size: int, mesh: Any
 ) -> dict[str, Callable]:
     """What is compiled for a family: functions of a `_Call`, to values [C] by name."""
+
+    def stage(what: str) -> Callable:
+        def run(call: _Call):
+            alg = method(call.hyper)
+            return _stages(alg, name, batch_size, mesh)[what](call)
+
+        return run
+
+    return {what: stage(what) for what in ("evaluate", "tune")}
+
+
+def _stages(
+    alg: Algorithm, name: str, batch_size: int, mesh: Any
+) -> dict[str, Callable]:
+    """The same of a method whose hyper-parameters are known."""
     side = families.clients(alg)[name]
 
     def arrive(call: _Call):

@@ -100,6 +100,7 @@ def simulator(
     store: str = "device",
     store_dir: str | None = None,
     program: compiled.Compiled | None = None,
+    hyper: compiled.Hyper | None = None,
 ) -> Simulator:
     """Builds the engine of one training run.
 
@@ -121,8 +122,10 @@ def simulator(
         host memory, or in files under `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
       program: the compiler, that of a simulator of the same method and arguments but
-        for table, pool and weight, whose programs then serve this one too; None for
-        one of its own.
+        for table, pool, weight and values of hyper-parameters, whose programs then
+        serve this one too; None for one of its own.
+      hyper: how the method follows from hyper-parameters that are arguments of the
+        programs; None: they are built in.
 
     Raises:
       ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, weights
@@ -177,13 +180,13 @@ def simulator(
         return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
 
     _check_data(alg, table, pool)
+    sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
+        hyper=hyper or compiled.Hyper.none(alg),
         visits=visits,
         draw=draw,
-        exchange=exchange.make_joint_exchange(alg, mapper, mesh, alone=sequential),
-        opening=alg.opening
-        and exchange.make_joint_exchange(alg.opening, mapper, mesh, stage="opening"),
+        mapper=mapper,
         sequential=sequential,
         groups=groups,
         table=table,
@@ -304,10 +307,10 @@ class _Parts(NamedTuple):
     """What both stores build a simulator from."""
 
     alg: Algorithm
+    hyper: compiled.Hyper
     visits: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
-    exchange: Callable
-    opening: Callable | None
+    mapper: str | int
     sequential: bool
     groups: Families
     table: Table
@@ -319,11 +322,24 @@ class _Parts(NamedTuple):
     def init_server(self, root):
         """The server's first state."""
 
-        def init(root):
-            return self.alg.server.init(rng.stream(root, "common_init"))
+        def init(root, values):
+            server = self.hyper.method(values).server
+            return server.init(rng.stream(root, "common_init"))
 
-        args = (sharding.replicate(root, self.mesh),)
+        args = (sharding.replicate(root, self.mesh), self.hyper.values)
         return self.program("init", init, args, times=compiling.ONCE)
+
+    def exchange(self, values: Mapping[str, Any]) -> Callable:
+        """The exchange of the method that hyper-parameters make."""
+        alg, alone = self.hyper.method(values), self.sequential
+        return exchange.make_joint_exchange(alg, self.mapper, self.mesh, alone=alone)
+
+    def opening(self, values: Mapping[str, Any]) -> Callable:
+        """Likewise of what opens a round; there must be such a thing."""
+        alg: Any = self.hyper.method(values).opening
+        return exchange.make_joint_exchange(
+            alg, self.mapper, self.mesh, stage="opening"
+        )
 
     def cohorts(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
@@ -371,8 +387,11 @@ def _on_device(parts: _Parts) -> Simulator:
     def load(arrays):
         return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
 
-    def many_rounds(root, carry, rounds, table, pool, weight):
-        def one_exchange(carry: Carry, cohorts, run=parts.exchange):
+    def many_rounds(root, carry, rounds, table, pool, weight, values):
+        trained = parts.exchange(values)
+        opening = parts.alg.opening and parts.opening(values)
+
+        def one_exchange(carry: Carry, cohorts, run=trained):
             server, rows, seen = carry
             data, state, was_seen = {}, {}, {}
             for name, places in parts.members(cohorts).items():
@@ -405,10 +424,8 @@ def _on_device(parts: _Parts) -> Simulator:
 
         def body(carry, round):
             cohort, opened = parts.draw(root, round, weight), {}
-            if parts.opening:
-                carry, opened = one_exchange(
-                    carry, parts.cohorts(cohort), parts.opening
-                )
+            if opening:
+                carry, opened = one_exchange(carry, parts.cohorts(cohort), opening)
             if not parts.sequential:
                 carry, info = one_exchange(carry, parts.cohorts(cohort))
             else:
@@ -421,8 +438,8 @@ def _on_device(parts: _Parts) -> Simulator:
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
         root = sharding.replicate(root, parts.mesh)
-        args = (root, carry, rounds, table, parts.pool, parts.weight)
-        return program("rounds", many_rounds, args, donate=(1,))
+        fixed = (table, parts.pool, parts.weight, parts.hyper.values)
+        return program("rounds", many_rounds, (root, carry, rounds, *fixed), (1,))
 
     return Simulator(init, load, run, parts.visits, program)
 
@@ -453,9 +470,9 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     def one_round(root, carry, round):
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         opened: dict[str, Array] = {}
-        if parts.opening or not parts.sequential:
+        if parts.alg.opening or not parts.sequential:
             cohorts = program("cohorts", parts.cohorts, (cohort,))
-        if parts.opening:
+        if parts.alg.opening:
             carry, opened = one_exchange(root, carry, cohorts, "opening")
         if not parts.sequential:
             carry, info = one_exchange(root, carry, cohorts)
@@ -481,9 +498,12 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             )
             data[name] = ClientData(table.rows[place], table.size[place], parts.pool)
         inputs = (root, carry.server, state, was_seen, data, cohorts)
-        inputs = sharding.replicate(inputs, parts.mesh)
-        run = getattr(parts, stage)
-        server, state, info = program(stage, run, inputs, donate=(1,))
+        inputs = (parts.hyper.values, *sharding.replicate(inputs, parts.mesh))
+
+        def run(values, *inputs):
+            return getattr(parts, stage)(values)(*inputs)
+
+        server, state, info = program(stage, run, inputs, donate=(2,))
         for name, cohort in cohorts.items():
             ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0
             stores.host_scatter(rows[name], seen[name], ids, state[name], alive)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
+from hyperjax.calls import Fixed
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.hypernets import layout
 from hyperjax.models import layers
@@ -41,7 +42,7 @@ def chunked_mlp(
     chunk_embedding_size: int = 16,
     hidden: tuple[int, ...] = (300, 300),
     out_scale: str = "none",
-    norm_scale_offset: float = 0.0,
+    norm_scale_offset: Fixed = 0.0,
     chunk_batch_size: int = 0,
 ) -> HyperNet:
     """Returns a hypernetwork that emits a whole parameter tree chunk by chunk.
@@ -119,17 +120,18 @@ def _factors(raw, init, template, condition_size: int, out_scale: str) -> PyTree
     """Fixed factor per tensor: its own initial deviation over the generated one."""
     if out_scale == "none":
         return None
-    key = jax.random.key(0)
-    uniform = jnp.full(condition_size, 1.0 / condition_size)
-    generated = jax.jit(raw)(init(key), uniform)
-    entries = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(generated)])
 
     def factor(own):
         deviation = float(jnp.std(own))
         # Constant tensors (zero biases, unit scales) have no deviation to match.
         return deviation / float(jnp.std(entries)) if deviation > 0 else 1.0
 
-    return jax.tree.map(factor, template)
+    with jax.ensure_compile_time_eval():
+        key = jax.random.key(0)
+        uniform = jnp.full(condition_size, 1.0 / condition_size)
+        generated = jax.jit(raw)(init(key), uniform)
+        entries = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(generated)])
+        return jax.tree.map(factor, template)
 
 
 def num_parameters(net: HyperNet) -> int:

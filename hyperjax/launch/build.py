@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+import optax
 from absl import logging
 
 from hyperjax import (
@@ -18,6 +19,7 @@ from hyperjax.data import federation as federations
 from hyperjax.data import files, partition, sources
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families, schedule, sharding
+from hyperjax.engine.compiled import Hyper
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
 from hyperjax.protocols import common
@@ -78,7 +80,9 @@ def assemble(
       widths: likewise.
     """
     model = make_model(config, federation.pool.x.shape[1:], federation.num_classes)
-    algorithm = like.algorithm if like else make_algorithm(config, model)
+    hyper = make_hyper(config, model)
+    same = like and like.hyper and like.hyper.values == hyper.values
+    algorithm = like.algorithm if like and same else make_algorithm(config, model)
     engine, evaluation = config.engine, config.evaluation
     found = experiment(
         federation,
@@ -97,6 +101,7 @@ def assemble(
         clients_per_call=evaluation.clients_per_call,
         like=like,
         widths=widths,
+        hyper=hyper,
     )
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
@@ -110,6 +115,7 @@ def assemble(
         evaluation.clients_per_call,
         engine.devices,
         program=other and other.program,
+        hyper=make_hyper(config, model, deploy_granularity="sample"),
     )
     return found._replace(by_sample=by_sample)
 
@@ -312,6 +318,47 @@ def make_algorithm(
       ValueError: an unknown method or option, or a server optimizer that the method's
         server would never call.
     """
+    server_opt, uses = factories.watched(factories.server_optimizer(config.server))
+    alg = _put_together(config, model, server_opt, **instead)
+    chosen = config.server.optimizer, config.server.learning_rate
+    if chosen != ("sgd", 1.0):
+        family = min(model) if isinstance(model, dict) else families.ALONE
+        comm.describe(families.view(alg, family))
+        if not uses:
+            raise ValueError(
+                f"server.optimizer={chosen[0]!r} with server.learning_rate={chosen[1]} "
+                "would change nothing: the server of "
+                f"method.name={config.method.name!r} has no optimizer; accepted: sgd, "
+                "1.0"
+            )
+    return through_channel(alg, config.uplink) if config.uplink else alg
+
+
+def make_hyper(
+    config: ml_collections.ConfigDict, model: Model | dict[str, Model], **instead: Any
+) -> Hyper:
+    """Returns how `make_algorithm` follows from the numbers of `fields.arguments`."""
+
+    def method(values: Mapping[str, Any]) -> Algorithm:
+        found = config.copy_and_resolve_references()
+        with found.unlocked(), found.ignore_type():
+            for field, value in values.items():
+                group, name = field.split(".")
+                found[group][name] = value
+        server_opt = factories.server_optimizer(found.server)
+        alg = _put_together(found, model, server_opt, **instead)
+        return through_channel(alg, found.uplink) if found.uplink else alg
+
+    return Hyper(fields.arguments(config), method)
+
+
+def _put_together(
+    config: ml_collections.ConfigDict,
+    model: Model | dict[str, Model],
+    server_opt: optax.GradientTransformation,
+    **instead: Any,
+) -> Algorithm:
+    """The method of a config, whose numbers may be traced, before its uplink."""
     name = config.method.name
     factory = registry.find(name, "method.name")
     known = registry.options(name)
@@ -329,23 +376,11 @@ def make_algorithm(
     if isinstance(model, dict):
         members = blocks(model, population_size(config)[0])
         supplied["family_sizes"] = {k: len(ids) for k, ids in members.items()}
-    server_opt, uses = factories.watched(factories.server_optimizer(config.server))
     supplied["server_opt"] = server_opt
     takes = inspect.signature(factory).parameters
     options |= {k: value for k, value in supplied.items() if k in takes}
     loop = factories.make_local(config.local, config.rounds)
-    alg = calls.call("method", factory, model, local=loop, **options)
-    chosen = config.server.optimizer, config.server.learning_rate
-    if chosen != ("sgd", 1.0):
-        family = min(model) if isinstance(model, dict) else families.ALONE
-        comm.describe(families.view(alg, family))
-        if not uses:
-            raise ValueError(
-                f"server.optimizer={chosen[0]!r} with server.learning_rate={chosen[1]} "
-                f"would change nothing: the server of method.name={name!r} has no "
-                "optimizer; accepted: sgd, 1.0"
-            )
-    return through_channel(alg, config.uplink) if config.uplink else alg
+    return calls.call("method", factory, model, local=loop, **options)
 
 
 def _must_be_given(option: registry.Option | None) -> bool:

@@ -234,7 +234,8 @@ def boxes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series], x: str) -
 
     names = [one.name for one in series]
     # A line for each setting: long names leave room for the boxes.
-    axis = alt.Axis(labelExpr="split(datum.label, ', ')", grid=False)
+    own = f"split(slice(datum.label, {_shared(series)}), ', ')"
+    axis = alt.Axis(labelExpr=own, grid=False)
     up = alt.Y("series:N", sort=names, title=None, axis=axis)
     height = max((14 * (1 + name.count(", ")) + 12 for name in names), default=26)
     tips = [alt.Tooltip(f"{n}:Q", format=".4~g") for n in ("p10", "q1", "median", "q3")]
@@ -316,10 +317,24 @@ def _colors(
 
     there = _there(rows, series)
     scale = alt.Scale(domain=[s.name for s in there], range=[s.color for s in there])
-    longest = max((len(one.name) for one in there), default=1)
+    shared = _shared(there)
+    longest = max((len(one.name) for one in there), default=1) - shared
     columns = 1 if longest > 26 else 2 if longest > 16 else 3
-    legend = alt.Legend(title=None, columns=columns, symbolType=symbol)
+    legend = alt.Legend(
+        title=None,
+        columns=columns,
+        symbolType=symbol,
+        labelExpr=f"slice(datum.label, {shared})",
+    )
     return alt.Color("series:N", scale=scale, legend=legend if there[1:] else None)
+
+
+def _shared(series: Sequence[Series]) -> int:
+    """How many letters of the names say what all have, such as their one method."""
+    starts = {one.name.partition(", ")[0] for one in series}
+    if len(starts) == 1 and all(", " in one.name for one in series):
+        return len(starts.pop()) + 2
+    return 0
 
 
 def _dashes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> Any:

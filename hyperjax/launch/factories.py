@@ -17,7 +17,7 @@ from hyperjax import (
     server_optimizers,
     training,
 )
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, surely
 from hyperjax.protocols import common
 from hyperjax.types import Model
 
@@ -106,10 +106,9 @@ def local_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransfor
     optimizer = make_optimizer(
         "local.optimizer", config.optimizer, config.learning_rate, {}
     )
-    if config.weight_decay:
-        decay = optax.add_decayed_weights(config.weight_decay)
-        return optax.chain(decay, optimizer)
-    return optimizer
+    if surely(config.weight_decay == 0):
+        return optimizer
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optimizer)
 
 
 def server_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

@@ -174,6 +174,38 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
     return found
 
 
+# Fields that programs take as arguments, as they do the method's own numbers, and the
+# values that leave a step of the program out.
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "local.learning_rate": (None,),
+    "local.learning_rate_decay": (None,),
+    "local.milestone_factor": (None,),
+    "local.weight_decay": (None, 0),
+    "local.clip_norm": (None,),
+    "server.learning_rate": (None,),
+}
+
+
+def arguments(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """Returns the numbers of a config that its programs do not have built in, by field.
+
+    They are those of `ARGUMENTS` and the method's numbers that are not `calls.Fixed`. A
+    method of one's own has them all built in, since its code may branch on them.
+    """
+    if ":" in config.method.name:
+        return {}
+    found = {}
+    for field, absent in ARGUMENTS.items():
+        group, name = field.split(".")
+        if config[group][name] not in absent:
+            found[field] = float(config[group][name])
+    for name, option in registry.options(config.method.name).items():
+        value = config.method.get(name)
+        if option.type is float and not option.fixed and value is not None:
+            found[f"method.{name}"] = float(value)
+    return found
+
+
 def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
     """Raises ValueError for the first of the given fields that would change nothing."""
     unused = idle(config)

@@ -102,7 +102,7 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
       ValueError: no folders, or `out` cannot be written.
       FileNotFoundError: one of the folders holds no run.
     """
-    from hyperjax.sweeps import outputs
+    from hyperjax.sweeps import outputs, record, results
 
     if not folders:
         raise ValueError(
@@ -127,10 +127,17 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
         print(f"report: {page}")
         return 0
     folder = given[0]
+    if len(given) == 1 and (folder / finished.SWEEP).exists():
+        results.write(record.Record(str(folder)), baseline)
+        print(f"report: {folder / outputs.PAGE}")
+        return 0
     if len(given) > 1:
         folder = Path(os.path.commonpath([run.parent for run in runs])) / "comparison"
     targets.folder("out", folder).mkdir(exist_ok=True)
-    outputs.write(folder, runs, baseline=baseline)
+    if baseline is None and (folder / finished.SWEEP).exists():
+        results.write(record.Record(str(folder)))  # with its own baseline
+    else:
+        outputs.write(folder, runs, baseline=baseline)
     print(f"report: {folder / outputs.PAGE}")
     return 0
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -190,8 +191,12 @@ def listed(plan: Plan) -> str:
             f"{len(trials)} trials before them: {each} values of {fields} for each of "
             f"{len(plan.mine)} settings, chosen by {tuned['by']}{where}"
         )
+    devices = jax.devices()
+    lines.append(f"one after another, on {len(devices)} x {devices[0].device_kind}")
     for group in runner.grouped(mine):
-        lines.append(f"one program for {len(group)}:")
+        alike = points.alike(group).items() - points.alike(mine).items()
+        said = f" ({points.shown(dict(sorted(alike)))})" if alike else ""
+        lines.append(f"one program for {len(group)}{said}:")
         lines += [f"  {p.name}  {known.get(p.name, '')}".rstrip() for p in group]
     return "\n".join(lines)
 

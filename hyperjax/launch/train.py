@@ -96,6 +96,7 @@ def _train(
     experiment = experiment._replace(settings=settings)
     for part in (experiment.simulator, experiment.evaluator):
         part.program.watcher = progress.compiling
+    shared = _compiling(experiment)  # for runs before this one
     restored = _newest(experiment, checkpoints)
     lent = resolved.lend(experiment) if restored is None else {}
     began, before = time.perf_counter(), _summed_up(folder)
@@ -166,10 +167,7 @@ def _train(
     spent = dict(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
-        compile_seconds=sum(
-            part.program.seconds
-            for part in (experiment.simulator, experiment.evaluator)
-        ),
+        compile_seconds=_compiling(experiment) - shared,
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
@@ -190,6 +188,12 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
         names = [name.replace("$", r"\$") for name in federation.label_names]
         figure = picture.partition_picture(counts, takes_part, names)
         recorder.picture("partition", figure)
+
+
+def _compiling(experiment: Experiment) -> float:
+    """Seconds that compiling an experiment's programs has taken so far."""
+    parts = experiment.simulator, experiment.evaluator
+    return sum(part.program.seconds for part in parts)
 
 
 def _calls(

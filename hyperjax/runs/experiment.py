@@ -10,7 +10,7 @@ from hyperjax import compiling
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
-from hyperjax.engine.compiled import Compiled
+from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
 
@@ -41,6 +41,7 @@ class Experiment(NamedTuple):
     settings: Settings
     plan: dict[str, Any]  # what was chosen: mapper, devices, store, cohort_size, ...
     by_sample: evaluate.Evaluator | None = None  # with one classifier per input
+    hyper: Hyper | None = None  # what of the method its programs do not have built in
 
     @property
     def cost(self) -> comm.Cost:
@@ -81,6 +82,7 @@ def experiment(
     clients_per_call: int = 64,
     like: Experiment | None = None,
     widths: Mapping[str, int] | None = None,
+    hyper: Hyper | None = None,
 ) -> Experiment:
     """Puts a run together.
 
@@ -100,9 +102,11 @@ def experiment(
       store_dir: folder of a host store in files.
       eval_batch_size: inputs predicted at a time.
       clients_per_call: clients evaluated at a time.
-      like: an experiment with the same arguments but for seed and federation; what was
-        compiled for it serves this one too, where tables are as wide.
+      like: an experiment with the same arguments but for seed, federation and values of
+        hyper-parameters; what was compiled for it serves this one too, where tables
+        are as wide.
       widths: how wide tables of the federation are on the device at least, by name.
+      hyper: see `schedule.simulator`.
 
     Raises:
       ValueError: an unknown choice, or parts that do not go together.
@@ -134,6 +138,7 @@ def experiment(
         store=store,
         store_dir=store_dir,
         program=like and like.simulator.program,
+        hyper=hyper,
     )
     evaluator = make_evaluator(
         wide,
@@ -143,6 +148,7 @@ def experiment(
         clients_per_call,
         devices,
         program=like and like.evaluator.program,
+        hyper=hyper,
     )
     plan = dict(
         backend=backend,
@@ -160,7 +166,15 @@ def experiment(
         free = comm.Cost(0, 0, 0, 0)  # in one place nothing is sent
         costs[name] = free if settings.pooled else comm.cost(messages)
     return Experiment(
-        federation, algorithm, members, simulator, evaluator, costs, settings, plan
+        federation,
+        algorithm,
+        members,
+        simulator,
+        evaluator,
+        costs,
+        settings,
+        plan,
+        hyper=hyper,
     )
 
 
@@ -227,6 +241,7 @@ def make_evaluator(
     clients_per_call: int = 64,
     devices: int = 0,
     program: Compiled | None = None,
+    hyper: Hyper | None = None,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     most = max(federation.num_clients, federation.num_novel)
@@ -249,4 +264,5 @@ def make_evaluator(
         clients_per_call=clients_per_call,
         mesh=sharding.client_mesh(clients_per_call, devices),
         program=program,
+        hyper=hyper,
     )

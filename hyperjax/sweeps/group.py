@@ -1,11 +1,11 @@
-"""Runs that differ in seed and in who has which samples, as one compiled program.
+"""Runs that differ in seeds, numbers and who has which samples, as one program.
 
 All of those are arguments of a program, so the runs of a group are traced and compiled
 once and then take turns. Index tables are padded to one width, which changes nothing:
 a run has the same states in a group as alone, bit for bit.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -29,10 +29,11 @@ FREE = ("seed", *(f"data.{name}" for name in _DEALT))
 _TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
 
 
-def key(config: ml_collections.ConfigDict) -> Hashable:
+def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     """Returns what runs of one program have in common: fields and their values."""
+    free = {*FREE, *fields.arguments(config)}
     return tuple(
-        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in free)
     )
 
 
@@ -45,8 +46,7 @@ def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment
       ValueError and others: as `build.build`; or the keys differ.
     """
     configs = [common.filled(config) for config in configs]
-    if len({key(config) for config in configs}) > 1:
-        raise ValueError("configs of a group differ in more than seeds and partition")
+    _check_alike(configs)
     for config in configs:
         build.check(config)
         build.warn_of_the_end(config)
@@ -60,10 +60,28 @@ def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment
         dealt.append(one)
     found: list[Experiment] = []
     for config, one in zip(configs, dealt, strict=True):
-        like = found[0] if found else None
+        # With the same numbers the method is the same too.
+        numbers = fields.arguments(config)
+        alike = (e for e in found if e.hyper and e.hyper.values == numbers)
+        like = next(alike, found[0] if found else None)
         widths = _widths(config, one, dealt)
         found.append(build.assemble(config, one, like=like, widths=widths))
     return found
+
+
+def _check_alike(configs: Sequence[ml_collections.ConfigDict]) -> None:
+    """Refuses configs whose keys differ."""
+    first = dict(key(configs[0]))
+    for config in configs:
+        other = dict(key(config))
+        differ = sorted(
+            k for k in first.keys() | other.keys() if first.get(k) != other.get(k)
+        )
+        if differ:
+            raise ValueError(
+                f"configs of a group differ in what a program is made of: "
+                f"{', '.join(differ)}"
+            )
 
 
 def _widths(

@@ -279,6 +279,17 @@ def shown(texts: Mapping[str, Any]) -> str:
     return ", ".join(f"{field}={text}" for field, text in texts.items())
 
 
+def alike(given: Sequence[Point]) -> dict[str, Any]:
+    """Returns what all of some points change in the same way."""
+    first, *others = (point.fields for point in given)
+    absent = object()
+    return {
+        field: value
+        for field, value in first.items()
+        if all(other.get(field, absent) == value for other in others)
+    }
+
+
 # Names ------------------------------------------------------------------------------
 
 

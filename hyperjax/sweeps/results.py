@@ -10,8 +10,12 @@ from hyperjax.sweeps import points
 from hyperjax.sweeps.record import ENDED, Record
 
 
-def write(there: Record) -> list[Path]:
+def write(there: Record, baseline: str | None = None) -> list[Path]:
     """Writes what the points of a sweep came to, one process at a time.
+
+    Args:
+      there: the sweep.
+      baseline: which settings are compared with; None for the sweep's own.
 
     Returns:
       The files, see `outputs.write`; none if no point has begun.
@@ -28,7 +32,8 @@ def write(there: Record) -> list[Path]:
         fields = telling(there.folder, found)
         if not runs:
             return []
-        return outputs.write(there.folder, runs, fields, found["baseline"], live=live)
+        baseline = baseline or found["baseline"]
+        return outputs.write(there.folder, runs, fields, baseline, live=live)
 
 
 def has_ended(found: Mapping[str, Any]) -> bool:

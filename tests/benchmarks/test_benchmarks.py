@@ -53,6 +53,18 @@ def test_round_time_reports_every_plan(repository, tmp_path):
         assert record["machine"]["cores"] > 0
 
 
+def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
+    small = ("--method=fedavg", "--seeds=2", "--rounds=1")
+    alone, together = _run(repository, tmp_path, "seeds", *small)
+    assert (alone["runs"], together["runs"]) == (1, 2)
+    assert together["state_sha256"][0] == alone["state_sha256"][0]
+    assert alone["times"] == 1 and together["times"] > 0
+    for record in (alone, together):
+        parts = ("build", "compile", "run")
+        whole = sum(record[f"{part}_seconds"] for part in parts)
+        assert whole == pytest.approx(record["seconds"])
+
+
 def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp_path):
     sizes = ("--clients=4,400", "--cohort=2", "--samples=5", "--exchanges=1")
     records = _run(repository, tmp_path, "memory", *sizes)

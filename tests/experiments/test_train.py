@@ -506,7 +506,7 @@ def kill_at(monkeypatch, owner, name: str, call: int = 1):
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (workdir, "describe", 1),
+        (origin, "describe", 1),
         (checkpoint, "save", 1),
         (checkpoint, "save", 2),
         (train.log.Recorder, "evaluation", 2),

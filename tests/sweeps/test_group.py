@@ -6,7 +6,7 @@ import pytest
 
 from configs import zero_shot
 from hyperjax import tree
-from hyperjax.launch import build
+from hyperjax.launch import build, fields
 from hyperjax.runs import loop
 from hyperjax.sweeps import group
 
@@ -48,7 +48,11 @@ def programs(experiment) -> int:
 
 
 def test_runs_of_a_group_are_compiled_once_and_have_the_bits_of_runs_alone():
-    configs = [config(), config(seed=1, data__partition="iid")]
+    other = dict(local__learning_rate=0.2, local__weight_decay=0.1, method__mu=2.0)
+    configs = [
+        config("fedprox", local__weight_decay=0.01),
+        config("fedprox", seed=1, data__partition="iid", **other),
+    ]
     alone = [build.build(one) for one in configs]
     first, second = (len(one.federation.train.rows[0]) for one in alone)
     assert first != second
@@ -81,9 +85,36 @@ def test_a_table_narrower_than_a_batch_stays_as_it_is():
 
 
 def test_the_key_is_what_a_program_is_made_of():
-    same = config(seed=3, data__seed=4, data__partition="iid", data__alpha=2.0)
-    assert group.key(config()) == group.key(same)
+    dealt = dict(data__seed=4, data__partition="iid", data__alpha=2.0)
+    numbers = dict(local__learning_rate=0.2, server__learning_rate=0.5)
+    expected = group.key(config())
+    assert group.key(config(seed=3, **dealt, **numbers)) == expected
     for field in ("rounds", "data__num_clients", "local__batch_size", "data__shrink"):
-        assert group.key(config(**{field: 7})) != group.key(config()), field
-    with pytest.raises(ValueError, match="differ in more than seeds and partition"):
+        assert group.key(config(**{field: 7})) != expected, field
+    for field in ("local__weight_decay", "local__clip_norm"):  # steps of their own
+        one, other = (group.key(config(**{field: x})) for x in (0.1, 0.2))
+        assert one == other != expected, field
+    with pytest.raises(ValueError, match="differ in what a program is made of: rounds"):
         group.experiments([config(), config(rounds=3)])
+
+
+def test_numbers_that_set_shapes_are_built_in():
+    one, other = (config("pfedsim", method__warmup=x) for x in (0.1, 0.2))
+    assert group.key(one) != group.key(other)
+    one, other = (config("fedamp", method__lam=x) for x in (0.1, 0.2))
+    assert group.key(one) == group.key(other)
+
+
+def test_a_method_of_ones_own_has_its_numbers_built_in(tmp_path, monkeypatch):
+    text = """
+from hyperjax.algorithms.fedprox import fedprox
+
+def mine(model, *, local, mu: float = 0.1):
+    return fedprox(model, local=local, mu=mu if mu > 0 else 0.0)
+"""
+    (tmp_path / "my_method.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = config()
+    found.method = {"name": "my_method:mine"}
+    assert fields.arguments(found) == {}
+    assert build.build(found).hyper.values == {}

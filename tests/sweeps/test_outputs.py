@@ -196,3 +196,24 @@ def test_points_that_failed_are_named_on_the_page(tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "b: failed: no &lt;room&gt;" in page and "a: finished" not in page
     assert "setTimeout(() => location.reload()" in page
+
+
+def test_the_report_of_a_sweep_has_the_sweeps_own_baseline(tmp_path, monkeypatch):
+    from hyperjax.launch import finished, pages, report
+    from hyperjax.sweeps import figures, record
+
+    monkeypatch.setattr(pages, "drawing", lambda: "")
+    monkeypatch.setattr(figures, "all_of", lambda *_: iter(()))
+    entries = []
+    for method in ("fedavg", "scaffold"):
+        make_run(tmp_path / method, method=method, rounds=4)
+        fields = {"method.name": method}
+        entry = {"name": method, "status": record.FINISHED, "message": ""}
+        entries.append({**entry, "fields": fields})
+    content = {"format": record.FORMAT, "points": entries, "baseline": "fedavg"}
+    content["fields"] = ["method.name"]
+    (tmp_path / finished.SWEEP).write_text(json.dumps(content), encoding="utf-8")
+    assert report.main([str(tmp_path)], None) == 0
+    assert "Differences to the baseline (fedavg)" in (tmp_path / "table.md").read_text()
+    assert report.main([str(tmp_path)], None, "scaffold") == 0
+    assert "the baseline (scaffold)" in (tmp_path / "table.md").read_text()

@@ -158,13 +158,21 @@ def test_none_is_a_value():
             ["data.alpha=1,1.0"],
             "two points are one run: data.alpha=1; and data.alpha=1",
         ),
-        (["rounds=2,3"], "'rounds' is swept, and given by --config.rounds"),
         (["data.classes_per_client=2,3"], "would change nothing"),
     ],
 )
 def test_points_that_cannot_be_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         points.resolve(DIGITS, ["--config.rounds=3"], grid(*flags))
+
+
+@pytest.mark.parametrize(
+    "given", ["--config.rounds=3", "--config.rounds", "-config.rounds=3"]
+)
+def test_a_field_that_is_swept_is_not_given_beside(given):
+    points.check_once(["--config.rounds_per_call=3"], grid("rounds=2,3"))
+    with pytest.raises(ValueError, match="'rounds' is swept, and given by --config"):
+        points.check_once([given], grid("rounds=2,3"))
 
 
 # Names ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperjax.launch import finished, origin, sweep, train, workdir
+from hyperjax.launch import finished, origin, report, sweep, train, workdir
 from hyperjax.sweeps import live, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 
@@ -145,7 +145,7 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     assert sweep.main(asked(folder, list_only=True)) == 0
     out = capsys.readouterr().out
     assert "6 points" in out and "learning_rate=0.05,seed=1" in out
-    assert "one program for 2:" in out
+    assert "one program for 2 (local.learning_rate=0.05):" in out
     assert not folder.exists() and not trainer.ran
 
 
@@ -289,3 +289,27 @@ def test_variants_of_one_method_are_told_apart_by_what_they_change(trainer, tmp_
         *("method.name", "method.keep", "method.persist_optimizer"),
         "server.learning_rate",
     ]
+
+
+def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
+    folder = tmp_path / "abl"
+    arguments = ("--config.rounds=1", "--config.tensorboard=False")
+    given = asked(folder, "seed=0..1", "data.alpha=0.5,1", arguments=arguments)
+    given = given._replace(baseline="data.alpha=1")
+    assert sweep.main(given) == 0
+    assert "4 points: 4 finished" in capsys.readouterr().out
+    for name in ("table.tex", "table.md", "table.csv", "points.csv", "report.html"):
+        assert (folder / name).exists(), name
+    for form in ("pdf", "svg", "png"):
+        assert list((folder / "figures").glob(f"*.{form}"))
+    point = sweep.make_plan(given).points[3]
+    assert point.name == "alpha=1,seed=1"
+    summary = json.loads((folder / point.name / workdir.SUMMARY).read_text())
+    assert train.train(point.config, str(folder / point.name)) == summary
+    assert summary["seed"] == 1 and summary["finished"]
+    assert summary["compile_seconds"] == 0  # it was compiled for the first
+    table = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    assert report.main([str(folder)], None) == 0  # with the sweep's fields and baseline
+    assert (folder / "table.md").read_text() == table
