@@ -4,9 +4,9 @@ import chex
 import jax
 import pytest
 
-from configs import zero_shot
 from hyperjax import tree
 from hyperjax.launch import build, fields
+from hyperjax.protocols import zero_shot
 from hyperjax.runs import loop
 from hyperjax.sweeps import group
 
