@@ -262,7 +262,7 @@ class ClientSide(NamedTuple):
     `adapt` prepares a copy for deployment: its result goes to `deploy` and is never
     stored, so it may differ in structure from the state that `update` returns.
     `model` is the one `deploy`'s variables belong to: it predicts, and methods with a
-    prediction rule of their own replace its `predict`.
+    prediction rule of their own replace its `apply`.
     `tune` goes on from deployed variables with `epochs` (traced, [] int32) passes over
     the client's labelled samples; like `adapt` it works on a copy and sends nothing.
     """

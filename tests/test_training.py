@@ -15,7 +15,7 @@ from hyperjax.data import clients
 from hyperjax.models import MLP, from_linen, memory
 from hyperjax.models.linen import masked_mean
 from hyperjax.training import Local, Phase
-from hyperjax.types import AdaptData, ClientData, Model, Outputs, Pool, Trained
+from hyperjax.types import AdaptData, ClientData, Model, Outputs, Pool, Serve, Trained
 
 LR = 0.1
 NAN = float("nan")
@@ -488,7 +488,9 @@ def test_what_weighs_no_gradients_has_no_displacement(optimizer):
 def test_tuner_trains_on_the_clients_samples(train):
     # Neither the phases nor the frozen parts of a method matter, but its optimizer.
     model = quadratic()._replace(
-        condition=lambda variables, inputs: variables["params"]["a"]["w"] + inputs.size
+        serve=Serve(
+            lambda variables, inputs: variables["params"]["a"]["w"] + inputs.size
+        )
     )
     how = Local(
         optax.sgd(LR, RHO),

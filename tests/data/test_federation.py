@@ -268,6 +268,7 @@ def test_what_belongs_to_nobody_is_counted(name):
     options = {
         "dirichlet": dict(alpha=0.5),
         "by_client_id": dict(client_ids=np.arange(600) % 20),
+        "groups": dict(num_groups=2, classes_per_client=1),
         "iid": {},
     }.get(name, dict(classes_per_client=1))
     found = deal(partition=name, num_clients=3, num_novel=1, **options)

@@ -10,6 +10,7 @@ import pytest
 from hyperjax import rng
 from hyperjax.launch import build, evaluate, train
 from hyperjax.protocols import zero_shot
+from hyperjax.types import Outputs, Serve
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,10 @@ def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
         adapt=lambda key, down, state, data: jax.random.normal(key),
         deploy=lambda down, noise: {"noise": noise},
         model=side.model._replace(
-            predict=lambda variables, x: jnp.outer(x[:, 0, 0, 0], jnp.arange(10.0)),
-            export=lambda variables: variables,
+            apply=lambda variables, x: Outputs(
+                jnp.outer(x[:, 0, 0, 0], jnp.arange(10.0))
+            ),
+            serve=Serve(),
         ),
     )
     run = run._replace(algorithm=run.algorithm._replace(client=drawn))
