@@ -79,7 +79,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "engine.store": ("device", "where clients' state is kept: device or host"),
     "engine.memory_map": (False, "host store: files in the workdir, not memory"),
     "engine.rounds_per_call": (0, "compiled together; 0: all between evaluations"),
-    "engine.conv_rule": ("auto", "how convolutions are computed: xla, scan, patches"),
+    "engine.conv_rule": ("auto", "convolutions by xla, scan, patches or stripes"),
     "evaluation.every": (5, "rounds"),
     "evaluation.batch_size": (256, "samples"),
     "evaluation.clients_per_call": (64, "clients at a time"),
