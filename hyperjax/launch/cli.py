@@ -83,7 +83,7 @@ def run(
 
 
 def _nobody_reads() -> int:
-    """Ends quietly, as `--help | head` expects; returns what a shell says of SIGPIPE."""
+    """Ends quietly, as `--help | head` expects; returns a shell's code of SIGPIPE."""
     # What is still buffered would fail again when the interpreter closes the stream.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
