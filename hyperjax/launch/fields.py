@@ -153,6 +153,8 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name in {name for names in PARTITIONS.values() for name in names}:
         if name not in taken:
             note(f"data.partition={config.data.partition!r}", f"data.{name}")
+    if config.data.partition != "by_client_id":
+        note(f"data.partition={config.data.partition!r}", "data.client_key")
     if not config.local.milestones:
         note("local.milestones=()", "local.milestone_factor")
     if server.sampler == "full":
