@@ -434,7 +434,7 @@ def _feature(features: Any, path: str, field: str = "") -> Any:
     for part in path.split("/"):
         names = list(found) if hasattr(found, "items") else []
         if part not in names:
-            known = ", ".join(names) or "nothing is below it"
+            known = ", ".join(sorted(names)) or "nothing is below it"
             raise ValueError(f"{field}={path!r} is no feature (accepted: {known})")
         found = found[part]
     return found

@@ -414,7 +414,7 @@ def test_any_feature_may_be_label_or_client(made_dir):
     named = sources.Keys(label="who/name", client="who/name")
     found = sources.load("made_people", data_dir=made_dir, keys=named, size=2)
     assert found.label_names == ("a", "b") and found.client_ids[4] == "b"
-    with pytest.raises(ValueError, match=r"client_key='who/age' is no.*number, name"):
+    with pytest.raises(ValueError, match=r"client_key='who/age' is no.*name, number"):
         missing = sources.Keys(label="is/smiles", client="who/age")
         sources.load("made_people", data_dir=made_dir, keys=missing)
 
