@@ -24,7 +24,8 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from typing import Any, NoReturn
 
 import jax
@@ -238,23 +239,31 @@ def joined(
       RuntimeError: JAX has been used already, or finds no such group.
     """
     check_flags(coordinator, num_processes, process_id)
-    if num_processes != 1:
+    if num_processes == 1:
+        hear()
+    else:
         _connect(coordinator, num_processes, process_id)
     if _group is None:
         yield
         return
-    try:
+    with _ended_together(_group, trace):
         yield
         meet()
-    except BaseException as error:
-        if trace:
-            traceback.print_exc()
-        known = error.code if isinstance(error, SystemExit) else None
-        if isinstance(error, KeyboardInterrupt):
-            _group.fail("interrupted", 130)
-        _group.fail(str(error) or type(error).__name__, known or _FAILED)
     _group.leave()
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _ended_together(group: _Group, trace: bool = False) -> Iterator[None]:
+    """Whatever is raised inside ends all processes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        group.fail("interrupted", 130)
+    except Exception as error:
+        if trace:
+            traceback.print_exc()
+        group.fail(str(error) or type(error).__name__, _FAILED)
 
 
 def _connect(
@@ -263,9 +272,11 @@ def _connect(
     global _group
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ask)
+    hear()
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
+    _call(
+        jax.distributed.initialize,
         coordinator,
         num_processes,
         process_id,
@@ -284,6 +295,25 @@ def _connect(
             lines = {0: _called(state.client, state.process_id, _host(state))}
         _group = _Group(state.process_id, lines)
         _group.count = state.num_processes
+
+
+def _call(fn: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Calls what waits for the others; a signal ends it if they do not come soon."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        waiting, patience = pool.submit(fn, *args, **options), float(_PATIENCE)
+        while not waiting.done() and patience > 0:
+            futures.wait([waiting], 0.1)
+            patience -= 0.1 * bool(_asked)
+        if not waiting.done():
+            print("Stopped before all processes had come.", flush=True)
+            os._exit(0)
+        waiting.result()
+
+
+def hear() -> None:
+    """Lets signals come that were held back while JAX was being loaded."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _host(state: Any) -> str:

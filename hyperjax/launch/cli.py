@@ -76,7 +76,7 @@ def run(
         logging.set_verbosity(logging.WARNING)
         keep_programs()
         try:
-            with contextlib.nullcontext() if apart else asked.joined(debug):
+            with asked.joined(debug, apart):
                 code = main(*argv[1:]) if together or hosts.is_first() else 0
         except KeyboardInterrupt:
             code = 130
@@ -119,9 +119,12 @@ class _Processes:
         """The first three, which go together."""
         return self.coordinator.value, self.num_processes.value, self.process_id.value
 
-    def joined(self, debug: bool) -> contextlib.AbstractContextManager[None]:
-        """See `hosts.joined`."""
-        if not self.distributed.value and self.coordinator.value is None:
+    def joined(
+        self, debug: bool, apart: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `hosts.joined`; nothing where there are no others to meet."""
+        if apart or not (self.distributed.value or self.coordinator.value):
+            hosts.hear()
             return contextlib.nullcontext()
         return hosts.joined(*self.given(), trace=debug)
 
