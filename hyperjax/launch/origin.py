@@ -54,7 +54,7 @@ _SETTINGS = (
 )
 # What changes results by rounding only, if at all: told, not refused.
 _CIRCUMSTANCES = re.compile(
-    r"commit|versions\..*|flags\..*|device|plan\.(backend|device|devices|mapper)"
+    r"commit|versions\..*|flags\..*|device|plan\.(backend|device|devices|mapper|points_at_once)"
 )
 
 
