@@ -40,7 +40,8 @@ def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
 def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment]:
     """Builds the experiments of configs with one key, with programs in common.
 
-    What is read of the data is read once, and is on the device once.
+    What is read of the data is read once, and is on the device once; of shifted images
+    every federation has its own.
 
     Raises:
       ValueError and others: as `build.build`; or the keys differ.
@@ -54,7 +55,7 @@ def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment
     dealt: list[Federation] = []
     for config in configs:
         one = build.federate(source, config)
-        if dealt:
+        if dealt and one.shift is None:  # or else clients' pixels are their own
             shared = dict(x=dealt[0].pool.x, y=dealt[0].pool.y)
             one = one._replace(pool=one.pool._replace(**shared))
         dealt.append(one)
