@@ -57,6 +57,8 @@ def run(
             if len(rest) > 1 and not takes_arguments:
                 raise ValueError(f"unexpected argument {rest[1]!r}; see --help")
             return rest
+        except BrokenPipeError:
+            sys.exit(_nobody_reads())
         except Exception as error:
             if debug:
                 raise
@@ -69,6 +71,8 @@ def run(
             code = main(*argv[1:])
         except KeyboardInterrupt:
             code = 130
+        except BrokenPipeError:
+            code = _nobody_reads()
         except Exception as error:
             if debug:
                 raise
@@ -76,6 +80,13 @@ def run(
         sys.exit(code)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _nobody_reads() -> int:
+    """Ends quietly, as `--help | head` expects; returns a shell's code of SIGPIPE."""
+    # What is still buffered would fail again when the interpreter closes the stream.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def define_config() -> flags.FlagHolder:
