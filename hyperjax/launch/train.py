@@ -21,7 +21,7 @@ from absl import logging
 
 from hyperjax import tree
 from hyperjax.data import federation as federations
-from hyperjax.data import picture
+from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress
@@ -237,7 +237,8 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
     if max(counts.shape) <= MANY_CLIENTS:
         takes_part = np.arange(len(counts)) < federation.num_clients
         names = [name.replace("$", r"\$") for name in federation.label_names]
-        figure = picture.partition_picture(counts, takes_part, names)
+        changes = {} if federation.shift is None else shift.varying(federation.shift)
+        figure = picture.partition_picture(counts, takes_part, names, None, changes)
         recorder.picture("partition", figure)
 
 

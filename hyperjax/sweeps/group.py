@@ -42,8 +42,9 @@ def experiments(
 ) -> list[Experiment]:
     """Builds the experiments of configs with one key, with programs in common.
 
-    What is read of the data is read once, and is on the device once. With `one_device`
-    clients are all on one, whatever `engine.devices` is.
+What is read of the data is read once, and is on the device once; of shifted images
+    every federation has its own. With `one_device` clients are all on one, whatever
+    `engine.devices` is.
 
     Raises:
       ValueError and others: as `build.build`; or the keys differ.
@@ -59,7 +60,7 @@ def experiments(
     dealt: list[Federation] = []
     for config in configs:
         one = build.federate(source, config)
-        if dealt:
+        if dealt and one.shift is None:  # or else clients' pixels are their own
             shared = dict(x=dealt[0].pool.x, y=dealt[0].pool.y)
             one = one._replace(pool=one.pool._replace(**shared))
         dealt.append(one)

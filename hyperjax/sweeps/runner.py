@@ -33,12 +33,13 @@ def check(points: Sequence[Point]) -> None:
     read: dict[str, sources.Source] = {}
     for point in points:
         config = point.config
-        where = ("name", "data_dir", "split", "shrink", "resize")
+        where = ("name", "data_dir", "split", "shrink", "resize", "shift")
         data = str([config.data[k] for k in where])
         try:
             if data not in read:
                 read[data] = build.load_source(config.data)
-            shape, classes = read[data].x.shape[1:], read[data].num_classes
+            shape = build.sample_shape(read[data], config.data)
+            classes = read[data].num_classes
             build.make_algorithm(config, build.make_model(config, shape, classes))
         except Exception as error:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
