@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hyperjax import compiling
+from hyperjax import compiling, hosts
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
 from hyperjax.types import ALONE, Algorithm, Array
@@ -133,5 +133,7 @@ class Compiled:
                 self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
             finally:
                 self.watcher(None)
+            if self._mesh is not None:
+                hosts.meet()  # the first to wait for the others does so 30 s only
             self.seconds += time.perf_counter() - start
         return self._programs[key]

@@ -16,6 +16,9 @@ is 0 only if every point has ended well.
 --tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
 swept but seeds), by what participants set aside (data.validation_fraction), or on a
 federation of the seed --tune_seed. --by names the metric.
+
+Several processes (--process_id=i --num_processes=n, with a --coordinator that is not
+called) each run their slice of the points, as --index=i/n does.
 """
 
 import re
@@ -282,7 +285,7 @@ def launch() -> None:
             sweeps.value,
             arguments,
             list_only.value,
-            index.value,
+            index.value or cli.part_of_processes(),
             baseline.value,
             tuned.value,
             by.value,
@@ -292,4 +295,4 @@ def launch() -> None:
         )
         return main(asked)
 
-    cli.run(run, needs=("config", "workdir"))
+    cli.run(run, needs=("config", "workdir"), apart=True)
