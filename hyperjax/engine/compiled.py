@@ -107,8 +107,20 @@ class Compiled:
         family: str = ALONE,
         times: int = compiling.OFTEN,
     ):
+        return self.made(name, fn, args, donate, family, times)(*args)
+
+    def made(
+        self,
+        name: str,
+        fn: Callable,
+        args: tuple,
+        donate: tuple = (),
+        family: str = ALONE,
+        times: int = compiling.OFTEN,
+    ) -> Callable:
+        """Returns the program of a call, which is not called."""
         if setting("jax_disable_jit"):
-            return sharding.replicate(fn(*args), self._mesh)
+            return lambda *args: sharding.replicate(fn(*args), self._mesh)
         leaves, structure = jax.tree.flatten(args)
         key = (name, family, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
@@ -124,4 +136,4 @@ class Compiled:
             if self._mesh is not None:
                 hosts.meet()  # the first to wait for the others does so 30 s only
             self.seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+        return self._programs[key]

@@ -55,7 +55,7 @@ _SETTINGS = (
 # What changes results by rounding only, if at all: told, not refused.
 _CIRCUMSTANCES = re.compile(
     r"commit|versions\..*|flags\..*|device|"
-    r"plan\.(backend|device|devices|processes|mapper)"
+    r"plan\.(backend|device|devices|processes|mapper|points_at_once)"
 )
 
 

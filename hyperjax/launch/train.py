@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import ml_collections
@@ -20,7 +21,7 @@ from absl import logging
 
 from hyperjax import hosts, tree
 from hyperjax.data import federation as federations
-from hyperjax.data import picture
+from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress, Silent
@@ -30,6 +31,11 @@ from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
+
+# What `steps` yields, is sent, and returns.
+Steps: TypeAlias = Generator[
+    tuple[Experiment, loop.State], loop.Call | None, dict[str, Any]
+]
 
 
 class Stopped(Exception):
@@ -67,6 +73,41 @@ def train(
       loop.Diverged: a loss or the state is not finite. The folder keeps what is good.
       Stopped: by SIGTERM or SIGINT.
     """
+    run = steps(config, path, label, show, experiment)
+    call: loop.Call | None = None
+    while True:
+        try:
+            turn = run.send(call)
+        except StopIteration as done:
+            return done.value
+        try:
+            call = loop.step(*turn, donate=True)
+        except BaseException as error:
+            run.throw(error)  # so that it leaves everything in order, and raises
+
+
+def steps(
+    config: ml_collections.ConfigDict,
+    path: str | os.PathLike,
+    label: str | None = None,
+    show: Callable[[str, int], Progress] = Progress,
+    experiment: Experiment | None = None,
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] | None = None,
+) -> Steps:
+    """`train`, but for the rounds: whoever drives it runs those.
+
+    It yields an experiment and the state from which to go on, consuming that or not,
+    and is sent the call that did so, or thrown what came instead.
+
+    Args:
+      config: this and the others as of `train`.
+      path: likewise.
+      label: likewise.
+      show: likewise.
+      experiment: likewise.
+      stopping: a context with a function that says whether to stop; by default after
+        SIGTERM or SIGINT.
+    """
     compiled.check_jax()
     resolved = resolve(config)
     hosts.check_same(origin.circumstances(resolved.config))
@@ -81,7 +122,8 @@ def train(
             return summary
         show = show if hosts.is_first() else lambda label, rounds: Silent()
         with show(label or resolved.method, resolved.settings.rounds) as progress:
-            return _train(resolved, experiment, folder, progress)
+            stopping = stopping or stop_signals
+            return (yield from _train(resolved, experiment, folder, progress, stopping))
 
 
 def _train(
@@ -89,7 +131,8 @@ def _train(
     experiment: Experiment | None,
     folder: Path,
     progress: Progress,
-) -> dict[str, Any]:
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]],
+) -> Steps:
     """Runs, or continues, an experiment in a folder that is this process's."""
     if experiment is None:
         progress.stage(f"reading {resolved.dataset}, building {resolved.method}")
@@ -140,7 +183,7 @@ def _train(
         shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
-    with contextlib.closing(recorder), _stop_signals() as stop:
+    with contextlib.closing(recorder), stopping() as stop:
         values = None
         if restored is None:
             if resolved.tensorboard:
@@ -149,7 +192,15 @@ def _train(
             _save(checkpoints, state, resolved.keep)
         elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
             values = score(state, {})  # the record was lost
-        for call in _calls(experiment, state, checkpoints, stop, progress):
+        while state.round < settings.rounds:
+            if stop():
+                raise Stopped(state.round)
+            progress.stage("training")
+            try:
+                call: Any = yield experiment, state
+            except loop.Diverged as error:
+                error.args = (_advice(error, checkpoints),)
+                raise
             rate = call.samples / call.seconds if call.seconds else None
             recorder.rounds(state.round, call.info, rate)
             state = call.state
@@ -190,7 +241,8 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
     if max(counts.shape) <= MANY_CLIENTS:
         takes_part = np.arange(len(counts)) < federation.num_clients
         names = [name.replace("$", r"\$") for name in federation.label_names]
-        figure = picture.partition_picture(counts, takes_part, names)
+        changes = {} if federation.shift is None else shift.varying(federation.shift)
+        figure = picture.partition_picture(counts, takes_part, names, None, changes)
         recorder.picture("partition", figure)
 
 
@@ -200,33 +252,15 @@ def _compiling(experiment: Experiment) -> float:
     return sum(part.program.seconds for part in parts)
 
 
-def _calls(
-    experiment: Experiment,
-    state: loop.State,
-    checkpoints: Path,
-    stop: Callable[[], bool],
-    progress: Progress,
-) -> Iterator[loop.Call]:
-    """Rounds until the end, or until the run is asked to stop."""
-    if stop() and state.round < experiment.settings.rounds:
-        raise Stopped(state.round)
-    progress.stage("training")
-    try:
-        for call in loop.rounds(experiment, state, donate=True):
-            yield call
-            progress.stage("training")
-            if stop() and call.state.round < experiment.settings.rounds:
-                raise Stopped(call.state.round)
-    except loop.Diverged as error:
-        error.args = (
-            f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint "
-            f"is that after round {error.last_good} in {checkpoints}",
-        )
-        raise
+def _advice(error: loop.Diverged, checkpoints: Path) -> str:
+    return (
+        f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint is "
+        f"that after round {error.last_good} in {checkpoints}"
+    )
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM or SIGINT has come, to any process.
 
     A second SIGINT interrupts at once.
