@@ -81,7 +81,9 @@ def has(python: str, module: str) -> bool:
 def measure(name: str, python: str, preset: str) -> dict[str, Any]:
     """Runs one side once."""
     done = subprocess.run(
-        [python, str(FOLDER / f"run_{name}.py"), preset], capture_output=True, text=True
+        [python, str(FOLDER / f"run_{name}.py"), preset],
+        capture_output=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise ValueError(f"{name}, {preset}: {done.stderr.strip()[-500:]}")
