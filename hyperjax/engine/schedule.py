@@ -77,8 +77,9 @@ class Simulator(NamedTuple):
       visits: `(root, num_rounds) -> {family: int}`, exchanges of all clients so far.
       program: the compiler; its `seconds` says how long compilation took so far.
       function: `(root, carry, rounds, *given) -> (carry, info)`, what `run` compiles;
-        None with a host store or several devices.
+        None with a host store.
       given: arrays of this simulator alone.
+      width: how many clients a device trains at a time.
     """
 
     init: Callable
@@ -88,6 +89,7 @@ class Simulator(NamedTuple):
     program: compiled.Compiled
     function: Callable | None = None
     given: tuple = ()
+    width: int = 1
 
 
 def simulator(
@@ -192,6 +194,7 @@ def simulator(
         visits=visits,
         draw=draw,
         mapper=mapper,
+        cohort_size=padded,
         sequential=sequential,
         groups=groups,
         table=table,
@@ -316,6 +319,7 @@ class _Parts(NamedTuple):
     visits: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
     mapper: str | int
+    cohort_size: int  # with padding
     sequential: bool
     groups: Families
     table: Table
@@ -323,6 +327,14 @@ class _Parts(NamedTuple):
     weight: Array
     mesh: Any
     program: compiled.Compiled
+
+    @property
+    def width(self) -> int:
+        """How many clients a device trains at a time."""
+        if isinstance(self.mapper, int):
+            return self.mapper
+        devices = 1 if self.mesh is None else self.mesh.size
+        return self.cohort_size // devices if self.mapper == "vmap" else 1
 
     def init_server(self, root):
         """The server's first state."""
@@ -444,11 +456,13 @@ def _on_device(parts: _Parts) -> Simulator:
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
         root = sharding.replicate(root, parts.mesh)
         args = (root, carry, rounds, *given)
-        return program("rounds", many_rounds, args, donate=(1,))
+        found = program("rounds", many_rounds, args, donate=(1,))
+        program.keep_work("rounds", num_rounds, width)
+        return found
 
     given = table, parts.pool, parts.weight, parts.hyper.values
-    function = many_rounds if parts.mesh is None else None
-    return Simulator(init, load, run, parts.visits, program, function, given)
+    width = 1 if parts.sequential else parts.width
+    return Simulator(init, load, run, parts.visits, program, many_rounds, given, width)
 
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:

@@ -67,7 +67,7 @@ class Together:
           ValueError: another plan, or simulators that do not go together.
         """
         check_choice("plan", plan, PLANS)
-        if any(each.function is None for each in simulators):
+        if any(s.function is None or s.program.mesh is not None for s in simulators):
             raise ValueError(
                 "points run together with engine.store='device', each on one device"
             )
@@ -79,7 +79,8 @@ class Together:
         self._limit = _memory() if limit is None else limit
         self._devices = 1 if mesh is None else mesh.size
         self.size = -(-len(simulators) // self._devices) * self._devices
-        self._function: Any = simulators[0].function
+        self._first = simulators[0]
+        self._function: Any = self._first.function
         leaves, (self._structure, *_) = zip(
             *(jax.tree.flatten(each.given) for each in simulators), strict=True
         )
@@ -140,6 +141,10 @@ class Together:
             if not self._shrunk(run):
                 break
         outputs = run(*args)
+        if self.program.work is None:
+            width = self.at_once * self._first.width
+            self.program.keep_work("rounds", len(rounds), width, self.size)
+            self._first.program.work = self.program.work
         if self._mesh is not None:
             outputs = jax.device_put(outputs, self._mesh.devices.flat[0])
         return [_at(outputs, i) for i in range(len(now))]

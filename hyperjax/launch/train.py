@@ -222,6 +222,7 @@ def _train(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
         compile_seconds=_compiling(experiment) - shared,
+        flops=_flops(folder, experiment),
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
@@ -244,6 +245,16 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
         changes = {} if federation.shift is None else shift.varying(federation.shift)
         figure = picture.partition_picture(counts, takes_part, names, None, changes)
         recorder.picture("partition", figure)
+
+
+def _flops(folder: Path, experiment: Experiment) -> float | None:
+    """Arithmetic of all rounds; None if no program of rounds was made here."""
+    work = experiment.simulator.program.work
+    if work is None:
+        return None
+    rounds = log.read_lines(folder / log.TRAINING)
+    steps = sum(row.get(k) or 0 for row in rounds for k in ("steps", "opening_steps"))
+    return len(rounds) * work.round + steps * work.step
 
 
 def _compiling(experiment: Experiment) -> float:
