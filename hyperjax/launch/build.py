@@ -15,6 +15,7 @@ from hyperjax import (
     models,
     registry,
 )
+from hyperjax.adaptation import with_adaptation
 from hyperjax.data import clients, files, partition, shift, sources
 from hyperjax.data import federation as federations
 from hyperjax.data.federation import Federation
@@ -357,7 +358,14 @@ def make_algorithm(
                 f"method.name={config.method.name!r} has no optimizer; accepted: sgd, "
                 "1.0"
             )
-    return through_channel(alg, config.uplink) if config.uplink else alg
+    return _dressed(alg, config)
+
+
+def _dressed(alg: Algorithm, config: ml_collections.ConfigDict) -> Algorithm:
+    """A method with what its messages go through, and what its clients then do."""
+    alg = through_channel(alg, config.uplink) if config.uplink else alg
+    adapt = config.evaluation.adapt
+    return with_adaptation(alg, adapt) if adapt else alg
 
 
 def make_hyper(
@@ -373,7 +381,7 @@ def make_hyper(
                 found[group][name] = value
         server_opt = factories.server_optimizer(found.server)
         alg = _put_together(found, model, server_opt, **instead)
-        return through_channel(alg, found.uplink) if found.uplink else alg
+        return _dressed(alg, found)
 
     return Hyper(fields.arguments(config), method)
 

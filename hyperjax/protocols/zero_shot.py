@@ -121,13 +121,24 @@ def _shifted(config, args: arguments.Arguments) -> dict[str, Any]:
     """The fields of the argument `shift`; iid and alpha go before its labels."""
     name = args.more["shift"]
     check_choice("config argument shift", name, SHIFTS)
-    fields, alpha = SHIFTS[name]
+    fields = shift_fields(name, mixtures=config.data.samples_per_client > 0)
     if args.iid or args.alpha is not None:
-        alpha = args.alpha
+        return {k: v for k, v in fields.items() if k.startswith("data.shift")}
+    return fields
+
+
+def shift_fields(name: str, *, mixtures: bool = False) -> dict[str, Any]:
+    """Returns what the argument `shift` stands for.
+
+    Args:
+      name: a key of `SHIFTS`.
+      mixtures: whether clients of skewed labels have equally many samples.
+    """
+    fields, alpha = SHIFTS[name]
     if alpha is None:
         return {**fields, "data.partition": "iid"}
-    mixed = "mixtures" if config.data.samples_per_client else "dirichlet"
-    return {**fields, "data.partition": mixed, "data.alpha": alpha}
+    partition = "mixtures" if mixtures else "dirichlet"
+    return {**fields, "data.partition": partition, "data.alpha": alpha}
 
 
 def sweep_embedding_size(add) -> None:
