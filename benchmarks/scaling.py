@@ -3,9 +3,9 @@ r"""A round of a cohort against the number of clients outside it.
 python -m benchmarks.scaling --clients=1000,10000,100000,1000000 --json=scaling.json
 
 Methods that keep state on every client (SCAFFOLD, Ditto, HyperFedNet) run cohorts of
-100 out of more and more clients, with the host store, on a small network and 8x8 images:
-little work, so that what grows with the population shows. All clients have 8 samples,
-drawn with replacement from a pool that they share.
+100 out of more and more clients, with the host store, on a small network and images of
+8x8: little work, so that what grows with the population shows. All clients have 8
+samples, drawn with replacement from a pool that they share.
 
 Columns: seconds of a round, median of those after the first; the seconds of building
 and initialising the run; the peak of the process, in MB of 2^20 bytes, and what of it
