@@ -78,13 +78,15 @@ def has(python: str, module: str) -> bool:
         raise ValueError(f"{python!r} is no Python: {error.strerror}") from error
 
 
-def measure(name: str, python: str, preset: str) -> dict[str, Any]:
-    """Runs one side once."""
-    done = subprocess.run(
-        [python, str(FOLDER / f"run_{name}.py"), preset],
-        capture_output=True,
-        encoding="utf-8",
-    )
+def measure(name: str, python: str, preset: str, limit: float) -> dict[str, Any] | None:
+    """Runs one side once; None if it takes longer than `limit` seconds."""
+    command = [python, str(FOLDER / f"run_{name}.py"), preset]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode:
         raise ValueError(f"{name}, {preset}: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -103,13 +105,24 @@ def best(work: Workload, records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def compare(preset: str, there: dict[str, str], repeats: int) -> list[dict[str, Any]]:
+def compare(
+    preset: str, there: dict[str, str], repeats: int, limit: float
+) -> list[dict[str, Any]]:
     """Returns a record of each side of a preset, ours first."""
     sides: dict[str, list] = {OURS: [], **{name: [] for name in there}}
     for _ in range(repeats):
-        for name, records in sides.items():
-            records.append(measure(name, there.get(name, sys.executable), preset))
-            print(f"{preset}: {name}", file=sys.stderr, flush=True)
+        for name in list(sides):
+            python = there.get(name, sys.executable)
+            record = measure(name, python, preset, limit)
+            said = f"{preset}: {name}"
+            if record is None:
+                if name == OURS:
+                    raise ValueError(f"{said} took longer than --limit={limit} seconds")
+                del sides[name]
+                said += f" takes longer than {limit} s, and is left out"
+            else:
+                sides[name].append(record)
+            print(said, file=sys.stderr, flush=True)
     found = [
         {"preset": preset, "peer": name, **best(PRESETS[preset], records)}
         for name, records in sides.items()
@@ -148,7 +161,7 @@ def shown(record: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     f = flags.FLAGS
-    check_at_least(1, repeats=f.repeats)
+    check_at_least(1, repeats=f.repeats, limit=f.limit)
     for preset in f.presets:
         check_choice("--presets", preset, PRESETS)
     there, absent = {}, []
@@ -161,7 +174,7 @@ def main() -> int:
         print(f"Not installed, and left out: {', '.join(absent)}.", file=sys.stderr)
     records: list[dict[str, Any]] = []
     for preset in f.presets:
-        records += compare(preset, there, f.repeats)
+        records += compare(preset, there, f.repeats, f.limit)
         write(f.json, [{**record, **about()} for record in records])
     table = text_table([shown(record) for record in records], COLUMNS)
     code, words = verdict(records)
@@ -176,5 +189,6 @@ if __name__ == "__main__":
     cli.define_path("torch", None, "A Python with PyTorch, and its peers if installed.")
     flags.DEFINE_list("at", [], "NAME=PYTHON of single peers.")
     flags.DEFINE_integer("repeats", 2, "How often each side is run.")
+    flags.DEFINE_float("limit", 300, "Seconds that a side may take in all.")
     cli.define_path("json", None, "File for the records.")
     cli.run(main, needs=())

@@ -120,5 +120,14 @@ def _check_finite(carry: Carry, info: dict[str, np.ndarray], round: int) -> None
         bad = [name for name, values in info.items() if not np.isfinite(values[i])]
         if bad:
             raise Diverged(round + i + 1, ", ".join(bad), round)
-    if not bool(tree.finite(carry)):
+    if not bool(tree.finite(_known(carry))):
         raise Diverged(round + len(info["samples"]), "the state", round)
+
+
+def _known(carry: Carry) -> Carry:
+    """A state without host rows of clients that were never seen, which are zeros."""
+    rows = dict(carry.rows)
+    for name, seen in carry.seen.items():
+        if isinstance(seen, np.ndarray):
+            rows[name] = jax.tree.map(lambda x, seen=seen: x[seen], rows[name])
+    return carry._replace(rows=rows)

@@ -50,9 +50,11 @@ def record(preset, cpu, **more):
 def test_ratios_are_of_the_fastest_rounds_and_the_best_peer_is_judged(monkeypatch):
     times = {"hyperjax": [1.0, 1.2], "torch": [2.0, 1.4], "pfl": [3.0, 2.9]}
     monkeypatch.setattr(
-        peers, "measure", lambda name, python, preset: record(preset, times[name])
+        peers,
+        "measure",
+        lambda name, python, preset, limit: record(preset, times[name]),
     )
-    found = peers.compare("A32q", {"torch": "t", "pfl": "p"}, repeats=2)
+    found = peers.compare("A32q", {"torch": "t", "pfl": "p"}, repeats=2, limit=9)
     assert [r["peer"] for r in found] == ["hyperjax", "torch", "pfl"]
     work = workload.PRESETS["A32q"]
     assert found[0]["samples_per_cpu_second"] == work.cohort * work.steps * work.batch
@@ -61,13 +63,28 @@ def test_ratios_are_of_the_fastest_rounds_and_the_best_peer_is_judged(monkeypatc
     code, words = peers.verdict(found)
     assert code == 0 and "A32q: 1.40 of torch, the best of the others" in words
     times["torch"] = [1.2]
-    code, words = peers.verdict(peers.compare("A32q", {"torch": "t"}, repeats=1))
+    code, words = peers.verdict(
+        peers.compare("A32q", {"torch": "t"}, repeats=1, limit=9)
+    )
     assert code == 1 and words.endswith("bar 1.3: missed")
 
 
 def test_nobody_to_compare_with_is_no_success(monkeypatch):
     monkeypatch.setattr(
-        peers, "measure", lambda name, python, preset: record(preset, [1.0])
+        peers, "measure", lambda name, python, preset, limit: record(preset, [1.0])
     )
-    code, words = peers.verdict(peers.compare("B32q", {}, repeats=1))
+    code, words = peers.verdict(peers.compare("B32q", {}, repeats=1, limit=9))
     assert code == 1 and "Nobody is installed" in words
+
+
+def test_who_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr(
+        peers,
+        "measure",
+        lambda name, *_: None if name == "drjax" else record("A32", [1.0]),
+    )
+    found = peers.compare("A32", {"drjax": "d", "torch": "t"}, repeats=2, limit=9)
+    assert [r["peer"] for r in found] == ["hyperjax", "torch"]
+    monkeypatch.setattr(peers, "measure", lambda *_: None)
+    with pytest.raises(ValueError, match="hyperjax took longer than --limit=9"):
+        peers.compare("A32", {}, repeats=1, limit=9)
