@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hyperjax import compiling
+from hyperjax import compiling, hosts
 from hyperjax.engine import sharding
 from hyperjax.errors import first_line
 from hyperjax.types import ALONE, Algorithm, Array
@@ -107,8 +107,20 @@ class Compiled:
         family: str = ALONE,
         times: int = compiling.OFTEN,
     ):
+        return self.made(name, fn, args, donate, family, times)(*args)
+
+    def made(
+        self,
+        name: str,
+        fn: Callable,
+        args: tuple,
+        donate: tuple = (),
+        family: str = ALONE,
+        times: int = compiling.OFTEN,
+    ) -> Callable:
+        """Returns the program of a call, which is not called."""
         if setting("jax_disable_jit"):
-            return sharding.replicate(fn(*args), self._mesh)
+            return lambda *args: sharding.replicate(fn(*args), self._mesh)
         leaves, structure = jax.tree.flatten(args)
         key = (name, family, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
@@ -121,5 +133,7 @@ class Compiled:
                 self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
             finally:
                 self.watcher(None)
+            if self._mesh is not None:
+                hosts.meet()  # the first to wait for the others does so 30 s only
             self.seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+        return self._programs[key]

@@ -76,6 +76,9 @@ class Simulator(NamedTuple):
         A memory-mapped store has one copy of its rows, so there it must be donated.
       visits: `(root, num_rounds) -> {family: int}`, exchanges of all clients so far.
       program: the compiler; its `seconds` says how long compilation took so far.
+      function: `(root, carry, rounds, *given) -> (carry, info)`, what `run` compiles;
+        None with a host store or several devices.
+      given: arrays of this simulator alone.
     """
 
     init: Callable
@@ -83,6 +86,8 @@ class Simulator(NamedTuple):
     run: Callable
     visits: Callable
     program: compiled.Compiled
+    function: Callable | None = None
+    given: tuple = ()
 
 
 def simulator(
@@ -438,11 +443,12 @@ def _on_device(parts: _Parts) -> Simulator:
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
         root = sharding.replicate(root, parts.mesh)
-        given = table, parts.pool, parts.weight, parts.hyper.values
         args = (root, carry, rounds, *given)
         return program("rounds", many_rounds, args, donate=(1,))
 
-    return Simulator(init, load, run, parts.visits, program)
+    given = table, parts.pool, parts.weight, parts.hyper.values
+    function = many_rounds if parts.mesh is None else None
+    return Simulator(init, load, run, parts.visits, program, function, given)
 
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hyperjax import compiling
+from hyperjax import compiling, hosts
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
@@ -158,6 +158,7 @@ def experiment(
         backend=backend,
         device=jax.local_devices()[0].device_kind,
         devices=1 if mesh is None else mesh.size,
+        processes=hosts.count(),
         mapper=resolved,
         store=store,
         rounds_per_call=settings.rounds_per_call or settings.every,
