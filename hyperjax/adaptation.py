@@ -46,11 +46,16 @@ def with_adaptation(alg: Algorithm, text: str) -> Algorithm:
     Raises:
       ValueError: an unknown name or option, or a network that it cannot adapt.
     """
-    name, options = calls.parse("adapt", text)
-    check_choice("adapt", name, ADAPTATIONS)
-    make = calls.call("adapt", ADAPTATIONS[name], **options)
+    make = factory(text)
     sides = {family: make(side) for family, side in alg.by_family(alg.client).items()}
     return alg._replace(client=alg.as_given(sides))
+
+
+def factory(text: str) -> Callable[[ClientSide], ClientSide]:
+    """Returns what changes a client, of a text; see `with_adaptation`."""
+    name, options = calls.parse("evaluation.adapt", text)
+    check_choice("evaluation.adapt", name, ADAPTATIONS)
+    return calls.call("evaluation.adapt", ADAPTATIONS[name], **options)
 
 
 def bn(*, prior: float = 0.0) -> Callable[[ClientSide], ClientSide]:

@@ -115,7 +115,18 @@ def hyperfedshift(
     check_choice("form", form, FORMS)
     check_choice("embedding", embedding, EMBEDDINGS)
     check_choice("extractor", extractor, EXTRACTORS)
-    check_at_least(1, context=context, extractor_size=extractor_size)
+    # Also of another form, or of a control: a number that is none is a mistake.
+    check_at_least(
+        1,
+        num_directions=num_directions,
+        rank=rank,
+        chunk_size=chunk_size,
+        width=width,
+        embedding_size=embedding_size,
+        extractor_size=extractor_size,
+        context=context,
+    )
+    check_at_least(0, chunk_batch_size=chunk_batch_size)
     check_number(above=0, at_most=1, moving=moving)
     model.check_without("hyperfedshift", *Visit._fields, "condition")
     view = _view(model, embedding, embedding_size, extractor, extractor_size)
@@ -129,7 +140,6 @@ def hyperfedshift(
             chunk_batch_size=chunk_batch_size,
         )
     else:
-        check_at_least(1, rank=rank)
         net = basis.directions(
             template,
             condition_size=view.size,
@@ -192,7 +202,6 @@ class Extractor(nn.Module):
 
 def _view(model: Model, embedding: str, size: int, extractor: str, hidden: int) -> View:
     if embedding == "learned":
-        check_at_least(1, embedding_size=size)
         module = Extractor(extractor, hidden, size)
         x = jnp.zeros((1, *model.sample_shape))
 

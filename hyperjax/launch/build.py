@@ -11,11 +11,11 @@ import optax
 from absl import logging
 
 from hyperjax import (
+    adaptation,
     calls,
     models,
     registry,
 )
-from hyperjax.adaptation import with_adaptation
 from hyperjax.data import clients, files, partition, shift, sources
 from hyperjax.data import federation as federations
 from hyperjax.data.federation import Federation
@@ -148,6 +148,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("data.standardise", config.data.standardise, clients.STANDARDISE)
     check_choice("data.shift", config.data.shift, shift.KINDS)
     _shift(config.data)
+    if config.evaluation.adapt:
+        adaptation.factory(config.evaluation.adapt)
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
@@ -365,7 +367,7 @@ def _dressed(alg: Algorithm, config: ml_collections.ConfigDict) -> Algorithm:
     """A method with what its messages go through, and what its clients then do."""
     alg = through_channel(alg, config.uplink) if config.uplink else alg
     adapt = config.evaluation.adapt
-    return with_adaptation(alg, adapt) if adapt else alg
+    return adaptation.with_adaptation(alg, adapt) if adapt else alg
 
 
 def make_hyper(

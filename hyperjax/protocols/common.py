@@ -92,10 +92,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.batch_size": (256, "samples"),
     "evaluation.clients_per_call": (64, "clients at a time"),
     "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
-    "evaluation.adapt": (
-        "",
-        'to inputs, of deployed clients: "bn(prior=16)", t3a, ...',
-    ),
+    "evaluation.adapt": ("", 'of deployed clients to their inputs: "bn(prior=16)"'),
     "evaluation.thresholds": (
         (50, 60, 70, 80, 90, 95),
         "percent pACC whose cost is summed up",
