@@ -392,7 +392,12 @@ def groups(
 
 
 def by_client_id(
-    rng: np.random.Generator, y: np.ndarray, num_clients: int, *, client_ids: np.ndarray
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    client_ids: np.ndarray,
+    min_size: int = 1,
 ) -> list[np.ndarray]:
     """Groups samples by who made them.
 
@@ -403,23 +408,29 @@ def by_client_id(
       client_ids: [n] integers or names; samples with equal ids belong together. N of
         the distinct ids are drawn if there are more; the samples of the others are
         nobody's.
+      min_size: ids with fewer samples are not drawn.
 
     Returns:
       N arrays of indices into `y`, int64, by increasing id.
 
     Raises:
-      ValueError: `y` is no label array, `client_ids` does not fit it, or it has fewer
-        than N distinct ids.
+      ValueError: `y` is no label array, an option is out of range, `client_ids` does
+        not fit, or fewer than N distinct ids have so many samples.
     """
     y = _check(y, num_clients)
     client_ids = check_ids(client_ids, len(y))
-    distinct, owner = np.unique(client_ids, return_inverse=True)
-    if len(distinct) < num_clients:
+    check_at_least(1, min_size=min_size)
+    distinct, owner, sizes = np.unique(
+        client_ids, return_inverse=True, return_counts=True
+    )
+    able = np.flatnonzero(sizes >= min_size)
+    if len(able) < num_clients:
+        few = f", of which {len(able)} have {min_size} samples or more"
         raise ValueError(
             f"num_clients={num_clients}, but client_ids has only {len(distinct)} "
-            "distinct ids"
+            f"distinct ids{few if len(able) < len(distinct) else ''}"
         )
-    chosen = np.sort(rng.choice(len(distinct), num_clients, replace=False))
+    chosen = np.sort(rng.choice(able, num_clients, replace=False))
     kept = np.flatnonzero(np.isin(owner, chosen))
     return _gather(rng, kept, np.searchsorted(chosen, owner[kept]), num_clients)
 

@@ -238,7 +238,13 @@ def warn_of_the_end(config: ml_collections.ConfigDict) -> None:
 def load_source(data: ml_collections.ConfigDict) -> sources.Source:
     """Reads the data set; images that will be shifted have all their pixels yet."""
     source = sources.load(
-        data.name, data_dir=data.data_dir, split=data.split, download=data.download
+        data.name,
+        data_dir=data.data_dir,
+        split=data.split,
+        download=data.download,
+        test_split=data.test_split,
+        keys=sources.Keys(data.image_key, data.label_key, data.client_key),
+        size=data.resize if data.shrink == 1 else 0,
     )
     return source if data.shift != "none" else scaled(source, data)
 
@@ -266,7 +272,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
     data = config.data
     options = {name: data[name] for name in fields.PARTITIONS[data.partition]}
     if "client_ids" in options:
-        options["client_ids"] = _load_ids(data.client_ids)
+        options["client_ids"] = _load_ids(data.client_ids, source)
     federation = federations.federate(
         source,
         num_clients=data.num_clients,
@@ -297,14 +303,17 @@ def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
     return config.data[field], f"data.{field}"
 
 
-def _load_ids(given: str | None) -> np.ndarray:
-    """Reads "ids.npy" or "file.npz:key"."""
-    if not given:
+def _load_ids(given: str | None, source: sources.Source) -> np.ndarray:
+    """Reads "ids.npy" or "file.npz:key"; or takes the ids that the set has."""
+    if given:
+        return files.read_array(given, "data.client_ids")
+    if source.client_ids is None:
         raise ValueError(
             "data.partition='by_client_id' needs data.client_ids: ids.npy, or "
-            "file.npz:key, one id per sample"
+            "file.npz:key, one id per sample; or data.client_key, an array or feature "
+            f"of {source.name!r}"
         )
-    return files.read_array(given, "data.client_ids")
+    return source.client_ids
 
 
 # Model and method ------------------------------------------------------------------
@@ -320,7 +329,16 @@ def make_model(
     """
 
     def one(name, **options):
-        return factories.make_network(config, name, options, input_shape, num_classes)
+        try:
+            return factories.make_network(
+                config, name, options, input_shape, num_classes
+            )
+        except ValueError as error:
+            if len(input_shape) == 3 and "does not accept inputs" in str(error):
+                raise ValueError(
+                    f"{error}; data.resize=32 would make them 32x32"
+                ) from error
+            raise
 
     if config.families:
         return {_family(i, name): one(name) for i, name in enumerate(config.families)}

@@ -157,6 +157,8 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
             note(f"data.partition={config.data.partition!r}", f"data.{name}")
     if config.data.shift == "none":
         note("data.shift='none'", "data.shift_strength", "data.shift_novel")
+    if config.data.partition != "by_client_id":
+        note(f"data.partition={config.data.partition!r}", "data.client_key")
     if not config.local.milestones:
         note("local.milestones=()", "local.milestone_factor")
     if server.sampler == "full":

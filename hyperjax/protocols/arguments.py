@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from hyperjax import registry
+from hyperjax.data import own
 from hyperjax.protocols import common, methods
 from hyperjax.protocols.methods import Tuned
 from hyperjax.registry import Traits
@@ -138,10 +139,14 @@ def _value(item: str, name: str, text: str, default: Any) -> Any:
 def nearest(data: str, presets: Mapping[str, Any], other: str) -> str:
     """Returns the preset that a data set is run like: the longest within its name.
 
+    A set of one's own is run like the small one, mnist5k.
+
     Example:
       >>> nearest("emnist/digits:3.1.0", ("mnist", "digits", "cifar10"), "cifar10")
       'mnist'
     """
+    if any(map(own.is_own, own.expand(data))):
+        return "mnist5k"
     base = data.partition("/")[0]
     if base == "synthetic":  # of the digits' size
         return "digits"

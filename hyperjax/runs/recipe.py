@@ -52,6 +52,15 @@ class Recipe(NamedTuple):
             **self.engine,
         )
 
+    def networks(self, data: Federation) -> Model | dict[str, Model] | None:
+        """Returns the networks that the method is around, by family if there are any.
+
+        Those of an `Algorithm` are not known.
+        """
+        if isinstance(self.method, Algorithm):
+            return None
+        return _networks(self.network, data)
+
 
 def _function(method: Any) -> Any:
     return registry.find(method) if isinstance(method, str) else method

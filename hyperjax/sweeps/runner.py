@@ -33,7 +33,9 @@ def check(points: Sequence[Point]) -> None:
     read: dict[str, sources.Source] = {}
     for point in points:
         config = point.config
-        where = ("name", "data_dir", "split", "shrink", "resize", "shift")
+        scale = ("shrink", "resize")
+        keys = ("image_key", "label_key", "client_key")
+        where = ("name", "data_dir", "split", "test_split", "shift", *scale, *keys)
         data = str([config.data[k] for k in where])
         try:
             if data not in read:

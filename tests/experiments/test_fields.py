@@ -249,7 +249,7 @@ def test_partitions_take_the_fields_named_after_their_options():
         "class_shares": ("classes_per_client",),
         "class_draws": ("classes_per_client",),
         "groups": ("num_groups", "classes_per_client"),
-        "by_client_id": ("client_ids",),
+        "by_client_id": ("client_ids", "min_size"),
     }
 
 
