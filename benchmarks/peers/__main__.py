@@ -78,7 +78,7 @@ def has(python: str, module: str) -> bool:
         raise ValueError(f"{python!r} is no Python: {error.strerror}") from error
 
 
-def measure(name: str, python: str, preset: str, limit: float) -> dict[str, Any] | None:
+def measure(name: str, python: str, preset: str, limit: int) -> dict[str, Any] | None:
     """Runs one side once; None if it takes longer than `limit` seconds."""
     command = [python, str(FOLDER / f"run_{name}.py"), preset]
     try:
@@ -106,7 +106,7 @@ def best(work: Workload, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(
-    preset: str, there: dict[str, str], repeats: int, limit: float
+    preset: str, there: dict[str, str], repeats: int, limit: int
 ) -> list[dict[str, Any]]:
     """Returns a record of each side of a preset, ours first."""
     sides: dict[str, list] = {OURS: [], **{name: [] for name in there}}
@@ -189,6 +189,6 @@ if __name__ == "__main__":
     cli.define_path("torch", None, "A Python with PyTorch, and its peers if installed.")
     flags.DEFINE_list("at", [], "NAME=PYTHON of single peers.")
     flags.DEFINE_integer("repeats", 2, "How often each side is run.")
-    flags.DEFINE_float("limit", 300, "Seconds that a side may take in all.")
+    flags.DEFINE_integer("limit", 300, "Seconds that a side may take in all.")
     cli.define_path("json", None, "File for the records.")
     cli.run(main, needs=())
