@@ -21,7 +21,7 @@ environment of its own:
             optax==0.2.3 chex==0.1.86 "numpy<2" "scipy<1.14"
 
 The exit code is 0 if every preset meets its bar: the least ratio of our rate to that of
-the best of the others. It is 1 if one does not, or if there is nobody to compare with.
+the better of PyTorch's loop and pfl. It is 1 if one does not, or if neither is there.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.peers.workload import BARS, PRESETS, Workload
+from benchmarks.peers.workload import BARS, JUDGED, PRESETS, Workload
 from benchmarks.round_time import about, write
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.launch import cli
@@ -131,8 +131,9 @@ def compare(
     found[0]["version"] = importlib.metadata.version("jax")
     for record in found[1:]:
         record["ratio"] = ours / record["samples_per_cpu_second"]
-    if found[1:]:
-        nearest = min(found[1:], key=lambda record: record["ratio"])
+    judged = [record for record in found if record["peer"] in JUDGED]
+    if judged:
+        nearest = min(judged, key=lambda record: record["ratio"])
         nearest["bar"] = BARS[preset.removesuffix("q")]
     return found
 
@@ -144,7 +145,7 @@ def verdict(records: list[dict[str, Any]]) -> tuple[int, str]:
     if not judged:
         return 1, "Nobody is installed to compare with: see --help."
     lines = [
-        f"{r['preset']}: {r['ratio']:.2f} of {r['peer']}, the best of the others; bar "
+        f"{r['preset']}: {r['ratio']:.2f} of {r['peer']}, the best that is judged; bar "
         f"{r['bar']}: {'missed' if r in missed else 'met'}"
         for r in judged
     ]
