@@ -11,18 +11,20 @@ validation and no novel clients.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hyperjax import tree
-from hyperjax.data import clients, sources
+from hyperjax.data import clients, own, sources
 from hyperjax.data import partition as partitions
+from hyperjax.data import shift as shifts
 from hyperjax.data.clients import Table
+from hyperjax.data.shift import Shift
 from hyperjax.data.sources import Source, shown_shape
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Pool
 
 TABLES = (
@@ -62,6 +64,7 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+    shift: np.ndarray | None = None  # [N + M, S] what images went through, see `shift`
 
     def __repr__(self) -> str:
         number, *shape = self.pool.x.shape
@@ -145,6 +148,7 @@ class Federation(NamedTuple):
             novel_held_out=None,
             trainers=self.novel_train,
             counts=self.counts[self.num_clients :],
+            shift=None if self.shift is None else self.shift[self.num_clients :],
         )
 
     @property
@@ -160,28 +164,36 @@ def federate(
     source: Any,
     y: Any = None,
     *,
-    num_clients: int,
+    num_clients: int | None = None,
     num_novel: int = 0,
-    partition: str = "iid",
+    partition: str | None = None,
     seed: int = 0,
     test_fraction: float = 0.2,
     eval_fraction: float = 0.2,
     validation_fraction: float = 0.0,
     stratified: bool = False,
     client_ids: np.ndarray | None = None,
+    shift: str | Shift = "none",
+    after_shift: Callable[[Source], Source] = lambda source: source,
+    standardise: str = "pool",
     **options: Any,
 ) -> Federation:
     """Deals a data set out; warns if much of it becomes nobody's.
 
     Args:
-      source: all samples, a `Source`; or images alone, with labels in `y`.
+      source: all samples, a `Source`; or images alone, with labels in `y`; or what is
+        already divided, {client: (x, y)} or {client: ((x, y), (x_test, y_test))}, see
+        `own.from_clients`.
       y: [n] labels: integers, or names; see `sources.from_arrays`.
-      num_clients: N.
+      num_clients: N; None: all whom the source names.
       num_novel: M; 0 for none.
-      partition: a key of `data.partition.PARTITIONERS`.
+      partition: a key of `data.partition.PARTITIONERS`. By default "by_client_id" for
+        what is already divided, and "iid" for others.
       seed: of the splits and the partition; independent of the model's seed.
-      test_fraction: share of the global test set, in [0, 1); 0 for none.
-      eval_fraction: share each client holds out, in (0, 1).
+      test_fraction: share of the global test set, in [0, 1); 0 for none. A source's
+        own test part takes its place.
+      eval_fraction: share each client holds out, in (0, 1). By "by_client_id" it is the
+        client's own test part where clients have one; then there is no global one.
       validation_fraction: share of the rest that participants set aside to choose a
         round by, in [0, 1); 0 for none.
       stratified: whether a client holds out the same share of each of its classes. Of
@@ -189,7 +201,13 @@ def federate(
         h n_k / n rounded down; the samples missing to h are of the classes that lost
         most, ties by label. Otherwise samples are held out at random. Likewise for
         validation.
-      client_ids: [n] given ids, integers or names, for "by_client_id" alone.
+      client_ids: [n] given ids, integers or names, for "by_client_id" alone; by default
+        the source's.
+      shift: how clients' images differ: a kind of `data.shift.KINDS`, or what
+        `data.shift.shift` returns. The global test set stays as it is.
+      after_shift: what is then done to all images, such as to average their pixels.
+      standardise: inputs by the moments of all participants' training pixels ("pool"),
+        by each client's own ("client"), or in [0, 1] as they are ("none").
       **options: of the partitioner.
 
     Raises:
@@ -198,9 +216,15 @@ def federate(
     """
     if y is not None:
         source = sources.from_arrays(source, y)
-    source = sources.checked(source)
-    check_at_least(1, num_clients=num_clients)
+    if isinstance(source, Mapping):
+        source = own.from_clients(source)
+        partition = partition or "by_client_id"
+    source, partition = sources.checked(source), partition or "iid"
+    if client_ids is None and partition == "by_client_id":
+        client_ids = source.client_ids
     check_at_least(0, num_novel=num_novel, seed=seed)
+    check_choice("standardise", standardise, clients.STANDARDISE)
+    shift = shifts.shift(shift) if isinstance(shift, str) else shift
     check_number(
         test_fraction=test_fraction,
         eval_fraction=eval_fraction,
@@ -225,9 +249,19 @@ def federate(
     order = rng.permutation(total)
     num_test = max(1, round(test_fraction * total)) if test_fraction else 0
     test, rest = order[:num_test], order[num_test:]
-    if client_ids is not None:
-        ids = partitions.check_ids(client_ids, total)
+    ids = None if client_ids is None else partitions.check_ids(client_ids, total)
+    marked = source.test
+    if marked is not None:
+        # Of clients who train, or of others.
+        theirs = ids is not None and np.isin(ids[marked], ids[~marked]).any()
+        marked = marked if theirs else None
+        test = order[:0] if theirs else order[source.test[order]]
+        rest = order if theirs else order[~source.test[order]]
+    if ids is not None:
         options = {**options, "client_ids": ids[rest]}
+    if num_clients is None:
+        num_clients = _everybody(options.get("client_ids"), num_novel)
+    check_at_least(1, num_clients=num_clients)
     everyone = num_clients + num_novel
     labels = source.y[rest]
     places = partitions.partition(partition, rng, labels, everyone, **options)
@@ -242,7 +276,8 @@ def federate(
 
     counts = partitions.class_counts(source.y, parts, source.num_classes)
     unassigned = len(rest) - int(counts.sum())
-    if unassigned > _MANY_UNASSIGNED * len(rest):
+    asked = options.get("samples_per_client")  # whoever caps it knows
+    if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
 
     def set_apart(parts, fraction):
@@ -252,37 +287,76 @@ def federate(
         ]
         return [kept for kept, _ in pairs], [apart for _, apart in pairs]
 
-    train, held_out = set_apart(parts, eval_fraction)
-    own, others = slice(num_clients), slice(num_clients, None)
+    if marked is None:
+        train, held_out = set_apart(parts, eval_fraction)
+    else:
+        train, held_out = _own_parts(parts, marked)
+    mine, others = slice(num_clients), slice(num_clients, None)
     validation = None
     if validation_fraction:
-        for client, part in enumerate(train[own]):
+        for client, part in enumerate(train[mine]):
             if len(part) < 2:
                 raise ValueError(
                     f"client {client} is left with one sample to train on, and none for"
                     f" validation_fraction={validation_fraction}"
                 )
-        train[own], apart = set_apart(train[own], validation_fraction)
+        train[mine], apart = set_apart(train[mine], validation_fraction)
         validation = clients.table(apart, _WIDTH)
-    own_train = clients.table(train[own], _WIDTH)
+    own_train = clients.table(train[mine], _WIDTH)
+    drawn = None
+    if shift.kind != "none":
+        drawn = shift.draw(seed, num_clients, num_novel)
+        shown = shifts.apply(source.x, parts, drawn, seed)
+        source = after_shift(source._replace(x=shown))
+    pool = clients.make_pool(
+        source.x,
+        source.y,
+        np.concatenate(train[mine]),
+        standardise=standardise,
+        owners=parts,
+        shift=drawn,
+    )
     return Federation(
-        pool=clients.make_pool(source.x, source.y, np.concatenate(train[own])),
+        pool=pool,
         train=own_train,
-        held_out=clients.table(held_out[own], _WIDTH),
+        held_out=clients.table(held_out[mine], _WIDTH),
         validation=validation,
         novel=clients.table(parts[others], _WIDTH) if num_novel else None,
         novel_train=clients.table(train[others], _WIDTH) if num_novel else None,
         novel_held_out=clients.table(held_out[others], _WIDTH) if num_novel else None,
-        test=clients.table([test], _WIDTH) if num_test else None,
+        test=clients.table([test], _WIDTH) if len(test) else None,
         trainers=own_train,
         counts=counts,
         label_names=source.label_names,
         unassigned=unassigned,
+        shift=drawn,
     )
 
 
+def _everybody(client_ids: np.ndarray | None, num_novel: int) -> int:
+    """How many take part if nobody says so."""
+    if client_ids is None:
+        raise ValueError("num_clients is needed: the samples are not divided yet")
+    return len(np.unique(client_ids)) - num_novel
+
+
+def _own_parts(
+    parts: list[np.ndarray], marked: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What clients train on and hold out, where the set itself says so."""
+    train = [part[~marked[part]] for part in parts]
+    held_out = [part[marked[part]] for part in parts]
+    for client, both in enumerate(zip(train, held_out, strict=True)):
+        if not all(map(len, both)):
+            raise ValueError(
+                f"client {client} has {len(both[0])} samples to train on and "
+                f"{len(both[1])} in its test part, where others have both"
+            )
+    return train, held_out
+
+
 def save_tables(federation: Federation, path: str | Path) -> None:
-    """Writes the clients' index tables, class counts and pixel moments to an .npz file.
+    """Writes index tables, class counts, shifts and pixel moments to an .npz file.
 
     Tables that the federation does not have are left out; the file is never half
     written.
@@ -292,6 +366,9 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         table = getattr(federation, name)
         if table is not None:
             tables |= {f"{name}_rows": table.rows, f"{name}_size": table.size}
+    if federation.shift is not None:
+        tables["shift"] = federation.shift
+        tables["shift_names"] = np.array(list(shifts.PARAMETERS))
     participating = np.arange(len(federation.counts)) < federation.num_clients
     part = Path(path).with_name(f".part-{Path(path).name}")
     np.savez_compressed(

@@ -1,6 +1,7 @@
 """Arrays in files, as people name them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +21,9 @@ def read_array(given: str, field: str) -> np.ndarray:
     """
     path, separator, key = given.partition(".npz:")
     path = path + ".npz" if separator else path
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"{field}={given!r}: there is no file {path!r}")
-    try:
-        with open(file, "rb") as opened:
-            content = np.load(opened, allow_pickle=False)
-            alone = isinstance(content, np.ndarray)
-            arrays = {"": content} if alone else content
-            names = list(arrays)
-            array = arrays[key] if key in names else None
-    except Exception as error:  # NumPy, zip and zlib raise what they like
-        raise ValueError(
-            f"{field}={given!r} cannot be read as .npy or .npz ({first_line(error)}); "
-            "write it anew with np.save or np.savez, without objects"
-        ) from error
+    arrays = _load(path, given, field, only=key)
+    names = list(arrays)
+    alone = names == [""]
     if alone and key:
         raise ValueError(f"{field}={given!r} is one array and has no keys")
     if not alone and not key:
@@ -42,6 +31,43 @@ def read_array(given: str, field: str) -> np.ndarray:
         raise ValueError(
             f"{field}={given!r} does not say which array; accepted: {accepted}"
         )
-    if array is None:
+    if key not in names:
         check_choice(f"key of {field}", key, names)
-    return np.asarray(array)
+    return np.asarray(arrays[key])
+
+
+def read_npz(path: str, field: str) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz file, by name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no such file, or holds objects.
+    """
+    found = _load(path, path, field)
+    if list(found) == [""]:
+        raise ValueError(
+            f"{field}={path!r} is one array; write images and labels with "
+            "numpy.savez(file, image=x, label=y)"
+        )
+    return found
+
+
+def _load(path: str, given: str, field: str, only: str | None = None) -> dict[str, Any]:
+    """Arrays by name, "" for one that has none; of others than `only`, None."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"{field}={given!r}: there is no file {path!r}")
+    try:
+        with open(file, "rb") as opened:
+            content: Any = np.load(opened, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"": content}
+            return {
+                name: content[name] if only in (None, name) else None
+                for name in content
+            }
+    except Exception as error:  # NumPy, zip and zlib raise what they like
+        raise ValueError(
+            f"{field}={given!r} cannot be read as .npy or .npz ({first_line(error)}); "
+            "write it anew with np.save or np.savez, without objects"
+        ) from error

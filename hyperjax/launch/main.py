@@ -10,6 +10,7 @@ COMMANDS = {
     "sweep": "train many runs: seeds, values of fields, methods side by side",
     "evaluate": "serve a client of whom only unlabelled inputs are known",
     "join": "let the unseen clients of a run join it",
+    "export": "write clients' networks to files that need no hyperjax",
     "report": "make pages about runs, finished or not",
 }
 

@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import ml_collections
 
+from hyperjax.data.federation import Federation
 from hyperjax.engine import log
 from hyperjax.launch import build, origin, saved, workdir
 from hyperjax.runs.experiment import Experiment
 from hyperjax.runs.loop import State
 from hyperjax.runs.run import ABOUT, Run, load_saved
+from hyperjax.types import Model
 
 
 class _Config(NamedTuple):
@@ -19,6 +21,11 @@ class _Config(NamedTuple):
 
     def build(self) -> Experiment:
         return build.build(self.config)
+
+    def networks(self, data: Federation) -> Model | dict[str, Model]:
+        """See `runs.recipe.Recipe.networks`."""
+        shape = data.pool.x.shape[1:]
+        return build.make_model(self.config, shape, data.num_classes)
 
 
 def load_run(path: str | Path) -> Run:

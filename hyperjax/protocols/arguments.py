@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from hyperjax import registry
+from hyperjax.data import own
 from hyperjax.protocols import common, methods
 from hyperjax.protocols.methods import Tuned
 from hyperjax.registry import Traits
@@ -24,6 +25,7 @@ WORDS = {
     "iid": "deal samples out evenly",
     "alpha": "deal them out by Dirichlet(alpha)",
     "smoke": "two rounds",
+    "shift": "how clients' images differ, and their labels: rotation, hybrid, ...",
     "tuned": "the learning rate chosen for FedAvg itself (README.md)",
     "averaged": "the server steps once a round for all clients",
 }
@@ -137,10 +139,14 @@ def _value(item: str, name: str, text: str, default: Any) -> Any:
 def nearest(data: str, presets: Mapping[str, Any], other: str) -> str:
     """Returns the preset that a data set is run like: the longest within its name.
 
+    A set of one's own is run like the small one, mnist5k.
+
     Example:
       >>> nearest("emnist/digits:3.1.0", ("mnist", "digits", "cifar10"), "cifar10")
       'mnist'
     """
+    if any(map(own.is_own, own.expand(data))):
+        return "mnist5k"
     base = data.partition("/")[0]
     if base == "synthetic":  # of the digits' size
         return "digits"
@@ -162,7 +168,9 @@ def apply(
     named = {"clients": "data.num_clients", "novel": "data.num_novel"}
     given = args._asdict()
     asked = {field: given[k] for k, field in named.items() if given[k] is not None}
-    asked["data.name"] = args.data
+    # A preset may be a way of using another one's images.
+    own = presets[args.like].get("data.name", args.data)
+    asked["data.name"] = own if args.data == args.like else args.data
     if args.iid:
         asked["data.partition"] = "iid"
     if args.alpha is not None:

@@ -16,6 +16,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from hyperjax import models, registry
+from hyperjax.data import own, shift
 from hyperjax.errors import check_choice
 
 # Field -> default and what it is. A type is the default of a field that may be None.
@@ -23,9 +24,16 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "experiment": ("", "which of the package's experiments this is; for the record"),
     "seed": (0, "of everything that is drawn"),
     "rounds": (100, "of training; a finished run goes on with more"),
-    "data.name": ("mnist5k", "mnist5k, digits, synthetic, or a TFDS image set"),
+    "data.name": (
+        "mnist5k",
+        "mnist5k, digits, synthetic; mine.npz, folder/, package.module:function; TFDS",
+    ),
+    "data.image_key": ("", "array or feature with the images; '': the usual one"),
+    "data.label_key": ("", "array or feature with the labels"),
+    "data.client_key": ("", "by_client_id: array or feature of whose a sample is"),
     "data.data_dir": (str, "folder of prepared TFDS sets; None: TFDS's own"),
     "data.split": ("train", "of a TFDS set: train, train+test, train[:5000], ..."),
+    "data.test_split": ("", "of a TFDS set: the global test set, its own; '': a share"),
     "data.shrink": (1, "images are averaged over squares of so many pixels"),
     "data.resize": (0, "they are then scaled to so many pixels each way; 0: not"),
     "data.download": (False, "let TFDS download and prepare a missing set"),
@@ -36,18 +44,24 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.pooled": (False, "centralised: one client has all participants' samples"),
     "data.partition": (
         "dirichlet",
-        "iid, dirichlet, pathological, class_shares, class_draws, groups, by_client_id",
+        "iid, dirichlet, mixtures, pathological, class_shares, class_draws, groups, "
+        "by_client_id",
     ),
-    "data.alpha": (1.0, "dirichlet: concentration; small is skewed"),
-    "data.min_size": (10, "dirichlet: samples of the smallest client"),
+    "data.alpha": (1.0, "dirichlet, mixtures: concentration; small is skewed"),
+    "data.samples_per_client": (0, "iid, mixtures: of each client; 0: all there are"),
+    "data.min_size": (10, "dirichlet, by_client_id: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
     "data.classes_per_client": (2, "pathological, class_shares, class_draws, groups"),
     "data.num_groups": (5, "groups: how many, of clients with the same classes"),
-    "data.client_ids": (str, "by_client_id: ids.npy, or file.npz:key"),
+    "data.client_ids": (str, "by_client_id: ids.npy, file.npz:key; None: the set's"),
     "data.test_fraction": (0.2, "of all samples, global test set (gACC); 0: none"),
     "data.eval_fraction": (0.2, "of its samples, held out by each client"),
     "data.validation_fraction": (0.0, "of the rest, to choose a round by; 0: none"),
     "data.stratified": (False, "held-out parts have a client's classes in proportion"),
+    "data.shift": ("none", f"of clients' images: {', '.join(shift.KINDS)}"),
+    "data.shift_strength": (1.0, "share of the shift's range that clients are in"),
+    "data.shift_novel": ("inside", "where unseen clients are: inside, edge, outside"),
+    "data.standardise": ("pool", "inputs by moments of the pool, each client, or none"),
     "model.name": ("mlp", "a network of the zoo, or package.module:Class"),
     "families": (
         (),
@@ -63,6 +77,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "local.milestones": ((), "where it falls: rounds, or fractions of all rounds"),
     "local.milestone_factor": (0.1, "by what it is multiplied there"),
     "local.weight_decay": (0.0, "added to the gradient"),
+    "local.balanced": (False, "the loss accounts for each client's class shares"),
     "local.clip_norm": (float, "bound on the gradient's norm; None: none"),
     "server.optimizer": ("sgd", "of optax, or fedavgm, fedadagrad, fedadam, fedyogi"),
     "server.learning_rate": (1.0, "of the server"),
@@ -84,6 +99,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.batch_size": (256, "samples"),
     "evaluation.clients_per_call": (64, "clients at a time"),
     "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
+    "evaluation.adapt": ("", 'of deployed clients to their inputs: "bn(prior=16)"'),
     "evaluation.thresholds": (
         (50, 60, 70, 80, 90, 95),
         "percent pACC whose cost is summed up",
@@ -153,10 +169,15 @@ def fill(config: ml_collections.ConfigDict) -> None:
 
 
 def filled(config: ml_collections.ConfigDict) -> "Config":
-    """Returns a copy of a config with all options, see `fill`; no field follows."""
+    """Returns a copy of a config with all options, see `fill`; no field follows.
+
+    Data sets of one's own are named by whole paths.
+    """
     # References are resolved: copies would share them.
     found = Config(config.copy_and_resolve_references())
     fill(found)
+    if isinstance(found.get("data", {}).get("name"), str):
+        found.data.name = own.absolute(found.data.name)
     return found
 
 

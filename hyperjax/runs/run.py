@@ -16,11 +16,11 @@ import optax
 from hyperjax import registry
 from hyperjax.data import clients, sources
 from hyperjax.data.federation import Federation
-from hyperjax.engine import checkpoint, log, schedule, scoring
+from hyperjax.engine import checkpoint, families, log, schedule, scoring
 from hyperjax.engine.deploy import Deployed
 from hyperjax.engine.progress import Progress, Silent
-from hyperjax.errors import check_at_least, first_line
-from hyperjax.runs import loop, results
+from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.runs import export, loop, results
 from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.runs.loop import State
 from hyperjax.runs.recipe import Recipe
@@ -257,9 +257,101 @@ class Run(NamedTuple):
           client: a number; None for somebody who is none of them.
         """
         data = self.experiment.federation
-        found: Any = self._deploy(client, self._own_inputs(client, data)).network
-        stats = found.get("stats", {})
-        return {"params": found["params"], **(stats if isinstance(stats, dict) else {})}
+        return _applied(self._deploy(client, self._own_inputs(client, data)).network)
+
+    def network(self, client: int | None = None, x: Any = None) -> export.Network:
+        """Returns what runs on a client, with what to do to its inputs.
+
+        Args:
+          client: a number; None for somebody who is none of them.
+          x: inputs as of `predict`, on which the network may be conditioned; None: the
+            client's own.
+
+        Raises:
+          FloatingPointError: the network's outputs are not finite.
+        """
+        data, n = self.experiment.federation, self.experiment.federation.num_clients
+        inputs = self._own_inputs(client, data) if x is None else self._inputs(x)
+        found = self._deploy(client, inputs)
+        if not np.all(scoring.usable(found.logits)):
+            raise FloatingPointError("the network's outputs are not finite")
+        number = n + data.num_novel if client is None else int(client)
+        family = self._family(number)
+        alg = self.experiment.algorithm
+        model = families.clients(alg)[family].model
+        size = min(int(inputs.size[0]), 256)
+        seen = clients.gather(
+            inputs.pool, jnp.asarray(inputs.rows)[0, :size], jnp.ones(size)
+        ).x
+        networks = self.recipe.networks(data)
+        bare = networks.get(family) if isinstance(networks, dict) else networks
+        alone = export.plain(bare, found.network, seen, found.logits[:size])
+        pool = inputs.pool
+        mean, std = (
+            np.asarray(part if part.ndim == 1 else part[number if x is None else 0])
+            for part in (pool.mean, pool.std)
+        )
+        dtype = np.dtype(pool.x.dtype)
+        header: dict[str, Any] = dict(
+            method=self.name,
+            client=client,
+            round=self.state.round,
+            family=family if alg.has_families else None,
+            input=dict(dtype=dtype.name, shape=["n", *pool.x.shape[1:]]),
+            classes=list(data.label_names),
+            preprocessing=dict(
+                formula="(x / scale - mean) / std",
+                scale=255.0 if dtype == np.uint8 else 1.0,
+                mean=mean.tolist(),
+                std=std.tolist(),
+            ),
+            # Whether the network alone predicts what the method does.
+            plain=alone is not None,
+        )
+
+        def predict(x):
+            return model.predict(found.variables, x)
+
+        return export.Network(
+            _applied(found.network),
+            alone or predict,
+            mean,
+            std,
+            tuple(pool.x.shape[1:]),
+            dtype,
+            header,
+        )
+
+    def export(
+        self, path: str | Path, client: int | None = None, format: str = "npz", x=None
+    ) -> Path:
+        """Writes a client's network to a file that needs no hyperjax to be read.
+
+        Args:
+          path: of the file; the format's ending is added where it is missing.
+          client, x: see `network`.
+          format: "flax", "npz", "safetensors" or "stablehlo", see `runs.export`.
+
+        Returns:
+          The file's path.
+        """
+        check_choice("format", format, export.ENDINGS)
+        return export.write(self.network(client, x), path, format)
+
+    def _family(self, number: int) -> str:
+        members, data = self.experiment.members, self.experiment.federation
+        if members is None:
+            return families.ALONE
+        if number < data.num_clients:
+            return members.names[members.family[number]]
+        parts = np.array_split(np.arange(data.num_novel), len(members.names))
+        whose = [i for i, ids in enumerate(parts) for _ in ids]
+        if number - data.num_clients >= len(whose):
+            raise ValueError(
+                f"client={number}: clients have different networks, so that somebody "
+                "who is none of them has none; accepted: their numbers"
+            )
+        return members.names[whose[number - data.num_clients]]
 
     def predict(self, client: int | None, x: Any) -> np.ndarray:
         """Returns the classes of a client's images, [n] int32.
@@ -277,6 +369,13 @@ class Run(NamedTuple):
 
     def probabilities(self, client: int | None, x: Any) -> np.ndarray:
         """Returns class probabilities [n, K] float32; see `predict`."""
+        logits = self._deploy(client, self._inputs(x)).logits
+        if not np.all(scoring.usable(logits)):
+            raise FloatingPointError("the network's outputs for x are not finite")
+        return np.asarray(jax.nn.softmax(logits))
+
+    def _inputs(self, x: Any) -> ClientData:
+        """Somebody's images, as they were given to `federate`."""
         pool = self.experiment.federation.pool
         images = np.asarray(x)
         images = images[..., None] if images.ndim == pool.x.ndim - 1 else images
@@ -287,14 +386,9 @@ class Run(NamedTuple):
                 f"x is {images.dtype} of shape {images.shape}; this run takes "
                 f"{pool.x.dtype} [n, {shape}]"
             )
-        labels = jnp.full(len(images), -1, jnp.int32)
-        own = pool._replace(x=jnp.asarray(images), y=labels)
+        own = clients.pool_of_one(images, pool.mean, pool.std, pool.shift)
         rows = jnp.arange(len(images), dtype=jnp.int32)[None]
-        inputs = ClientData(rows, jnp.array([len(images)], jnp.int32), own)
-        logits = self._deploy(client, inputs).logits
-        if not np.all(scoring.usable(logits)):
-            raise FloatingPointError("the network's outputs for x are not finite")
-        return np.asarray(jax.nn.softmax(logits))
+        return ClientData(rows, jnp.array([len(images)], jnp.int32), own)
 
     def _own_inputs(self, client: int | None, data: Federation) -> ClientData:
         """What a client is scored on."""
@@ -379,6 +473,12 @@ class Run(NamedTuple):
         checkpoint.write_atomically(
             folder / ABOUT, json.dumps(about, indent=2, default=str) + "\n"
         )
+
+
+def _applied(variables: Any) -> dict[str, Any]:
+    """Variables as `module.apply` takes them."""
+    stats = variables.get("stats", {})
+    return {"params": variables["params"], **(stats if isinstance(stats, dict) else {})}
 
 
 def load_saved(path: str | Path) -> Run:

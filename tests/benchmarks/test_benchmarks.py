@@ -127,3 +127,12 @@ def test_generation_refuses(argument, message, monkeypatch):
     monkeypatch.setattr(generation.flags, "FLAGS", types.SimpleNamespace(**given))
     with pytest.raises(ValueError, match=re.escape(message)):
         generation.main()
+
+
+def test_scaling_counts_what_a_population_costs(repository, tmp_path):
+    sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
+    few, many = _run(repository, tmp_path, "scaling", *sizes)
+    assert (few["clients"], many["clients"]) == (20, 5000)
+    assert few["milliseconds"] > 0 and few["peak_mb"] > 0
+    assert many["tables_mb"] == 250 * few["tables_mb"]
+    assert many["state_mb"] == pytest.approx(250 * few["state_mb"])

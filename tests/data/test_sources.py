@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperjax.data import sources
+from hyperjax.data import arrays, sources
 from hyperjax.data.federation import federate
 
 TFDS = Path(__file__).parents[3] / "shared" / "data" / "tfds"
@@ -54,6 +54,21 @@ def made_dir(tmp_path_factory):
         {"picture": tfds.features.Image(shape=(64, 64, 3)), "category": label},
         "validation",
         [{"picture": png(i, (64, 64, 3)), "category": i} for i in range(200)],
+    )
+    flag = {"smiles": tfds.features.Scalar(np.bool_)}
+    who = {"number": tfds.features.Scalar(np.int64), "name": tfds.features.Text()}
+    write(
+        "made_people",
+        {"image": tfds.features.Image(shape=(None, None, 1)), "is": flag, "who": who},
+        "train",
+        [
+            {
+                "image": png(i, (4, 4 + i % 2)),
+                "is": {"smiles": i % 3 == 0},
+                "who": {"number": i // 2, "name": "ab"[i // 4]},
+            }
+            for i in range(8)
+        ],
     )
     write(
         "made_ragged",
@@ -338,7 +353,7 @@ def test_a_failed_download_is_one_error(tmp_path, monkeypatch):
     def fail(self, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(sources, "_installed", lambda module: True)
+    monkeypatch.setattr(arrays, "installed", lambda module: True)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(RuntimeError, match=r"prepare 'cifar100'.*no route to host"):
         sources.load("cifar100", data_dir=str(tmp_path), download=True)
@@ -390,6 +405,31 @@ def test_reading_is_the_same_in_any_batch(made_dir, monkeypatch):
     assert np.array_equal(whole.x, parts.x) and np.array_equal(whole.y, parts.y)
 
 
+def test_any_feature_may_be_label_or_client(made_dir):
+    keys = sources.Keys(label="is/smiles", client="who/number")
+    found = sources.load("made_people", data_dir=made_dir, keys=keys, size=4)
+    check(found, (8, 4, 4, 1), 2)
+    assert found.y.tolist() == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert found.client_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    named = sources.Keys(label="who/name", client="who/name")
+    found = sources.load("made_people", data_dir=made_dir, keys=named, size=2)
+    assert found.label_names == ("a", "b") and found.client_ids[4] == "b"
+    with pytest.raises(ValueError, match=r"client_key='who/age' is no.*name, number"):
+        missing = sources.Keys(label="is/smiles", client="who/age")
+        sources.load("made_people", data_dir=made_dir, keys=missing)
+
+
+def test_a_split_of_its_own_is_the_test_set(made_dir):
+    found = sources.load(
+        "made_tiny",
+        data_dir=made_dir,
+        split="validation[:150]",
+        test_split="validation[150:]",
+    )
+    assert found.y.tolist() == list(range(200)) and found.test.sum() == 50
+    assert found.test[150:].all()
+
+
 def test_a_made_set_is_among_the_nearest_names(made_dir):
     with pytest.raises(ValueError, match=r"nearest names: made_tiny"):
         sources.load("made_tinny", data_dir=made_dir)
@@ -398,7 +438,11 @@ def test_a_made_set_is_among_the_nearest_names(made_dir):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("made_ragged", r"different shapes: \(4, 4, 3\) and \(4, 5, 3\)"),
+        (
+            "made_ragged",
+            r"different shapes: \(4, 4, 3\) and \(4, 5, 3\); data.resize makes",
+        ),
+        ("made_people", r"it has 0 features of kind ClassLabel.*name it by data.label"),
         ("made_unlabelled", "records without a label"),
         ("made_text", "not an image-classification set"),
     ],

@@ -242,13 +242,14 @@ def test_given_fields_that_nothing_looks_at_are_refused():
 
 def test_partitions_take_the_fields_named_after_their_options():
     assert fields.PARTITIONS == {
-        "iid": (),
+        "iid": ("samples_per_client",),
         "dirichlet": ("alpha", "min_size", "capped"),
+        "mixtures": ("alpha", "samples_per_client"),
         "pathological": ("classes_per_client",),
         "class_shares": ("classes_per_client",),
         "class_draws": ("classes_per_client",),
         "groups": ("num_groups", "classes_per_client"),
-        "by_client_id": ("client_ids",),
+        "by_client_id": ("client_ids", "min_size"),
     }
 
 

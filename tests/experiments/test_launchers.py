@@ -1,6 +1,9 @@
 """Launchers: what they define at a launch, and the files that they write."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,12 @@ def test_outputs_are_judged_before_anything_is_made(tmp_path, monkeypatch):
         outputs.files(json=str(tmp_path / "other/x"))
     with pytest.raises(ValueError, match=r"--workdir='.*other' *: '.*' cannot be wri"):
         outputs.folder("workdir", tmp_path / "other")
+
+
+def test_ends_quietly_where_nobody_reads_on():
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "experiments.train", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")

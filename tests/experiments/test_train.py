@@ -194,7 +194,7 @@ def test_broken_and_whole_run_have_the_same_bits(story):
     assert whole["state_sha256"] == broken["state_sha256"]
     for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
-    timed = {"seconds", "samples_per_second", "compile_seconds"}
+    timed = {"seconds", "samples_per_second", "compile_seconds", "flops"}
     assert without(whole, timed) == without(broken, timed)
     tables = [np.load(path / "partition.npz") for path in (story.whole, story.broken)]
     assert tables[0].files == tables[1].files

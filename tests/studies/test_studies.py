@@ -14,7 +14,7 @@ from hyperjax.launch import build
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 
-PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn")
+PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn", "shift")
 SWEEPS = [
     (paper, name)
     for paper in PAPERS

@@ -1,0 +1,254 @@
+"""Samples and labels as arrays, and what is asked of them."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hyperjax.data import partition
+from hyperjax.errors import check_at_least, first_line
+
+_MOST = 10_000  # classes; labels that are larger are names, ids perhaps
+
+
+class Keys(NamedTuple):
+    """Names of arrays, or paths of features, in a set; "" stands for the usual ones."""
+
+    image: str = ""
+    label: str = ""
+    client: str = ""  # of whose a sample is; "" for nobody's
+
+
+class Source(NamedTuple):
+    """A labelled set in memory.
+
+    A set of your own is `Source("mine", x, y, 10, tuple("0123456789"))`; `federate`
+    checks it, see `checked`. Some sets have a test part of their own, or say whose
+    each sample is, which the partition "by_client_id" goes by.
+    """
+
+    name: str
+    x: np.ndarray  # [n, H, W, C], uint8 from 0 to 255 or float32 on any scale
+    y: np.ndarray  # int32 [n], in [0, num_classes)
+    num_classes: int
+    label_names: tuple[str, ...]  # num_classes of them
+    test: np.ndarray | None = None  # bool [n], what is of the test part
+    client_ids: np.ndarray | None = None  # [n] integers or names
+
+    def __repr__(self) -> str:
+        try:
+            number, shape = len(self.x), shown_shape(self.x.shape[1:])
+        except (AttributeError, TypeError):  # not checked yet
+            return f"Source({self.name!r}, of {type(self.x).__name__})"
+        what = f"{number:,} images of {shape}, {self.num_classes} classes"
+        return f"Source({self.name!r}, {what})"
+
+
+def shown_shape(shape: tuple[int, ...]) -> str:
+    """Returns the shape of an image for people, "28x28x1"."""
+    return "x".join(map(str, shape))
+
+
+def checked(source: Source) -> Source:
+    """Returns a set whose arrays are what `Source` says, labels in int32.
+
+    Nothing is guessed: images that may mean two things are refused, with what to write.
+
+    Args:
+      source: arrays, or what NumPy makes arrays of; labels of any integer type.
+
+    Raises:
+      ValueError: naming the array, what it is and what is accepted.
+    """
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"source is {type(source).__name__}; accepted: what hyperjax.load returns, "
+            "or hyperjax.Source(name, x, y, num_classes, label_names)"
+        )
+    check_at_least(1, num_classes=source.num_classes)
+    x = check_images(source.x, "x")
+    y = check_labels(source.y, "y", len(x), source.num_classes)
+    names = source.label_names
+    if isinstance(names, str) or not hasattr(names, "__len__"):
+        raise ValueError(f"label_names={names!r} must be a tuple of names")
+    if len(names) != source.num_classes:
+        raise ValueError(
+            f"label_names has {len(names)} name(s) for num_classes="
+            f"{source.num_classes}; accepted: one for each class"
+        )
+    test, ids = source.test, source.client_ids
+    if test is not None:
+        test = _array(test, "test")
+        if test.dtype != bool or test.shape != y.shape or test.all():
+            raise ValueError(
+                f"test is {test.dtype} of shape {test.shape}; it must be bool "
+                f"{y.shape}, and not True everywhere"
+            )
+    if ids is not None:
+        ids = partition.check_ids(ids, len(y))
+    classes = int(source.num_classes)
+    return Source(str(source.name), x, y, classes, tuple(map(str, names)), test, ids)
+
+
+def from_arrays(
+    x: Any,
+    y: Any,
+    *,
+    label_names: Sequence[str] | None = None,
+    name: str = "arrays",
+    test: Any = None,
+    client_ids: Any = None,
+) -> Source:
+    """Returns a set of one's own images, checked.
+
+    Args:
+      x: [n, H, W] or [n, H, W, C] images, uint8 or float.
+      y: [n] or [n, 1] labels. Integers from 0 on are classes as they are; other
+        integers, and names, are numbered in sorted order.
+      label_names: of the classes; by default the labels themselves.
+      name: of the set.
+      test: bool [n], what is of its test part; None: it has none.
+      client_ids: [n] integers or names, whose each sample is; None: nobody's.
+
+    Raises:
+      ValueError: arrays that are no labelled images, naming what is wrong.
+
+    Example:
+      >>> x, y = np.zeros((3, 8, 8), np.uint8), ["cat", "dog", "cat"]
+      >>> from_arrays(x, y).label_names
+      ('cat', 'dog')
+    """
+    images, labels = _array(x, "x"), _array(y, "y")
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.dtype.kind not in "iuUSO":
+        raise ValueError(
+            f"y is {labels.dtype}; labels must be integers or names: y.astype(int)"
+        )
+    whole = labels.dtype.kind in "iu"
+    classes = whole and labels.size and labels.min() == 0 and labels.max() < _MOST
+    if labels.ndim == 1 and not classes:
+        known, labels = np.unique(
+            labels if whole else labels.astype(str), return_inverse=True
+        )
+        label_names = tuple(map(str, known)) if label_names is None else label_names
+    if label_names is None:
+        last = int(labels.max()) if labels.dtype.kind in "iu" and labels.size else 0
+        label_names = tuple(map(str, range(last + 1)))
+    names = tuple(label_names)
+    return checked(Source(name, images, labels, len(names), names, test, client_ids))
+
+
+def check_images(images: Any, name: str) -> np.ndarray:
+    """Returns images as an array [n, H, W, C] with n of at least 1, uint8 or float32.
+
+    Raises:
+      ValueError: another type, number of axes or order of them; see `checked`.
+    """
+    x = _array(images, name)
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds pixels that are not finite")
+    elif x.dtype != np.uint8:
+        hint = {
+            "b": "images of False and True are np.uint8(255) * x",
+        }.get(x.dtype.kind, "scale them to 0 to 255, then x.astype(np.uint8)")
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255, "
+            f"or float: {hint}"
+        )
+    if x.ndim != 4:
+        hint = "write x[..., None] for grey images" if x.ndim == 3 else "x.reshape"
+        raise ValueError(
+            f"{name} has the shape {x.shape}; images must be [n, height, width, "
+            f"channels]: {hint}"
+        )
+    if 0 in x.shape:
+        raise ValueError(f"{name} has the shape {x.shape}: there are no pixels in it")
+    height, width, channels = x.shape[1:]
+    # [n, 1, 28, 28], [n, 3, 4, 4]: all but surely pictures whose channels come first.
+    first = height <= 4 < channels and height != width
+    square = height in (1, 3) and height != width == channels
+    if first or square:
+        raise ValueError(
+            f"{name} has the shape {x.shape}, which reads as {channels} channels of "
+            f"{height}x{width} pixels. Images must be [n, height, width, channels]: "
+            "write np.moveaxis(x, 1, -1) if channels come first here, or "
+            "x.swapaxes(1, 2) if pictures are really that flat"
+        )
+    return x
+
+
+def check_labels(labels: Any, name: str, num: int, num_classes: int) -> np.ndarray:
+    """Returns the labels of `num` images as int32 [n], in [0, num_classes).
+
+    Raises:
+      ValueError: another type, shape or number of labels, or one out of range.
+    """
+    y = _array(labels, name)
+    if y.ndim != 1:
+        hint = ""
+        if y.ndim == 2:
+            hint = ": write y[:, 0]" if y.shape[1] == 1 else ": one-hot is y.argmax(1)"
+        raise ValueError(
+            f"{name} has the shape {y.shape}; labels must be [n], one for each of the "
+            f"{num} images{hint}"
+        )
+    if len(y) != num:
+        raise ValueError(f"there are {num} images and {len(y)} labels {name}")
+    if y.dtype.kind not in "iu":
+        hint = "y.astype(int)"
+        if y.dtype.kind in "OUS":
+            hint = "names, y = np.unique(y, return_inverse=True)"
+        raise ValueError(
+            f"{name} is {y.dtype}; labels must be integers from 0 to "
+            f"{num_classes - 1}: {hint}"
+        )
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(
+            f"{name} has labels from {y.min()} to {y.max()}; num_classes="
+            f"{num_classes} takes 0 to {num_classes - 1}"
+        )
+    return y.astype(np.int32)
+
+
+def _array(given: Any, name: str) -> np.ndarray:
+    """Returns an array, unless NumPy would leave something out or make objects."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: leave the masked ones out first")
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(
+            f"{name} is no array, its parts differ in shape: {first_line(error)}"
+        ) from error
+    if array.ndim == 0:
+        raise ValueError(f"{name}={given!r} is no array")
+    return array
+
+
+_PACKAGES = {
+    "array_record": "array_record",
+    "datasets": "datasets",
+    "mlxtend": "mlxtend",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tensorflow": "tensorflow",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def require(*modules: str, needed_for: str) -> None:
+    """Raises ImportError naming what to install if any of the modules is missing."""
+    missing = [_PACKAGES[module] for module in modules if not installed(module)]
+    if missing:
+        raise ImportError(
+            f"{needed_for} needs packages that are not installed; "
+            f"pip install {' '.join(missing)}"
+        )
