@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_train import Result, launch
+from launched import Result
+from test_train import launch
 
 pytestmark = pytest.mark.xdist_group("launcher")
 
