@@ -104,7 +104,7 @@ def define_flags() -> None:
     """Defines the command line."""
     flags.DEFINE_string("method", "hyperfedzero", "Of configs/zero_shot.py.")
     flags.DEFINE_integer("seeds", 8, "Runs together.")
-    flags.DEFINE_list("plans", PLANS, "How they run together.")
+    flags.DEFINE_list("plans", list(PLANS), "How they run together.")
     flags.DEFINE_integer("rounds", 0, "Rounds; 0: those of the config.")
     cli.define_path("json", None, "File for the records.")
 
