@@ -8,6 +8,7 @@ Each refuses, by name, networks that it can do nothing for.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -223,9 +224,10 @@ def t3a(*, keep: int = 20) -> Callable[[ClientSide], ClientSide]:
             head = model.serve.export(variables)["params"]["head"]
             rows = head["kernel"].T
             logits = rows @ head["kernel"] + head.get("bias", 0.0)
+            features: Any = seen.features
             found = Outputs(
                 jnp.concatenate([logits, seen.logits]),
-                jnp.concatenate([rows, seen.features]),
+                jnp.concatenate([rows, features]),
             )
             mask = jnp.concatenate([jnp.ones(len(rows)), mask])
             return memory.put(variables, SUPPORTS, _supports(found, mask, keep))
@@ -379,7 +381,7 @@ def _masked_rows(values: Array, mask: Array) -> Array:
     return total / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def _normalised(rows: Array) -> Array:
+def _normalised(rows: Any) -> Array:
     return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 

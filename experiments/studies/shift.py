@@ -18,11 +18,11 @@ Rows whose labels are skewed are compared with label-shift EM, others without.
 
 import ml_collections
 
-from experiments.studies.study import Study, add_rows, scale_of, with_default
+from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
 from hyperjax.protocols import zero_shot
 
 _SHIFT = {"method.name": "hyperfedshift"}
-ROWS = {
+ROWS: Rows = {
     "FedAvg": {"method.name": "fedavg"},
     # Of as many numbers up as the low-rank and the full directions.
     "FedAvg, hidden 196": {"method.name": "fedavg", "model.hidden": (196,)},
