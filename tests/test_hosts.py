@@ -120,9 +120,9 @@ group = hosts._Group(1, {0: hosts._Line(socket.socket(fileno=int(sys.argv[1])))}
 hosts._group = group
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, hosts._ask)
-print("ready", flush=True)
 with hosts._ended_together(group):
     try:
+        print("ready", flush=True)
         %s
     finally:
         print("tidied", flush=True)
