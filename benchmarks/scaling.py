@@ -51,7 +51,7 @@ def make_model(method: str):
     """Returns a small network of the kind that a method takes."""
     network: Any = models.MLP(NUM_CLASSES, hidden=(4,))
     if method == "hyperfednet":
-        network = models.ResNet8(NUM_CLASSES, width=4)
+        network = models.ZOO["resnet8"](NUM_CLASSES, width=4)
     return models.from_linen(network, SHAPE, NUM_CLASSES)
 
 

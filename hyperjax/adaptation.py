@@ -8,6 +8,7 @@ Each refuses, by name, networks that it can do nothing for.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import memory
 from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.priors import outputs_of
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -32,7 +34,6 @@ from hyperjax.types import (
 )
 
 SUPPORTS = "supports"  # in memory: T3A's classifier, [K, L]
-_AT_ONCE = 256  # inputs at a time where nothing is trained
 _HEAD = r"params/(.*/)?head/.*"
 
 
@@ -167,7 +168,7 @@ def shot(
         rest = tree.splitter({"params": template["params"]}, r".*", without=_HEAD)
 
         def adapt(key, variables, inputs):
-            mask, seen = _outputs(model, variables, inputs)
+            mask, seen = outputs_of(model, variables, inputs)
             pseudo = _pseudo_labels(seen, mask)
             # By row of the pool, as batches know samples.
             labels = jnp.zeros(inputs.pool.y.shape, jnp.int32)
@@ -219,13 +220,14 @@ def t3a(*, keep: int = 20) -> Callable[[ClientSide], ClientSide]:
         _check_head(model, "t3a")
 
         def adapt(key, variables, inputs):
-            mask, seen = _outputs(model, variables, inputs)
+            mask, seen = outputs_of(model, variables, inputs)
             head = model.serve.export(variables)["params"]["head"]
             rows = head["kernel"].T
             logits = rows @ head["kernel"] + head.get("bias", 0.0)
+            features: Any = seen.features
             found = Outputs(
                 jnp.concatenate([logits, seen.logits]),
-                jnp.concatenate([rows, seen.features]),
+                jnp.concatenate([rows, features]),
             )
             mask = jnp.concatenate([jnp.ones(len(rows)), mask])
             return memory.put(variables, SUPPORTS, _supports(found, mask, keep))
@@ -367,31 +369,6 @@ def _descend(
     return whole(jax.lax.fori_loop(0, epochs, one_pass, start)[0])
 
 
-def _outputs(
-    model: Model, variables: PyTree, inputs: ClientData
-) -> tuple[Array, Outputs]:
-    """Mask [n_max] and outputs of all inputs in stored order, rows of padding 0."""
-    n_max = inputs.rows.shape[0]
-    width = min(_AT_ONCE, n_max)
-    wide = inputs._replace(rows=jnp.pad(inputs.rows, (0, -n_max % width)))
-    x = jax.ShapeDtypeStruct((width, *model.sample_shape), jnp.float32)
-    shapes = jax.eval_shape(model.apply, variables, x)
-    blank = jax.tree.map(lambda s: jnp.zeros((len(wide.rows), *s.shape[1:])), shapes)
-
-    def step(state, batch):
-        i, found = state
-        new = model.apply(variables, batch.x)
-        place = i * width
-        found = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, place, 0), found, new
-        )
-        return i + 1, found
-
-    found = clients.fold(step, (jnp.int32(0), blank), wide, width)[1]
-    mask = (jnp.arange(n_max) < inputs.size).astype(jnp.float32)
-    return mask, jax.tree.map(lambda x: x[:n_max], found)
-
-
 def _entropy(logits: Array) -> Array:
     """Of predictions, in nats, [B]."""
     log_probs = jax.nn.log_softmax(logits)
@@ -404,7 +381,7 @@ def _masked_rows(values: Array, mask: Array) -> Array:
     return total / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def _normalised(rows: Array) -> Array:
+def _normalised(rows: Any) -> Array:
     return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 

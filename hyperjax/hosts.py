@@ -323,7 +323,8 @@ def _host(state: Any) -> str:
 
 def _accepted(client: Any, count: int) -> dict[int, _Line]:
     """Connections to process 0, by process."""
-    secret, found = secrets.token_bytes(16), {}
+    secret = secrets.token_bytes(16)
+    found: dict[int, _Line] = {}
     with socket.create_server(("", 0), backlog=count) as server:
         server.settimeout(10 * _PATIENCE)
         where = dict(port=server.getsockname()[1], secret=secret.hex())

@@ -21,7 +21,7 @@ environment of its own:
             optax==0.2.3 chex==0.1.86 "numpy<2" "scipy<1.14"
 
 The exit code is 0 if every preset meets its bar: the least ratio of our rate to that of
-the best of the others. It is 1 if one does not, or if there is nobody to compare with.
+the better of PyTorch's loop and pfl. It is 1 if one does not, or if neither is there.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.peers.workload import BARS, PRESETS, Workload
+from benchmarks.peers.workload import BARS, JUDGED, PRESETS, Workload
 from benchmarks.round_time import about, write
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.launch import cli
@@ -78,7 +78,7 @@ def has(python: str, module: str) -> bool:
         raise ValueError(f"{python!r} is no Python: {error.strerror}") from error
 
 
-def measure(name: str, python: str, preset: str, limit: float) -> dict[str, Any] | None:
+def measure(name: str, python: str, preset: str, limit: int) -> dict[str, Any] | None:
     """Runs one side once; None if it takes longer than `limit` seconds."""
     command = [python, str(FOLDER / f"run_{name}.py"), preset]
     try:
@@ -106,7 +106,7 @@ def best(work: Workload, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(
-    preset: str, there: dict[str, str], repeats: int, limit: float
+    preset: str, there: dict[str, str], repeats: int, limit: int
 ) -> list[dict[str, Any]]:
     """Returns a record of each side of a preset, ours first."""
     sides: dict[str, list] = {OURS: [], **{name: [] for name in there}}
@@ -131,8 +131,9 @@ def compare(
     found[0]["version"] = importlib.metadata.version("jax")
     for record in found[1:]:
         record["ratio"] = ours / record["samples_per_cpu_second"]
-    if found[1:]:
-        nearest = min(found[1:], key=lambda record: record["ratio"])
+    judged = [record for record in found if record["peer"] in JUDGED]
+    if judged:
+        nearest = min(judged, key=lambda record: record["ratio"])
         nearest["bar"] = BARS[preset.removesuffix("q")]
     return found
 
@@ -144,7 +145,7 @@ def verdict(records: list[dict[str, Any]]) -> tuple[int, str]:
     if not judged:
         return 1, "Nobody is installed to compare with: see --help."
     lines = [
-        f"{r['preset']}: {r['ratio']:.2f} of {r['peer']}, the best of the others; bar "
+        f"{r['preset']}: {r['ratio']:.2f} of {r['peer']}, the best that is judged; bar "
         f"{r['bar']}: {'missed' if r in missed else 'met'}"
         for r in judged
     ]
@@ -189,6 +190,6 @@ if __name__ == "__main__":
     cli.define_path("torch", None, "A Python with PyTorch, and its peers if installed.")
     flags.DEFINE_list("at", [], "NAME=PYTHON of single peers.")
     flags.DEFINE_integer("repeats", 2, "How often each side is run.")
-    flags.DEFINE_float("limit", 300, "Seconds that a side may take in all.")
+    flags.DEFINE_integer("limit", 300, "Seconds that a side may take in all.")
     cli.define_path("json", None, "File for the records.")
     cli.run(main, needs=())

@@ -11,16 +11,18 @@ federation, so differences are paired. The learning rate is one for all methods,
 on a federation of another seed by earlier trials whose unseen clients were drawn from
 training images.
 
+`scale=paper` is four times as many rounds: there is no paper to be like.
+
 Rows whose labels are skewed are compared with label-shift EM, others without.
 """
 
 import ml_collections
 
-from experiments.studies.study import Study, add_rows, with_default
+from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
 from hyperjax.protocols import zero_shot
 
 _SHIFT = {"method.name": "hyperfedshift"}
-ROWS = {
+ROWS: Rows = {
     "FedAvg": {"method.name": "fedavg"},
     # Of as many numbers up as the low-rank and the full directions.
     "FedAvg, hidden 196": {"method.name": "fedavg", "model.hidden": (196,)},
@@ -50,8 +52,11 @@ COLUMNS = {
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """METHOD, data, clients, novel, iid, alpha, shift, tuned, smoke."""
+    """scale, and METHOD, data, clients, novel, iid, alpha, shift, tuned, smoke."""
+    scale, arg = scale_of(arg)
     config = zero_shot.get_config(with_default(arg, "data", "mnist14"))
+    if scale == "paper":
+        config.rounds = 800
     config.evaluation.every = config.rounds
     config.tensorboard = False
     return config

@@ -24,7 +24,7 @@ RESULTS.md.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -163,8 +163,8 @@ class View(NamedTuple):
 
     size: int  # E
     init: Callable  # (key) -> parameters
-    features: Callable | None = None  # (parameters, x) -> [B, E]
-    told: Callable | None = None  # (ClientData) -> [E]
+    features: Any = None  # (parameters, x) -> [B, E]
+    told: Any = None  # (ClientData) -> [E]
 
     @property
     def moving(self) -> bool:

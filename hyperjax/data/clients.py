@@ -97,7 +97,8 @@ def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
         take the place.
       shift: likewise; what these have been through is not known.
     """
-    mean, std, owner = jnp.asarray(mean), jnp.asarray(std), ()
+    mean, std = jnp.asarray(mean), jnp.asarray(std)
+    owner: Any = ()
     num = len(x)
     if mean.ndim == 2 or not isinstance(shift, tuple):
         owner = jnp.zeros(num, jnp.int32)

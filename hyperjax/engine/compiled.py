@@ -101,16 +101,9 @@ class Compiled:
         self._traced: dict[str, flops.Work] = {}
         self._programs: dict[Any, Callable] = {}
 
-    def __call__(
-        self,
-        name: str,
-        fn: Callable,
-        args: tuple,
-        donate: tuple = (),
-        family: str = ALONE,
-        times: int = compiling.OFTEN,
-    ):
-        return self.made(name, fn, args, donate, family, times)(*args)
+    def __call__(self, name: str, fn: Callable, args: tuple, **options: Any) -> Any:
+        """Calls the program that `made` returns."""
+        return self.made(name, fn, args, **options)(*args)
 
     def made(
         self,

@@ -47,7 +47,7 @@ def directions(
     low = {path for path, leaf in leaves.items() if _is_low(leaf.shape, rank)}
 
     def init(key):
-        own = {}
+        own: PyTree = {}
         for path, leaf in leaves.items():
             if path in low:
                 rows, columns = _matrix(leaf.shape)

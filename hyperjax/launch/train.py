@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from hyperjax import hosts, tree
 from hyperjax.data import federation as federations
@@ -48,6 +48,7 @@ def train(
     label: str | None = None,
     show: Callable[[str, int], Progress] = Progress,
     experiment: Experiment | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -63,6 +64,8 @@ def train(
       experiment: what `build.build` made of this config, or of one that differs from
         it in nothing but `seed` (with a `data.seed` of its own) and `evaluation`; its
         compiled programs are used again. Default: it is made here.
+      profile: whether the second call of the program of rounds, the first having
+        compiled it, is traced into the folder "profile" of the run's.
 
     Returns:
       The summary, also written to summary.json.
@@ -75,15 +78,26 @@ def train(
     """
     run = steps(config, path, label, show, experiment)
     call: loop.Call | None = None
+    number = 0
     while True:
         try:
             turn = run.send(call)
         except StopIteration as done:
             return done.value
         try:
-            call = loop.step(*turn, donate=True)
+            with _traced(path, profile and number == 1):
+                call = loop.step(*turn, donate=True)
+            number += 1
         except BaseException as error:
             run.throw(error)  # so that it leaves everything in order, and raises
+
+
+def _traced(path: str | os.PathLike, wanted: bool) -> AbstractContextManager[None]:
+    """Traces what is computed inside, for xprof and Perfetto."""
+    if not (wanted and hosts.is_first()):
+        return contextlib.nullcontext()
+    folder = Path(path).expanduser() / workdir.PROFILE
+    return jax.profiler.trace(folder, create_perfetto_trace=True)
 
 
 def steps(
@@ -438,11 +452,11 @@ def _summary(
     return summary
 
 
-def main(config: ml_collections.ConfigDict, path: str) -> int:
+def main(config: ml_collections.ConfigDict, path: str, profile: bool = False) -> int:
     """Trains, prints the result; returns the exit code."""
     cli.use_cores(config.engine.devices)
     try:
-        summary = train(config, path)
+        summary = train(config, path, profile=profile)
     except Stopped as stop:
         if hosts.is_first():
             print(f"Stopped after round {stop}; the same command continues.")
@@ -473,8 +487,11 @@ def launch() -> None:
     """Runs the command with what the command line says."""
     config = cli.define_config()
     workdir = cli.define_path("workdir", None, "Folder of the run.")
+    profile = flags.DEFINE_enum(
+        "profile", None, ["rounds"], "Trace a call of rounds, for xprof and Perfetto."
+    )
     cli.run(
-        lambda: main(config.value, str(workdir.value)),
+        lambda: main(config.value, str(workdir.value), profile.value is not None),
         needs=("config", "workdir"),
         together=True,
     )

@@ -24,7 +24,7 @@ except ImportError:  # not on Windows
 
 CONFIG, SUMMARY, CLIENTS = "config.json", "summary.json", "clients.json"
 PARTITION, REPORT, STORE, LOCK = "partition.npz", "report.html", "store", ".lock"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 AGAIN = "remove it: the command that made the run writes it anew"
 
 # What a folder holds before its first checkpoint, none of it worth keeping.

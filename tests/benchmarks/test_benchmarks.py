@@ -48,7 +48,7 @@ def test_round_time_reports_every_plan(repository, tmp_path):
 
 
 def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
-    small = ("--method=fedavg", "--seeds=2", "--rounds=1")
+    small = ("--method=fedavg", "--seeds=2", "--rounds=1", "--plans=sequence")
     alone, together = _run(repository, tmp_path, "seeds", *small)
     assert (alone["runs"], together["runs"]) == (1, 2)
     assert together["state_sha256"][0] == alone["state_sha256"][0]

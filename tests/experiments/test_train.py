@@ -951,3 +951,13 @@ def test_in_one_place_nothing_is_sent(tmp_path):
     costs = [v for k, v in summary.items() if re.search("(up|down)_(bytes|numbers)", k)]
     assert len(costs) == 6 and not any(costs)
     assert [r["cost"] for r in summary["reach"]] == [0]
+
+
+def test_a_call_of_rounds_is_traced_if_asked_for(tmp_path):
+    config = small(rounds=4)
+    traced = train.train(config, tmp_path / "traced", profile=True)
+    plain = train.train(config, tmp_path / "plain")
+    assert traced["state_sha256"] == plain["state_sha256"]
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "traced" / "profile").rglob("perfetto_trace.json.gz"))
+    assert not (tmp_path / "plain" / "profile").exists()
