@@ -13,7 +13,7 @@ device after the run; peak memory of the process (on an accelerator: of the devi
 Resident memory includes the touched pages of the table of row numbers, and with the
 host store those of the memory-mapped files, which the system may drop. With the host
 store the device still holds one aggregation weight per client, 4 bytes, and while a
-cohort is drawn a permutation of all clients.
+cohort is drawn from up to 4,096 clients a permutation of all of them.
 
 The device store is measured at the smallest number of clients, and computed for the
 others: what the host store has on the device, plus state, row numbers and sizes of all.

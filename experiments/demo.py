@@ -57,7 +57,7 @@ def main(workdir: str, is_smoke: bool) -> int:
     root = outputs.folder("workdir", workdir)
     rows, folders = [], []
     for label, name, arg in RUNS:
-        config = zero_shot.get_config(arg + (",smoke" if is_smoke else ""))
+        config = zero_shot.get_config(arg + (",data=digits,smoke" if is_smoke else ""))
         folder = str(root / name)
         try:
             summary = train.train(config, folder, name)
@@ -66,8 +66,9 @@ def main(workdir: str, is_smoke: bool) -> int:
             return 0
         rows += rows_of(label, summary)
         folders.append(folder)
+    images = "8x8 digits" if is_smoke else "MNIST (5,000 images)"
     print(
-        "\nMNIST (5,000 images), 10 participating and 5 unseen clients, Dirichlet 1.0. "
+        f"\n{images}, 10 participating and 5 unseen clients, Dirichlet 1.0. "
         "Accuracy in percent:\ngACC on the global test set, pACC on participants, zACC "
         'on unseen clients, without fine-tuning; weighted by samples, "mean" over '
         "clients.\n"
@@ -77,7 +78,7 @@ def main(workdir: str, is_smoke: bool) -> int:
     page = report.comparison_report(
         folders,
         str(root / "report.html"),
-        "HyperFedZero and its controls on MNIST",
+        f"HyperFedZero and its controls on {images}",
     )
     print(f"\n{time.perf_counter() - began:.0f} seconds.\nreport: {page}")
     return 0
@@ -85,5 +86,5 @@ def main(workdir: str, is_smoke: bool) -> int:
 
 if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "runs/demo", "Folder of the runs.")
-    _SMOKE = flags.DEFINE_bool("smoke", False, "Two rounds a method.")
+    _SMOKE = flags.DEFINE_bool("smoke", False, "Two rounds a method, on 8x8 digits.")
     cli.run(lambda: main(_WORKDIR.value, _SMOKE.value))

@@ -63,6 +63,9 @@ class Local(NamedTuple):
       schedule: round [] int32 -> factor [] on every update, which is a factor on the
         learning rate for all optimizers that end in a multiplication by it. The rate
         itself is known to the optimizer alone; `trainer`'s probe measures what it does.
+      balanced: whether the cross-entropy is that of logits plus the logarithm of the
+        client's own class shares (Menon et al. 2021, arXiv:2007.07314, equation 10,
+        with each client's shares): what is trained predicts under a uniform prior.
     """
 
     optimizer: optax.GradientTransformation
@@ -72,6 +75,7 @@ class Local(NamedTuple):
     clip_norm: float | None = None
     batches: str = "passes"
     schedule: Callable[[Array], Array] = constant
+    balanced: bool = False
 
 
 class Trainer(NamedTuple):
@@ -140,6 +144,8 @@ def trainer(
         if len(given) != 1:
             raise ValueError(f"a phase has either epochs or steps; got {phase}")
         check_at_least(0, **given)
+
+    num_classes = _num_classes(model) if local.balanced else 0
 
     def check_alike(what):
         trained = {
@@ -236,7 +242,7 @@ def trainer(
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
-            batch = _drawn(key_order, data, local)
+            batch = _drawn(key_order, data, local, num_classes)
             length = per_pass
             if phase.steps is not None:
                 length = jnp.minimum(per_pass, phase.steps - epoch * per_pass)
@@ -348,8 +354,23 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
         )
 
 
-def _drawn(key: Key, data: ClientData, local: Local) -> Callable[[Array], Batch]:
+def _num_classes(model: Model) -> int:
+    """K, of a model that is looked at by abstract evaluation."""
+
+    def trial(key):
+        return model.predict(model.init(key), jnp.zeros((1, *model.sample_shape)))
+
+    return jax.eval_shape(trial, jax.random.key(0)).shape[-1]
+
+
+def _drawn(
+    key: Key, data: ClientData, local: Local, num_classes: int
+) -> Callable[[Array], Batch]:
     """Returns what gives the batch of a step of one pass, by the step's number."""
+    if local.balanced:
+        shares = clients.class_shares(data, num_classes)
+        drawn = _drawn(key, data, local._replace(balanced=False), num_classes)
+        return lambda i: drawn(i)._replace(prior=shares)
     if local.batches == "fresh":
 
         def fresh(i):

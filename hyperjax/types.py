@@ -29,13 +29,16 @@ class Pool(NamedTuple):
     """All samples of a run, once on the device; clients hold rows of it.
 
     A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed; pixels that
-    are float32 are not divided by 255.
+    are float32 are not divided by 255. Where clients differ in more than their samples,
+    samples have owners, and owners' rows are [N + M + 1, ...], the last for nobody's.
     """
 
     x: Array  # [n, H, W, ch] uint8, or float32
     y: Array  # [n] int32; -1 where a label is withheld
-    mean: Array  # [ch] float32, of uint8 pixels in units of [0, 1]
-    std: Array  # [ch] float32
+    mean: Array  # [ch] or [owners, ch] float32, of uint8 pixels in units of [0, 1]
+    std: Array  # [ch] or [owners, ch] float32
+    owner: Array | tuple[()] = ()  # [n] int32
+    shift: Array | tuple[()] = ()  # [owners, S] float32, see `data.shift`
 
 
 class ClientData(NamedTuple):
@@ -52,6 +55,7 @@ class Batch(NamedTuple):
     x: Array  # [B, H, W, ch] float32
     y: Array  # [B] int32
     mask: Array  # [B] float32
+    prior: Array | tuple[()] = ()  # [K], of classes; a balanced loss accounts for it
 
 
 class AdaptData(NamedTuple):

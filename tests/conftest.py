@@ -17,8 +17,14 @@ _CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-# These emitters make programs that run faster and compile twice as long.
-_EMITTERS = "xla_cpu_use_fusion_emitters"
+# These emitters make programs that run faster and compile twice as long; cutting a
+# program up to compile its parts at once costs a fifth, and each worker has a core.
+_FLAGS = {
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+# Tracing makes many objects that live on; going through them all again finds little.
+gc.set_threshold(50_000, 20, 50)
 
 
 def takes_flag(flag: str) -> bool:
@@ -30,7 +36,7 @@ def takes_flag(flag: str) -> bool:
     answer = _CACHE.parent / "flags" / f"{flag}-{jaxlib.__version__}"
     if not answer.exists():
         trial = "import jax; jax.devices()"
-        given = {"XLA_FLAGS": f"--{flag}=false", "JAX_PLATFORMS": "cpu"}
+        given = {"XLA_FLAGS": f"--{flag}={_FLAGS[flag]}", "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-c", trial], env=os.environ | given, capture_output=True
         )
@@ -41,9 +47,10 @@ def takes_flag(flag: str) -> bool:
     return answer.read_text(encoding="utf-8") == "yes"
 
 
-if _EMITTERS not in os.environ.get("XLA_FLAGS", "") and takes_flag(_EMITTERS):
-    _flags = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"
-    os.environ["XLA_FLAGS"] = _flags.strip()
+for _flag, _value in _FLAGS.items():
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _flag not in _flags and takes_flag(_flag):
+        os.environ["XLA_FLAGS"] = f"{_flags} --{_flag}={_value}".strip()
 # Programs started by tests do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

@@ -61,9 +61,21 @@ def data_of(ids) -> ClientData:
     return ClientData(jnp.asarray(rows[place]), jnp.asarray(size[place]), tiny().pool)
 
 
+SENT = {}  # stack -> what one client was sent and sent back, while that was traced
+
+
 @functools.cache
 def jitted(stack: str, mapper="map", mesh=None):
-    return jax.jit(exchange.make_exchange(method(stack), mapper, mesh))
+    alg = method(stack)
+
+    def update(key, down, client, data):
+        uplink, *rest = alg.client.update(key, down, client, data)
+        messages = (down.shared, down.own), uplink
+        SENT[stack] = jax.tree.map(jax.typeof, messages)
+        return uplink, *rest
+
+    overheard = alg._replace(client=alg.client._replace(update=update))
+    return jax.jit(exchange.make_exchange(overheard, mapper, mesh))
 
 
 def one_exchange(stack, ids, active=None, *, state=None, width=NUM_CLIENTS, run=None):
@@ -204,22 +216,16 @@ def test_state_keeps_its_structure_and_nothing_retraces(stack):
 
 @every_method
 def test_described_messages_are_those_really_sent(stack):
-    alg = method(stack)
-    messages = comm.describe(alg)
-    server, _, _ = start(stack)
-    down = alg.server.downlink(ROOT, server, cohort_of([3], width=1))
-    own = jax.tree.map(lambda x: x[0], down.own)
-    down = down._replace(own=own, round=jnp.int32(0))
-    client = alg.client.init(ROOT, ROOT, down)
-    data = data_of([3])
-    data = data._replace(rows=data.rows[0], size=data.size[0])
-    uplink, _, _ = jax.jit(alg.client.update)(ROOT, down, client, data)
-    sizes = comm.cost(messages._replace(opening=None))
+    one_exchange(stack, IDS)
+    down, uplink = SENT[stack]
+    sizes = comm.cost(comm.describe(method(stack))._replace(opening=None))
     assert sizes.up_numbers == sum(x.size for x in jax.tree.leaves(uplink))
-    assert sizes.up_bytes == sum(x.nbytes for x in jax.tree.leaves(uplink))
-    sent = jax.tree.leaves((down.shared, own))
+    assert sizes.up_bytes == sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(uplink)
+    )
+    sent = jax.tree.leaves(down)
     assert sizes.down_numbers == sum(x.size for x in sent)
-    assert sizes.down_bytes == sum(x.nbytes for x in sent)
+    assert sizes.down_bytes == sum(x.size * x.dtype.itemsize for x in sent)
 
 
 def simulator(stack, **options) -> schedule.Simulator:

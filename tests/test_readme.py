@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from launched import launch
 
 # Command in the README -> what is run instead; None: it has run by other means.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
+ONE = [
+    *("--config.rounds=1", "--config.tensorboard=False"),
+    "--config.evaluation.finetune_epochs=()",
+]
 SMALL = [
     *("--config.rounds=1", "--config.local.epochs=1", "--config.data.name=synthetic"),
     *("--config.data.num_clients=12", "--config.data.num_novel=1"),
@@ -26,12 +31,16 @@ SHORTENED = {
     "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
     "make test": None,  # it is running
     "pip install -e .": None,  # `make test` has done it
-    TRAIN + "zero_shot.py": SHORT,
+    TRAIN + "zero_shot.py": [*SHORT, "--config.tensorboard=False"],
+    TRAIN + "zero_shot.py:alpha": [*ONE, "--config.data.name=digits"],
+    TRAIN + "zero_shot.py:fedyogi": [*ONE, "--config.data.name=digits"],
+    TRAIN + "zero_shot.py:data=digits --workdir=runs/try": SHORT,
     "python -m experiments.evaluate": [],
     **dict.fromkeys(RESIDUAL),
-    TRAIN + "families.py:data=digits": [
-        *("--config.rounds=1", "--config.tensorboard=False"),
-        "--config.evaluation.finetune_epochs=()",
+    # Without the convolutions, which take longest to compile.
+    TRAIN + "families.py:data=digits": [*ONE, "--config.families=('mlp','mh_mlp')"],
+    TRAIN + "families.py:data=digits,clients": [
+        *(*ONE, "--config.families=('mlp','mlp')"),
     ],
     "python -m experiments.sweep --config=configs/zero_shot.py:hyperfedzero": [
         "--list"
@@ -98,9 +107,10 @@ def test_every_command_runs(section, repository, tmp_path):
         arguments = shortened(command)
         if arguments is None:
             continue
-        arguments[0] = sys.executable
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        python, m, module, *argv = arguments
+        assert (python, m) == ("python", "-m")
+        done = launch(tmp_path / "said", module, argv, tmp_path).result()
+        assert done.code == 0, f"{command}\n{done.err}"
     written = {"": "runs/demo/report.html", "Try it": "runs/try/report.html"}
     assert section not in written or (tmp_path / written[section]).exists()
 

@@ -98,7 +98,10 @@ def test_full_batch_epoch_is_one_gradient_step():
     assert float(info["steps"]) == 1 and float(info["samples"]) == 3
 
 
-def test_network_step_equals_plain_gradient_descent():
+@pytest.mark.parametrize("balanced", [False, True])
+def test_network_step_equals_plain_gradient_descent(balanced):
+    # Of a balanced loss logits come with the class shares 2/5, 1/5, 2/5.
+    shift = np.log(np.array([0.4, 0.2, 0.4], np.float32) + 1e-4) * balanced
     x = np.random.default_rng(0).integers(0, 256, (5, 2, 2, 1), np.uint8)
     pool = clients.make_pool(x, np.array([0, 1, 2, 2, 0]), np.arange(5))
     model = from_linen(MLP(3, hidden=(4,)), (2, 2, 1), 3)
@@ -108,12 +111,12 @@ def test_network_step_equals_plain_gradient_descent():
     def objective(params):  # written out, without masks
         inputs = (jnp.asarray(x) / 255.0 - pool.mean) / pool.std
         logits = model.predict({"params": params, "stats": {}}, inputs)
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(5), pool.y])
+        return -jnp.mean(jax.nn.log_softmax(logits + shift)[jnp.arange(5), pool.y])
 
     value, grads = jax.jit(jax.value_and_grad(objective))(start["params"])
     expected = jax.tree.map(lambda w, g: w - LR * g, start["params"], grads)
     # Batch of 8: the three masked rows must not enter the mean.
-    train = training.trainer(model, Local(PLAIN, batch_size=8))
+    train = training.trainer(model, Local(PLAIN, batch_size=8, balanced=balanced))
     after, info = jax.jit(lambda *args: train(*args, training.no_adjustment))(
         jax.random.key(0), start, data, jnp.int32(0)
     )

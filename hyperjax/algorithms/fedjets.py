@@ -209,7 +209,7 @@ def _mixture(pool: _Pool, num_sent: int) -> Model:
         value = cross_entropy(logits, batch)
         # Of a client that is no anchor any label will do: its term is not counted.
         expert = jnp.full_like(batch.y, jnp.minimum(pinned, pool.size - 1))
-        named = cross_entropy(scores, batch._replace(y=expert))
+        named = cross_entropy(scores, batch._replace(y=expert, prior=()))
         total = value + jnp.where(pinned == pool.size, 0.0, named)
         seen = jax.tree.map(lambda *x: jnp.stack(x), *seen)
         # A mixture's logits are not those of the one expert that predicts.

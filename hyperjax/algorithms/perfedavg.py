@@ -111,7 +111,9 @@ def _draws(batch: Batch, draws: str) -> list[Batch]:
     batch = jax.tree.map(
         lambda x: jnp.pad(x, ((0, missing), *(((0, 0),) * (x.ndim - 1)))), batch
     )
-    first, *others = (jax.tree.map(lambda x, i=i: x[i::3], batch) for i in range(3))
+    samples = batch._replace(prior=())
+    parts = (jax.tree.map(lambda x, i=i: x[i::3], samples) for i in range(3))
+    first, *others = (part._replace(prior=batch.prior) for part in parts)
 
     def filled(draw):
         some = jnp.any(draw.mask > 0)

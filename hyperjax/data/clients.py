@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperjax.data.shift import IDENTITY
 from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 
 
@@ -30,23 +31,90 @@ def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
     return Table(rows, size)
 
 
-def make_pool(x: np.ndarray, y: np.ndarray, train_rows: np.ndarray) -> Pool:
+# How inputs are scaled: by the moments of all participants' training pixels, by each
+# client's own, or not at all.
+STANDARDISE = ("pool", "client", "none")
+
+
+def make_pool(
+    x: np.ndarray,
+    y: np.ndarray,
+    train_rows: np.ndarray,
+    *,
+    standardise: str = "pool",
+    owners: Sequence[np.ndarray] = (),
+    shift: np.ndarray | None = None,
+) -> Pool:
     """Puts samples on the device, with channel moments of the training rows only.
 
     Args:
       x: [n, H, W, ch] uint8, or float32 on a scale of its own.
       y: [n] int32.
       train_rows: [m] int, rows whose pixels define mean and standard deviation.
+      standardise: "pool", "client" (the moments of all of a client's own pixels, of
+        which it need tell nobody) or "none" (0 and 1).
+      owners: rows of every client, for "client" and with `shift`.
+      shift: [len(owners), S] what each client's images have been through.
     """
-    moments = _float_moments if x.dtype.kind == "f" else _moments
-    mean, std = moments(x, train_rows)
+    if standardise == "none":
+        channels = x.shape[-1]
+        mean, std = np.zeros(channels), np.ones(channels)
+    elif standardise == "client":
+        theirs = np.concatenate(owners)
+        nobodys = np.setdiff1d(np.arange(len(x)), theirs)
+        # Of nobody's samples, if there are any, those together; else everybody's.
+        rest = nobodys if len(nobodys) else theirs
+        pairs = [moments(x, rows) for rows in (*owners, rest)]
+        mean, std = (np.stack(column) for column in zip(*pairs, strict=True))
+    else:
+        mean, std = moments(x, train_rows)
+    owner: Any = ()
+    told: Any = ()
+    if standardise == "client" or shift is not None:
+        owner = np.full(len(x), len(owners), np.int32)
+        for client, rows in enumerate(owners):
+            owner[rows] = client
+        owner = jnp.asarray(owner)
+    if shift is not None:
+        told = jnp.asarray(np.concatenate([shift, IDENTITY[None]]), jnp.float32)
     return Pool(
         jnp.asarray(x),
         jnp.asarray(y, jnp.int32),
         jnp.asarray(mean, jnp.float32),
         # A channel that is constant stays finite: 1e-3 is a quarter of a byte's level.
         jnp.asarray(np.maximum(std, 1e-3), jnp.float32),
+        owner,
+        told,
     )
+
+
+def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
+    """Returns the pool of somebody's unlabelled images, scaled as a run's are.
+
+    Args:
+      x: [n, H, W, ch].
+      mean, std: those of the run's pool; of clients' own moments, these images' own
+        take the place.
+      shift: likewise; what these have been through is not known.
+    """
+    mean, std = jnp.asarray(mean), jnp.asarray(std)
+    owner: Any = ()
+    num = len(x)
+    if mean.ndim == 2 or not isinstance(shift, tuple):
+        owner = jnp.zeros(num, jnp.int32)
+    if mean.ndim == 2:
+        own, deviation = moments(np.asarray(x), np.arange(num))
+        mean = jnp.asarray([own], jnp.float32)
+        std = jnp.asarray(np.maximum([deviation], 1e-3), jnp.float32)
+    if not isinstance(shift, tuple):
+        shift = jnp.asarray(IDENTITY[None])
+    labels = jnp.full(num, -1, jnp.int32)
+    return Pool(jnp.asarray(x), labels, mean, std, owner, shift)
+
+
+def moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
+    """Returns mean and deviation [ch] of rows of x, bytes in units of [0, 1]."""
+    return (_float_moments if x.dtype.kind == "f" else _moments)(x, rows)
 
 
 def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
@@ -83,7 +151,19 @@ def gather(pool: Pool, rows: Array, mask: Array) -> Batch:
     """Gathers a normalised float32 batch: rows [B] int32, mask [B] float32."""
     x = pool.x[rows].astype(jnp.float32)
     x = x / 255.0 if pool.x.dtype == jnp.uint8 else x
-    return Batch((x - pool.mean) / pool.std, pool.y[rows], mask)
+    mean, std = pool.mean, pool.std
+    if mean.ndim == 2:  # everybody's own
+        whose = pool.owner[rows]
+        mean, std = (each[whose][:, None, None] for each in (mean, std))
+    return Batch((x - mean) / std, pool.y[rows], mask)
+
+
+def class_shares(data: ClientData, num_classes: int) -> Array:
+    """Returns the shares of classes among a client's samples, [K]; all 0 of none."""
+    mask = jnp.arange(data.rows.shape[0]) < data.size
+    labels = jnp.where(mask, data.pool.y[data.rows], num_classes)
+    counts = jnp.zeros(num_classes).at[labels].add(1.0, mode="drop")
+    return counts / jnp.maximum(data.size, 1)
 
 
 def num_batches(size: Array | int, batch_size: Array | int) -> Array | int:

@@ -11,7 +11,7 @@ validation and no novel clients.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ import numpy as np
 from hyperjax import tree
 from hyperjax.data import clients, own, sources
 from hyperjax.data import partition as partitions
+from hyperjax.data import shift as shifts
 from hyperjax.data.clients import Table
+from hyperjax.data.shift import Shift
 from hyperjax.data.sources import Source, shown_shape
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Pool
 
 TABLES = (
@@ -62,6 +64,7 @@ class Federation(NamedTuple):
     counts: np.ndarray  # [N + M, K] samples per client and class
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
+    shift: np.ndarray | None = None  # [N + M, S] what images went through, see `shift`
 
     def __repr__(self) -> str:
         number, *shape = self.pool.x.shape
@@ -145,6 +148,7 @@ class Federation(NamedTuple):
             novel_held_out=None,
             trainers=self.novel_train,
             counts=self.counts[self.num_clients :],
+            shift=None if self.shift is None else self.shift[self.num_clients :],
         )
 
     @property
@@ -169,6 +173,9 @@ def federate(
     validation_fraction: float = 0.0,
     stratified: bool = False,
     client_ids: np.ndarray | None = None,
+    shift: str | Shift = "none",
+    after_shift: Callable[[Source], Source] = lambda source: source,
+    standardise: str = "pool",
     **options: Any,
 ) -> Federation:
     """Deals a data set out; warns if much of it becomes nobody's.
@@ -196,6 +203,11 @@ def federate(
         validation.
       client_ids: [n] given ids, integers or names, for "by_client_id" alone; by default
         the source's.
+      shift: how clients' images differ: a kind of `data.shift.KINDS`, or what
+        `data.shift.shift` returns. The global test set stays as it is.
+      after_shift: what is then done to all images, such as to average their pixels.
+      standardise: inputs by the moments of all participants' training pixels ("pool"),
+        by each client's own ("client"), or in [0, 1] as they are ("none").
       **options: of the partitioner.
 
     Raises:
@@ -211,6 +223,8 @@ def federate(
     if client_ids is None and partition == "by_client_id":
         client_ids = source.client_ids
     check_at_least(0, num_novel=num_novel, seed=seed)
+    check_choice("standardise", standardise, clients.STANDARDISE)
+    shift = shifts.shift(shift) if isinstance(shift, str) else shift
     check_number(
         test_fraction=test_fraction,
         eval_fraction=eval_fraction,
@@ -262,7 +276,8 @@ def federate(
 
     counts = partitions.class_counts(source.y, parts, source.num_classes)
     unassigned = len(rest) - int(counts.sum())
-    if unassigned > _MANY_UNASSIGNED * len(rest):
+    asked = options.get("samples_per_client")  # whoever caps it knows
+    if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
 
     def set_apart(parts, fraction):
@@ -288,8 +303,21 @@ def federate(
         train[mine], apart = set_apart(train[mine], validation_fraction)
         validation = clients.table(apart, _WIDTH)
     own_train = clients.table(train[mine], _WIDTH)
+    drawn = None
+    if shift.kind != "none":
+        drawn = shift.draw(seed, num_clients, num_novel)
+        shown = shifts.apply(source.x, parts, drawn, seed)
+        source = after_shift(source._replace(x=shown))
+    pool = clients.make_pool(
+        source.x,
+        source.y,
+        np.concatenate(train[mine]),
+        standardise=standardise,
+        owners=parts,
+        shift=drawn,
+    )
     return Federation(
-        pool=clients.make_pool(source.x, source.y, np.concatenate(train[mine])),
+        pool=pool,
         train=own_train,
         held_out=clients.table(held_out[mine], _WIDTH),
         validation=validation,
@@ -301,6 +329,7 @@ def federate(
         counts=counts,
         label_names=source.label_names,
         unassigned=unassigned,
+        shift=drawn,
     )
 
 
@@ -327,7 +356,7 @@ def _own_parts(
 
 
 def save_tables(federation: Federation, path: str | Path) -> None:
-    """Writes the clients' index tables, class counts and pixel moments to an .npz file.
+    """Writes index tables, class counts, shifts and pixel moments to an .npz file.
 
     Tables that the federation does not have are left out; the file is never half
     written.
@@ -337,6 +366,9 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         table = getattr(federation, name)
         if table is not None:
             tables |= {f"{name}_rows": table.rows, f"{name}_size": table.size}
+    if federation.shift is not None:
+        tables["shift"] = federation.shift
+        tables["shift_names"] = np.array(list(shifts.PARAMETERS))
     participating = np.arange(len(federation.counts)) < federation.num_clients
     part = Path(path).with_name(f".part-{Path(path).name}")
     np.savez_compressed(

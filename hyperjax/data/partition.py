@@ -2,8 +2,9 @@
 
 Every partitioner takes `(rng, y, num_clients, **options)` and returns one index array
 per client: int64, disjoint, never empty, in an order drawn from `rng`. Equal generators
-give equal partitions. "iid" and "dirichlet" deal out every sample; the others may leave
-some to nobody, which whoever asks for a partition should say (`federate` does).
+give equal partitions. "iid" (unless it is capped) and "dirichlet" deal out every
+sample; the others may leave some to nobody, which whoever asks for a partition should
+say (`federate` does).
 
 References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per-class
 form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
@@ -56,22 +57,79 @@ def partition(
     return partitioner(rng, y, num_clients, **kwargs)
 
 
-def iid(rng: np.random.Generator, y: np.ndarray, num_clients: int) -> list[np.ndarray]:
-    """Deals all samples out at random, in shares that differ by one at most.
+def iid(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    samples_per_client: int = 0,
+) -> list[np.ndarray]:
+    """Deals samples out at random, in shares that differ by one at most.
 
     Args:
       rng: the only source of randomness.
       y: [n] integer labels.
       num_clients: number of clients, N.
+      samples_per_client: as many for each, and the rest for nobody; 0: all samples.
 
     Returns:
-      N arrays of indices into `y`, int64; together all of them.
+      N arrays of indices into `y`, int64; together all of them, unless they are capped.
 
     Raises:
-      ValueError: `y` is no label array, or there are more clients than samples.
+      ValueError: `y` is no label array, or there are more clients than samples, or
+        fewer samples than are asked for.
     """
     y = _check(y, num_clients)
-    return _gather(rng, np.arange(len(y)), np.arange(len(y)) % num_clients, num_clients)
+    size = _check_share(samples_per_client, num_clients, len(y))
+    parts = _gather(
+        rng, np.arange(len(y)), np.arange(len(y)) % num_clients, num_clients
+    )
+    return [part[:size] for part in parts] if samples_per_client else parts
+
+
+def mixtures(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    alpha: float,
+    samples_per_client: int = 0,
+) -> list[np.ndarray]:
+    """Gives every client the same number of samples, in a mixture of its own.
+
+    Each client draws its shares of the classes from a symmetric Dirichlet distribution,
+    and then its samples, without replacement, class by class by those shares. Where a
+    class is used up, the shares of the others are scaled up.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels.
+      num_clients: number of clients, N.
+      alpha: concentration; small values give clients of few classes.
+      samples_per_client: of each client; 0: n / N, which leaves late clients little
+        choice.
+
+    Returns:
+      N arrays of indices into `y`, int64.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, or there are fewer
+        samples than are asked for.
+    """
+    y = _check(y, num_clients)
+    check_number(above=0, alpha=alpha)
+    size = _check_share(samples_per_client, num_clients, len(y))
+    left = np.unique(y, return_counts=True)[1]
+    counts = np.zeros((num_clients, len(left)), np.int64)
+    for own in counts:
+        shares = rng.dirichlet(np.full(len(left), alpha))
+        while missing := size - own.sum():
+            # Of classes that are used up nothing; 1e-12 if the others have no share.
+            open_ = np.where(left > 0, np.maximum(shares, 1e-12), 0.0)
+            more = np.minimum(rng.multinomial(missing, open_ / open_.sum()), left)
+            own += more
+            left -= more
+    return _deal(rng, y, counts)
 
 
 def dirichlet(
@@ -380,6 +438,7 @@ def by_client_id(
 PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "iid": iid,
     "dirichlet": dirichlet,
+    "mixtures": mixtures,
     "pathological": pathological,
     "class_shares": class_shares,
     "class_draws": class_draws,
@@ -448,6 +507,17 @@ def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
             f"num_clients={num_clients} must lie between 1 and the {len(y)} samples"
         )
     return y
+
+
+def _check_share(samples_per_client: int, num_clients: int, num: int) -> int:
+    """Returns how many of `num` samples each client gets."""
+    check_at_least(0, samples_per_client=samples_per_client)
+    if samples_per_client * num_clients > num:
+        raise ValueError(
+            f"samples_per_client={samples_per_client} for each of {num_clients} clients"
+            f" takes {samples_per_client * num_clients} samples; there are {num}"
+        )
+    return samples_per_client or num // num_clients
 
 
 def _check_classes(classes_per_client: int, num_classes: int) -> None:

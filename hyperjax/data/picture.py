@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,17 +29,20 @@ def partition_picture(
     participating: np.ndarray,
     label_names: Sequence[str] | None = None,
     title: str | None = None,
+    shift: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Draws how many samples of each class each client holds.
 
     Clients are columns, those that participate first, and classes are rows. The area of
-    a dot is proportional to the number of samples.
+    a dot is proportional to the number of samples. Below are what clients' images have
+    been through, as bars from the least value of all to the greatest.
 
     Args:
       counts: [N, K] integers, as from `partition.class_counts`.
       participating: [N] bool; whether the client takes part in training.
       label_names: K names for the rows; None numbers them.
       title: a line above the picture.
+      shift: {parameter: [N]}, of those in which clients differ.
 
     Returns:
       A figure that belongs to no window.
@@ -58,6 +61,7 @@ def partition_picture(
         )
     num_clients, num_classes = counts.shape
     names = list(map(str, range(num_classes) if label_names is None else label_names))
+    shift = shift or {}
     if len(names) != num_classes:
         raise ValueError(f"{len(names)} label_names for {num_classes} classes")
 
@@ -65,7 +69,7 @@ def partition_picture(
     cell = float(np.clip(12 / max(num_clients, num_classes), 0.11, 0.36))
     # Beside the cells: row names, axis names, legend and title, in inches.
     width = cell * num_clients + 0.07 * max(map(len, names), default=0) + 0.6
-    height = cell * num_classes + 1.1 + 0.35 * (title is not None)
+    height = cell * (num_classes + 2 * len(shift)) + 1.1 + 0.35 * (title is not None)
     # The legend is 4.8 inches wide.
     figure = Figure(figsize=(max(width, 4.8), height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -73,6 +77,7 @@ def partition_picture(
     order = np.argsort(~participating, kind="stable")
     _draw_grid(axes, order, names, cell)
     _draw_dots(axes, counts[order], participating[order], cell)
+    _draw_shift(axes, {k: v[order] for k, v in shift.items()}, participating[order])
     num_participating = int(participating.sum())
     if 0 < num_participating < num_clients:
         axes.axvline(num_participating - 0.5, color=INK, linewidth=1, zorder=3)
@@ -125,6 +130,29 @@ def _draw_grid(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("client", color=INK, fontsize=9)
     axes.set_ylabel("class", color=INK, fontsize=9)
+
+
+def _draw_shift(
+    axes: Axes, shift: Mapping[str, np.ndarray], participating: np.ndarray
+) -> None:
+    """Draws a bar per client and parameter, each two rows high, below the classes."""
+    if not shift:
+        return
+    ticks, names = (
+        list(axes.get_yticks()),
+        [t.get_text() for t in axes.get_yticklabels()],
+    )
+    colors = np.where(participating, PARTICIPATING, NOVEL)
+    bottom = axes.get_ylim()[0]
+    for parameter, values in shift.items():
+        least, greatest = float(values.min()), float(values.max())
+        bottom += 2.0
+        heights = 1.6 * (values - least) / max(greatest - least, 1e-12) + 0.06
+        axes.bar(range(len(values)), -heights, 0.6, bottom, color=colors, zorder=2)
+        ticks.append(bottom - 0.8)
+        names.append(f"{parameter}\n{least:.3g} to {greatest:.3g}")
+    axes.set_yticks(ticks, names)
+    axes.set_ylim(bottom + 0.3, -0.6)
 
 
 def _draw_dots(

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from hyperjax import tree
+from hyperjax import hosts, tree
 from hyperjax.errors import first_line
 from hyperjax.types import PyTree
 
@@ -142,8 +142,6 @@ def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) ->
     Raises:
       ValueError: two arrays have one path.
     """
-    import orbax.checkpoint as ocp
-
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{round:08d}"
@@ -151,7 +149,7 @@ def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) ->
         shutil.rmtree(path)
     arrays = jax.device_get(carry)
     digest = tree.sha256(arrays)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _orbax() as checkpointer:
         checkpointer.save(path / "carry", _by_path(arrays))
     record = {"format": FORMAT, "round": round, "sha256": digest}
     write_atomically(path / DIGEST, json.dumps(record))
@@ -202,12 +200,10 @@ class _Older(Exception):
 
 
 def _read(path: Path, template: PyTree) -> Restored:
-    import orbax.checkpoint as ocp
-
     record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
     if record.get("format", 1) < FORMAT:
         raise _Older
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _orbax() as checkpointer:
         named = checkpointer.restore(path / "carry")
     leaves, structure = jax.tree.flatten(template)
     names = tree.paths(template)
@@ -225,6 +221,20 @@ def _read(path: Path, template: PyTree) -> Restored:
                 f"{leaf.dtype}{leaf.shape} is expected"
             )
     return Restored(record["round"], carry)
+
+
+def _orbax() -> Any:
+    """Returns what reads and writes arrays, in this process alone."""
+    import orbax.checkpoint as ocp
+
+    if not hosts.several():
+        return ocp.PyTreeCheckpointer()
+    # Or else it waits for the others, who do not come.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="hyperjax"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def finished(folder: Path) -> list[Path]:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hyperjax import compiling
-from hyperjax.engine import sharding
+from hyperjax import compiling, hosts
+from hyperjax.engine import flops, sharding
 from hyperjax.errors import first_line
 from hyperjax.types import ALONE, Algorithm, Array
 
@@ -88,6 +88,7 @@ class Compiled:
     mesh, every output is replicated, so that it can be the next call's input. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
     `times` says how often a program runs, see `compiling`.
+    `work` is the arithmetic of a round once a program of rounds was compiled.
     `watcher` is told the name of what is being compiled, and None when that is done.
     """
 
@@ -95,10 +96,16 @@ class Compiled:
         check_jax()
         self.seconds = 0.0
         self.watcher: Callable[[str | None], object] = lambda name: None
-        self._mesh = mesh
+        self.mesh = mesh
+        self.work: flops.OfRound | None = None
+        self._traced: dict[str, flops.Work] = {}
         self._programs: dict[Any, Callable] = {}
 
-    def __call__(
+    def __call__(self, name: str, fn: Callable, args: tuple, **options: Any) -> Any:
+        """Calls the program that `made` returns."""
+        return self.made(name, fn, args, **options)(*args)
+
+    def made(
         self,
         name: str,
         fn: Callable,
@@ -106,20 +113,39 @@ class Compiled:
         donate: tuple = (),
         family: str = ALONE,
         times: int = compiling.OFTEN,
-    ):
+    ) -> Callable:
+        """Returns the program of a call, which is not called."""
         if setting("jax_disable_jit"):
-            return sharding.replicate(fn(*args), self._mesh)
+            return lambda *args: sharding.replicate(fn(*args), self.mesh)
         leaves, structure = jax.tree.flatten(args)
         key = (name, family, structure, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
             start = time.perf_counter()
             self.watcher(name)
             options = {"donate_argnums": donate, **compiling.options(times)}
-            if self._mesh is not None:
-                options["out_shardings"] = sharding.everywhere(self._mesh)
+            if self.mesh is not None:
+                options["out_shardings"] = sharding.everywhere(self.mesh)
             try:
-                self._programs[key] = jax.jit(fn, **options).lower(*args).compile()
+                traced: Any = jax.jit(fn, **options).trace(*args)
+                self._programs[key] = traced.lower().compile()
+                self._traced[name] = flops.work(traced.jaxpr.jaxpr)
             finally:
                 self.watcher(None)
+            if self.mesh is not None:
+                hosts.meet()  # the first to wait for the others does so 30 s only
             self.seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+        return self._programs[key]
+
+    def keep_work(self, name: str, rounds: int, width: int = 1, points: int = 1):
+        """Sets `work` from a program that has just been made, of so many rounds.
+
+        Args:
+          name: of the program; if it was there before, nothing is set.
+          rounds: that it runs, of every point.
+          width: clients, or points with a client each, that a device trains at a time.
+          points: that it runs side by side.
+        """
+        traced = self._traced.pop(name, None)
+        if traced is not None:
+            each = flops.OfRound(traced.outside / rounds / points, traced.step / width)
+            self.work = each

@@ -5,9 +5,6 @@ model's own outputs: label-shift EM, and its oracle.
 
 A client has no accuracy, which is NaN here and null in files, if the outputs for any of
 its samples are not finite: the class of NaN would be class 0, and right now and then.
-
-Saerens, Latinne, Decaestecker 2002, "Adjusting the Outputs of a Classifier to New a
-Priori Probabilities", Neural Computation 14(1): `prior_em` is their equation 2.4.
 """
 
 from typing import NamedTuple
@@ -18,39 +15,8 @@ import jax.numpy as jnp
 from hyperjax import tree
 from hyperjax.data.clients import Table
 from hyperjax.engine import deploy
+from hyperjax.priors import prior_em
 from hyperjax.types import Array, ClientData, Model, Pool, PyTree
-
-EM_STEPS = 1000  # upper bound, as it may go round in the last places of float32
-SETTLED = 1e-6  # it stops once the prior moves by less, 8 units in float32's last place
-
-
-def prior_em(probs: Array, mask: Array, source: Array) -> Array:
-    """Estimates a client's class prior from a model's outputs on unlabelled inputs.
-
-    Args:
-      probs: [n, K] predicted probabilities of a model trained under `source`.
-      mask: [n] float32, 1 for real samples.
-      source: [K] class prior of the training data.
-
-    Returns:
-      [K] prior at which expectation maximisation converged; `source` if n is 0.
-    """
-    total = jnp.maximum(jnp.sum(mask), 1.0)
-
-    def step(state):
-        prior, _, count = state
-        joint = probs * (prior / source)
-        # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
-        posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
-        new = jnp.sum(jnp.where(mask[:, None] > 0, posterior, 0.0), 0) / total
-        return new, jnp.max(jnp.abs(new - prior)), count + 1
-
-    def moving(state):
-        return (state[1] > SETTLED) & (state[2] < EM_STEPS)
-
-    start = (source, jnp.float32(jnp.inf), jnp.int32(0))
-    prior = jax.lax.while_loop(moving, step, start)[0]
-    return jnp.where(jnp.sum(mask) > 0, prior, source)
 
 
 def usable(logits: Array) -> Array:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from hyperjax import hosts
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.types import PyTree
 
@@ -34,16 +35,18 @@ def client_mesh(cohort_size: int, max_devices: int = 0) -> Mesh | None:
     """Returns a mesh over the axis "clients", or None if one device is as good.
 
     Uses the fewest local devices that minimise clients per device, so that 8 clients
-    on 6 devices take 4 devices with 2 clients each. `max_devices` = 0 means all.
+    on 6 devices take 4 devices with 2 clients each. `max_devices` = 0 means all. With
+    several processes all of their devices: each holds a part of what is shared.
 
     Raises:
-      ValueError: a cohort size below 1, or a negative number of devices.
+      ValueError: a cohort size below 1, a negative number of devices, or one that
+        processes cannot have equal parts of.
     """
     check_at_least(1, cohort_size=cohort_size)
     check_at_least(0, max_devices=max_devices)
-    devices = jax.local_devices()[: max_devices or None]
+    devices = hosts.devices(max_devices)
     rows = -(-cohort_size // len(devices))
-    used = -(-cohort_size // rows)
+    used = len(devices) if hosts.several() else -(-cohort_size // rows)
     if used == 1:
         return None
     # Auto axes: explicit ones would ask method code for output shardings.
@@ -110,4 +113,4 @@ def everywhere(mesh: Mesh) -> jax.sharding.NamedSharding:
 
 def replicate(a: PyTree, mesh: Mesh | None) -> PyTree:
     """Puts a copy of a tree on every device of the mesh."""
-    return a if mesh is None else jax.device_put(a, everywhere(mesh))
+    return a if mesh is None else hosts.put(a, everywhere(mesh))

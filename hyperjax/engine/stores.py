@@ -5,6 +5,9 @@ is computed on its first visit, so a million clients cost no initialisation. Row
 clients that do not take part come back bitwise equal.
 """
 
+import contextlib
+import math
+import mmap
 import os
 
 import jax
@@ -44,13 +47,28 @@ def host_zeros(
     def allocate(i, s):
         shape = (num_clients, *s.shape)
         if folder is None:
-            return np.zeros(shape, s.dtype)
+            return _empty(shape, np.dtype(s.dtype))
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"rows_{i}.npy")
         return np.lib.format.open_memmap(path, "w+", s.dtype, shape)
 
     rows = [allocate(i, s) for i, s in enumerate(leaves)]
     return jax.tree.unflatten(structure, rows), np.zeros(num_clients, bool)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns zeros that take memory as they are written to.
+
+    NumPy asks for huge pages where an array has more than 4 MB, and then the first row
+    that is written in each of them costs 2 MB.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < 2**22 or not hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux alone has it
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # of a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def host_gather(rows: PyTree, seen: np.ndarray, ids: np.ndarray):

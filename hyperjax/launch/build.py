@@ -11,12 +11,13 @@ import optax
 from absl import logging
 
 from hyperjax import (
+    adaptation,
     calls,
     models,
     registry,
 )
+from hyperjax.data import clients, files, partition, shift, sources
 from hyperjax.data import federation as federations
-from hyperjax.data import files, partition, sources
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families, schedule, sharding
 from hyperjax.engine.compiled import Hyper
@@ -102,6 +103,7 @@ def assemble(
         like=like,
         widths=widths,
         hyper=hyper,
+        balanced=config.local.balanced,
     )
     found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
@@ -116,6 +118,7 @@ def assemble(
         engine.devices,
         program=other and other.program,
         hyper=make_hyper(config, model, deploy_granularity="sample"),
+        balanced=config.local.balanced,
     )
     return found._replace(by_sample=by_sample)
 
@@ -142,6 +145,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     fields.check(config)
     method = config.method.name
     check_choice("data.partition", config.data.partition, partition.PARTITIONERS)
+    check_choice("data.standardise", config.data.standardise, clients.STANDARDISE)
+    check_choice("data.shift", config.data.shift, shift.KINDS)
+    _shift(config.data)
+    if config.evaluation.adapt:
+        adaptation.factory(config.evaluation.adapt)
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
@@ -228,7 +236,7 @@ def warn_of_the_end(config: ml_collections.ConfigDict) -> None:
 
 
 def load_source(data: ml_collections.ConfigDict) -> sources.Source:
-    """Reads the data set."""
+    """Reads the data set; images that will be shifted have all their pixels yet."""
     source = sources.load(
         data.name,
         data_dir=data.data_dir,
@@ -238,11 +246,25 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
         keys=sources.Keys(data.image_key, data.label_key, data.client_key),
         size=data.resize if data.shrink == 1 else 0,
     )
+    return source if data.shift != "none" else scaled(source, data)
+
+
+def scaled(source: sources.Source, data: ml_collections.ConfigDict) -> sources.Source:
+    """Brings images to the size that networks are given."""
     try:
         source = sources.shrink(source, data.shrink)
     except ValueError as error:
         raise ValueError(f"data.shrink={data.shrink}: {error}") from error
     return sources.resize(source, data.resize)
+
+
+def sample_shape(
+    source: sources.Source, data: ml_collections.ConfigDict
+) -> tuple[int, ...]:
+    """Returns the shape of what networks are given."""
+    if data.shift == "none":
+        return source.x.shape[1:]
+    return scaled(source._replace(x=source.x[:1], y=source.y[:1]), data).x.shape[1:]
 
 
 def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Federation:
@@ -261,11 +283,18 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         eval_fraction=data.eval_fraction,
         validation_fraction=data.validation_fraction,
         stratified=data.stratified,
+        shift=_shift(data),
+        after_shift=lambda shifted: scaled(shifted, data),
+        standardise=data.standardise,
         **options,
     )
     if data.newcomers:
         return federation.of_novel()
     return federation.pooled() if data.pooled else federation
+
+
+def _shift(data: ml_collections.ConfigDict) -> shift.Shift:
+    return shift.shift(data.shift, strength=data.shift_strength, novel=data.shift_novel)
 
 
 def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
@@ -349,7 +378,14 @@ def make_algorithm(
                 f"method.name={config.method.name!r} has no optimizer; accepted: sgd, "
                 "1.0"
             )
-    return through_channel(alg, config.uplink) if config.uplink else alg
+    return _dressed(alg, config)
+
+
+def _dressed(alg: Algorithm, config: ml_collections.ConfigDict) -> Algorithm:
+    """A method with what its messages go through, and what its clients then do."""
+    alg = through_channel(alg, config.uplink) if config.uplink else alg
+    adapt = config.evaluation.adapt
+    return adaptation.with_adaptation(alg, adapt) if adapt else alg
 
 
 def make_hyper(
@@ -365,7 +401,7 @@ def make_hyper(
                 found[group][name] = value
         server_opt = factories.server_optimizer(found.server)
         alg = _put_together(found, model, server_opt, **instead)
-        return through_channel(alg, found.uplink) if found.uplink else alg
+        return _dressed(alg, found)
 
     return Hyper(fields.arguments(config), method)
 

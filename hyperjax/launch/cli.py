@@ -17,14 +17,18 @@ from absl import app, flags, logging
 from jax.extend.backend import clear_backends
 from ml_collections import config_flags
 
-from hyperjax import protocols, registry
+from hyperjax import hosts, protocols, registry
 from hyperjax.engine.compiled import setting
 from hyperjax.launch import overview
 from hyperjax.protocols import common, methods
 
 
 def run(
-    main: Callable, needs: tuple[str, ...] = ("workdir",), takes_arguments: bool = False
+    main: Callable,
+    needs: tuple[str, ...] = ("workdir",),
+    takes_arguments: bool = False,
+    together: bool = False,
+    apart: bool = False,
 ) -> None:
     """Runs `main() -> exit code` under absl, turning mistakes into messages.
 
@@ -32,8 +36,11 @@ def run(
       main: reads `flags.FLAGS`.
       needs: flags that must be given.
       takes_arguments: `main` is called with what is given beside flags.
+      together: of several processes all run `main`, in step; by default process 0 does.
+      apart: they do not meet, and each runs `main`.
     """
     flags.DEFINE_bool("debug", False, "Show stack traces.")
+    asked = _Processes()
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a locale may not have all of Unicode
@@ -51,6 +58,7 @@ def run(
                 sys.exit(0)
             rest = flags.FLAGS(sys.argv)
             _check_config(removed)
+            hosts.check_flags(*asked.given())
             for name in needs:
                 if flags.FLAGS[name].value is None:
                     raise ValueError(f"--{name} is required; see --help")
@@ -68,7 +76,8 @@ def run(
         logging.set_verbosity(logging.WARNING)
         keep_programs()
         try:
-            code = main(*argv[1:])
+            with asked.joined(debug, apart):
+                code = main(*argv[1:]) if together or hosts.is_first() else 0
         except KeyboardInterrupt:
             code = 130
         except BrokenPipeError:
@@ -87,6 +96,47 @@ def _nobody_reads() -> int:
     # What is still buffered would fail again when the interpreter closes the stream.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+
+
+class _Processes:
+    """Flags that say which process of several this is."""
+
+    def __init__(self) -> None:
+        self.coordinator = flags.DEFINE_string(
+            "coordinator", None, "HOST:PORT of process 0 of a run with several."
+        )
+        self.num_processes = flags.DEFINE_integer(
+            "num_processes", None, "How many processes it has."
+        )
+        self.process_id = flags.DEFINE_integer(
+            "process_id", None, "Which of them this is, from 0."
+        )
+        self.distributed = flags.DEFINE_bool(
+            "distributed", False, "Find these out from SLURM, Open MPI, a TPU, ..."
+        )
+
+    def given(self) -> tuple[str | None, int | None, int | None]:
+        """The first three, which go together."""
+        return self.coordinator.value, self.num_processes.value, self.process_id.value
+
+    def joined(
+        self, debug: bool, apart: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `hosts.joined`; nothing where there are no others to meet."""
+        if apart or not (self.distributed.value or self.coordinator.value):
+            hosts.hear()
+            return contextlib.nullcontext()
+        return hosts.joined(*self.given(), trace=debug)
+
+
+def part_of_processes() -> str | None:
+    """Returns "i/n" where flags say that this is process i of n; None without them."""
+    values = flags.FLAGS
+    if values.distributed:
+        raise ValueError("--distributed: of a sweep give each process its --index=i/n")
+    if values.num_processes is None:
+        return None
+    return f"{values.process_id}/{values.num_processes}"
 
 
 def define_config() -> flags.FlagHolder:
@@ -363,9 +413,9 @@ def use_cores(devices: int) -> None:
     Two single-threaded devices beat one device with two threads on the small products
     of client training (`benchmarks/round_time.py`). Each holds a copy of the data, so
     by default there are at most 8. Accelerators are untouched. Must run before JAX
-    looks for devices.
+    looks for devices. Of several processes each has its part of `devices`.
     """
-    count = devices or min(num_cores(), 8)
+    count = hosts.share(devices) or min(num_cores(), 8)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # a config file has computed with JAX: begin anew

@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags, logging
 
 from hyperjax import registry, tree
+from hyperjax.data import clients
 from hyperjax.engine import checkpoint, deploy, log, scoring
 from hyperjax.launch import build, cli, origin, outputs, saved
 from hyperjax.launch.saved import Run
-from hyperjax.types import ClientData, Pool, PyTree
+from hyperjax.types import ClientData, PyTree
 
 
 class Served(NamedTuple):
@@ -70,12 +71,8 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     """
     facts, n = run.facts, len(images)
     nobody = len(facts["counts"])
-    pool = Pool(
-        jnp.asarray(images),
-        jnp.full(n, -1, jnp.int32),
-        jnp.asarray(facts["mean"]),
-        jnp.asarray(facts["std"]),
-    )
+    shift = facts.get("shift", ())
+    pool = clients.pool_of_one(images, facts["mean"], facts["std"], shift)
     inputs = ClientData(jnp.arange(n)[None], jnp.full(1, n), pool)
     give = deploy.deployer(run.algorithm, batch_size=run.config.evaluation.batch_size)
     (deployed,) = give(
@@ -147,10 +144,13 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
             f"client={client}: unseen clients of this run: {first}..{last}"
         )
     source = build.load_source(run.config.data)
+    images = source.x
+    if run.config.data.shift != "none":
+        images = np.asarray(build.federate(source, run.config).pool.x)
     if (
-        tuple(run.facts["sample_shape"]) != source.x.shape[1:]
+        tuple(run.facts["sample_shape"]) != images.shape[1:]
         or run.facts["novel_rows"].max() >= len(source.y)
-        or run.pixels not in (None, tree.sha256(source.x))
+        or run.pixels not in (None, tree.sha256(images))
     ):
         raise ValueError(
             f"the data set {run.config.data.name!r} is not what it was when the run "
@@ -158,7 +158,7 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
         )
     size = run.facts["novel_size"][client - first]
     rows = run.facts["novel_rows"][client - first, :size]
-    return source.x[rows], source.y[rows]
+    return images[rows], source.y[rows]
 
 
 def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dict:

@@ -98,6 +98,7 @@ def make_local(
         phases=(phase,),
         clip_norm=config.clip_norm,
         schedule=schedule_fn,
+        balanced=config.balanced,
     )
 
 

@@ -54,6 +54,8 @@ NUMBERS: dict[str, Number] = {
     "data.num_novel": _count(0),
     "data.alpha": Number(above=0),
     "data.min_size": _count(1),
+    "data.samples_per_client": _count(0),
+    "data.shift_strength": RATE,
     "data.classes_per_client": _count(0),
     "data.num_groups": _count(1),
     "data.test_fraction": FRACTION,
@@ -153,6 +155,8 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name in {name for names in PARTITIONS.values() for name in names}:
         if name not in taken:
             note(f"data.partition={config.data.partition!r}", f"data.{name}")
+    if config.data.shift == "none":
+        note("data.shift='none'", "data.shift_strength", "data.shift_novel")
     if config.data.partition != "by_client_id":
         note(f"data.partition={config.data.partition!r}", "data.client_key")
     if not config.local.milestones:

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hyperjax.data.shift import varying
 from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import METRICS, TIMING, TRAINING, read_lines
 from hyperjax.launch import origin, workdir
@@ -30,6 +32,7 @@ class Run(NamedTuple):
     partition: tuple[np.ndarray, np.ndarray, list[str]] | None
     unassigned: int = 0  # samples that the partition left to no client
     training: Sequence[Row] = ()  # quantities of every round
+    shift: Mapping[str, np.ndarray] = MappingProxyType({})  # of images, by parameter
 
 
 def read(folder: str) -> Run:
@@ -54,17 +57,26 @@ def read(folder: str) -> Run:
     ]
     try:
         named = ("label_names", "counts", "participating")
-        path, wanted = Path(folder) / workdir.PARTITION, (*named, "unassigned")
+        path, wanted = Path(folder) / workdir.PARTITION, (*named, "unassigned", "shift")
         file = read_npz(path, workdir.AGAIN, wanted, named)
         names = [str(name) for name in file["label_names"]]
         partition = (file["counts"], file["participating"].astype(bool), names)
         unassigned = int(file.get("unassigned", 0))
+        shift = varying(file["shift"]) if "shift" in file else {}
     except FileNotFoundError:
-        partition, unassigned = None, 0
+        partition, unassigned, shift = None, 0, {}
     summary = _read_json(folder, "summary.json") or {}
     clients = _read_json(folder, "clients.json") or []
     return Run(
-        folder, about, metrics, summary, clients, partition, unassigned, training
+        folder,
+        about,
+        metrics,
+        summary,
+        clients,
+        partition,
+        unassigned,
+        training,
+        shift,
     )
 
 

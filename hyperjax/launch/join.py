@@ -131,4 +131,5 @@ def launch() -> None:
             data_dir.value,
         ),
         needs=("run", "workdir"),
+        together=True,
     )

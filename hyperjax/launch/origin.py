@@ -38,7 +38,7 @@ FORMAT = 3
 
 # Fields that do not touch the training, so that a run may go on with others.
 _FREE = re.compile(
-    r"data\.(data_dir|download)|evaluation\..*|checkpoint\..*|tensorboard|tracker"
+    r"data\.(data_dir|download)|engine\.devices|evaluation\..*|checkpoint\..*|tensorboard|tracker"
 )
 # Those among them that a summary depends on: a finished run is summed up anew.
 _SUMMED_UP = re.compile(r"rounds|evaluation\.(?!every$).*")
@@ -54,7 +54,8 @@ _SETTINGS = (
 )
 # What changes results by rounding only, if at all: told, not refused.
 _CIRCUMSTANCES = re.compile(
-    r"commit|versions\..*|flags\..*|device|plan\.(backend|device|devices|mapper)"
+    r"commit|versions\..*|flags\..*|device|"
+    r"plan\.(backend|device|devices|processes|mapper|points_at_once)"
 )
 
 
@@ -296,6 +297,18 @@ def _check_marks(
             f"their number: {_listed(other, 'now')}. Give the same rounds, give these "
             "fields as whole numbers of rounds, or a new folder"
         )
+
+
+def circumstances(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what all processes of a run must have in common, by name."""
+    fields = common.flat(config)
+    return {
+        **{k: v for k, v in fields.items() if k != "data.data_dir"},
+        **{name: version(name) for name in PACKAGES},
+        **settings(),
+        **flags(),
+        "commit": commit(),
+    }
 
 
 def settings() -> dict[str, Any]:

@@ -309,7 +309,9 @@ def partition(run: Run) -> pages.Html:
     if num <= MANY_CLIENTS and num_classes <= MANY_CLIENTS:
         # A dollar sign would start a formula in the picture.
         names = [name.replace("$", r"\$") for name in names]
-        figure = picture.partition_picture(counts, participating, names, None)
+        figure = picture.partition_picture(
+            counts, participating, names, None, run.shift
+        )
         svg = picture.figure_svg(figure)
         shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
         return pages.section("Partition", words, shown)
@@ -327,6 +329,10 @@ def partition(run: Run) -> pages.Html:
         words,
         pages.grid(
             histogram("samples of a client", counts.sum(1), "how unequal clients are"),
+            *(
+                histogram(name, values, "what their images have been through")
+                for name, values in run.shift.items()
+            ),
             histogram(
                 "effective number of classes of a client",
                 np.exp(entropy),

@@ -16,6 +16,9 @@ is 0 only if every point has ended well.
 --tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
 swept but seeds), by what participants set aside (data.validation_fraction), or on a
 federation of the seed --tune_seed. --by names the metric.
+
+Several processes (--process_id=i --num_processes=n, with a --coordinator that is not
+called) each run their slice of the points, as --index=i/n does.
 """
 
 import re
@@ -30,7 +33,7 @@ from ml_collections import ConfigDict
 
 from hyperjax import protocols
 from hyperjax.launch import cli, overview, train
-from hyperjax.sweeps import live, page, points, record, results, runner, tune
+from hyperjax.sweeps import live, lockstep, page, points, record, results, runner, tune
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
 from hyperjax.sweeps.tune import Setting
@@ -49,6 +52,7 @@ class Asked(NamedTuple):
     tune: Sequence[str] = ()
     by: str | None = None
     tune_seed: int | None = None
+    plan: str = "auto"  # of points of one program
     command: str = ""  # for the record
 
 
@@ -72,7 +76,7 @@ def main(asked: Asked) -> int:
     """
     plan = make_plan(asked)
     if asked.list_only:
-        print(listed(plan))
+        print(listed(plan, asked.plan))
         return 0
     if not any(setting.points for setting in plan.mine):
         print(f"--index={asked.part}: of {len(plan.points)} points it has none.")
@@ -120,6 +124,8 @@ def make_plan(asked: Asked) -> Plan:
     trials = [trial for setting in settings for trial in setting.trials]
     devices = [point.config.engine.devices for point in given]
     cli.use_cores(max(devices) if all(devices) else 0)
+    for group in runner.grouped(given):
+        lockstep.plan(asked.plan, group)
     runner.check([*given, *trials])
     return Plan(
         there,
@@ -142,14 +148,16 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     for setting in plan.mine:
         members = setting.points
         if setting.trials:
-            tried = runner.run(there, setting.trials, show, pages.write)
+            tried = runner.run(
+                there, setting.trials, show, pages.write, plan=asked.plan
+            )
             members = with_values(plan, setting, tried, asked)
             for point in setting.points if not members else ():
                 message = tune.unknown(tried)
                 there.set_status(point.name, record.FAILED, message)
                 show.ended(point.name, f"failed: {message}", ran=False)
                 statuses[point.name] = record.FAILED
-        statuses |= runner.run(there, members, show, pages.write)
+        statuses |= runner.run(there, members, show, pages.write, plan=asked.plan)
     pages.write(last=True)
     return statuses
 
@@ -171,7 +179,7 @@ def with_values(
     return found
 
 
-def listed(plan: Plan) -> str:
+def listed(plan: Plan, how: str = "auto") -> str:
     """Returns the points as text, and what has become of each."""
     content = plan.record.read()
     known = {e["name"]: e["status"] for e in content.get("points", ())}
@@ -192,11 +200,13 @@ def listed(plan: Plan) -> str:
             f"{len(plan.mine)} settings, chosen by {tuned['by']}{where}"
         )
     devices = jax.devices()
-    lines.append(f"one after another, on {len(devices)} x {devices[0].device_kind}")
+    lines.append(f"on {len(devices)} x {devices[0].device_kind}")
     for group in runner.grouped(mine):
+        order = lockstep.plan(how, group)
+        order = "one after another" if order == lockstep.SEQUENCE else order
         alike = points.alike(group).items() - points.alike(mine).items()
         said = f" ({points.shown(dict(sorted(alike)))})" if alike else ""
-        lines.append(f"one program for {len(group)}{said}:")
+        lines.append(f"one program for {len(group)}, {order}{said}:")
         lines += [f"  {p.name}  {known.get(p.name, '')}".rstrip() for p in group]
     return "\n".join(lines)
 
@@ -260,6 +270,13 @@ def launch() -> None:
         "tune_seed", None, "--tune chooses on a federation of this seed."
     )
 
+    plan = flags.DEFINE_enum(
+        "plan",
+        "auto",
+        lockstep.PLANS,
+        "Points of one program: in sequence, or side by side (map, vmap).",
+    )
+
     def run() -> int:
         path = flags.FLAGS[config.name].config_filename  # type: ignore[attr-defined]
         asked = Asked(
@@ -268,13 +285,14 @@ def launch() -> None:
             sweeps.value,
             arguments,
             list_only.value,
-            index.value,
+            index.value or cli.part_of_processes(),
             baseline.value,
             tuned.value,
             by.value,
             tune_seed.value,
+            plan.value,
             command,
         )
         return main(asked)
 
-    cli.run(run, needs=("config", "workdir"))
+    cli.run(run, needs=("config", "workdir"), apart=True)

@@ -9,27 +9,33 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
-from hyperjax import tree
+from hyperjax import hosts, tree
 from hyperjax.data import federation as federations
-from hyperjax.data import picture
+from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
-from hyperjax.engine.progress import Progress
+from hyperjax.engine.progress import Progress, Silent
 from hyperjax.launch import cli, origin, pages, report, saved, workdir
 from hyperjax.launch.report_sections import MANY_CLIENTS
 from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
+
+# What `steps` yields, is sent, and returns.
+Steps: TypeAlias = Generator[
+    tuple[Experiment, loop.State], loop.Call | None, dict[str, Any]
+]
 
 
 class Stopped(Exception):
@@ -42,6 +48,7 @@ def train(
     label: str | None = None,
     show: Callable[[str, int], Progress] = Progress,
     experiment: Experiment | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -57,6 +64,8 @@ def train(
       experiment: what `build.build` made of this config, or of one that differs from
         it in nothing but `seed` (with a `data.seed` of its own) and `evaluation`; its
         compiled programs are used again. Default: it is made here.
+      profile: whether the second call of the program of rounds, the first having
+        compiled it, is traced into the folder "profile" of the run's.
 
     Returns:
       The summary, also written to summary.json.
@@ -67,19 +76,68 @@ def train(
       loop.Diverged: a loss or the state is not finite. The folder keeps what is good.
       Stopped: by SIGTERM or SIGINT.
     """
+    run = steps(config, path, label, show, experiment)
+    call: loop.Call | None = None
+    number = 0
+    while True:
+        try:
+            turn = run.send(call)
+        except StopIteration as done:
+            return done.value
+        try:
+            with _traced(path, profile and number == 1):
+                call = loop.step(*turn, donate=True)
+            number += 1
+        except BaseException as error:
+            run.throw(error)  # so that it leaves everything in order, and raises
+
+
+def _traced(path: str | os.PathLike, wanted: bool) -> AbstractContextManager[None]:
+    """Traces what is computed inside, for xprof and Perfetto."""
+    if not (wanted and hosts.is_first()):
+        return contextlib.nullcontext()
+    folder = Path(path).expanduser() / workdir.PROFILE
+    return jax.profiler.trace(folder, create_perfetto_trace=True)
+
+
+def steps(
+    config: ml_collections.ConfigDict,
+    path: str | os.PathLike,
+    label: str | None = None,
+    show: Callable[[str, int], Progress] = Progress,
+    experiment: Experiment | None = None,
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] | None = None,
+) -> Steps:
+    """`train`, but for the rounds: whoever drives it runs those.
+
+    It yields an experiment and the state from which to go on, consuming that or not,
+    and is sent the call that did so, or thrown what came instead.
+
+    Args:
+      config: this and the others as of `train`.
+      path: likewise.
+      label: likewise.
+      show: likewise.
+      experiment: likewise.
+      stopping: a context with a function that says whether to stop; by default after
+        SIGTERM or SIGINT.
+    """
     compiled.check_jax()
     resolved = resolve(config)
+    hosts.check_same(origin.circumstances(resolved.config))
     with workdir.claim(path) as folder:
         if (folder / workdir.CONFIG).exists():
             origin.compare(folder, resolved.config)
-        summary = origin.result(folder, resolved.config)
+        summary = hosts.of_first(origin.result(folder, resolved.config))
         if summary is not None:
             logging.info("%s is finished; nothing to do.", folder)
-            if not (folder / workdir.REPORT).exists():
+            if hosts.is_first() and not (folder / workdir.REPORT).exists():
                 report.run_report(str(folder))
             return summary
+        show = show if hosts.is_first() else lambda label, rounds: Silent()
         with show(label or resolved.method, resolved.settings.rounds) as progress:
-            return _train(resolved, experiment, folder, progress)
+            stopping = stopping or stop_signals
+            return (yield from _train(resolved, experiment, folder, progress, stopping))
 
 
 def _train(
@@ -87,7 +145,8 @@ def _train(
     experiment: Experiment | None,
     folder: Path,
     progress: Progress,
-) -> dict[str, Any]:
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]],
+) -> Steps:
     """Runs, or continues, an experiment in a folder that is this process's."""
     if experiment is None:
         progress.stage(f"reading {resolved.dataset}, building {resolved.method}")
@@ -101,6 +160,7 @@ def _train(
     lent = resolved.lend(experiment) if restored is None else {}
     began, before = time.perf_counter(), _summed_up(folder)
     digests = federations.digests(experiment.federation)
+    hosts.check_same({f"data: {name}": x for name, x in digests.items()})
     done = 0 if restored is None else restored.round
     origin.describe(folder, resolved.config, experiment.plan, digests, done)
     if not _tables_are_there(folder):
@@ -137,16 +197,24 @@ def _train(
         shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
 
-    with contextlib.closing(recorder), _stop_signals() as stop:
+    with contextlib.closing(recorder), stopping() as stop:
         values = None
         if restored is None:
             if resolved.tensorboard:
                 _show_partition(recorder, experiment.federation)
             values = score(state, {})
-            checkpoint.save(checkpoints, 0, state.carry, resolved.keep)
+            _save(checkpoints, state, resolved.keep)
         elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
             values = score(state, {})  # the record was lost
-        for call in _calls(experiment, state, checkpoints, stop, progress):
+        while state.round < settings.rounds:
+            if stop():
+                raise Stopped(state.round)
+            progress.stage("training")
+            try:
+                call: Any = yield experiment, state
+            except loop.Diverged as error:
+                error.args = (_advice(error, checkpoints),)
+                raise
             rate = call.samples / call.seconds if call.seconds else None
             recorder.rounds(state.round, call.info, rate)
             state = call.state
@@ -155,7 +223,7 @@ def _train(
             values = None
             if loop.is_due(settings, state.round):
                 values = score(state, call.last)
-            checkpoint.save(checkpoints, state.round, state.carry, resolved.keep)
+            _save(checkpoints, state, resolved.keep)
         if values is None:  # continued after the last evaluation
             progress.stage("evaluating")
             values = experiment.evaluator.evaluate(
@@ -168,6 +236,7 @@ def _train(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
         compile_seconds=_compiling(experiment) - shared,
+        flops=_flops(folder, experiment),
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
@@ -175,8 +244,9 @@ def _train(
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
-    progress.stage("writing the report")
-    report.run_report(str(folder))
+    if hosts.is_first():
+        progress.stage("writing the report")
+        report.run_report(str(folder))
     return summary
 
 
@@ -186,8 +256,19 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
     if max(counts.shape) <= MANY_CLIENTS:
         takes_part = np.arange(len(counts)) < federation.num_clients
         names = [name.replace("$", r"\$") for name in federation.label_names]
-        figure = picture.partition_picture(counts, takes_part, names)
+        changes = {} if federation.shift is None else shift.varying(federation.shift)
+        figure = picture.partition_picture(counts, takes_part, names, None, changes)
         recorder.picture("partition", figure)
+
+
+def _flops(folder: Path, experiment: Experiment) -> float | None:
+    """Arithmetic of all rounds; None if no program of rounds was made here."""
+    work = experiment.simulator.program.work
+    if work is None:
+        return None
+    rounds = log.read_lines(folder / log.TRAINING)
+    steps = sum(row.get(k) or 0 for row in rounds for k in ("steps", "opening_steps"))
+    return len(rounds) * work.round + steps * work.step
 
 
 def _compiling(experiment: Experiment) -> float:
@@ -196,37 +277,22 @@ def _compiling(experiment: Experiment) -> float:
     return sum(part.program.seconds for part in parts)
 
 
-def _calls(
-    experiment: Experiment,
-    state: loop.State,
-    checkpoints: Path,
-    stop: Callable[[], bool],
-    progress: Progress,
-) -> Iterator[loop.Call]:
-    """Rounds until the end, or until the run is asked to stop."""
-    if stop() and state.round < experiment.settings.rounds:
-        raise Stopped(state.round)
-    progress.stage("training")
-    try:
-        for call in loop.rounds(experiment, state, donate=True):
-            yield call
-            progress.stage("training")
-            if stop() and call.state.round < experiment.settings.rounds:
-                raise Stopped(call.state.round)
-    except loop.Diverged as error:
-        error.args = (
-            f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint "
-            f"is that after round {error.last_good} in {checkpoints}",
-        )
-        raise
+def _advice(error: loop.Diverged, checkpoints: Path) -> str:
+    return (
+        f"{error} (local.learning_rate, local.clip_norm). The last good checkpoint is "
+        f"that after round {error.last_good} in {checkpoints}"
+    )
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM or SIGINT has come.
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or SIGINT has come, to any process.
 
     A second SIGINT interrupts at once.
     """
+    if hosts.several():  # whose signals have been watched since they met
+        yield hosts.stop_is_asked
+        return
     asked: list[int] = []
 
     def ask(number, frame):
@@ -275,11 +341,25 @@ class _Shown:
 
 
 def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | None:
-    """The newest intact checkpoint."""
+    """The newest intact checkpoint, that of process 0."""
     template = schedule.abstract_carry(
         experiment.algorithm, experiment.members or experiment.federation.num_trainers
     )
-    return checkpoint.restore(checkpoints, template)
+    found = checkpoint.restore(checkpoints, template)
+    round = hosts.of_first(found and found.round)
+    if round is None:
+        return None
+    carry = hosts.arrays_of_first(found and found.carry, template)
+    return checkpoint.Restored(round, carry)
+
+
+def _save(checkpoints: Path, state: loop.State, keep: int) -> None:
+    """Writes a checkpoint, of a state that all processes have."""
+    if hosts.is_first():
+        digest = checkpoint.save(checkpoints, state.round, state.carry, keep)
+    else:
+        digest = tree.sha256(jax.device_get(state.carry))
+    hosts.check_same({f"a state after round {state.round} of SHA-256": digest})
 
 
 def _summed_up(folder: Path) -> dict[str, Any]:
@@ -302,8 +382,13 @@ def _tables_are_there(folder: Path) -> bool:
         return False
 
 
+def _records(folder: Path) -> list[dict]:
+    """What process 0 has recorded."""
+    return hosts.of_first(log.read_lines(folder / log.METRICS))
+
+
 def _is_recorded(folder: Path, round: int) -> bool:
-    records = log.read_lines(folder / log.METRICS)
+    records = _records(folder)
     return any(record["round"] == round for record in records)
 
 
@@ -359,7 +444,7 @@ def _summary(
         tuned, suffix = experiment.evaluator.tune(*where, epochs), f"_ft{epochs}"
         summary |= results.fine_tuned(tuned, suffix)
         _warn(folder, state.round, tuned, suffix)
-    records = log.read_lines(folder / log.METRICS)
+    records = _records(folder)
     numbers = cost.down_numbers + cost.up_numbers
     summary["reach"] = reach.of_records(records, numbers, settings.thresholds)
     if experiment.federation.validation is not None:
@@ -367,13 +452,16 @@ def _summary(
     return summary
 
 
-def main(config: ml_collections.ConfigDict, path: str) -> int:
+def main(config: ml_collections.ConfigDict, path: str, profile: bool = False) -> int:
     """Trains, prints the result; returns the exit code."""
     cli.use_cores(config.engine.devices)
     try:
-        summary = train(config, path)
+        summary = train(config, path, profile=profile)
     except Stopped as stop:
-        print(f"Stopped after round {stop}; the same command continues.")
+        if hosts.is_first():
+            print(f"Stopped after round {stop}; the same command continues.")
+        return 0
+    if not hosts.is_first():
         return 0
     print(f"{summary['method']} on {summary['dataset']}: {outcome(summary)}")
     print(f"report: {Path(path) / 'report.html'}")  # alone: a path to click or copy
@@ -399,4 +487,11 @@ def launch() -> None:
     """Runs the command with what the command line says."""
     config = cli.define_config()
     workdir = cli.define_path("workdir", None, "Folder of the run.")
-    cli.run(lambda: main(config.value, str(workdir.value)), needs=("config", "workdir"))
+    profile = flags.DEFINE_enum(
+        "profile", None, ["rounds"], "Trace a call of rounds, for xprof and Perfetto."
+    )
+    cli.run(
+        lambda: main(config.value, str(workdir.value), profile.value is not None),
+        needs=("config", "workdir"),
+        together=True,
+    )

@@ -6,12 +6,14 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from absl import logging
 
+from hyperjax import hosts
 from hyperjax.engine import checkpoint, log
 from hyperjax.launch import outputs
 
@@ -22,7 +24,7 @@ except ImportError:  # not on Windows
 
 CONFIG, SUMMARY, CLIENTS = "config.json", "summary.json", "clients.json"
 PARTITION, REPORT, STORE, LOCK = "partition.npz", "report.html", "store", ".lock"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 AGAIN = "remove it: the command that made the run writes it anew"
 
 # What a folder holds before its first checkpoint, none of it worth keeping.
@@ -46,12 +48,17 @@ class InUse(ValueError):
 def claim(path: str | os.PathLike) -> Iterator[Path]:
     """Yields the folder of a run, new or to be continued, for this process alone.
 
+    Of several processes process 0 has it, and the others an empty one that is removed.
     What fails before the first checkpoint of a new run leaves nothing behind.
 
     Raises:
       ValueError: it is a file, not writable, in use by another process, or holds
         something else.
     """
+    if not hosts.is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     workdir = Path(path).expanduser()
     try:
         str(workdir.absolute()).encode()

@@ -36,8 +36,19 @@ def masked_mean(values: Array, mask: Array) -> Array:
     return jnp.sum(jnp.where(mask > 0, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
+# Added to class shares before their logarithm is taken: a class that a client has none
+# of costs its logit 9.2.
+PRIOR_FLOOR = 1e-4
+
+
 def cross_entropy(logits: Array, batch: Batch) -> Array:
-    """Returns the mean cross-entropy of logits [B, K] over real samples, []."""
+    """Returns the mean cross-entropy of logits [B, K] over real samples, [].
+
+    Where the batch has a prior it is balanced: the prior's logarithm is added to the
+    logits, see `training.Local`.
+    """
+    if not isinstance(batch.prior, tuple):
+        logits = logits + jnp.log(batch.prior + PRIOR_FLOOR)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
     return masked_mean(losses, batch.mask)
 

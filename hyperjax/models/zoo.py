@@ -32,6 +32,20 @@ class MLP(nn.Module):
         return layers.Dense(self.num_classes, name="head")(x)
 
 
+class MLPBN(nn.Module):
+    """The MLP with batch-norm before every ReLU: [B, ...] -> [B, K]."""
+
+    num_classes: int
+    hidden: tuple[int, ...] = (200, 200)
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
+        x = x.reshape(x.shape[0], -1)
+        for size in self.hidden:
+            x = nn.relu(layers.BatchNorm()(layers.Dense(size)(x), train, mask))
+        return layers.Dense(self.num_classes, name="head")(x)
+
+
 class MHMLP(MLP):
     """MH-pFedHN's network for clients that come later: 408,100 parameters, C = 100."""
 
@@ -181,6 +195,7 @@ class AttackLeNet(nn.Module):
 # Name in a config -> linen module taking `num_classes`.
 ZOO: dict[str, type[nn.Module]] = {
     "mlp": MLP,
+    "mlp_bn": MLPBN,
     "lenet": LeNet,
     "lenet_s": LeNetS,
     "zenkenet": ZenkeNet,

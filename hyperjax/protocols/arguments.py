@@ -25,6 +25,7 @@ WORDS = {
     "iid": "deal samples out evenly",
     "alpha": "deal them out by Dirichlet(alpha)",
     "smoke": "two rounds",
+    "shift": "how clients' images differ, and their labels: rotation, hybrid, ...",
     "tuned": "the learning rate chosen for FedAvg itself (README.md)",
     "averaged": "the server steps once a round for all clients",
 }
@@ -167,7 +168,9 @@ def apply(
     named = {"clients": "data.num_clients", "novel": "data.num_novel"}
     given = args._asdict()
     asked = {field: given[k] for k, field in named.items() if given[k] is not None}
-    asked["data.name"] = args.data
+    # A preset may be a way of using another one's images.
+    own = presets[args.like].get("data.name", args.data)
+    asked["data.name"] = own if args.data == args.like else args.data
     if args.iid:
         asked["data.partition"] = "iid"
     if args.alpha is not None:

@@ -16,7 +16,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from hyperjax import models, registry
-from hyperjax.data import own
+from hyperjax.data import own, shift
 from hyperjax.errors import check_choice
 
 # Field -> default and what it is. A type is the default of a field that may be None.
@@ -44,9 +44,11 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.pooled": (False, "centralised: one client has all participants' samples"),
     "data.partition": (
         "dirichlet",
-        "iid, dirichlet, pathological, class_shares, class_draws, groups, by_client_id",
+        "iid, dirichlet, mixtures, pathological, class_shares, class_draws, groups, "
+        "by_client_id",
     ),
-    "data.alpha": (1.0, "dirichlet: concentration; small is skewed"),
+    "data.alpha": (1.0, "dirichlet, mixtures: concentration; small is skewed"),
+    "data.samples_per_client": (0, "iid, mixtures: of each client; 0: all there are"),
     "data.min_size": (10, "dirichlet, by_client_id: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
     "data.classes_per_client": (2, "pathological, class_shares, class_draws, groups"),
@@ -56,6 +58,10 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.eval_fraction": (0.2, "of its samples, held out by each client"),
     "data.validation_fraction": (0.0, "of the rest, to choose a round by; 0: none"),
     "data.stratified": (False, "held-out parts have a client's classes in proportion"),
+    "data.shift": ("none", f"of clients' images: {', '.join(shift.KINDS)}"),
+    "data.shift_strength": (1.0, "share of the shift's range that clients are in"),
+    "data.shift_novel": ("inside", "where unseen clients are: inside, edge, outside"),
+    "data.standardise": ("pool", "inputs by moments of the pool, each client, or none"),
     "model.name": ("mlp", "a network of the zoo, or package.module:Class"),
     "families": (
         (),
@@ -71,6 +77,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "local.milestones": ((), "where it falls: rounds, or fractions of all rounds"),
     "local.milestone_factor": (0.1, "by what it is multiplied there"),
     "local.weight_decay": (0.0, "added to the gradient"),
+    "local.balanced": (False, "the loss accounts for each client's class shares"),
     "local.clip_norm": (float, "bound on the gradient's norm; None: none"),
     "server.optimizer": ("sgd", "of optax, or fedavgm, fedadagrad, fedadam, fedyogi"),
     "server.learning_rate": (1.0, "of the server"),
@@ -92,6 +99,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.batch_size": (256, "samples"),
     "evaluation.clients_per_call": (64, "clients at a time"),
     "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
+    "evaluation.adapt": ("", 'of deployed clients to their inputs: "bn(prior=16)"'),
     "evaluation.thresholds": (
         (50, 60, 70, 80, 90, 95),
         "percent pACC whose cost is summed up",

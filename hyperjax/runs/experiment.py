@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hyperjax import compiling
+from hyperjax import compiling, hosts
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
@@ -83,6 +83,7 @@ def experiment(
     like: Experiment | None = None,
     widths: Mapping[str, int] | None = None,
     hyper: Hyper | None = None,
+    balanced: bool = False,
 ) -> Experiment:
     """Puts a run together.
 
@@ -107,6 +108,8 @@ def experiment(
         are as wide.
       widths: how wide tables of the federation are on the device at least, by name.
       hyper: see `schedule.simulator`.
+      balanced: whether the method is trained to predict under a uniform prior, see
+        `training.Local`; then label-shift EM starts from it.
 
     Raises:
       ValueError: an unknown choice, or parts that do not go together.
@@ -149,11 +152,13 @@ def experiment(
         devices,
         program=like and like.evaluator.program,
         hyper=hyper,
+        balanced=balanced,
     )
     plan = dict(
         backend=backend,
         device=jax.local_devices()[0].device_kind,
         devices=1 if mesh is None else mesh.size,
+        processes=hosts.count(),
         mapper=resolved,
         store=store,
         rounds_per_call=settings.rounds_per_call or settings.every,
@@ -242,11 +247,14 @@ def make_evaluator(
     devices: int = 0,
     program: Compiled | None = None,
     hyper: Hyper | None = None,
+    balanced: bool = False,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     most = max(federation.num_clients, federation.num_novel)
     clients_per_call = min(clients_per_call, most)
     whom, novel = populations(federation), np.zeros(0, np.int32)
+    prior = federation.source_prior
+    prior = np.full(len(prior), 1 / len(prior)) if balanced else prior
     if members is not None:
         # The global test set belongs to no family.
         whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
@@ -258,7 +266,7 @@ def make_evaluator(
         whom,
         members=members,
         novel=novel,
-        source_prior=federation.source_prior,
+        source_prior=prior,
         tuned=tuned_populations(federation),
         batch_size=batch_size,
         clients_per_call=clients_per_call,

@@ -72,18 +72,32 @@ def rounds(
     Raises:
       Diverged: a logged quantity or the state is not finite.
     """
+    while state.round < experiment.settings.rounds:
+        call = step(experiment, state, donate=donate)
+        state = call.state
+        yield call
+
+
+def step(experiment: Experiment, state: State, *, donate: bool = False) -> Call:
+    """Runs one call of `rounds`; there must be rounds left."""
     simulator, settings = experiment.simulator, experiment.settings
+    num = next_stop(settings, state.round) - state.round
     root = rng.root_key(settings.seed)
-    while state.round < settings.rounds:
-        num = next_stop(settings, state.round) - state.round
-        began, compiled = time.perf_counter(), simulator.program.seconds
-        carry, info = simulator.run(root, state.carry, state.round, num, donate=donate)
-        info = jax.device_get(info)
-        compiling = simulator.program.seconds - compiled
-        seconds = time.perf_counter() - began - compiling
-        _check_finite(carry, info, state.round)
-        state = State(state.round + num, carry)
-        yield Call(state, info, seconds)
+    began, compiled = time.perf_counter(), simulator.program.seconds
+    carry, info = simulator.run(root, state.carry, state.round, num, donate=donate)
+    info = jax.device_get(info)
+    compiling = simulator.program.seconds - compiled
+    return checked(state.round, carry, info, time.perf_counter() - began - compiling)
+
+
+def checked(start: int, carry: Carry, info: dict[str, Any], seconds: float) -> Call:
+    """Returns what a call did that began after round `start`.
+
+    Raises:
+      Diverged: as `rounds`.
+    """
+    _check_finite(carry, info, start)
+    return Call(State(start + len(info["samples"]), carry), info, seconds)
 
 
 def next_stop(settings: Settings, round: int) -> int:
@@ -106,5 +120,14 @@ def _check_finite(carry: Carry, info: dict[str, np.ndarray], round: int) -> None
         bad = [name for name, values in info.items() if not np.isfinite(values[i])]
         if bad:
             raise Diverged(round + i + 1, ", ".join(bad), round)
-    if not bool(tree.finite(carry)):
+    if not bool(tree.finite(_known(carry))):
         raise Diverged(round + len(info["samples"]), "the state", round)
+
+
+def _known(carry: Carry) -> Carry:
+    """A state without host rows of clients that were never seen, which are zeros."""
+    rows = dict(carry.rows)
+    for name, seen in carry.seen.items():
+        if isinstance(seen, np.ndarray):
+            rows[name] = jax.tree.map(lambda x, seen=seen: x[seen], rows[name])
+    return carry._replace(rows=rows)

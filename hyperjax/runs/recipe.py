@@ -44,7 +44,13 @@ class Recipe(NamedTuple):
             )
         if self.uplink:
             algorithm = through_channel(algorithm, self.uplink)
-        return experiment(self.data, algorithm, self.settings, **self.engine)
+        return experiment(
+            self.data,
+            algorithm,
+            self.settings,
+            balanced=self.local.balanced,
+            **self.engine,
+        )
 
     def networks(self, data: Federation) -> Model | dict[str, Model] | None:
         """Returns the networks that the method is around, by family if there are any.

@@ -37,24 +37,30 @@ def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     )
 
 
-def experiments(configs: Sequence[ml_collections.ConfigDict]) -> list[Experiment]:
+def experiments(
+    configs: Sequence[ml_collections.ConfigDict], one_device: bool = False
+) -> list[Experiment]:
     """Builds the experiments of configs with one key, with programs in common.
 
-    What is read of the data is read once, and is on the device once.
+    What is read of the data is read once, and is on the device once; of shifted images
+        every federation has its own. With `one_device` clients are all on one, whatever
+        `engine.devices` is.
 
-    Raises:
-      ValueError and others: as `build.build`; or the keys differ.
+        Raises:
+          ValueError and others: as `build.build`; or the keys differ.
     """
     configs = [common.filled(config) for config in configs]
     _check_alike(configs)
     for config in configs:
+        if one_device:
+            config.engine.devices = 1
         build.check(config)
         build.warn_of_the_end(config)
     source = build.load_source(configs[0].data)
     dealt: list[Federation] = []
     for config in configs:
         one = build.federate(source, config)
-        if dealt:
+        if dealt and one.shift is None:  # or else clients' pixels are their own
             shared = dict(x=dealt[0].pool.x, y=dealt[0].pool.y)
             one = one._replace(pool=one.pool._replace(**shared))
         dealt.append(one)

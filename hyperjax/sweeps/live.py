@@ -28,12 +28,12 @@ class Shown:
         """
         self.total, self.done = total, 0
         self._stream, self._clock = stream, clock
-        self._since = clock()
+        self._since, self._at_once = clock(), 1
         self._spent: collections.deque[float] = collections.deque(maxlen=8)
 
-    def begin(self) -> None:
-        """A point begins."""
-        self._since = self._clock()
+    def begin(self, at_once: int = 1) -> None:
+        """A point begins, or several side by side."""
+        self._since, self._at_once = self._clock(), at_once
 
     def point(self, name: str, rounds: int) -> Progress:
         """Returns the progress lines of a point, for `train`."""
@@ -45,7 +45,7 @@ class Shown:
         line = f"{self.count()} {name}: {outcome}"
         if ran:
             seconds = self._clock() - self._since
-            self._spent.append(seconds)
+            self._spent.append(seconds / self._at_once)
             line += f" ({duration(seconds)})"
         print(line, file=self._stream or sys.stdout, flush=True)
 

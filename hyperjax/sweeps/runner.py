@@ -5,7 +5,7 @@ import functools
 import gc
 import signal
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +15,7 @@ from hyperjax.data import sources
 from hyperjax.launch import build, train, workdir
 from hyperjax.protocols.common import flat
 from hyperjax.runs.experiment import Experiment
-from hyperjax.sweeps import group
+from hyperjax.sweeps import group, lockstep
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
 from hyperjax.sweeps.points import SEEDS, Point, shown
@@ -35,12 +35,13 @@ def check(points: Sequence[Point]) -> None:
         config = point.config
         scale = ("shrink", "resize")
         keys = ("image_key", "label_key", "client_key")
-        where = ("name", "data_dir", "split", "test_split", *scale, *keys)
+        where = ("name", "data_dir", "split", "test_split", "shift", *scale, *keys)
         data = str([config.data[k] for k in where])
         try:
             if data not in read:
                 read[data] = build.load_source(config.data)
-            shape, classes = read[data].x.shape[1:], read[data].num_classes
+            shape = build.sample_shape(read[data], config.data)
+            classes = read[data].num_classes
             build.make_algorithm(config, build.make_model(config, shape, classes))
         except Exception as error:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
@@ -99,6 +100,7 @@ def run(
     show: Shown,
     each: Callable[[], object] = lambda: None,
     run_one: Callable[..., dict[str, Any]] = train.train,
+    plan: str = "auto",
 ) -> dict[str, str]:
     """Trains points, or reads what they gave.
 
@@ -107,7 +109,8 @@ def run(
       points: to be run, in this order.
       show: what is shown.
       each: called after every point.
-      run_one: `launch.train.train`.
+      run_one: `launch.train.train`, of points that take turns.
+      plan: of points of one program, see `lockstep.plan`.
 
     Returns:
       {name: status}; "running" where another process is at work on it.
@@ -115,23 +118,53 @@ def run(
     Raises:
       train.Stopped, KeyboardInterrupt: it was asked to stop.
     """
-    found = {}
+    found: dict[str, str] = {}
     with _stops_at_once():
         for members in grouped(points):
-            built = _built(record, members, show)
+            how = lockstep.plan(plan, members)
+            built = _built(record, members, show, one_device=how != lockstep.SEQUENCE)
+            if how != lockstep.SEQUENCE and built:
+                together = [point for point in members if point.name in built]
+                found |= _together(record, together, built, show, how, each)
             for point in members:
-                once = functools.partial(
-                    run_one, experiment=built.pop(point.name, None), show=show.point
-                )
-                found[point.name] = _one(record, point, show, once)
-                each()
-            del built, once
+                if point.name not in found:
+                    once = functools.partial(
+                        run_one, experiment=built.pop(point.name, None), show=show.point
+                    )
+                    found[point.name] = _one(record, point, show, once)
+                    each()
+            del built
             _drop_programs()
     return found
 
 
+def _together(
+    record: Record,
+    points: Sequence[Point],
+    built: Mapping[str, Experiment],
+    show: Shown,
+    how: str,
+    each: Callable[[], object],
+) -> dict[str, str]:
+    """Trains points of one program side by side."""
+    found: dict[str, str] = {}
+
+    def ended(point: Point, result: dict[str, Any] | Exception) -> None:
+        found[point.name] = _ended(record, point, show, result)
+        each()
+
+    show.begin(len(points))
+    for point in points:
+        record.set_status(point.name, records.RUNNING)
+    name, rounds = f"{len(points)} points, {how}", points[0].config.rounds
+    with show.point(name, rounds) as progress:
+        folder = lambda point: str(record.folder / point.name)  # noqa: E731
+        lockstep.run(points, built, folder, how, progress, ended)
+    return found
+
+
 def _built(
-    record: Record, members: Sequence[Point], show: Shown
+    record: Record, members: Sequence[Point], show: Shown, one_device: bool
 ) -> dict[str, Experiment]:
     """Builds runs of one program together; {} if each is to be built by itself."""
     left = [
@@ -146,7 +179,7 @@ def _built(
     with show.point(left[0].name, configs[0].rounds) as progress:
         progress.stage(f"building {len(left)} runs of one program")
         try:
-            found = group.experiments(configs)
+            found = group.experiments(configs, one_device)
         except Exception:  # each then says what is wrong with it
             logging.debug("building a group", exc_info=True)
             return {}
@@ -163,21 +196,35 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     show.begin()
     ran = not (folder / workdir.SUMMARY).exists()
     record.set_status(point.name, records.RUNNING)
-    status, message = records.FINISHED, ""
+    result: dict[str, Any] | Exception
     try:
-        summary = run_one(point.config, str(folder), point.name)
+        result = run_one(point.config, str(folder), point.name)
     except train.Stopped:
         raise
-    except workdir.InUse:
+    except Exception as error:
+        result = error
+    return _ended(record, point, show, result, ran)
+
+
+def _ended(
+    record: Record,
+    point: Point,
+    show: Shown,
+    result: dict[str, Any] | Exception,
+    ran: bool = True,
+) -> str:
+    """Says how a point has ended, by its summary or what it raised; returns that."""
+    if isinstance(result, workdir.InUse):
         show.ended(point.name, "another process is at work on it", ran=False)
         return records.RUNNING
-    except FloatingPointError as error:
-        status, message = records.DIVERGED, str(error)
-    except Exception as error:
-        logging.debug("%s", point.name, exc_info=True)
-        status, message = records.FAILED, f"{type(error).__name__}: {error}"
+    status, message = records.FINISHED, ""
+    if isinstance(result, FloatingPointError):
+        status, message = records.DIVERGED, str(result)
+    elif isinstance(result, Exception):
+        logging.debug("%s", point.name, exc_info=result)
+        status, message = records.FAILED, f"{type(result).__name__}: {result}"
     record.set_status(point.name, status, message)
-    said = _said(status, message) if message else _accuracies(summary)
+    said = _said(status, message) if message else _accuracies(result)
     show.ended(point.name, said, ran)
     return status
 
@@ -187,7 +234,7 @@ def _said(status: str, message: str) -> str:
     return f"{status}: {message.splitlines()[0].partition('. ')[0]}"
 
 
-def _accuracies(summary: dict[str, Any]) -> str:
+def _accuracies(summary: Any) -> str:
     return train.outcome(summary).splitlines()[0]
 
 

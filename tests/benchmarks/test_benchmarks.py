@@ -1,13 +1,11 @@
 """The benchmarks run in tiny form and write what they measured; no times are judged."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 
 import pytest
+from launched import launch
 
 from benchmarks import generation, memory
 
@@ -15,14 +13,10 @@ from benchmarks import generation, memory
 def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     """Runs a benchmark in a process of its own and returns its records."""
     path = tmp_path / "records.json"
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", f"--json={path}", *arguments],
-        cwd=repository,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    argv = (f"--json={path}", *arguments)
+    said = tmp_path / "said"
+    done = launch(said, f"benchmarks.{module}", argv, repository).result()
+    assert done.code == 0, done.err
     return json.loads(path.read_text())
 
 
@@ -54,7 +48,7 @@ def test_round_time_reports_every_plan(repository, tmp_path):
 
 
 def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
-    small = ("--method=fedavg", "--seeds=2", "--rounds=1")
+    small = ("--method=fedavg", "--seeds=2", "--rounds=1", "--plans=sequence")
     alone, together = _run(repository, tmp_path, "seeds", *small)
     assert (alone["runs"], together["runs"]) == (1, 2)
     assert together["state_sha256"][0] == alone["state_sha256"][0]
@@ -127,3 +121,12 @@ def test_generation_refuses(argument, message, monkeypatch):
     monkeypatch.setattr(generation.flags, "FLAGS", types.SimpleNamespace(**given))
     with pytest.raises(ValueError, match=re.escape(message)):
         generation.main()
+
+
+def test_scaling_counts_what_a_population_costs(repository, tmp_path):
+    sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
+    few, many = _run(repository, tmp_path, "scaling", *sizes)
+    assert (few["clients"], many["clients"]) == (20, 5000)
+    assert few["milliseconds"] > 0 and few["peak_mb"] > 0
+    assert many["tables_mb"] == 250 * few["tables_mb"]
+    assert many["state_mb"] == pytest.approx(250 * few["state_mb"])

@@ -11,6 +11,7 @@ Y = np.repeat(np.arange(5), 40)
 OPTIONS = {
     "iid": {},
     "dirichlet": dict(alpha=0.5),
+    "mixtures": dict(alpha=0.5),
     "pathological": dict(classes_per_client=2),
     "class_shares": dict(classes_per_client=2),
     "class_draws": dict(classes_per_client=2),
@@ -31,6 +32,25 @@ def check(parts, num_samples, num_clients):
     assert (np.diff(indices) > 0).all()
     assert indices[0] >= 0 and indices[-1] < num_samples
     return indices
+
+
+@pytest.mark.parametrize("name", ["iid", "mixtures"])
+def test_clients_may_have_so_many_samples_each(name):
+    options = {**OPTIONS[name], "samples_per_client": 15}
+    parts = partition.partition(name, rng(), Y, 10, **options)
+    assert len(check(parts, 200, 10)) == 150
+    assert {len(part) for part in parts} == {15}
+    with pytest.raises(ValueError, match=r"samples_per_client=21 for .*takes 210"):
+        partition.partition(name, rng(), Y, 10, **{**options, "samples_per_client": 21})
+
+
+def test_mixtures_are_drawn_from_the_dirichlet_distribution():
+    y = np.repeat(np.arange(5), 20_000)
+    parts = partition.mixtures(rng(), y, 200, alpha=0.3, samples_per_client=100)
+    shares = partition.class_counts(y, parts, 5) / 100
+    # Variance of a share, and of 100 draws by it: 0.16 / 2.5 + (0.16 - 0.064) / 100.
+    np.testing.assert_allclose(shares.var(0), 0.065, rtol=0.3)
+    np.testing.assert_allclose(shares.mean(0), 0.2, atol=0.06)
 
 
 def test_every_partitioner_is_tested():

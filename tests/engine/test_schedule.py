@@ -12,7 +12,7 @@ from federated import NUM_CLIENTS, make_local, method, tiny, weights
 from hyperjax import tree
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data.clients import Table
-from hyperjax.engine import comm, families, schedule, sharding
+from hyperjax.engine import comm, families, schedule, sharding, stores
 
 ROOT = jax.random.key(3)
 # "fedrep" keeps a part on its clients; see the laws for all others.
@@ -248,3 +248,41 @@ def test_a_view_of_a_family_is_one_and_is_described_once():
     assert len(traced) == count
     with pytest.raises(ValueError, match=r"families \['a', 'b'\].*families.view"):
         comm.describe(alg)
+
+
+@pytest.mark.parametrize("num", [schedule.SORTED + 1, 5000, 2**16, 10**6])
+def test_cohorts_of_many_clients_are_of_different_ones(num):
+    draw = jax.jit(lambda key: schedule.sample("uniform", key, num, 300))
+    ids = np.asarray(draw(ROOT))
+    assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < num
+    assert (np.diff(ids) > 0).all()
+    other = np.asarray(draw(jax.random.key(4)))
+    assert len(np.intersect1d(ids, other)) < 60  # some 18 of 300 at the smallest
+
+
+def test_the_order_of_many_clients_is_one_of_all_and_even():
+    num = 1000
+    whole = jax.jit(lambda key: schedule._places(key, num, num))
+    assert np.sort(whole(ROOT)).tolist() == list(range(num))
+    few = jax.jit(jax.vmap(lambda key: schedule._places(key, num, 100)))
+    drawn = np.asarray(few(jax.random.split(ROOT, 2000)))
+    counts = np.bincount(drawn.ravel(), minlength=num)
+    # Each of 1,000 is in 2,000 cohorts of 100 as often as a coin of 1/10 says: the
+    # chi-square has 999 degrees of freedom.
+    chi_square = ((counts - 200) ** 2 / (200 * 0.9)).sum()
+    assert 800 < chi_square < 1200
+    pairs = (drawn == 0).any(1) & (drawn == 1).any(1)
+    assert 5 < pairs.sum() < 40  # 19.8 expected
+
+
+def test_a_large_host_store_takes_memory_as_it_is_written():
+    spec = {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)}
+    rows, seen = stores.host_zeros(spec, 2000)
+    assert rows["x"].shape == (2000, 1000) and rows["x"].dtype == np.float32
+    assert not rows["x"].any()
+    ids = np.array([5, 1999, 2000])
+    new, alive = {"x": np.ones((3, 1000), np.float32)}, np.array([True, True, False])
+    stores.host_scatter(rows, seen, ids, new, alive)
+    assert seen.nonzero()[0].tolist() == [5, 1999]
+    assert rows["x"].sum(1).nonzero()[0].tolist() == [5, 1999]
+    assert stores.host_gather(rows, seen, ids[:2])[0]["x"].min() == 1

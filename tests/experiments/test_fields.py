@@ -242,8 +242,9 @@ def test_given_fields_that_nothing_looks_at_are_refused():
 
 def test_partitions_take_the_fields_named_after_their_options():
     assert fields.PARTITIONS == {
-        "iid": (),
+        "iid": ("samples_per_client",),
         "dirichlet": ("alpha", "min_size", "capped"),
+        "mixtures": ("alpha", "samples_per_client"),
         "pathological": ("classes_per_client",),
         "class_shares": ("classes_per_client",),
         "class_draws": ("classes_per_client",),

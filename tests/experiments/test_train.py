@@ -1,29 +1,24 @@
-"""The launcher: kills, stops, damage and other folders never cost or falsify a run.
-
-Processes are forked from a server that has imported what a launcher needs, so each
-costs its own work only; they run `experiments/train.py` as `__main__` with flags.
-"""
+"""The launcher: kills, stops, damage and other folders never cost or falsify a run."""
 
 import contextlib
 import errno
 import functools
 import json
 import logging
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
+import launched
 import numpy as np
 import pytest
+from launched import Process, Result
 
 from hyperjax.engine import checkpoint, log
 from hyperjax.engine.progress import Silent
@@ -35,14 +30,6 @@ from hyperjax.protocols import zero_shot
 pytestmark = pytest.mark.xdist_group("launcher")
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = (
-    "hyperjax.launch.build",
-    "hyperjax.launch.report",
-    "hyperjax.runs.results",
-    "hyperjax.launch.workdir",
-    "orbax.checkpoint",
-    "tensorboardX",
-)
 DIGITS = (
     "--config=configs/zero_shot.py:data=digits",
     "--config.rounds=6",
@@ -53,53 +40,14 @@ DIGITS = (
 # Processes ---------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """What a process left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Process(NamedTuple):
-    """A launcher that is running."""
-
-    process: multiprocessing.Process
-    folder: Path
-
-    def result(self) -> Result:
-        self.process.join(timeout=300)
-        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
-        assert self.process.exitcode is not None, f"it hangs: {err}"
-        return Result(self.process.exitcode, out, err)
-
-
 def launch(folder: Path, *argv: str, signal_at: tuple | None = None) -> Process:
     """Starts `python -m experiments.train`; its output goes to files in `folder`.
 
     `signal_at` = (signal, round): it sends itself the signal right after the results of
     that round are written, which is before the checkpoint of that round.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    folder.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_main, args=(folder, argv, signal_at))
-    process.start()
-    return Process(process, folder)
-
-
-def _main(folder: Path, argv: tuple[str, ...], signal_at: tuple | None) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-    os.chdir(ROOT)
-    # The suite is compile-bound; see conftest.py.
-    jax.config.update("jax_disable_most_optimizations", True)
-    if signal_at is not None:
-        _signal_self(*signal_at)
-    path = str(ROOT / "experiments" / "train.py")
-    sys.argv = [path, *argv]
-    runpy.run_path(path, run_name="__main__")
+    first = () if signal_at is None else (_signal_self, *signal_at)
+    return launched.launch(folder, "experiments.train", argv, ROOT, *first)
 
 
 def _signal_self(number: int, round: int) -> None:
@@ -194,7 +142,7 @@ def test_broken_and_whole_run_have_the_same_bits(story):
     assert whole["state_sha256"] == broken["state_sha256"]
     for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
-    timed = {"seconds", "samples_per_second", "compile_seconds"}
+    timed = {"seconds", "samples_per_second", "compile_seconds", "flops"}
     assert without(whole, timed) == without(broken, timed)
     tables = [np.load(path / "partition.npz") for path in (story.whole, story.broken)]
     assert tables[0].files == tables[1].files
@@ -1003,3 +951,13 @@ def test_in_one_place_nothing_is_sent(tmp_path):
     costs = [v for k, v in summary.items() if re.search("(up|down)_(bytes|numbers)", k)]
     assert len(costs) == 6 and not any(costs)
     assert [r["cost"] for r in summary["reach"]] == [0]
+
+
+def test_a_call_of_rounds_is_traced_if_asked_for(tmp_path):
+    config = small(rounds=4)
+    traced = train.train(config, tmp_path / "traced", profile=True)
+    plain = train.train(config, tmp_path / "plain")
+    assert traced["state_sha256"] == plain["state_sha256"]
+    assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "traced" / "profile").rglob("perfetto_trace.json.gz"))
+    assert not (tmp_path / "plain" / "profile").exists()

@@ -309,6 +309,17 @@ def test_cross_entropy_by_hand():
     assert float(cross_entropy(logits, batch)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_balanced_cross_entropy_by_hand():
+    logits, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([0])
+    batch = Batch(None, y, jnp.ones(1), jnp.array([0.5, 0.25, 0.25]))
+    scores = np.exp([1.0, 2.0, 0.5]) * (np.array([0.5, 0.25, 0.25]) + 1e-4)
+    expected = -np.log(scores[0] / scores.sum())
+    assert float(cross_entropy(logits, batch)) == pytest.approx(expected, rel=1e-6)
+    uniform = batch._replace(prior=jnp.full(3, 1 / 3))
+    plain = cross_entropy(logits, batch._replace(prior=()))
+    assert float(cross_entropy(logits, uniform)) == pytest.approx(float(plain))
+
+
 def test_cross_entropy_ignores_padding():
     (logits,) = numbers((3, 4))
     y = jnp.array([1, 0, 3])

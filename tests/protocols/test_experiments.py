@@ -361,6 +361,7 @@ VALUES = {
     "clients": "7",
     "iid": "True",
     "smoke": "True",
+    "shift": "hybrid",
     "tuned": "True",
     "averaged": "True",
 }
@@ -476,3 +477,72 @@ def test_other_data_sets_are_run_like_the_nearest(data, like):
 def test_partitions_of_the_experiments_are_known():
     for experiment in EXPERIMENTS:
         assert get_config(experiment).data.partition in partition.PARTITIONERS
+
+
+# Shifts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arg", "fields"),
+    [
+        ("shift=rotation", {"data.shift": "rotation", "data.partition": "iid"}),
+        ("shift=none", {"data.shift": "none", "data.partition": "iid"}),
+        (
+            "shift=hybrid",
+            {
+                "data.shift": "rotation",
+                "data.partition": "dirichlet",
+                "data.alpha": 0.3,
+            },
+        ),
+        ("shift=labels,alpha=0.7", {"data.shift": "none", "data.alpha": 0.7}),
+        ("iid,shift=hybrid", {"data.shift": "rotation", "data.partition": "iid"}),
+        ("shift=outside", {"data.shift_novel": "outside"}),
+    ],
+)
+def test_a_shift_is_of_images_and_labels(arg, fields):
+    config = get_config("zero_shot", f"fedavg,data=digits,{arg}")
+    found = common.flat(config)
+    assert {k: found[k] for k in fields} == fields
+    build.check(config)
+
+
+@pytest.mark.parametrize("data", ["mnist14", "fashion14"])
+def test_small_images_are_shifted_before_they_are_small(data):
+    config = get_config("zero_shot", f"fedavg,data={data},shift=hybrid")
+    assert config.data.name == {"mnist14": "mnist"}.get(data, "fashion_mnist")
+    assert config.data.partition == "mixtures"
+    build.check(config)
+    # On the digits of 8x8 pixels, who are then seen at 4x4.
+    config.data.update(name="digits", samples_per_client=20)
+    source = build.load_source(config.data)
+    assert source.x.shape[1:] == SHAPE
+    assert build.sample_shape(source, config.data) == (4, 4, 1)
+    found = build.federate(source, config)
+    assert found.pool.x.shape[1:] == (4, 4, 1)
+    assert set(found.train.size) == {16} and set(found.novel.size) == {20}
+
+
+def test_an_unknown_shift_is_refused_before_any_work():
+    with pytest.raises(ValueError, match=r"shift='rotatoin'.*mean 'rotation'"):
+        get_config("zero_shot", "fedavg,shift=rotatoin")
+    config = get_config("zero_shot", "fedavg,data=digits")
+    config.data.shift = "inversion"
+    config.data.shift_novel = "outside"
+    with pytest.raises(ValueError, match="shift_novel='outside' has no meaning"):
+        build.check(config)
+
+
+def test_em_of_a_balanced_method_starts_from_the_uniform_prior(monkeypatch):
+    given = []
+
+    def evaluator(*args, source_prior, **options):
+        given.append(source_prior)
+
+    monkeypatch.setattr("hyperjax.engine.evaluate.evaluator", evaluator)
+    config = get_config("zero_shot", "fedavg,data=digits,alpha=0.3")
+    source = build.load_source(config.data)
+    for balanced in (False, True):
+        config.local.balanced = balanced
+        build.assemble(config, build.federate(source, config))
+    assert given[0].std() > 0.01 and set(given[1]) == {0.1}

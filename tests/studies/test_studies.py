@@ -14,7 +14,7 @@ from hyperjax.launch import build
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 
-PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn")
+PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn", "shift")
 SWEEPS = [
     (paper, name)
     for paper in PAPERS
@@ -92,7 +92,7 @@ def test_both_scales(paper):
     for config in (small, full):
         build.check(config)
         assert not config.tensorboard
-    assert small.data.name in ("digits", "mnist5k")
+    assert small.data.name in ("digits", "mnist5k") or small.data.shrink == 2
     assert small.rounds <= full.rounds or paper == "pfedhn"
     for sets in {"hyperfednet": hyperfednet.SETS}.get(paper, ()):
         build.check(get_config(f"scale=paper,data={sets}"))

@@ -42,9 +42,9 @@ class Trainer:
 def trainer(monkeypatch):
     found = Trainer()
     monkeypatch.setattr(runner, "check", lambda points: None)
-    monkeypatch.setattr(runner.group, "experiments", lambda configs: configs)
+    monkeypatch.setattr(runner.group, "experiments", lambda configs, _: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found))
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found, "auto"))
     return found
 
 
@@ -116,7 +116,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
             raise workdir.InUse("in use")
         return trainer(config, path, *args, **kwargs)
 
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy))
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy, "auto"))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
     assert statuses(tmp_path) == {
         "seed=0": "finished",
@@ -145,7 +145,7 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
     assert sweep.main(asked(folder, list_only=True)) == 0
     out = capsys.readouterr().out
     assert "6 points" in out and "learning_rate=0.05,seed=1" in out
-    assert "one program for 6:" in out
+    assert "one program for 6, one after another:" in out
     assert not folder.exists() and not trainer.ran
 
 

@@ -1,0 +1,1 @@
+"""One fixed piece of work in every simulator that is installed."""

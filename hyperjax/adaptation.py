@@ -1,0 +1,411 @@
+"""Test-time adaptation: what a deployed client makes of its unlabelled inputs.
+
+`with_adaptation(alg, "bn(prior=16)")` returns a method whose clients adapt what they
+are deployed with; nothing is sent, and training does not change. All of a client's
+inputs are looked at before the first is predicted, where the papers go batch by batch.
+
+Each refuses, by name, networks that it can do nothing for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hyperjax import calls, tree
+from hyperjax.algorithms.fedbn import normalisation
+from hyperjax.data import clients
+from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.models import memory
+from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.priors import outputs_of
+from hyperjax.types import (
+    Algorithm,
+    Array,
+    Batch,
+    ClientData,
+    ClientSide,
+    Key,
+    Model,
+    Outputs,
+    PyTree,
+)
+
+SUPPORTS = "supports"  # in memory: T3A's classifier, [K, L]
+_HEAD = r"params/(.*/)?head/.*"
+
+
+def with_adaptation(alg: Algorithm, text: str) -> Algorithm:
+    """Returns a method whose deployed clients adapt to their inputs.
+
+    Args:
+      alg: with or without families.
+      text: a key of `ADAPTATIONS` with options, such as "bn(prior=16)".
+
+    Raises:
+      ValueError: an unknown name or option, or a network that it cannot adapt.
+    """
+    make = factory(text)
+    sides = {family: make(side) for family, side in alg.by_family(alg.client).items()}
+    return alg._replace(client=alg.as_given(sides))
+
+
+def factory(text: str) -> Callable[[ClientSide], ClientSide]:
+    """Returns what changes a client, of a text; see `with_adaptation`."""
+    name, options = calls.parse("evaluation.adapt", text)
+    check_choice("evaluation.adapt", name, ADAPTATIONS)
+    return calls.call("evaluation.adapt", ADAPTATIONS[name], **options)
+
+
+def bn(*, prior: float = 0.0) -> Callable[[ClientSide], ClientSide]:
+    """Normalises by the inputs' own moments.
+
+    Schneider et al. 2020 (arXiv:2006.16971), equation 3: moments are means of those of
+    training and of the n inputs, weighted N to n. Layer by layer, each after those
+    below it. Inputs of few classes have the moments of these classes.
+
+    Args:
+      prior: N, how many samples those of training count for; very large: FedAvg.
+
+    Raises:
+      ValueError: the prior is negative, or the network has no running statistics.
+    """
+    check_number(at_least=0, prior=prior)
+
+    def change(side: ClientSide) -> ClientSide:
+        _check_statistics(side.model, "bn")
+
+        def adapt(key, variables, inputs):
+            return _with_statistics(side.model, key, variables, inputs, prior)
+
+        return _adapting(side, adapt)
+
+    return change
+
+
+def tent(
+    *, learning_rate: float = 1e-3, batch_size: int = 200, epochs: int = 1
+) -> Callable[[ClientSide], ClientSide]:
+    """Descends along the entropy of predictions by scales and biases of batch-norm.
+
+    Tent, Wang et al. 2021 (arXiv:2006.10726): statistics are the inputs' own, the
+    optimizer is Adam. With few inputs, or inputs of one class, it collapses.
+
+    Args:
+      learning_rate: of Adam.
+      batch_size: inputs in a step.
+      epochs: passes over the inputs.
+
+    Raises:
+      ValueError: a number is out of range, or the network has no batch-norm.
+    """
+    check_number(above=0, learning_rate=learning_rate)
+    check_at_least(1, batch_size=batch_size, epochs=epochs)
+
+    def change(side: ClientSide) -> ClientSide:
+        template = _check_statistics(side.model, "tent")
+        trained = normalisation(template)
+        if not trained:
+            raise ValueError("adapt='tent' needs batch-norm with scale and bias")
+
+        def adapt(key, variables, inputs):
+            context = side.model.visit.context(variables, inputs)
+
+            def objective(key, variables, batch):
+                logits = side.model.loss(key, variables, batch, context)[1].logits
+                return masked_mean(_entropy(logits), batch.mask)
+
+            moved = _descend(
+                optax.adam(learning_rate),
+                objective,
+                tree.splitter({"params": template["params"]}, trained),
+                (key, variables, inputs),
+                (batch_size, epochs),
+            )
+            return _with_statistics(side.model, key, moved, inputs, 0.0)
+
+        return _adapting(side, adapt)
+
+    return change
+
+
+def shot(
+    *,
+    learning_rate: float = 1e-2,
+    batch_size: int = 64,
+    epochs: int = 15,
+    beta: float = 0.3,
+) -> Callable[[ClientSide], ClientSide]:
+    """Trains all but the head for certain, diverse predictions.
+
+    SHOT, Liang et al. 2020 (arXiv:2002.08546), equations 3 to 6: mean entropy minus the
+    entropy of the mean, and beta times the cross-entropy with the class of the nearest
+    of the features' class centroids, which are found once, as is then refined once. The
+    diversity assumes that all classes are equally frequent.
+
+    Deviations: no bottleneck with batch-norm, no weight normalisation; pseudo-labels
+    are found once; one rate for all layers.
+
+    Args:
+      learning_rate: of SGD with momentum 0.9.
+      batch_size: inputs in a step.
+      epochs: passes over the inputs.
+      beta: weight of pseudo-labels.
+
+    Raises:
+      ValueError: a number is out of range, or the network has no head.
+    """
+    check_number(above=0, learning_rate=learning_rate)
+    check_number(at_least=0, beta=beta)
+    check_at_least(1, batch_size=batch_size, epochs=epochs)
+
+    def change(side: ClientSide) -> ClientSide:
+        model = side.model
+        template = _check_head(model, "shot")
+        # The head stays, and all else moves.
+        rest = tree.splitter({"params": template["params"]}, r".*", without=_HEAD)
+
+        def adapt(key, variables, inputs):
+            mask, seen = outputs_of(model, variables, inputs)
+            pseudo = _pseudo_labels(seen, mask)
+            # By row of the pool, as batches know samples.
+            labels = jnp.zeros(inputs.pool.y.shape, jnp.int32)
+            labels = labels.at[jnp.where(mask > 0, inputs.rows, len(labels))].set(
+                pseudo, mode="drop"
+            )
+            known = inputs._replace(pool=inputs.pool._replace(y=labels))
+
+            def objective(key, variables, batch):
+                logits = model.predict(variables, batch.x)
+                probs = jax.nn.softmax(logits)
+                mean = _masked_rows(probs, batch.mask)
+                diversity = -jnp.sum(mean * jnp.log(mean + 1e-12))
+                nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+                uncertain = masked_mean(_entropy(logits) + beta * nll, batch.mask)
+                return uncertain - diversity
+
+            return _descend(
+                optax.sgd(learning_rate, momentum=0.9),
+                objective,
+                rest,
+                (key, variables, known),
+                (batch_size, epochs),
+            )
+
+        return _adapting(side, adapt)
+
+    return change
+
+
+def t3a(*, keep: int = 20) -> Callable[[ClientSide], ClientSide]:
+    """Classifies by the mean direction of the features that were surest of a class.
+
+    T3A, Iwasawa, Matsuo 2021 (NeurIPS): supports of a class are its row of the
+    classifier, and inputs that were predicted as it, of which those of least entropy
+    are kept. Outputs are features times the normalised sum of normalised supports, so
+    the head's bias is gone.
+
+    Args:
+      keep: supports of a class; 0: all.
+
+    Raises:
+      ValueError: the number is out of range, or the network has no head.
+    """
+    check_at_least(0, keep=keep)
+
+    def change(side: ClientSide) -> ClientSide:
+        model = side.model
+        _check_head(model, "t3a")
+
+        def adapt(key, variables, inputs):
+            mask, seen = outputs_of(model, variables, inputs)
+            head = model.serve.export(variables)["params"]["head"]
+            rows = head["kernel"].T
+            logits = rows @ head["kernel"] + head.get("bias", 0.0)
+            features: Any = seen.features
+            found = Outputs(
+                jnp.concatenate([logits, seen.logits]),
+                jnp.concatenate([rows, features]),
+            )
+            mask = jnp.concatenate([jnp.ones(len(rows)), mask])
+            return memory.put(variables, SUPPORTS, _supports(found, mask, keep))
+
+        def apply(variables, x):
+            supports = memory.get(variables, SUPPORTS)
+            outputs = model.apply(memory.without(variables, SUPPORTS), x)
+            if isinstance(supports, tuple):
+                return outputs
+            return outputs._replace(logits=outputs.features @ supports.T)
+
+        changed = _adapting(side, adapt)
+        return changed._replace(model=model._replace(apply=apply))
+
+    return change
+
+
+# Text in a config -> factory of what changes a client.
+ADAPTATIONS: dict[str, Callable[..., Callable[[ClientSide], ClientSide]]] = {
+    "bn": bn,
+    "tent": tent,
+    "shot": shot,
+    "t3a": t3a,
+}
+
+
+# Pieces ------------------------------------------------------------------------------
+
+
+def _adapting(side: ClientSide, change: Callable) -> ClientSide:
+    """A client whose deployed variables `change(key, variables, inputs)` adapts.
+
+    What was adapted is the client's state, so that a neighbour's may be borrowed.
+    """
+
+    def adapt(key, down, client, data):
+        adapted = side.adapt(key, down, client, data)
+        return change(key, side.deploy(down, adapted), data.inputs)
+
+    return side._replace(adapt=adapt, deploy=lambda down, variables: variables)
+
+
+def _template(model: Model) -> PyTree:
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _check_statistics(model: Model, name: str) -> PyTree:
+    """Returns abstract variables; refuses a network without running statistics."""
+    template = _template(model)
+    if not jax.tree.leaves(template["stats"]):
+        raise ValueError(
+            f"adapt={name!r} adapts batch-norm, and this network has no running "
+            "statistics; accepted: a network with batch-norm, such as mlp_bn, or "
+            "another adaptation: t3a, shot"
+        )
+    return template
+
+
+def _check_head(model: Model, name: str) -> PyTree:
+    """Returns abstract variables; refuses a network without a linear head."""
+    template = _template(model)
+    try:
+        sizes(model)
+        head = jax.eval_shape(model.serve.export, template)["params"]["head"]
+        head["kernel"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"adapt={name!r} needs a network whose last layer is linear and is named "
+            "'head'"
+        ) from error
+    return template
+
+
+def _with_statistics(
+    model: Model, key: Key, variables: PyTree, inputs: ClientData, prior: float
+) -> PyTree:
+    """Variables whose running statistics are those of all inputs at once."""
+    context = model.visit.context(variables, inputs)
+    order = jnp.arange(inputs.rows.shape[0])
+    batch = clients.take(inputs, order, 0, inputs.rows.shape[0])
+
+    def after(stats):
+        return model.loss(key, {**variables, "stats": stats}, batch, context)[1].stats
+
+    # A training step leaves m s + (1 - m) b of statistics s and the batch's b. What
+    # normalises in it is b, whatever s is: two steps tell m and b apart.
+    from_zero = after(jax.tree.map(jnp.zeros_like, variables["stats"]))
+    from_one = after(jax.tree.map(jnp.ones_like, variables["stats"]))
+    size = inputs.size.astype(jnp.float32)
+
+    def one(own, zero, first):
+        kept = first - zero
+        batch_own = zero / jnp.maximum(1 - kept, 1e-12)
+        mixed = (prior * own + size * batch_own) / jnp.maximum(prior + size, 1e-12)
+        moves = (kept < 1) & (size > 0)
+        return jnp.where(moves, mixed, own).astype(own.dtype)
+
+    stats = jax.tree.map(one, variables["stats"], from_zero, from_one)
+    return {**variables, "stats": stats}
+
+
+def _descend(
+    optimizer: optax.GradientTransformation,
+    objective: Callable[[Key, PyTree, Batch], Array],
+    split: tree.Splitter,
+    of: tuple[Key, PyTree, ClientData],
+    length: tuple[int, int],
+) -> PyTree:
+    """Minimises an objective over a client's inputs; returns its variables.
+
+    `split` divides {"params": ...} into what moves and the rest; `length` is the size
+    of a batch and the number of passes.
+    """
+    key, variables, inputs = of
+    batch_size, epochs = length
+    moving, still = split.split({"params": variables["params"]})
+
+    def whole(moving):
+        return {**variables, **split.merge(moving, still)}
+
+    def step(key, carry, batch):
+        moving, state = carry
+        grads = jax.grad(lambda m: objective(key, whole(m), batch))(moving)
+        updates, state = optimizer.update(grads, state, moving)
+        return optax.apply_updates(moving, updates), state
+
+    def one_pass(epoch, carry):
+        key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
+        order = clients.shuffled(key_order, inputs)
+
+        def one(i, carry):
+            batch = clients.take(inputs, order, i, batch_size)
+            return step(jax.random.fold_in(key_steps, i), carry, batch)
+
+        num = clients.num_batches(inputs.size, batch_size)
+        return jax.lax.fori_loop(0, num, one, carry)
+
+    start = moving, optimizer.init(moving)
+    return whole(jax.lax.fori_loop(0, epochs, one_pass, start)[0])
+
+
+def _entropy(logits: Array) -> Array:
+    """Of predictions, in nats, [B]."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, -1)
+
+
+def _masked_rows(values: Array, mask: Array) -> Array:
+    """Mean of real rows, [B, K] -> [K]."""
+    total = jnp.sum(jnp.where(mask[:, None] > 0, values, 0.0), 0)
+    return total / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def _normalised(rows: Any) -> Array:
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def _pseudo_labels(seen: Outputs, mask: Array) -> Array:
+    """Classes [n] of the nearest centroid by cosine, refined once."""
+    z = _normalised(seen.features)
+    share = jax.nn.softmax(seen.logits) * mask[:, None]
+    for _ in range(2):
+        centroids = _normalised(share.T @ z / (share.sum(0)[:, None] + 1e-8))
+        # A class of no sample has no centroid that anything is near.
+        near = jnp.where(share.sum(0) > 0, z @ centroids.T, -2.0)
+        labels = jnp.argmax(near, -1)
+        share = jax.nn.one_hot(labels, share.shape[1]) * mask[:, None]
+    return labels
+
+
+def _supports(seen: Outputs, mask: Array, keep: int) -> Array:
+    """Directions of classes, [K, L], of the surest real rows predicted as each."""
+    num_classes = seen.logits.shape[1]
+    predicted = jnp.argmax(seen.logits, -1)
+    one_hot = jax.nn.one_hot(predicted, num_classes) * mask[:, None]
+    if keep:
+        order = jnp.argsort(jnp.where(mask > 0, _entropy(seen.logits), jnp.inf))
+        rank = jnp.cumsum(one_hot[order], 0)  # 1 for the surest of its class
+        kept = jnp.zeros_like(one_hot).at[order].set(rank <= keep)
+        one_hot = one_hot * kept
+    return _normalised(one_hot.T @ _normalised(seen.features))

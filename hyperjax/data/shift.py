@@ -1,0 +1,299 @@
+"""Feature shift: what lies between a client's images and how everybody sees them.
+
+A client is described by a row of numbers (`PARAMETERS`): the angle that its images are
+turned by, their contrast and so on. The row is drawn from the seed of the data, and
+every sample is its client's alone, so pixels are shifted once, by one compiled program,
+as the federation is dealt out, and are stored once. Nothing behind it knows of shifts.
+
+    x -> blocks permuted -> turned -> blurred -> 0.5 + contrast (x - 0.5)
+      -> times tint of the channel -> plus noise,     for x in [0, 1], and clipped to it
+
+Whoever never trained has a shift of the same law ("inside"), one in the outer tenth of
+the range ("edge"), or one beyond it by half its width at most ("outside"): then no
+participant has anything like it.
+
+References: rotations and block permutations, Goodfellow et al. 2013 (arXiv:1312.6211);
+blur, noise and contrast, Hendrycks, Dietterich 2019 (arXiv:1903.12261).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hyperjax.errors import check_choice, check_number
+from hyperjax.types import Array, Key
+
+# Parameter of a client -> its value where nothing is done.
+PARAMETERS: dict[str, float] = {
+    "angle": 0.0,  # degrees, against the clock
+    "contrast": 1.0,  # -1 inverts
+    "blur": 0.0,  # pixels, deviation of a Gaussian
+    "noise": 0.0,  # deviation, of pixels in [0, 1]
+    "blocks": 0.0,  # which permutation of `GRID` x `GRID` blocks; 0: none
+    "tint_0": 1.0,  # factor on a channel
+    "tint_1": 1.0,
+    "tint_2": 1.0,
+}
+IDENTITY = np.array(list(PARAMETERS.values()), np.float32)
+GRID = 4
+NOVEL = ("inside", "edge", "outside")
+_EDGE, _BEYOND = 0.1, 0.5  # shares of a range
+_AT_ONCE = 2048  # images shifted at a time
+_STREAM = 0x5417F7  # apart from the draws of the partition, which thus stays as it is
+
+
+class Range(NamedTuple):
+    """A uniform law on [low, high]; of both signs, or of whole numbers."""
+
+    low: float
+    high: float
+    mirrored: bool = False  # times -1 or 1
+    whole: bool = False  # high is excluded
+
+    def moved(self, where: str) -> "Range":
+        """The range of clients at its edge or outside of it."""
+        width = self.high - self.low
+        if where == "edge":
+            return self._replace(low=self.high - _EDGE * width)
+        if where == "outside":
+            return self._replace(low=self.high, high=self.high + _BEYOND * width)
+        return self
+
+    def draw(self, rng: np.random.Generator, num: int) -> np.ndarray:
+        """Returns [num] values."""
+        value = rng.uniform(self.low, self.high, num)
+        sign = np.where(rng.random(num) < 0.5, -1.0, 1.0)
+        value = value * sign if self.mirrored else value
+        return np.floor(value) if self.whole else value
+
+
+_HALF_TURN, _OFF_ZERO = Range(0.0, 180.0), Range(0.3, 1.0, mirrored=True)
+KINDS: dict[str, dict[str, Range]] = {
+    "none": {},
+    "rotation": {"angle": _HALF_TURN},
+    "rotation360": {"angle": Range(0.0, 360.0)},
+    "contrast": {"contrast": Range(-1.0, 1.0)},
+    "contrast_off_zero": {"contrast": _OFF_ZERO},
+    "inversion": {"contrast": Range(1.0, 1.0, mirrored=True)},
+    "blur": {"blur": Range(0.0, 3.0)},
+    "noise": {"noise": Range(0.0, 0.6)},
+    "colour": {f"tint_{i}": Range(0.2, 1.0) for i in range(3)},
+    "permutation": {"blocks": Range(0.0, 8.0, whole=True)},
+    "everything": {
+        "angle": _HALF_TURN,
+        "contrast": _OFF_ZERO,
+        "blur": Range(0.0, 1.5),
+    },
+}
+# Beyond their ranges is what is inside, or nothing.
+_WITHOUT_OUTSIDE = ("none", "rotation360", "inversion")
+
+
+class Shift(NamedTuple):
+    """How clients' images differ; checked by `shift`."""
+
+    kind: str = "none"
+    strength: float = 1.0
+    novel: str = "inside"
+
+    def draw(self, seed: int, num_clients: int, num_novel: int) -> np.ndarray:
+        """Returns the parameters of clients 0 to N + M - 1, [N + M, S] float32.
+
+        The same seed gives the same participants whatever the unseen clients are.
+        """
+        columns = []
+        for number, (name, identity) in enumerate(PARAMETERS.items()):
+            law = KINDS[self.kind].get(name)
+            if law is None:
+                columns.append(np.full(num_clients + num_novel, identity))
+                continue
+            ours, theirs = (
+                np.random.default_rng([seed, _STREAM, number, side]) for side in (0, 1)
+            )
+            values = [
+                law.draw(ours, num_clients),
+                law.moved(self.novel).draw(theirs, num_novel),
+            ]
+            found = identity + self.strength * (np.concatenate(values) - identity)
+            columns.append(np.floor(found) if law.whole else found)
+        return np.stack(columns, 1).astype(np.float32)
+
+
+def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -> Shift:
+    """Returns a shift of one kind.
+
+    Args:
+      kind: a key of `KINDS`.
+      strength: how far clients go from the identity, as a share of the kind's range;
+        0 changes nothing.
+      novel: where in the range unseen clients are: "inside", "edge" or "outside".
+
+    Raises:
+      ValueError: an unknown choice, a number out of range, or a kind without an
+        outside.
+    """
+    check_choice("shift", kind, KINDS)
+    check_choice("shift_novel", novel, NOVEL)
+    check_number(at_least=0, shift_strength=strength)
+    if novel != "inside" and kind in _WITHOUT_OUTSIDE:
+        able = ", ".join(k for k in KINDS if k not in _WITHOUT_OUTSIDE)
+        raise ValueError(
+            f"shift_novel={novel!r} has no meaning for shift={kind!r}, which has no "
+            f"edge; accepted: inside, or one of the kinds {able}"
+        )
+    return Shift(kind, float(strength), novel)
+
+
+def varying(parameters: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns {parameter: [N]} of those that are not the identity's for everybody."""
+    return {
+        name: parameters[:, i]
+        for i, name in enumerate(PARAMETERS)
+        if np.any(parameters[:, i] != IDENTITY[i])
+    }
+
+
+# Pixels -------------------------------------------------------------------------------
+
+
+def apply(
+    x: np.ndarray, parts: Sequence[np.ndarray], parameters: np.ndarray, seed: int
+) -> np.ndarray:
+    """Returns images as their clients see them.
+
+    Args:
+      x: [n, H, W, c] uint8, or float32 on a scale of its own, whose least and greatest
+        value then stand for 0 and 1.
+      parts: N arrays of indices into `x`, those of each client.
+      parameters: [N, S].
+      seed: of the noise, which is a sample's own for good.
+
+    Returns:
+      [n, H, W, c] of the same type. Samples of nobody, and of clients whose parameters
+      are the identity's, keep their bits.
+
+    Raises:
+      ValueError: images that are not square are turned or permuted, which needs it.
+    """
+    changed = varying(parameters)
+    if not changed:
+        return x
+    height, width = x.shape[1:3]
+    if "blocks" in changed and (height % GRID or width % GRID):
+        raise ValueError(
+            f"shift='permutation' moves {GRID} x {GRID} blocks, which images of "
+            f"{height}x{width} pixels do not divide into"
+        )
+    found, floats = x.copy(), x.dtype.kind == "f"
+    low, high = (float(x.min()), float(x.max())) if floats else (0.0, 255.0)
+    scale = max(high - low, 1e-12)
+    tables = _permutations(seed, int(parameters[:, _place("blocks")].max()) + 1)
+    key = jax.random.key(seed % 2**32)
+    owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    rows = np.concatenate([np.asarray(part) for part in parts])
+    moving = np.any(parameters != IDENTITY, axis=1)[owner]
+    owner, rows = owner[moving], rows[moving]
+    names = tuple(sorted(changed))
+    for start in range(0, len(rows), _AT_ONCE):
+        block = rows[start : start + _AT_ONCE]
+        given = np.resize(block, _AT_ONCE)  # one shape, one program
+        own = parameters[np.resize(owner[start : start + _AT_ONCE], _AT_ONCE)]
+        images = (x[given].astype(np.float32) - low) / scale
+        shifted = np.asarray(_shifted(names, key, images, own, given, tables))
+        shifted = shifted[: len(block)] * scale + low
+        found[block] = shifted if floats else np.rint(shifted).astype(np.uint8)
+    return found
+
+
+def _place(name: str) -> int:
+    return list(PARAMETERS).index(name)
+
+
+def _permutations(seed: int, num: int) -> np.ndarray:
+    """Returns permutations of blocks [num, GRID^2] by number; number 0 is none."""
+    draws = [np.random.default_rng([seed, _STREAM, 99, i]) for i in range(num)]
+    found = [draw.permutation(GRID**2) for draw in draws]
+    found[0] = np.arange(GRID**2)
+    return np.stack(found).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shifted(
+    names: tuple[str, ...],
+    key: Key,
+    x: Array,
+    parameters: Array,
+    rows: Array,
+    tables: Array,
+) -> Array:
+    """Images x [B, H, W, c] in [0, 1] under parameters [B, S], of which some vary."""
+
+    def one(image: Array, values: Array, row: Array) -> Array:
+        own: Mapping[str, Array] = {name: values[_place(name)] for name in PARAMETERS}
+        if "blocks" in names:
+            image = _permuted(image, tables[own["blocks"].astype(jnp.int32)])
+        if "angle" in names:
+            image = turned(image, own["angle"])
+        if "blur" in names:
+            image = blurred(image, own["blur"])
+        if "contrast" in names:
+            image = 0.5 + own["contrast"] * (image - 0.5)
+        if any(name.startswith("tint") for name in names):
+            tint = jnp.stack([own[f"tint_{i % 3}"] for i in range(image.shape[-1])])
+            image = image * tint
+        if "noise" in names:
+            draw = jax.random.normal(jax.random.fold_in(key, row), image.shape)
+            image = image + own["noise"] * draw
+        return jnp.clip(image, 0.0, 1.0)
+
+    return jax.vmap(one)(x, parameters, rows)
+
+
+def turned(image: Array, degrees: Array) -> Array:
+    """Returns an image [H, W, c] turned about its centre against the clock.
+
+    Bilinear; what comes in from outside is 0.
+    """
+    height, width, _ = image.shape
+    angle = jnp.deg2rad(degrees)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    centre = (height - 1) / 2, (width - 1) / 2
+    down, across = jnp.meshgrid(
+        jnp.arange(height) - centre[0], jnp.arange(width) - centre[1], indexing="ij"
+    )
+    # Where each pixel comes from; rows count downwards.
+    coordinates = [cos * down + sin * across + centre[0]]
+    coordinates += [cos * across - sin * down + centre[1]]
+
+    def channel(plane):
+        return jax.scipy.ndimage.map_coordinates(plane, coordinates, order=1)
+
+    return jax.vmap(channel, -1, -1)(image)
+
+
+def blurred(image: Array, deviation: Array) -> Array:
+    """Returns an image [H, W, c] blurred by a Gaussian, scaled up at the edges."""
+
+    def weights(length: int) -> Array:
+        distance = jnp.arange(length)[:, None] - jnp.arange(length)
+        # At a thousandth of a pixel all but the pixel itself vanish in float32.
+        wide = jnp.maximum(deviation, 1e-3)
+        kernel = jnp.exp(-0.5 * (distance / wide) ** 2)
+        return kernel / jnp.sum(kernel, axis=1, keepdims=True)
+
+    height, width, _ = image.shape
+    return jnp.einsum("ih,hwc,jw->ijc", weights(height), image, weights(width))
+
+
+def _permuted(image: Array, order: Array) -> Array:
+    """An image [H, W, c] whose GRID x GRID blocks change places."""
+    height, width, channels = image.shape
+    size = height // GRID, width // GRID
+    blocks = image.reshape(GRID, size[0], GRID, size[1], channels).swapaxes(1, 2)
+    blocks = blocks.reshape(GRID**2, *size, channels)[order]
+    blocks = blocks.reshape(GRID, GRID, *size, channels).swapaxes(1, 2)
+    return blocks.reshape(image.shape)

@@ -1,0 +1,195 @@
+"""Test-time adaptation: by hand where it has a formula, and what it leaves alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from federated import NUM_CLASSES, make_local, tiny
+
+from hyperjax import adaptation, tree
+from hyperjax.adaptation import with_adaptation
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.launch import build
+from hyperjax.models import from_linen, memory
+from hyperjax.models.zoo import MLPBN
+from hyperjax.protocols import zero_shot
+from hyperjax.types import AdaptData, ClientData, Outputs
+
+KEY = jax.random.key(2)
+ROWS = [4, 9, 2, 7, 30, 11]
+
+
+@functools.cache
+def normed():
+    return from_linen(MLPBN(NUM_CLASSES, hidden=(4,)), (4, 4, 1), NUM_CLASSES)
+
+
+def inputs_of(rows, size=None):
+    pool = tiny().pool._replace(y=jnp.full_like(tiny().pool.y, -1))
+    size = len(rows) if size is None else size
+    return ClientData(jnp.asarray(rows), jnp.int32(size), pool)
+
+
+@functools.cache
+def programs(text, model):
+    """FedAvg as a client receives it, and what deploys a client."""
+    alg = fedavg(model, local=make_local())
+    server = jax.jit(alg.server.init)(KEY)
+    down = alg.server.downlink(KEY, server, None)._replace(round=jnp.int32(0))
+    side = with_adaptation(alg, text).client if text else alg.client
+    state = side.init(KEY, KEY, down)
+
+    @jax.jit
+    def run(inputs):
+        nothing = inputs._replace(size=jnp.int32(0))
+        adapted = side.adapt(KEY, down, state, AdaptData(nothing, inputs))
+        return side.deploy(down, adapted)
+
+    return side, run
+
+
+def deployed(text, model, rows=ROWS, size=None):
+    return programs(text, model)[1](inputs_of(rows, size))
+
+
+def images(rows=ROWS):
+    pool = tiny().pool
+    return (pool.x[jnp.asarray(rows)] / 255.0 - pool.mean) / pool.std
+
+
+def entropy(model, variables):
+    p = jax.nn.softmax(model.predict(variables, images()))
+    return float(-(p * jnp.log(p)).sum(-1).mean())
+
+
+# Batch-norm --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [0, 3])
+def test_statistics_are_the_inputs_own_with_those_of_training(prior):
+    found = deployed(f"bn(prior={prior})", normed())
+    params = found["params"]
+    hidden = images().reshape(6, -1) @ params["Dense_0"]["kernel"]
+    hidden = np.asarray(hidden + params["Dense_0"]["bias"])
+    stats = found["stats"]["batch_stats"]["BatchNorm_0"]
+    # Those of training are 0 and 1 here: nothing was trained.
+    mean = 6 * hidden.mean(0) / (prior + 6)
+    var = (prior + 6 * hidden.var(0, ddof=1)) / (prior + 6)
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-4)
+
+
+def test_neither_order_nor_padding_counts_and_nobody_keeps_what_was_trained():
+    found = deployed("bn", normed())
+    for rows, size in ((ROWS[::-1], 6), ([*ROWS, 0, 1], 6)):
+        other = deployed("bn", normed(), rows, size)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+            other["stats"],
+            found["stats"],
+        )
+    plain = deployed("", normed())
+    nobody = deployed("bn", normed(), ROWS, 0)
+    jax.tree.map(np.testing.assert_array_equal, nobody["stats"], plain["stats"])
+    trained = deployed("bn(prior=1e12)", normed())
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6),
+        trained["stats"],
+        plain["stats"],
+    )
+
+
+def test_tent_lowers_entropy_by_scales_and_biases_alone():
+    plain = deployed("bn", normed())
+    found = deployed("tent(learning_rate=0.05, epochs=10)", normed())
+    before, after = (tree.by_path(v["params"]) for v in (plain, found))
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert moved == {"BatchNorm_0/scale", "BatchNorm_0/bias"}
+    assert entropy(normed(), found) < entropy(normed(), plain)
+
+
+@pytest.mark.parametrize("name", ["bn", "tent"])
+def test_networks_without_batch_norm_are_refused_by_name(name):
+    alg = fedavg(tiny().model, local=make_local())
+    with pytest.raises(ValueError, match=f"adapt='{name}' adapts batch-norm.*mlp_bn"):
+        with_adaptation(alg, name)
+
+
+# Features ----------------------------------------------------------------------------
+
+
+def test_shot_trains_all_but_the_head_for_certainty():
+    plain = deployed("", tiny().model)
+    found = deployed("shot(epochs=5, learning_rate=0.1)", tiny().model)
+    before, after = (tree.by_path(v["params"]) for v in (plain, found))
+    moved = {k for k in before if not np.array_equal(before[k], after[k])}
+    assert moved == {k for k in before if not k.startswith("head/")}
+    assert entropy(tiny().model, found) < entropy(tiny().model, plain)
+
+
+def test_pseudo_labels_are_of_the_nearest_centroid():
+    z = jnp.array([[1.0, 0.0], [0.9, 0.1], [0.1, 1.0], [0.0, 1.0], [5.0, 4.9]])
+    # The third was taken for class 0, and is near those of class 1.
+    logits = jnp.array(
+        [[4.0, 0, 0], [4.0, 0, 0], [1.0, 0, 0], [0, 4.0, 0], [9.0, 0, 0]]
+    )
+    mask = jnp.array([1.0, 1, 1, 1, 0])
+    found = adaptation._pseudo_labels(Outputs(logits, z), mask)
+    np.testing.assert_array_equal(found[:4], [0, 0, 1, 1])
+
+
+def test_supports_are_the_surest_of_each_class():
+    z = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [0.0, 1.0]])
+    logits = jnp.array([[5.0, 0.0], [0.0, 5.0], [1.0, 0.0], [0.0, 9.0]])
+    mask = jnp.array([1.0, 1, 1, 0])
+    found = adaptation._supports(Outputs(logits, z), mask, 1)
+    np.testing.assert_allclose(found, [[1, 0], [0, 1]], atol=1e-6)
+    both = adaptation._supports(Outputs(logits, z), mask, 0)
+    first = np.array([1 + np.sqrt(0.5), np.sqrt(0.5)])
+    np.testing.assert_allclose(both[0], first / np.linalg.norm(first), atol=1e-6)
+
+
+def test_t3a_of_no_input_and_unit_rows_is_the_classifier():
+    # Rows that are classified as what they stand for, as in any trained head.
+    rows = jnp.eye(3)
+    found = adaptation._supports(Outputs(rows, rows), jnp.ones(3), 1)
+    np.testing.assert_allclose(found, rows, atol=1e-6)
+    side, run = programs("t3a", tiny().model)
+    served = run(inputs_of(ROWS, 0))
+    features = tiny().model.features(memory.without(served, "supports"), images())
+    supports = memory.get(served, adaptation.SUPPORTS)
+    np.testing.assert_allclose(
+        side.model.predict(served, images()), features @ supports.T, atol=1e-5
+    )
+    # Untouched variables are predicted with as ever.
+    plain = memory.without(served, adaptation.SUPPORTS)
+    np.testing.assert_array_equal(
+        side.model.predict(plain, images()), tiny().model.predict(plain, images())
+    )
+
+
+# By config ---------------------------------------------------------------------------
+
+
+def test_a_config_names_an_adaptation():
+    config = zero_shot.get_config("fedavg,data=digits,smoke")
+    config.evaluation.adapt = "t3a(keep=5)"
+    build.check(config)
+    model = build.make_model(config, (8, 8, 1), 10)
+    plain, adapted = (
+        build.make_algorithm(c, model)
+        for c in (zero_shot.get_config("fedavg,data=digits,smoke"), config)
+    )
+    assert adapted.client.update is not None
+    assert adapted.client.model.apply is not plain.client.model.apply
+    for text, message in {
+        "tnet": "evaluation.adapt='tnet' is unknown; did you mean 'tent'",
+        "bn(prio=3)": "prio",
+        "bn(prior=-1)": "prior=-1 must be .*at least 0",
+        "t3a(keep": "evaluation.adapt",
+    }.items():
+        config.evaluation.adapt = text
+        with pytest.raises(ValueError, match=message):
+            build.check(config)
