@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launched import launch
 
@@ -57,6 +58,10 @@ SHORTENED = {
     # Studies: see tests/studies.
     "python -m experiments.sweep --config=experiments/studies/": None,
     "python -m experiments.sweep --config=experiments/studies/hyperfedzero": ["--list"],
+    "python -m experiments.train --config=configs/zero_shot.py:fedavg --w": [
+        "--config.rounds=1"
+    ],
+    "python -m experiments.export": [],
     "python -m experiments.studies.record": None,
     "python -m experiments.studies.gradient_inversion": None,
     "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],
@@ -103,6 +108,8 @@ def test_every_command_runs(section, repository, tmp_path):
     # In order and in one folder, since some go on from what others wrote.
     for name in ("configs", "experiments", "benchmarks", "hyperjax"):
         (tmp_path / name).symlink_to(repository / name)
+    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", image=images, label=np.arange(600) % 5)
     for command in commands(SECTIONS[section]):
         arguments = shortened(command)
         if arguments is None:
