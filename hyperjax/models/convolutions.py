@@ -96,7 +96,7 @@ def stripes(
     end = (height - 1) * stride + 1
     x = jnp.concatenate([x[:, i : i + end : stride] for i in range(size)], -1)
     y = _product(x, _band(kernel, stride, block, columns))
-    return y.reshape(len(x), height, blocks * block, features)[:, :, :width]
+    return y.reshape(x.shape[0], height, blocks * block, features)[:, :, :width]
 
 
 def block_of(size: int, features: int) -> int:

@@ -96,7 +96,7 @@ class BatchNorm(nn.Module):
         if not train:
             multiplier = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return (x - running_mean.value) * multiplier + bias
-        mask = jnp.ones(len(x)) if mask is None else mask
+        mask = jnp.ones(x.shape[0]) if mask is None else mask
         real = mask.reshape(-1, *[1] * (x.ndim - 1)) > 0
         axes = tuple(range(x.ndim - 1))
         count = jnp.sum(real) * (x[0].size // x.shape[-1])

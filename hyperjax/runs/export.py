@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import tree
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, first_line
 from hyperjax.types import Array, Model, PyTree
 
 ENDINGS = {
@@ -163,7 +163,14 @@ def _stablehlo(network: Network) -> bytes:
     (batch,) = export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, *network.shape), network.dtype)
     function = jax.jit(network.probabilities)
-    return bytes(export.export(function, platforms=PLATFORMS)(x).serialize())
+    try:
+        found = export.export(function, platforms=PLATFORMS)(x)
+    except Exception as error:  # what cannot do with a size that is not known
+        raise ValueError(
+            "format='stablehlo': this prediction goes by the number of inputs and "
+            f"cannot be written for any number of them ({first_line(error)})"
+        ) from error
+    return bytes(found.serialize())
 
 
 _WRITERS = {
