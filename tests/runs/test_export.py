@@ -163,7 +163,7 @@ def test_a_rule_of_its_own_is_said(tmp_path):
     run = train("hyperfedzero", deploy_granularity="sample", **SMALL)
     network = run.network(1)
     assert not network.header["plain"]
-    with pytest.raises(ValueError, match="by the number of inputs.*cannot be written"):
+    with pytest.raises(ValueError, match=r"by the number of inputs.*cannot be written"):
         run.export(tmp_path / "net", 1, "stablehlo")
     assert not list(tmp_path.iterdir())
 
