@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperjax.data.shift import IDENTITY
 from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 
 
@@ -75,8 +76,7 @@ def make_pool(
             owner[rows] = client
         owner = jnp.asarray(owner)
     if shift is not None:
-        nothing = np.zeros((1, shift.shape[1]))
-        told = jnp.asarray(np.concatenate([shift, nothing]), jnp.float32)
+        told = jnp.asarray(np.concatenate([shift, IDENTITY[None]]), jnp.float32)
     return Pool(
         jnp.asarray(x),
         jnp.asarray(y, jnp.int32),
@@ -107,7 +107,7 @@ def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
         mean = jnp.asarray([own], jnp.float32)
         std = jnp.asarray(np.maximum([deviation], 1e-3), jnp.float32)
     if not isinstance(shift, tuple):
-        shift = jnp.zeros((1, shift.shape[1]), jnp.float32)
+        shift = jnp.asarray(IDENTITY[None])
     labels = jnp.full(num, -1, jnp.int32)
     return Pool(jnp.asarray(x), labels, mean, std, owner, shift)
 

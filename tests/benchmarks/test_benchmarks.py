@@ -1,13 +1,11 @@
 """The benchmarks run in tiny form and write what they measured; no times are judged."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 
 import pytest
+from launched import launch
 
 from benchmarks import generation, memory
 
@@ -15,14 +13,10 @@ from benchmarks import generation, memory
 def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     """Runs a benchmark in a process of its own and returns its records."""
     path = tmp_path / "records.json"
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", f"--json={path}", *arguments],
-        cwd=repository,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    argv = (f"--json={path}", *arguments)
+    said = tmp_path / "said"
+    done = launch(said, f"benchmarks.{module}", argv, repository).result()
+    assert done.code == 0, done.err
     return json.loads(path.read_text())
 
 

@@ -205,6 +205,7 @@ def test_a_shifted_federation_has_the_same_partition_and_other_pixels(tmp_path):
     assert int(turned.pool.owner[mine]) == 6 + 1
     np.testing.assert_array_equal(turned.pool.shift[7], turned.shift[7])
     assert int(turned.pool.owner[test[0]]) == 9  # nobody's
+    np.testing.assert_array_equal(turned.pool.shift[9], shift.IDENTITY)
     federation.save_tables(turned, tmp_path / "partition.npz")
     with np.load(tmp_path / "partition.npz") as file:
         np.testing.assert_array_equal(file["shift"], turned.shift)
