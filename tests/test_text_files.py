@@ -23,10 +23,8 @@ def left_to_the_locale(source: str) -> list[int]:
         given = {k.arg: k.value for k in node.keywords}
         text = name in ("read_text", "write_text")
         of = getattr(getattr(node.func, "value", None), "id", None)
-        if name in ("open", "fdopen", "NamedTemporaryFile") and (of, name) != (
-            "os",
-            "open",  # bytes
-        ):
+        opens = name in ("open", "fdopen", "NamedTemporaryFile")
+        if opens and (of, name) not in (("os", "open"), ("Image", "open")):  # bytes
             modes = [a for a in node.args if isinstance(a, ast.Constant)]
             mode = given.get("mode") or (modes[-1] if modes else None)
             text = "b" not in str(getattr(mode, "value", "r"))
