@@ -151,6 +151,13 @@ def test_the_example_of_a_named_sweep_adds_points():
     assert len(points) == 4 and callable(names["get_config"])
 
 
+def test_the_first_lines_run():
+    (lines,) = blocks(SECTIONS[""], "python")
+    names: dict = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    assert names["run"].state.round == 4
+
+
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (cells,) = blocks(SECTIONS["In a notebook"], "python")

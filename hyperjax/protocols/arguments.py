@@ -26,7 +26,7 @@ WORDS = {
     "alpha": "deal them out by Dirichlet(alpha)",
     "smoke": "two rounds",
     "shift": "how clients' images differ, and their labels: rotation, hybrid, ...",
-    "tuned": "the learning rate chosen for FedAvg itself (README.md)",
+    "tuned": "the learning rate chosen for FedAvg itself (RESULTS.md)",
     "averaged": "the server steps once a round for all clients",
 }
 

@@ -8,7 +8,7 @@ MNIST, an MLP, 10 clients and 5 never seen in training, Dirichlet(1), 100 rounds
 with a learning rate that decays (arXiv:2508.12673). By default on 5,000 embedded
 images; the paper's size is `data=mnist`. `data=digits` takes seconds, and its numbers
 mean nothing. `tuned` is the learning rate chosen for FedAvg itself. Expected: see the
-results table of README.md.
+results table of RESULTS.md.
 
 `shift` is how clients' images differ, and with them their labels where it says so:
 `data=mnist14,shift=rotation` is 40 clients and 20 unseen ones of 300 images each, who
@@ -89,7 +89,7 @@ TUNED = {
         on=_SMALL,
     ),
 }
-# Found by the participants' held-out accuracy, see README.md.
+# Found by the participants' held-out accuracy, see RESULTS.md.
 RATES = {"fedavg": 0.3}
 
 
