@@ -4,6 +4,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def plan(asked: str, points: Sequence[Point]) -> str:
 def run(
     points: Sequence[Point],
     experiments: Mapping[str, Experiment],
-    folder: Callable[[Point], str],
+    folder: Path,
     how: str,
     progress: Progress,
     ended: Callable[[Point, dict[str, Any] | Exception], object],
@@ -60,7 +61,7 @@ def run(
     Args:
       points: that have rounds left, or a summary to be written.
       experiments: of the points by name, as of `group.experiments`.
-      folder: of a point's run.
+      folder: in which each has a folder of its name.
       how: "map" or "vmap".
       progress: of all.
       ended: told of a point's summary, or of what ended it.
@@ -92,7 +93,7 @@ def run(
         for i, point in enumerate(points):
             made = train.steps(
                 point.config,
-                folder(point),
+                folder / point.name,
                 point.name,
                 show=lambda *_: _Part(progress),
                 experiment=experiments[point.name],

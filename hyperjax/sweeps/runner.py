@@ -158,8 +158,7 @@ def _together(
         record.set_status(point.name, records.RUNNING)
     name, rounds = f"{len(points)} points, {how}", points[0].config.rounds
     with show.point(name, rounds) as progress:
-        folder = lambda point: str(record.folder / point.name)  # noqa: E731
-        lockstep.run(points, built, folder, how, progress, ended)
+        lockstep.run(points, built, record.folder, how, progress, ended)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,11 +52,11 @@ def run(monkeypatch):
     def steps(config, path, label, show, experiment, stopping):
         settings, state = experiment.settings, experiment.first
         with contextlib.ExitStack() as stack, stopping() as stop:
-            stack.callback(closed.append, path)
+            stack.callback(closed.append, label)
             while state.round < settings.rounds:
                 if stop():
                     raise train.Stopped(state.round)
-                if path == "fails":
+                if label == "fails":
                     raise OSError("disk full")
                 call = yield experiment, state
                 state = call.state
@@ -80,7 +81,7 @@ def run(monkeypatch):
         lockstep.run(
             points,
             experiments,
-            lambda point: point.name,
+            Path(),
             "map",
             Silent(),
             lambda point, result: ends.update({point.name: result}),
