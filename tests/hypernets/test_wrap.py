@@ -88,7 +88,7 @@ def batch(rows=range(6), masked=2):
 
 def real(batch):
     keep = np.asarray(batch.mask) > 0
-    return Batch(*(np.asarray(x)[keep] for x in batch))
+    return Batch(*(np.asarray(x)[keep] for x in (batch.x, batch.y, batch.mask)))
 
 
 def target_loss(phi, e, batch):
