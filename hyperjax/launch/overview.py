@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from hyperjax import models, protocols, registry
-from hyperjax.data import partition, sources
+from hyperjax.data import partition, shift, sources
 from hyperjax.protocols import arguments, common, methods
 
 WIDTH, INDENT = 80, 2
@@ -97,6 +97,10 @@ def overview(width: int = WIDTH) -> str:
                 (name, first_line(function))
                 for name, function in partition.PARTITIONERS.items()
             ),
+        ),
+        (
+            "Shifts: --config.data.shift=KIND",
+            [("of images", ", ".join(shift.KINDS))],
         ),
         ("Fields: --config.FIELD=VALUE, and their defaults", fields),
     ]

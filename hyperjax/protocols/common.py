@@ -16,7 +16,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from hyperjax import models, registry
-from hyperjax.data import own, shift
+from hyperjax.data import own
 from hyperjax.errors import check_choice
 
 # Field -> default and what it is. A type is the default of a field that may be None.
@@ -44,8 +44,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.pooled": (False, "centralised: one client has all participants' samples"),
     "data.partition": (
         "dirichlet",
-        "iid, dirichlet, mixtures, pathological, class_shares, class_draws, groups, "
-        "by_client_id",
+        "who has which samples: iid, dirichlet, ..., by_client_id; see Partitions",
     ),
     "data.alpha": (1.0, "dirichlet, mixtures: concentration; small is skewed"),
     "data.samples_per_client": (0, "iid, mixtures: of each client; 0: all there are"),
@@ -58,7 +57,10 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.eval_fraction": (0.2, "of its samples, held out by each client"),
     "data.validation_fraction": (0.0, "of the rest, to choose a round by; 0: none"),
     "data.stratified": (False, "held-out parts have a client's classes in proportion"),
-    "data.shift": ("none", f"of clients' images: {', '.join(shift.KINDS)}"),
+    "data.shift": (
+        "none",
+        "of clients' images: rotation, contrast, blur, ...; see Shifts",
+    ),
     "data.shift_strength": (1.0, "share of the shift's range that clients are in"),
     "data.shift_novel": ("inside", "where unseen clients are: inside, edge, outside"),
     "data.standardise": ("pool", "inputs by moments of the pool, each client, or none"),

@@ -463,7 +463,7 @@ def test_numbers_of_arguments_are_checked_as_their_fields_are():
         ("cifar100", "cifar100"),
         ("cifar10_corrupted/fog_1", "cifar10"),
         ("svhn_cropped", "cifar10"),
-        ("mine.npz", "cifar10"),
+        ("mine.npz", "mnist5k"),
         ("synthetic", "digits"),
     ],
 )
