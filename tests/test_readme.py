@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from launched import launch
 
+from hyperjax import registry
+
 # Command in the README -> what is run instead; None: it has run by other means.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
 ONE = [
@@ -149,6 +151,10 @@ def test_the_example_of_a_named_sweep_adds_points():
     points: list = []
     names["sweep_proximal"](points.append)
     assert len(points) == 4 and callable(names["get_config"])
+
+
+def test_the_number_of_methods_is_current():
+    assert f"{len(registry.methods())} methods under four" in README
 
 
 def test_the_first_lines_run():

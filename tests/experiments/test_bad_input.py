@@ -29,7 +29,10 @@ MISTAKES = [
     # Names: what was given, the nearest, and what there is.
     (dict(method__name="hyperfedzro"), r"method.name='hyperfedzro'.*'hyperfedzero'\?"),
     (dict(method__name="nonsense"), r"accepted: .*'fedavg', .*'hyperfedzero'"),
-    (dict(model__name="lenets"), r"model.name='lenets'.*mean 'lenet.*'mlp', .*'lenet'"),
+    (
+        dict(model__name="lenets"),
+        r"model.name='lenets'.*mean 'lenet_s'.*'mlp', 'mlp_bn', 'lenet'",
+    ),
     (dict(model__name="no.module:Net"), r"model.name='no.module:Net'.*No module"),
     (dict(data__name="digit"), "'digit'.*nearest names: digits"),
     (dict(data__partition="dirichlett"), r"data.partition=.*mean 'dirichlet'.*'iid'"),
