@@ -9,11 +9,10 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 import hyperjax
 from hyperjax import models, protocols, registry
@@ -22,6 +21,13 @@ from hyperjax.launch.overview import first_line
 from hyperjax.protocols import arguments, common
 from hyperjax.protocols import methods as variants_of
 
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
+    "RESULTS.md": "results",
+    "benchmarks/README.md": "speed",
+}
 NETWORKS = {"one": "one", "several": "several", "either": "one or several"}
 
 
@@ -151,6 +157,21 @@ def api(name: str) -> str:
 """
 
 
+def file(name: str) -> str:
+    """Returns a file of the repository but for its title, its links those of a page."""
+    _, _, text = (ROOT / name).read_text(encoding="utf-8").partition("\n")
+
+    def link(found: re.Match) -> str:
+        mark, label, path, anchor = found.groups()
+        if mark:
+            return f"![{label}](/../{path})"
+        if path in PAGES:
+            return f"[{label}](/{PAGES[path]}.md{anchor or ''})"
+        return f"`{path}`" if label == path else f"{label} (`{path}`)"
+
+    return re.sub(r"(!?)\[([^]]*)\]\((?!http|#)([^)#]*)(#[^)]*)?\)", link, text)
+
+
 def _experiments() -> list[Any]:
     return [protocols.find(name) for name in protocols.NAMES]
 
@@ -193,16 +214,15 @@ def _range(law: Any) -> str:
     return f"±({text})" if law.mirrored else text
 
 
-class FromCode(SphinxDirective):
-    """The directive."""
+def with_code(app: Sphinx, page: str, source: list[str]) -> None:
+    """Puts into a page what its fences stand for."""
 
-    required_arguments = 1
-    optional_arguments = 1
+    def text(found: re.Match) -> str:
+        name, *given = found[1].split()
+        return globals()[name.replace("-", "_")](*given)
 
-    def run(self) -> list[nodes.Node]:
-        name, *arguments = self.arguments
-        text = globals()[name.replace("-", "_")](*arguments)
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
+    fence = r"^```\{from-code\} (.*)\n```$"
+    source[0] = re.sub(fence, text, source[0], flags=re.MULTILINE)
 
 
 def as_sphinx_has_it(app, what, name, obj, options, lines) -> None:
@@ -221,7 +241,7 @@ def is_bare_field(app, what, name, obj, skip, options) -> bool | None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.add_directive("from-code", FromCode)
+    app.connect("source-read", with_code)
     app.connect("autodoc-process-docstring", as_sphinx_has_it)
     app.connect("autodoc-skip-member", is_bare_field)
     return {"parallel_read_safe": True}
