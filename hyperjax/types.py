@@ -63,6 +63,7 @@ class AdaptData(NamedTuple):
 
     train: ClientData  # labelled local samples; size 0 for a zero-shot client
     inputs: ClientData  # the inputs it will predict on, every label withheld (-1)
+    fitted: PyTree = ()  # what participants have found out together, see `Fit`
 
 
 # Messages --------------------------------------------------------------------------
@@ -260,6 +261,33 @@ class ServerSide(NamedTuple):
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
 
 
+class Fit(NamedTuple):
+    """What participants find out together of a trained model, for all who deploy it.
+
+    They take rounds of their own, on samples that nobody trained on, whenever clients
+    are deployed; nothing of it is kept. In a round some of them are sent what is known
+    so far, answer, and the server makes more of the answers.
+
+    Attributes:
+      start: `() -> fitted`, what is known before the first round.
+      send: `(key, fitted, down, client, data, held) -> message` of one participant:
+        `held` are the labelled samples whose inputs are those of `data`.
+      absorb: `(fitted, messages [C, ...]) -> fitted`.
+      rounds: how many.
+      share: of the participants, drawn anew in each round.
+    """
+
+    start: Callable
+    send: Callable
+    absorb: Callable
+    rounds: int = 1
+    share: float = 1.0
+
+    def drawn(self, num_clients: int) -> int:
+        """Returns how many of the participants a round has."""
+        return max(1, round(self.share * num_clients))
+
+
 class ClientSide(NamedTuple):
     """What ONE client does; never sees the client axis.
 
@@ -269,6 +297,7 @@ class ClientSide(NamedTuple):
     prediction rule of their own replace its `apply`.
     `tune` goes on from deployed variables with `epochs` (traced, [] int32) passes over
     the client's labelled samples; like `adapt` it works on a copy and sends nothing.
+    `fit` is what `adapt` needs to be told first, as `AdaptData.fitted`.
     """
 
     init: Callable  # (key, common, down) -> client, on its first visit
@@ -277,6 +306,7 @@ class ClientSide(NamedTuple):
     deploy: Callable  # (down, adapted client) -> variables
     tune: Callable  # (key, variables, AdaptData, round, epochs) -> variables
     model: Model
+    fit: Fit | None = None
 
 
 class Algorithm(NamedTuple):

@@ -150,6 +150,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     _shift(config.data)
     if config.evaluation.adapt:
         adaptation.factory(config.evaluation.adapt)
+        adaptation.check_held_out(
+            config.evaluation.adapt, config.data.validation_fraction
+        )
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)

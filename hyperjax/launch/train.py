@@ -424,6 +424,7 @@ def _summary(
         **log.jsonable(results.record(values)),
         **cost._asdict(),
         **experiment.totals(settings.seed, state.round),
+        **experiment.fit_totals,
         plan=experiment.plan,
         state_sha256=tree.sha256(jax.device_get(state.carry)),
         finished=True,

@@ -63,6 +63,14 @@ TUNED: dict[str, Tuned] = {
         {"server.sequential": True},
         "One client after another, as in public reproductions; False: synchronous.",
     ),
+    "pfedlhn": Tuned(
+        {
+            "server.optimizer": "adamw",
+            "server.learning_rate": 3e-4,
+            "server.sequential": True,
+        },
+        "As the authors' instructions: the server steps after every client.",
+    ),
     "pfedme": Tuned(
         {
             "local.optimizer": "sgd",

@@ -63,6 +63,25 @@ class Experiment(NamedTuple):
             for way in ("up", "down")
         }
 
+    @property
+    def fit_totals(self) -> dict[str, int]:
+        """Returns the bytes of what all participants find out before a deployment.
+
+        They are beside those of training, see `types.Fit`; empty where there are none.
+        """
+        found = dict(fit_up_bytes_total=0, fit_down_bytes_total=0)
+        sides = families.clients(self.algorithm)
+        for name, side in sides.items():
+            if side.fit is None:
+                continue
+            members, num = self.members, self.federation.num_trainers
+            drawn = side.fit.drawn(members.size(name) if members else num)
+            cost = comm.fitting(families.view(self.algorithm, name))
+            for way in ("up", "down"):
+                each = getattr(cost, f"{way}_bytes")
+                found[f"fit_{way}_bytes_total"] += side.fit.rounds * drawn * each
+        return found if any(side.fit for side in sides.values()) else {}
+
 
 def experiment(
     federation: Federation,
@@ -268,6 +287,7 @@ def make_evaluator(
         novel=novel,
         source_prior=prior,
         tuned=tuned_populations(federation),
+        fitting=populations(federation).get("vacc"),
         batch_size=batch_size,
         clients_per_call=clients_per_call,
         mesh=sharding.client_mesh(clients_per_call, devices),

@@ -216,6 +216,11 @@ APART = {
     "mh_pfedhngd": _HEADS,
     "pfedhn": {**_PFEDHN, "server.sequential": True},
     "pfedla": {"server.sequential": True},
+    "pfedlhn": {
+        "server.optimizer": "adamw",
+        "server.learning_rate": 3e-4,
+        "server.sequential": True,
+    },
     "pfedme": {"local.optimizer": "sgd", "local.learning_rate": 0.005},
     "scaffold": {"server.weights": "uniform"},
     "centre": {
@@ -243,6 +248,7 @@ APART = {
     "pfedhn_synchronous": {"server.optimizer": "sgd(momentum=0.9)"},
 }
 # In pFedHN's own experiment one client is visited a round.
+VISITING = ("pfedhn", "pfedhn_families", "pfedhn_pc", "pfedlhn")
 VISITS = {"rounds": 5000, "evaluation.every": 100, "server.sampler": "uniform"}
 
 
@@ -255,7 +261,7 @@ def test_what_belongs_to_a_method_in_an_experiment(experiment, name):
     if name == "pfedhn_synchronous":  # the step grows with the clients
         expected["server.learning_rate"] = 1e-2 * config.data.num_clients
         expected["server.sampler"] = "full"
-    if experiment == "pfedhn" and name in ("pfedhn", "pfedhn_families", "pfedhn_pc"):
+    if experiment == "pfedhn" and name in VISITING:
         expected |= {**VISITS, "server.sequential": False}
     expected = {k: v for k, v in expected.items() if known[k] != v}
     found = {
