@@ -27,8 +27,8 @@ html_copy_source = False
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 
-# Notebooks run from nothing at each build, in a folder that is gone afterwards. An error
-# in a cell is a warning that shows it, and fails the build as all warnings do.
+# Notebooks run from nothing at each build, in a folder that is gone afterwards. An
+# error in a cell is a warning that shows it, and fails the build as all warnings do.
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
