@@ -337,7 +337,8 @@ class Client(NamedTuple):
     """What a client keeps: FedAvg's state, and what its embedding was the mean of."""
 
     inner: PyTree
-    batch: Array  # [embed_batch] int32, places among its samples
+    # [embed_batch] int32, places among its samples; () if it is of all of them.
+    batch: Array | tuple[()]
 
 
 class Ready(NamedTuple):
@@ -359,7 +360,7 @@ def _clients(
         # What it keeps does not depend on the network that it has yet to be sent.
         theta = net.generate(net.init(common), jnp.zeros(embed.size))
         not_yet = Downlink(own=theta, round=down.round)
-        places = jnp.zeros(embed_batch, jnp.int32)
+        places = jnp.zeros(embed_batch, jnp.int32) if embed_batch else ()
         return Client(whole.init(key, common, not_yet), places)
 
     def seen(data, places):
@@ -370,10 +371,11 @@ def _clients(
         return data._replace(rows=data.rows[places], size=size)
 
     def send_embedding(key, down, state, data):
-        most = jnp.maximum(data.size, 1)
-        places = jax.random.randint(key, (embed_batch,), 0, most)
-        state = state._replace(batch=places)
-        return embed.mean(down.shared, seen(data, places)), state, {}
+        if embed_batch:
+            most = jnp.maximum(data.size, 1)
+            places = jax.random.randint(key, (embed_batch,), 0, most)
+            state = state._replace(batch=places)
+        return embed.mean(down.shared, seen(data, state.batch)), state, {}
 
     def update(key, down, state, data):
         uplink, after, info = whole.update(key, down, state.inner, data)
