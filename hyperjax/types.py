@@ -86,10 +86,16 @@ class Messages(NamedTuple):
     client: PyTree
     uplink: PyTree
     opening: "Messages | None" = None  # of the exchange that opens a round
+    closing: "Messages | None" = None  # and of that which closes it
+
+    @property
+    def alone(self) -> "Messages":
+        """Those of the exchange itself."""
+        return self._replace(opening=None, closing=None)
 
     def sent(self) -> tuple[PyTree, PyTree]:
         """Returns what a client is sent in a round, and what it sends."""
-        every = [self, self.opening] if self.opening else [self]
+        every = [one for one in (self.alone, self.opening, self.closing) if one]
         return [(one.shared, one.own) for one in every], [one.uplink for one in every]
 
 
@@ -254,11 +260,17 @@ class HyperNet(NamedTuple):
 
 
 class ServerSide(NamedTuple):
-    """What the server does."""
+    """What the server does.
+
+    `release` is by what clients are deployed, where that is not what they are sent to
+    train on: a server that would answer what a newcomer sends it hands over what the
+    answer is made by.
+    """
 
     init: Callable  # (common) -> server
     downlink: Callable  # (key, server, cohort) -> Downlink
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
+    release: Callable | None = None  # (key, server, cohort) -> Downlink
 
 
 class Fit(NamedTuple):
@@ -316,15 +328,17 @@ class Algorithm(NamedTuple):
     of clients to what they do, and the server takes and gives mappings with the same
     keys (of cohorts, downlinks and uplinks), for any subset of the families.
 
-    Where a round has two exchanges, `opening` is a method on the same state of server
+    Where a round has more exchanges, `opening` is a method on the same state of server
     and clients: its exchange with the whole cohort comes first in every round, also in
-    rounds that otherwise deal with one client after another. Its messages are exact.
+    rounds that otherwise deal with one client after another. `closing` likewise comes
+    last. Their messages are exact.
     """
 
     server: ServerSide
     client: Any  # ClientSide, or Mapping[str, ClientSide]
     exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches
     opening: "Algorithm | None" = None
+    closing: "Algorithm | None" = None
 
     @property
     def has_families(self) -> bool:
@@ -345,9 +359,9 @@ class Algorithm(NamedTuple):
         The server's update is part of it, so what a method cannot do raises here. For
         methods without families; `describe` is the same, once for each method.
         """
-        opening = self.opening and self.opening.messages()
         return jax.eval_shape(self._exchange, jax.random.key(0))._replace(
-            opening=opening
+            opening=self.opening and self.opening.messages(),
+            closing=self.closing and self.closing.messages(),
         )
 
     def _exchange(self, key: Key) -> Messages:

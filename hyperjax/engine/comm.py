@@ -8,7 +8,15 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.data import clients
-from hyperjax.types import AdaptData, Algorithm, ClientData, Downlink, Messages, Pool
+from hyperjax.types import (
+    AdaptData,
+    Algorithm,
+    ClientData,
+    Cohort,
+    Downlink,
+    Messages,
+    Pool,
+)
 
 
 class Cost(NamedTuple):
@@ -63,11 +71,13 @@ def fitting(alg: Algorithm) -> Cost:
     held = ClientData(no, jnp.int32(1), pool)
 
     def send(messages: Messages):
-        down = Downlink(messages.shared, messages.own, jnp.int32(0))
+        server, key, one = alg.server, jax.random.key(0), jnp.ones(1)
+        cohort = Cohort(no, one, one, jnp.int32(0), jnp.float32(1))
+        given = (server.release or server.downlink)(key, messages.server, cohort)
+        own = jax.tree.map(lambda x: x[0], given.own)
+        down = Downlink(given.shared, own, cohort.round)
         data = AdaptData(held, clients.withhold_labels(held))
-        return fit.send(
-            jax.random.key(0), fit.start(), down, messages.client, data, held
-        )
+        return fit.send(key, fit.start(), down, messages.client, data, held)
 
-    up = jax.eval_shape(send, describe(alg)._replace(opening=None))
+    up = jax.eval_shape(send, describe(alg).alone)
     return cost(Messages((), jax.eval_shape(fit.start), (), (), up))

@@ -133,7 +133,8 @@ def arrive(
     key = jax.random.fold_in(rng.stream(at.root, "evaluate"), at.round)
     ones = jnp.ones(len(who.ids))
     cohort = Cohort(who.ids, ones, ones, jnp.int32(at.round), at.population)
-    send = families.mapped(alg).server.downlink
+    server = families.mapped(alg).server
+    send = server.release or server.downlink
     down = send(rng.stream(key, "downlink"), at.server, {family: cohort})[family]
     down = down._replace(round=cohort.round)
     first = exchange.first_visit(alg, at.root, down, who.ids, family)

@@ -26,17 +26,21 @@ from hyperjax.types import Array, HyperNet, PyTree
 
 
 class Trunk(nn.Module):
-    """[d] to [hidden_size]: a linear layer, then `num_hidden` times ReLU and linear."""
+    """[d] to [hidden_size]: a linear layer, then `num_hidden` times ReLU and linear.
+
+    `activated`: and a ReLU at the end.
+    """
 
     hidden_size: int
     num_hidden: int
+    activated: bool = False
 
     @nn.compact
     def __call__(self, v: Array) -> Array:
         x = Dense(self.hidden_size)(v)
         for _ in range(self.num_hidden):
             x = Dense(self.hidden_size)(nn.relu(x))
-        return x
+        return nn.relu(x) if self.activated else x
 
 
 def per_tensor(
@@ -45,6 +49,7 @@ def per_tensor(
     condition_size: int,
     hidden_size: int = 100,
     num_hidden: int = 3,
+    activated: bool = False,
 ) -> HyperNet:
     """Returns a hypernetwork that emits each leaf of `template` by a head of its own.
 
@@ -56,6 +61,7 @@ def per_tensor(
       condition_size: d.
       hidden_size: width of the trunk.
       num_hidden: its layers after the first.
+      activated: it ends in a ReLU, so that it and the heads do not compose linearly.
 
     Raises:
       ValueError: a size below 1.
@@ -64,7 +70,7 @@ def per_tensor(
     check_at_least(0, num_hidden=num_hidden)
     leaves, structure = jax.tree.flatten(template)
     names = tree.paths(template)
-    trunk = Trunk(hidden_size, num_hidden)
+    trunk = Trunk(hidden_size, num_hidden, activated)
     heads = [Dense(math.prod(leaf.shape)) for leaf in leaves]
 
     def init(key):
