@@ -42,26 +42,30 @@ SUPPORTS = "supports"  # in memory: T3A's classifier, [K, L]
 _HEAD = r"params/(.*/)?head/.*"
 
 
-def with_adaptation(alg: Algorithm, text: str) -> Algorithm:
+FIELD = "evaluation.adapt"
+
+
+def with_adaptation(alg: Algorithm, text: str, field: str = FIELD) -> Algorithm:
     """Returns a method whose deployed clients adapt to their inputs.
 
     Args:
       alg: with or without families.
       text: a key of `ADAPTATIONS` with options, such as "bn(prior=16)".
+      field: for what, for messages.
 
     Raises:
       ValueError: an unknown name or option, or a network that it cannot adapt.
     """
-    make = factory(text)
+    make = factory(text, field)
     sides = {family: make(side) for family, side in alg.by_family(alg.client).items()}
     return alg._replace(client=alg.as_given(sides))
 
 
-def factory(text: str) -> Callable[[ClientSide], ClientSide]:
+def factory(text: str, field: str = FIELD) -> Callable[[ClientSide], ClientSide]:
     """Returns what changes a client, of a text; see `with_adaptation`."""
-    name, options = calls.parse("evaluation.adapt", text)
-    check_choice("evaluation.adapt", name, ADAPTATIONS)
-    return calls.call("evaluation.adapt", ADAPTATIONS[name], **options)
+    name, options = calls.parse(field, text)
+    check_choice(field, name, ADAPTATIONS)
+    return calls.call(field, ADAPTATIONS[name], **options)
 
 
 def check_held_out(text: str, validation_fraction: float) -> None:
@@ -70,7 +74,7 @@ def check_held_out(text: str, validation_fraction: float) -> None:
     Raises:
       ValueError: naming it and the field that sets them aside.
     """
-    name, _ = calls.parse("evaluation.adapt", text)
+    name, _ = calls.parse(FIELD, text)
     if name in FITTED and not validation_fraction:
         raise ValueError(
             f"evaluation.adapt={name!r} asks participants for what they find out on "

@@ -126,7 +126,7 @@ def evaluator(
         raise ValueError(
             "clients adapt to their inputs by what participants find out on samples "
             "that nobody trained on, and participants have set none aside; accepted: "
-            "a federation with data.validation_fraction above 0, such as 0.2"
+            "a federation with a validation_fraction above 0, such as 0.2"
         )
     whose = _by_family(groups, novel, {"": fitting} if fitting else {})
 
