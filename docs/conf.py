@@ -15,7 +15,7 @@ version = release = hyperjax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["myst-nb.lexer"]  # of cells that a test leaves out
 
 html_theme = "furo"
 html_title = "hyperjax"

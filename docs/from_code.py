@@ -15,7 +15,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import hyperjax
-from hyperjax import models, protocols, registry
+from hyperjax import adaptation, models, protocols, registry
 from hyperjax.data import partition, shift, sources
 from hyperjax.launch.overview import first_line
 from hyperjax.protocols import arguments, common
@@ -128,6 +128,14 @@ def shifts() -> str:
         for kind, laws in shift.KINDS.items()
     )
     return table(("shift", "drawn for each client"), rows)
+
+
+def adaptations() -> str:
+    rows = (
+        (code(name), first_line(function), code(*_options(function)))
+        for name, function in adaptation.ADAPTATIONS.items()
+    )
+    return table(("adaptation", "what it does", "options"), rows)
 
 
 def fields() -> str:
