@@ -1,4 +1,4 @@
-"""The documentation builds without a warning; `make docs` also runs its notebooks."""
+"""The documentation builds without a warning; a slow test runs its notebooks."""
 
 import subprocess
 import sys
@@ -8,13 +8,16 @@ import pytest
 import hyperjax
 
 
-def test_pages_build(repository, tmp_path):
+@pytest.mark.parametrize(
+    "execution", ["off", pytest.param("force", marks=pytest.mark.slow)]
+)
+def test_pages_build(execution, repository, tmp_path):
     for package in ("sphinx", "furo", "myst_nb"):
         pytest.importorskip(package, reason="needs the extra `docs`")
     # Read and resolved, links and all, and not written.
     command = [
         *(sys.executable, "-m", "sphinx", "-q", "-b", "dummy", "-W", "--keep-going"),
-        *("-D", "nb_execution_mode=off", "-d", tmp_path / "doctrees"),
+        *("-D", f"nb_execution_mode={execution}", "-d", tmp_path / "doctrees"),
         *(repository / "docs", tmp_path / "pages"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
