@@ -29,8 +29,9 @@ class Pool(NamedTuple):
     """All samples of a run, once on the device; clients hold rows of it.
 
     A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed; pixels that
-    are float32 are not divided by 255. Tokens have mean 0 and deviation 1. Where clients differ in more than their samples,
-    samples have owners, and owners' rows are [N + M + 1, ...], the last for nobody's.
+    are float32 are not divided by 255. Tokens have mean 0 and deviation 1. Where
+    clients differ in more than their samples, samples have owners, and owners' rows are
+    [N + M + 1, ...], the last for nobody's.
     """
 
     x: Array  # [n, H, W, ch] uint8 or float32; [n, d] float32; or [n, L] int32 tokens

@@ -21,9 +21,9 @@ from hyperjax import tree
 from hyperjax.data import clients, own, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data import shift as shifts
+from hyperjax.data.arrays import described, is_tokens, vocabulary
 from hyperjax.data.clients import Table
 from hyperjax.data.shift import Shift
-from hyperjax.data.arrays import described, is_tokens, vocabulary
 from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Pool

@@ -3,9 +3,10 @@
 What `load` reads, by the form of the name:
 
 - `mine.npz`: arrays `image` [n, H, W] or [n, H, W, C], uint8 or float, and `label` [n],
-  integers or names; or `x` [n, d] of floats, which are features, or [n, L] of
-  integers, which are tokens or features as `data.kind` says. Other usual names are found (x, y; x_train, y_train, ...), any by
-  `Keys`. `image_test` and `label_test` (or x_test, ...) are the set's own test part.
+  integers or names; or `x` [n, d] of floats, which are features, or [n, L] of integers,
+  which are tokens or features as `data.kind` says. Other usual names are found (x, y;
+  x_train, y_train, ...), any by `Keys`. `image_test` and `label_test` (or x_test, ...)
+  are the set's own test part.
 - `folder/` with a folder of images for each class, or with `train/` and `test/` that
   have these.
 - `folder/` with an .npz file for each client, named by the client.

@@ -2,8 +2,8 @@
 
 `load` reads a set that ships inside a Python package ("mnist5k", "digits", "pydoc",
 "sklearn:wine"), one that is drawn at random ("synthetic"), one of your own (see `own`),
-or any image-classification set of TensorFlow Datasets (TFDS). TFDS sets are read by random
-access from a prepared `array_record` copy, which needs neither TensorFlow nor a
+or any image-classification set of TensorFlow Datasets (TFDS). TFDS sets are read by
+random access from a prepared `array_record` copy, which needs neither TensorFlow nor a
 network. Records keep their stored order. Several sets of equal classes are one,
 "cifar10_corrupted/{fog,snow}_3", each a domain, and so a client by its id.
 """
@@ -30,10 +30,10 @@ from hyperjax.data.arrays import (
 )
 from hyperjax.data.arrays import check_images as check_images
 from hyperjax.data.arrays import check_labels as check_labels
-from hyperjax.data.arrays import kind_of as kind_of
-from hyperjax.data.arrays import vocabulary as vocabulary
 from hyperjax.data.arrays import check_samples as check_samples
+from hyperjax.data.arrays import kind_of as kind_of
 from hyperjax.data.arrays import shown_shape as shown_shape
+from hyperjax.data.arrays import vocabulary as vocabulary
 from hyperjax.errors import check_at_least, check_choice, check_number, first_line
 
 WHOLE = ("train", "train+test")  # splits of sets that are in one piece
@@ -235,9 +235,7 @@ def resize(source: Source, size: int) -> Source:
 def _only_images(source: Source) -> None:
     """Refuses samples without pixels."""
     if source.x.ndim != 4:
-        raise ValueError(
-            f"{source.name!r} has {described(source.x)}, and no pixels"
-        )
+        raise ValueError(f"{source.name!r} has {described(source.x)}, and no pixels")
 
 
 def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:

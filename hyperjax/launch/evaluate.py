@@ -4,9 +4,10 @@ python -m experiments.evaluate --workdir=runs/x --data=new_client.npz [--out=fol
 python -m experiments.evaluate --workdir=runs/x --client=12
 
 The .npz file holds `image`, [n, H, W] or [n, H, W, c], or for a run on features or
-tokens `x`, [n, d]; and it may hold `label`, int [n], which is used for scoring only. `--client` takes an unseen client of the run
-itself. In the output folder: classifier.npz (path -> array: what would run on the
-client), predictions.npz (label, probability) and result.json.
+tokens `x`, [n, d]; and it may hold `label`, int [n], which is used for scoring only.
+`--client` takes an unseen client of the run itself. In the output folder:
+classifier.npz (path -> array: what would run on the client), predictions.npz (label,
+probability) and result.json.
 """
 
 import json

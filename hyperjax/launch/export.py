@@ -7,10 +7,11 @@ python -m experiments.export --workdir=runs/x --all
 
 Clients are numbers: participants first, then those that were never seen in training,
 each as it is scored. `shared` is what somebody who is none of them gets, and with
-`--data` (array `image` or `x`, as of `evaluate`) that from these inputs. Formats are flax,
-npz, safetensors (variables by path, with a header that says what is done to inputs) and
-stablehlo (the whole prediction, by jax.export: images in, probabilities out). Files are
-in the run's folder, exports/client_3.npz; their paths are printed, one a line.
+`--data` (array `image` or `x`, as of `evaluate`) that from these inputs. Formats are
+flax, npz, safetensors (variables by path, with a header that says what is done to
+inputs) and stablehlo (the whole prediction, by jax.export: images in, probabilities
+out). Files are in the run's folder, exports/client_3.npz; their paths are printed, one
+a line.
 """
 
 from pathlib import Path

@@ -125,12 +125,12 @@ def from_linen(
     """Returns a classification `Model` of a linen module.
 
     The module maps normalised images [B, H, W, c] or features [B, d] float32, or tokens
-    [B, L] int32, to logits [B, num_classes]; those of the model are float32, as its variables are, whatever
-    the module keeps and computes in. Collections other than "params" become
-    `variables["stats"]`, floating-point or signed integers, nested as the module has
-    them: `{"batch_stats": {layer: {"mean": [c], "var": [c]}}}`. How a module is told
-    that it trains, what its layers are told of padding, and how it draws, is told in
-    `passes`.
+    [B, L] int32, to logits [B, num_classes]; those of the model are float32, as its
+    variables are, whatever the module keeps and computes in. Collections other than
+    "params" become `variables["stats"]`, floating-point or signed integers, nested as
+    the module has them: `{"batch_stats": {layer: {"mean": [c], "var": [c]}}}`. How a
+    module is told that it trains, what its layers are told of padding, and how it
+    draws, is told in `passes`.
 
     The loss is the mean cross-entropy over the real samples of a batch, reported as
     "loss". `Outputs.features` and `Trained.features` [B, L] are the input of the

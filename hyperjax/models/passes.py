@@ -294,7 +294,9 @@ def check_samples_apart(
     variables = jax.tree.map(some, variables)
     real = TRIAL > 0
     pair = (2, *x.shape)
-    drawn = draw.integers(vocabulary, size=pair) if vocabulary else draw.normal(size=pair)
+    drawn = (
+        draw.integers(vocabulary, size=pair) if vocabulary else draw.normal(size=pair)
+    )
     first, second = drawn.astype(np.float32)
     second[real] = first[real]
 

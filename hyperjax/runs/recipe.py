@@ -123,9 +123,7 @@ def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
             "network: give a linen module, a hyperjax.Model or the name of a network: "
             f"{', '.join(models.ZOO)}"
         )
-    return models.from_linen(
-        network, shape, num_classes, vocabulary=data.vocabulary
-    )
+    return models.from_linen(network, shape, num_classes, vocabulary=data.vocabulary)
 
 
 def through_channel(algorithm: Algorithm, text: str) -> Algorithm:

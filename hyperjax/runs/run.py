@@ -356,8 +356,8 @@ class Run(NamedTuple):
         Args:
           client: a number; None for somebody who is none of them.
           x: [n, H, W], [n, H, W, C], [n, d] or [n] texts, as they were given to
-            `federate`: normalisation is done here. All of them together are what the client's network may be
-            conditioned on.
+            `federate`: normalisation is done here. All of them together are what the
+            client's network may be conditioned on.
 
         Raises:
           FloatingPointError: the network's outputs are not finite.
