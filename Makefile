@@ -1,12 +1,13 @@
 # make demo   train HyperFedZero and its controls on real images, show the result
 # make test   install and run the tests
+# make docs   build the documentation, docs/_build/html/index.html
 # make test-newest   the same, with the newest packages: PYTHON=python3.13
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-newest lint lock clean
+.PHONY: demo test docs test-slow test-newest lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/python -m experiments.demo
@@ -31,6 +32,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# Notebooks are run anew; a warning, or an error in a cell, fails.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 # The tested lock. Installing is repeated when it, or the package's own list, changes.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,4 +51,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .cache
+	rm -rf $(VENV) $(NEWEST) docs/_build build dist *.egg-info .cache

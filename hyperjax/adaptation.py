@@ -1,12 +1,15 @@
 """Test-time adaptation: what a deployed client makes of its unlabelled inputs.
 
 `with_adaptation(alg, "bn(prior=16)")` returns a method whose clients adapt what they
-are deployed with; nothing is sent, and training does not change. All of a client's
-inputs are looked at before the first is predicted, where the papers go batch by batch.
+are deployed with, and training does not change. All of a client's inputs are looked at
+before the first is predicted, where the papers go batch by batch. An unseen client
+sends nothing and needs no label. "em", "bbse" (see `label_shift`) and "atp" are told
+what participants find out first, on samples that nobody trained on.
 
 Each refuses, by name, networks that it can do nothing for.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import calls, tree
+from hyperjax import calls, label_shift, tree
 from hyperjax.algorithms.fedbn import normalisation
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import memory
-from hyperjax.models.linen import masked_mean, sizes
+from hyperjax.models.linen import cross_entropy, masked_mean, sizes
 from hyperjax.priors import outputs_of
 from hyperjax.types import (
     Algorithm,
@@ -27,36 +30,58 @@ from hyperjax.types import (
     Batch,
     ClientData,
     ClientSide,
+    Fit,
     Key,
     Model,
     Outputs,
     PyTree,
 )
+from hyperjax.wrappers import adapting
 
 SUPPORTS = "supports"  # in memory: T3A's classifier, [K, L]
 _HEAD = r"params/(.*/)?head/.*"
 
 
-def with_adaptation(alg: Algorithm, text: str) -> Algorithm:
+FIELD = "evaluation.adapt"
+
+
+def with_adaptation(alg: Algorithm, text: str, field: str = FIELD) -> Algorithm:
     """Returns a method whose deployed clients adapt to their inputs.
 
     Args:
       alg: with or without families.
       text: a key of `ADAPTATIONS` with options, such as "bn(prior=16)".
+      field: for what, for messages.
 
     Raises:
       ValueError: an unknown name or option, or a network that it cannot adapt.
     """
-    make = factory(text)
+    make = factory(text, field)
     sides = {family: make(side) for family, side in alg.by_family(alg.client).items()}
     return alg._replace(client=alg.as_given(sides))
 
 
-def factory(text: str) -> Callable[[ClientSide], ClientSide]:
+def factory(text: str, field: str = FIELD) -> Callable[[ClientSide], ClientSide]:
     """Returns what changes a client, of a text; see `with_adaptation`."""
-    name, options = calls.parse("evaluation.adapt", text)
-    check_choice("evaluation.adapt", name, ADAPTATIONS)
-    return calls.call("evaluation.adapt", ADAPTATIONS[name], **options)
+    name, options = calls.parse(field, text)
+    check_choice(field, name, ADAPTATIONS)
+    return calls.call(field, ADAPTATIONS[name], **options)
+
+
+def check_held_out(text: str, validation_fraction: float) -> None:
+    """Refuses an adaptation that needs samples which participants did not set aside.
+
+    Raises:
+      ValueError: naming it and the field that sets them aside.
+    """
+    name, _ = calls.parse(FIELD, text)
+    if name in FITTED and not validation_fraction:
+        raise ValueError(
+            f"evaluation.adapt={name!r} asks participants for what they find out on "
+            "samples that they did not train on, and data.validation_fraction=0 sets "
+            "none aside; accepted: a share above 0, such as "
+            "--config.data.validation_fraction=0.2"
+        )
 
 
 def bn(*, prior: float = 0.0) -> Callable[[ClientSide], ClientSide]:
@@ -80,7 +105,7 @@ def bn(*, prior: float = 0.0) -> Callable[[ClientSide], ClientSide]:
         def adapt(key, variables, inputs):
             return _with_statistics(side.model, key, variables, inputs, prior)
 
-        return _adapting(side, adapt)
+        return adapting(side, adapt)
 
     return change
 
@@ -126,7 +151,7 @@ def tent(
             )
             return _with_statistics(side.model, key, moved, inputs, 0.0)
 
-        return _adapting(side, adapt)
+        return adapting(side, adapt)
 
     return change
 
@@ -194,7 +219,7 @@ def shot(
                 (batch_size, epochs),
             )
 
-        return _adapting(side, adapt)
+        return adapting(side, adapt)
 
     return change
 
@@ -239,35 +264,137 @@ def t3a(*, keep: int = 20) -> Callable[[ClientSide], ClientSide]:
                 return outputs
             return outputs._replace(logits=outputs.features @ supports.T)
 
-        changed = _adapting(side, adapt)
+        changed = adapting(side, adapt)
         return changed._replace(model=model._replace(apply=apply))
 
     return change
 
 
+def atp(
+    *,
+    learning_rate: float = 0.1,
+    rounds: int = 200,
+    share: float = 0.25,
+    batch_size: int = 20,
+) -> Callable[[ClientSide], ClientSide]:
+    """Moves every tensor at a rate of its own, which participants have learned.
+
+    ATP, Bao, Wei, Wang, He 2023 (NeurIPS, arXiv:2310.18816): tensor l of a network, its
+    running statistics among them, goes to w_l - a_l u_l with u_l the gradient of the
+    inputs' mean entropy, or the statistic minus that of the inputs. Participants
+    descend along a_l by the labelled loss of what they adapted to a batch, step
+    `learning_rate` over the root of the tensor's size; the server takes plain means.
+    Rates begin at 0 and may become negative, as labels that are skewed want it.
+
+    Without batch-norm there are only weights to move. An unseen client adapts once, by
+    the mean u over batches of all its inputs, which is where the paper's online form
+    arrives. Deviation: what normalises below a layer is the batch's, not the running
+    one.
+
+    Args:
+      learning_rate: of rates.
+      rounds: of learning them, an epoch each.
+      share: of participants in a round.
+      batch_size: inputs in a u.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    check_number(above=0, learning_rate=learning_rate)
+    check_number(above=0, at_most=1, share=share)
+    check_at_least(0, rounds=rounds)
+    check_at_least(1, batch_size=batch_size)
+
+    def change(side: ClientSide) -> ClientSide:
+        model = side.model
+        template = _moving(_template(model))
+        split = tree.splitter(template, r".*")
+        tensors = {
+            path: leaf
+            for path, leaf in split.split(template)[0].items()
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        }
+
+        def directions(key, variables, batch, context):
+            def uncertain(params):
+                logits = model.predict({**variables, "params": params}, batch.x)
+                return masked_mean(_entropy(logits), batch.mask)
+
+            found = {"params": jax.grad(uncertain)(variables["params"])}
+            if jax.tree.leaves(variables["stats"]):
+                own = _statistics_of(model, key, variables, batch, context, 0.0)
+                found["stats"] = tree.sub(variables["stats"], own)
+            every = split.split({**_moving(variables), **found})[0]
+            return {path: every[path] for path in tensors}
+
+        def moved(variables, rates, along):
+            before, rest = split.split(_moving(variables))
+            after = {k: before[k] - rates[k] * along[k] for k in tensors}
+            after |= {
+                k: jnp.maximum(w, 0.0) for k, w in after.items() if k.endswith("/var")
+            }
+            return {**variables, **split.merge({**before, **after}, rest)}
+
+        def send(key, rates, variables, held):
+            context = model.visit.context(variables, held)
+            key_order, key_steps = jax.random.split(key)
+            order = clients.shuffled(key_order, held)
+
+            def step(i, rates):
+                batch = clients.take(held, order, i, batch_size)
+                key = jax.random.fold_in(key_steps, i)
+                along = directions(key, variables, batch, context)
+
+                def loss(rates):
+                    logits = model.predict(moved(variables, rates, along), batch.x)
+                    return cross_entropy(logits, batch)
+
+                grads = jax.grad(loss)(rates)
+                return {
+                    k: a - learning_rate * grads[k] / math.sqrt(tensors[k].size)
+                    for k, a in rates.items()
+                }
+
+            num = clients.num_batches(held.size, batch_size)
+            return jax.lax.fori_loop(0, num, step, rates)
+
+        def adapt(key, variables, inputs, rates):
+            context = model.visit.context(variables, inputs)
+
+            def step(total, batch):
+                along = directions(key, variables, batch, context)
+                return tree.add(total, tree.scale(along, jnp.sum(batch.mask)))
+
+            total = clients.fold(step, tree.zeros_like(tensors), inputs, batch_size)
+            mean = tree.scale(total, 1 / jnp.maximum(inputs.size, 1))
+            return moved(variables, rates, mean)
+
+        def start():
+            return {path: jnp.float32(0) for path in tensors}
+
+        def absorb(rates, sent):
+            return {k: jnp.mean(a) for k, a in sent.items()}
+
+        return adapting(side, adapt, Fit(start, send, absorb, rounds, share))
+
+    return change
+
+
+# Those that are told what participants find out first.
+FITTED = ("em", "bbse", "atp")
 # Text in a config -> factory of what changes a client.
 ADAPTATIONS: dict[str, Callable[..., Callable[[ClientSide], ClientSide]]] = {
     "bn": bn,
     "tent": tent,
     "shot": shot,
     "t3a": t3a,
+    "em": label_shift.em,
+    "bbse": label_shift.bbse,
+    "atp": atp,
 }
 
 
 # Pieces ------------------------------------------------------------------------------
-
-
-def _adapting(side: ClientSide, change: Callable) -> ClientSide:
-    """A client whose deployed variables `change(key, variables, inputs)` adapts.
-
-    What was adapted is the client's state, so that a neighbour's may be borrowed.
-    """
-
-    def adapt(key, down, client, data):
-        adapted = side.adapt(key, down, client, data)
-        return change(key, side.deploy(down, adapted), data.inputs)
-
-    return side._replace(adapt=adapt, deploy=lambda down, variables: variables)
 
 
 def _template(model: Model) -> PyTree:
@@ -301,6 +428,11 @@ def _check_head(model: Model, name: str) -> PyTree:
     return template
 
 
+def _moving(variables: PyTree) -> PyTree:
+    """Parameters and running statistics."""
+    return {k: variables[k] for k in ("params", "stats") if k in variables}
+
+
 def _with_statistics(
     model: Model, key: Key, variables: PyTree, inputs: ClientData, prior: float
 ) -> PyTree:
@@ -308,6 +440,19 @@ def _with_statistics(
     context = model.visit.context(variables, inputs)
     order = jnp.arange(inputs.rows.shape[0])
     batch = clients.take(inputs, order, 0, inputs.rows.shape[0])
+    stats = _statistics_of(model, key, variables, batch, context, prior)
+    return {**variables, "stats": stats}
+
+
+def _statistics_of(
+    model: Model,
+    key: Key,
+    variables: PyTree,
+    batch: Batch,
+    context: PyTree,
+    prior: float,
+) -> PyTree:
+    """Running statistics mixed with those of a batch, which count for its samples."""
 
     def after(stats):
         return model.loss(key, {**variables, "stats": stats}, batch, context)[1].stats
@@ -316,7 +461,7 @@ def _with_statistics(
     # normalises in it is b, whatever s is: two steps tell m and b apart.
     from_zero = after(jax.tree.map(jnp.zeros_like, variables["stats"]))
     from_one = after(jax.tree.map(jnp.ones_like, variables["stats"]))
-    size = inputs.size.astype(jnp.float32)
+    size = jnp.sum(batch.mask)
 
     def one(own, zero, first):
         kept = first - zero
@@ -325,8 +470,7 @@ def _with_statistics(
         moves = (kept < 1) & (size > 0)
         return jnp.where(moves, mixed, own).astype(own.dtype)
 
-    stats = jax.tree.map(one, variables["stats"], from_zero, from_one)
-    return {**variables, "stats": stats}
+    return jax.tree.map(one, variables["stats"], from_zero, from_one)
 
 
 def _descend(

@@ -17,7 +17,7 @@ from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import memory
-from hyperjax.models.linen import cross_entropy
+from hyperjax.models.linen import cross_entropy, num_classes
 from hyperjax.tree import Patterns
 from hyperjax.types import Array, Batch, ClientData, Key, Model, PyTree
 
@@ -145,7 +145,7 @@ def trainer(
             raise ValueError(f"a phase has either epochs or steps; got {phase}")
         check_at_least(0, **given)
 
-    num_classes = _num_classes(model) if local.balanced else 0
+    classes = num_classes(model) if local.balanced else 0
 
     def check_alike(what):
         trained = {
@@ -242,7 +242,7 @@ def trainer(
 
         def one_pass(epoch, carry):
             key_order, key_steps = jax.random.split(jax.random.fold_in(key, epoch))
-            batch = _drawn(key_order, data, local, num_classes)
+            batch = _drawn(key_order, data, local, classes)
             length = per_pass
             if phase.steps is not None:
                 length = jnp.minimum(per_pass, phase.steps - epoch * per_pass)
@@ -354,22 +354,13 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
         )
 
 
-def _num_classes(model: Model) -> int:
-    """K, of a model that is looked at by abstract evaluation."""
-
-    def trial(key):
-        return model.predict(model.init(key), jnp.zeros((1, *model.sample_shape)))
-
-    return jax.eval_shape(trial, jax.random.key(0)).shape[-1]
-
-
 def _drawn(
-    key: Key, data: ClientData, local: Local, num_classes: int
+    key: Key, data: ClientData, local: Local, classes: int
 ) -> Callable[[Array], Batch]:
     """Returns what gives the batch of a step of one pass, by the step's number."""
     if local.balanced:
-        shares = clients.class_shares(data, num_classes)
-        drawn = _drawn(key, data, local._replace(balanced=False), num_classes)
+        shares = clients.class_shares(data, classes)
+        drawn = _drawn(key, data, local._replace(balanced=False), classes)
         return lambda i: drawn(i)._replace(prior=shares)
     if local.batches == "fresh":
 

@@ -64,6 +64,7 @@ class AdaptData(NamedTuple):
 
     train: ClientData  # labelled local samples; size 0 for a zero-shot client
     inputs: ClientData  # the inputs it will predict on, every label withheld (-1)
+    fitted: PyTree = ()  # what participants have found out together, see `Fit`
 
 
 # Messages --------------------------------------------------------------------------
@@ -86,10 +87,16 @@ class Messages(NamedTuple):
     client: PyTree
     uplink: PyTree
     opening: "Messages | None" = None  # of the exchange that opens a round
+    closing: "Messages | None" = None  # and of that which closes it
+
+    @property
+    def alone(self) -> "Messages":
+        """Those of the exchange itself."""
+        return self._replace(opening=None, closing=None)
 
     def sent(self) -> tuple[PyTree, PyTree]:
         """Returns what a client is sent in a round, and what it sends."""
-        every = [self, self.opening] if self.opening else [self]
+        every = [one for one in (self.alone, self.opening, self.closing) if one]
         return [(one.shared, one.own) for one in every], [one.uplink for one in every]
 
 
@@ -258,11 +265,44 @@ class HyperNet(NamedTuple):
 
 
 class ServerSide(NamedTuple):
-    """What the server does."""
+    """What the server does.
+
+    `release` is by what clients are deployed, where that is not what they are sent to
+    train on: a server that would answer what a newcomer sends it hands over what the
+    answer is made by.
+    """
 
     init: Callable  # (common) -> server
     downlink: Callable  # (key, server, cohort) -> Downlink
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
+    release: Callable | None = None  # (key, server, cohort) -> Downlink
+
+
+class Fit(NamedTuple):
+    """What participants find out together of a trained model, for all who deploy it.
+
+    They take rounds of their own, on samples that nobody trained on, whenever clients
+    are deployed; nothing of it is kept. In a round some of them are sent what is known
+    so far, answer, and the server makes more of the answers.
+
+    Attributes:
+      start: `() -> fitted`, what is known before the first round.
+      send: `(key, fitted, down, client, data, held) -> message` of one participant:
+        `held` are the labelled samples whose inputs are those of `data`.
+      absorb: `(fitted, messages [C, ...]) -> fitted`.
+      rounds: how many.
+      share: of the participants, drawn anew in each round.
+    """
+
+    start: Callable
+    send: Callable
+    absorb: Callable
+    rounds: int = 1
+    share: float = 1.0
+
+    def drawn(self, num_clients: int) -> int:
+        """Returns how many of the participants a round has."""
+        return max(1, round(self.share * num_clients))
 
 
 class ClientSide(NamedTuple):
@@ -274,6 +314,7 @@ class ClientSide(NamedTuple):
     prediction rule of their own replace its `apply`.
     `tune` goes on from deployed variables with `epochs` (traced, [] int32) passes over
     the client's labelled samples; like `adapt` it works on a copy and sends nothing.
+    `fit` is what `adapt` needs to be told first, as `AdaptData.fitted`.
     """
 
     init: Callable  # (key, common, down) -> client, on its first visit
@@ -282,6 +323,7 @@ class ClientSide(NamedTuple):
     deploy: Callable  # (down, adapted client) -> variables
     tune: Callable  # (key, variables, AdaptData, round, epochs) -> variables
     model: Model
+    fit: Fit | None = None
 
 
 class Algorithm(NamedTuple):
@@ -291,15 +333,17 @@ class Algorithm(NamedTuple):
     of clients to what they do, and the server takes and gives mappings with the same
     keys (of cohorts, downlinks and uplinks), for any subset of the families.
 
-    Where a round has two exchanges, `opening` is a method on the same state of server
+    Where a round has more exchanges, `opening` is a method on the same state of server
     and clients: its exchange with the whole cohort comes first in every round, also in
-    rounds that otherwise deal with one client after another. Its messages are exact.
+    rounds that otherwise deal with one client after another. `closing` likewise comes
+    last. Their messages are exact.
     """
 
     server: ServerSide
     client: Any  # ClientSide, or Mapping[str, ClientSide]
     exact: tuple[str, ...] = ()  # paths of the uplink that no lossy channel touches
     opening: "Algorithm | None" = None
+    closing: "Algorithm | None" = None
 
     @property
     def has_families(self) -> bool:
@@ -320,9 +364,9 @@ class Algorithm(NamedTuple):
         The server's update is part of it, so what a method cannot do raises here. For
         methods without families; `describe` is the same, once for each method.
         """
-        opening = self.opening and self.opening.messages()
         return jax.eval_shape(self._exchange, jax.random.key(0))._replace(
-            opening=opening
+            opening=self.opening and self.opening.messages(),
+            closing=self.closing and self.closing.messages(),
         )
 
     def _exchange(self, key: Key) -> Messages:

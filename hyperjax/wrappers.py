@@ -20,6 +20,7 @@ from hyperjax.types import (
     ClientData,
     ClientSide,
     Downlink,
+    Fit,
     PyTree,
 )
 
@@ -91,6 +92,35 @@ def with_refreshed_statistics(alg: Algorithm) -> Algorithm:
         return {**side.deploy(down, adapted), "stats": stats}
 
     return alg._replace(client=side._replace(adapt=adapt, deploy=deploy))
+
+
+def adapting(side: ClientSide, change: Callable, fit: Fit | None = None) -> ClientSide:
+    """Returns a client whose deployed variables are changed by its inputs.
+
+    What was adapted is the client's state, so that a neighbour's may be borrowed.
+
+    Args:
+      side: the client.
+      change: `(key, variables, inputs) -> variables`, with a last argument `fitted` if
+        something is.
+      fit: what participants find out first, with a `send(key, fitted, variables, held)`
+        of what they are deployed with.
+    """
+
+    def adapt(key, down, client, data):
+        adapted = side.adapt(key, down, client, data)
+        told = () if fit is None else (data.fitted,)
+        return change(key, side.deploy(down, adapted), data.inputs, *told)
+
+    def send(key, fitted, down, client, data, held):
+        adapted = side.adapt(key, down, client, data)
+        return fit.send(key, fitted, side.deploy(down, adapted), held)
+
+    return side._replace(
+        adapt=adapt,
+        deploy=lambda down, variables: variables,
+        fit=fit and fit._replace(send=send),
+    )
 
 
 # Messages ---------------------------------------------------------------------------

@@ -98,13 +98,16 @@ EXTRA = {
     "hyperfedzero+client": ("hyperfedzero", dict(embed_granularity="client")),
 }
 # Stacks that every law is tested on by default, one of each kind. For the others laws
-# that need programs of their own are slow tests, as all laws are for the last three.
+# that need programs of their own are slow tests, as all laws are for those in SLOW.
 THOROUGH = ("fedavg", "fedfomo")
-SLOW = ("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round")
-# What opens a round is a method of its own, under the same laws.
-OPENING = "+opening"
+SLOW = (
+    *("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round"),
+    *("pefll+opening", "pefll+closing"),
+)
+# What opens or closes a round is a method of its own, under the same laws.
+BESIDE = ("+opening", "+closing")
 METHODS = registry.methods()
-STACKS = [*METHODS, *EXTRA, "mh_pfedhngd" + OPENING]
+STACKS = [*METHODS, *EXTRA, "mh_pfedhngd+opening", "pefll+opening", "pefll+closing"]
 
 
 def make_local(**options):
@@ -121,8 +124,10 @@ def make_local(**options):
 @functools.cache
 def method(stack: str) -> Algorithm:
     """Builds a method, or an extra stack, on the tiny model."""
-    if stack.endswith(OPENING):
-        return method(stack.removesuffix(OPENING)).opening
+    for suffix in BESIDE:
+        if stack.endswith(suffix):
+            whole = method(stack.removesuffix(suffix))
+            return getattr(whole, suffix.removeprefix("+"))
     name, options = EXTRA.get(stack, (stack, {}))
     return build(name, **options)
 

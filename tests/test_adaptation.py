@@ -11,6 +11,7 @@ from federated import NUM_CLASSES, make_local, tiny
 from hyperjax import adaptation, tree
 from hyperjax.adaptation import with_adaptation
 from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.data import clients
 from hyperjax.launch import build
 from hyperjax.models import from_linen, memory
 from hyperjax.models.zoo import MLPBN
@@ -170,6 +171,108 @@ def test_t3a_of_no_input_and_unit_rows_is_the_classifier():
     )
 
 
+# What participants find out first ----------------------------------------------------
+
+
+@functools.cache
+def fitting(text, model):
+    """A client's message, and what deploys one that is told something."""
+    alg = fedavg(model, local=make_local())
+    server = jax.jit(alg.server.init)(KEY)
+    down = alg.server.downlink(KEY, server, None)._replace(round=jnp.int32(0))
+    side = with_adaptation(alg, text).client
+    state = side.init(KEY, KEY, down)
+
+    @jax.jit
+    def send(fitted, held):
+        data = AdaptData(held, clients.withhold_labels(held))
+        return side.fit.send(KEY, fitted, down, state, data, held)
+
+    @jax.jit
+    def run(fitted, inputs):
+        nothing = inputs._replace(size=jnp.int32(0))
+        data = AdaptData(nothing, inputs, fitted)
+        return side.deploy(down, side.adapt(KEY, down, state, data))
+
+    return side, send, run
+
+
+def held_of(rows):
+    return inputs_of(rows)._replace(pool=tiny().pool)
+
+
+def test_confusion_counts_are_of_real_samples():
+    side, send, _ = fitting("bbse", tiny().model)
+    plain = deployed("", tiny().model)
+    predicted = np.argmax(tiny().model.predict(plain, images()), -1)
+    counts = np.zeros((NUM_CLASSES, NUM_CLASSES))
+    np.add.at(counts, (predicted, np.asarray(tiny().pool.y)[ROWS]), 1)
+    found = send(side.fit.start(), held_of(ROWS))
+    np.testing.assert_array_equal(found, counts)
+    padded = held_of([*ROWS, 0, 1])._replace(size=jnp.int32(6))
+    np.testing.assert_array_equal(send(side.fit.start(), padded), counts)
+    np.testing.assert_array_equal(
+        side.fit.absorb(counts, jnp.stack([found, found])), 2 * counts
+    )
+
+
+@pytest.mark.parametrize("text", ["bbse", "em(calibration='none')"])
+def test_without_shift_or_inputs_outputs_stay(text):
+    side, send, run = fitting(text, tiny().model)
+    plain = tiny().model.predict(deployed("", tiny().model), images())
+    # Every class is predicted just as often among equal inputs.
+    sent = send(side.fit.start(), held_of(ROWS))
+    fitted = side.fit.absorb(side.fit.start(), jax.tree.map(lambda x: x[None], sent))
+    if text == "bbse":  # what is always right; the classes' own are what is predicted
+        predicted = np.bincount(np.argmax(plain, -1), minlength=NUM_CLASSES)
+        fitted = jnp.diag(jnp.asarray(predicted, jnp.float32))
+    for size in (6, 0):
+        found = side.model.predict(run(fitted, inputs_of(ROWS, size)), images())
+        np.testing.assert_allclose(found, plain, atol=2e-4)
+
+
+@pytest.mark.parametrize("model", [tiny().model, normed()], ids=["plain", "normed"])
+def test_atp_with_zero_rates_is_the_source(model):
+    side, _, run = fitting("atp", model)
+    found, plain = run(side.fit.start(), inputs_of(ROWS)), deployed("", model)
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    # A number for each tensor, statistics among them.
+    assert len(side.fit.start()) == len(jax.tree.leaves(plain))
+
+
+def test_atp_moves_a_tensor_along_entropy_and_statistics_to_the_inputs():
+    side, _, run = fitting("atp", normed())
+    plain, own = deployed("", normed()), deployed("bn", normed())
+    stats = {k: float(k.startswith("stats")) for k in side.fit.start()}
+    rates = {k: jnp.float32(a) for k, a in stats.items()}
+    found = run(rates, inputs_of(ROWS))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        found["stats"],
+        own["stats"],
+    )
+    jax.tree.map(np.testing.assert_array_equal, found["params"], plain["params"])
+    rates = {k: jnp.float32(0.1 if "params" in k else 0) for k in rates}
+    moved = run(rates, inputs_of(ROWS))
+    assert entropy(normed(), moved) < entropy(normed(), plain)
+
+
+def test_rates_descend_along_the_loss_of_what_was_adapted():
+    side, send, run = fitting("atp(batch_size=6)", tiny().model)
+    zero, labels = side.fit.start(), np.asarray(tiny().pool.y)[ROWS]
+
+    def loss(name, rate):
+        rates = {k: jnp.float32(rate if k == name else 0) for k in zero}
+        logits = side.model.predict(run(rates, inputs_of(ROWS)), images())
+        return -float(jax.nn.log_softmax(logits)[np.arange(6), labels].mean())
+
+    sent = send(zero, held_of(ROWS))  # a step, as all samples are a batch
+    name, h = "params/head/kernel", 0.05
+    slope = (loss(name, h) - loss(name, -h)) / (2 * h)
+    size = deployed("", tiny().model)["params"]["head"]["kernel"].size
+    np.testing.assert_allclose(sent[name], -0.1 * slope / np.sqrt(size), rtol=0.02)
+
+
 # By config ---------------------------------------------------------------------------
 
 
@@ -189,6 +292,8 @@ def test_a_config_names_an_adaptation():
         "bn(prio=3)": "prio",
         "bn(prior=-1)": "prior=-1 must be .*at least 0",
         "t3a(keep": "evaluation.adapt",
+        "em(calibration='tss')": "calibration='tss' is unknown; did you mean 'ts'",
+        "bbse": "evaluation.adapt='bbse' asks .*data.validation_fraction=0",
     }.items():
         config.evaluation.adapt = text
         with pytest.raises(ValueError, match=message):

@@ -218,7 +218,7 @@ def test_state_keeps_its_structure_and_nothing_retraces(stack):
 def test_described_messages_are_those_really_sent(stack):
     one_exchange(stack, IDS)
     down, uplink = SENT[stack]
-    sizes = comm.cost(comm.describe(method(stack))._replace(opening=None))
+    sizes = comm.cost(comm.describe(method(stack)).alone)
     assert sizes.up_numbers == sum(x.size for x in jax.tree.leaves(uplink))
     assert sizes.up_bytes == sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(uplink)

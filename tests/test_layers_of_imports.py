@@ -29,6 +29,7 @@ LAYERS = (
         "hyperjax.over_families",
         "hyperjax.channels",
         "hyperjax.attacks",
+        "hyperjax.label_shift",
         "hyperjax.priors",
     ),
     ("hyperjax.algorithms",),

@@ -11,40 +11,47 @@ import pytest
 from launched import launch
 
 from hyperjax import registry
+from hyperjax.launch import build, cli
 
-# Command in the README -> what is run instead; None: it has run by other means.
+# Command in the README -> what is added, or run instead; None: other tests have it.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
 ONE = [
     *("--config.rounds=1", "--config.tensorboard=False"),
-    "--config.evaluation.finetune_epochs=()",
+    *("--config.evaluation.finetune_epochs=()", "--config.data.name=digits"),
 ]
 SMALL = [
     *("--config.rounds=1", "--config.local.epochs=1", "--config.data.name=synthetic"),
     *("--config.data.num_clients=12", "--config.data.num_novel=1"),
-    *("--config.data.min_size=2", "--config.evaluation.clients_per_call=4"),
     *("--config.server.cohort_size=2", "--config.local.batch_size=8"),
-    *("--config.evaluation.batch_size=16", "--config.tensorboard=False"),
+    *("--config.evaluation.clients_per_call=4", "--config.evaluation.batch_size=16"),
+    "--config.tensorboard=False",
 ]
-RESIDUAL = (  # train residual networks: built by test_build, run by a slow test
-    "python -m experiments.train --config=configs/personalised.py --",
-    "python -m experiments.train --config=configs/personalised.py:ditto",
-)
 TRAIN = "python -m experiments.train --config=configs/"
-SHORTENED = {
-    "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
-    "make test": None,  # it is running
-    "pip install -e .": None,  # `make test` has done it
-    TRAIN + "zero_shot.py": [*SHORT, "--config.tensorboard=False"],
-    TRAIN + "zero_shot.py:alpha": [*ONE, "--config.data.name=digits"],
-    TRAIN + "zero_shot.py:fedyogi": [*ONE, "--config.data.name=digits"],
-    TRAIN + "zero_shot.py:data=digits --workdir=runs/try": SHORT,
-    "python -m experiments.evaluate": [],
-    **dict.fromkeys(RESIDUAL),
+JOIN = "python -m experiments.join"
+# Tests of their own train like these, so that here they are only built, which is all
+# that comes before the first program; a slow test runs them.
+AT_LENGTH = {
+    TRAIN + "personalised.py": [*SMALL, "--config.data.min_size=2"],
+    TRAIN + "personalised.py:ditto,iid": SMALL,
     # Without the convolutions, which take longest to compile.
     TRAIN + "families.py:data=digits": [*ONE, "--config.families=('mlp','mh_mlp')"],
     TRAIN + "families.py:data=digits,clients": [
         *(*ONE, "--config.families=('mlp','mlp')"),
     ],
+    TRAIN + "zero_shot.py:hyperfedshift": ONE,
+    TRAIN + "zero_shot.py:fedprox": ONE,
+    TRAIN + "zero_shot.py:alpha": ONE,
+    TRAIN + "zero_shot.py:fedyogi": ONE,
+    TRAIN + "zero_shot.py:data=digits --workdir=runs/deeper": ONE,
+    JOIN: ["--rounds=1"],
+}
+SHORTENED = {
+    **AT_LENGTH,
+    "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
+    "make test": None,  # it is running
+    "pip install -e .": None,  # `make test` has done it
+    TRAIN + "zero_shot.py:data=digits --workdir=runs/try": SHORT,
+    "python -m experiments.evaluate": [],
     "python -m experiments.sweep --config=configs/zero_shot.py:hyperfedzero": [
         "--list"
     ],
@@ -54,9 +61,8 @@ SHORTENED = {
         *("--config.rounds=1", "--sweep=seed=0", "--config.local.epochs=1"),
         *("--tune=local.learning_rate=0.1", "--config.data.validation_fraction=0.2"),
     ],
-    "python -m experiments.join": ["--rounds=1"],
     "python -m benchmarks.comm_table": ["--networks=mnist"],
-    "python -m benchmarks.family_table": ["--methods=local_only"],
+    "python -m benchmarks.family_table": None,
     # Studies: see tests/studies.
     "python -m experiments.sweep --config=experiments/studies/": None,
     "python -m experiments.sweep --config=experiments/studies/hyperfedzero": ["--list"],
@@ -90,13 +96,42 @@ def commands(text: str) -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
-def shortened(command: str) -> list[str] | None:
+def start_of(command: str) -> str:
+    """Returns the longest start of a command that a test knows."""
     found = [start for start in SHORTENED if command.startswith(start)]
     assert found, f"no test knows the README's command {command!r}"
-    instead = SHORTENED[max(found, key=len)]
-    if instead is None or instead[:1] == ["python"]:
-        return instead
-    return shlex.split(command) + instead
+    return max(found, key=len)
+
+
+def run(command: str, cwd: Path) -> None:
+    """Runs a command, shortened, in `cwd`."""
+    instead = SHORTENED[start_of(command)]
+    if instead is None:
+        return
+    if instead[:1] != ["python"]:
+        instead = shlex.split(command) + instead
+    python, m, module, *argv = instead
+    assert (python, m) == ("python", "-m")
+    done = launch(cwd / "said", module, argv, cwd).result()
+    assert done.code == 0, f"{command}\n{done.err}"
+
+
+def check(command: str) -> None:
+    """Reads the flags of a command for training and builds what it would train."""
+    config, *given = shlex.split(command)[3:]
+    given = [flag for flag in given if flag.startswith("--config.")]
+    added = [flag for flag in SHORTENED[start_of(command)] if "families" not in flag]
+    build.build(cli.read_config(config.removeprefix("--config="), [*given, *added]))
+
+
+@pytest.fixture
+def folder(repository, tmp_path):
+    """A folder with all that the commands name."""
+    for name in ("configs", "experiments", "benchmarks", "hyperjax"):
+        (tmp_path / name).symlink_to(repository / name)
+    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), np.uint8)
+    np.savez(tmp_path / "mine.npz", image=images, label=np.arange(600) % 5)
+    return tmp_path
 
 
 def test_the_two_commands_are_in_the_makefile(repository):
@@ -107,34 +142,27 @@ def test_the_two_commands_are_in_the_makefile(repository):
 
 
 @pytest.mark.parametrize("section", [s for s, t in SECTIONS.items() if commands(t)])
-def test_every_command_runs(section, repository, tmp_path):
+def test_every_command_runs(section, folder, monkeypatch):
     # In order and in one folder, since some go on from what others wrote.
-    for name in ("configs", "experiments", "benchmarks", "hyperjax"):
-        (tmp_path / name).symlink_to(repository / name)
-    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), np.uint8)
-    np.savez(tmp_path / "mine.npz", image=images, label=np.arange(600) % 5)
+    monkeypatch.chdir(folder)
     for command in commands(SECTIONS[section]):
-        arguments = shortened(command)
-        if arguments is None:
-            continue
-        python, m, module, *argv = arguments
-        assert (python, m) == ("python", "-m")
-        done = launch(tmp_path / "said", module, argv, tmp_path).result()
-        assert done.code == 0, f"{command}\n{done.err}"
+        if start_of(command) not in AT_LENGTH:
+            run(command, folder)
+        elif not command.startswith(JOIN):  # tests/experiments/test_join.py
+            check(command)
     written = {"": "runs/demo/report.html", "Try it": "runs/try/report.html"}
-    assert section not in written or (tmp_path / written[section]).exists()
+    assert section not in written or (folder / written[section]).exists()
 
 
 @pytest.mark.slow
-def test_commands_with_residual_networks_run(repository, tmp_path):
-    for name in ("configs", "experiments", "hyperjax"):
-        (tmp_path / name).symlink_to(repository / name)
-    found = [c for c in commands(README) if c.startswith(RESIDUAL)]
-    assert len(found) == 3
+@pytest.mark.parametrize("start", AT_LENGTH)
+def test_commands_that_are_built_run(start, folder):
+    found = [c for c in commands(README) if start_of(c) == start]
+    assert found, f"the README has no command {start!r} any more"
+    if start == JOIN:
+        found = [c for c in commands(README) if "--workdir=runs/first" in c] + found
     for command in found:
-        arguments = [sys.executable, *shlex.split(command)[1:], *SMALL]
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        run(command, folder)
 
 
 def test_the_example_of_an_own_network_runs(capsys):

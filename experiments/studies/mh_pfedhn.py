@@ -42,6 +42,7 @@ NETWORKS = {
     "FedProto": {"method.name": "fedproto"},
     "FML": {"method.name": "fml"},
     "pFedHN, slices": {"method.name": "pfedhn_families"},
+    "pFedLHN, slices": {"method.name": "pfedlhn"},
     "MH-pFedHN": {"method.name": "mh_pfedhn"},
     "MH-pFedHNGD": {"method.name": "mh_pfedhngd"},
 }

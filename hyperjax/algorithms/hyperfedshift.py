@@ -205,15 +205,20 @@ class Extractor(nn.Module):
         return layers.Dense(self.size, he, zeros, name="out")(features)
 
 
+def learned(model: Model, size: int, extractor: str, hidden: int) -> View:
+    """Returns the view of inputs of `model` through an `Extractor`."""
+    module = Extractor(extractor, hidden, size)
+    x = jnp.zeros((1, *model.sample_shape))
+
+    def features(params, x):
+        return module.apply({"params": params}, x)
+
+    return View(size, lambda key: module.init(key, x)["params"], features)
+
+
 def _view(model: Model, embedding: str, size: int, extractor: str, hidden: int) -> View:
     if embedding == "learned":
-        module = Extractor(extractor, hidden, size)
-        x = jnp.zeros((1, *model.sample_shape))
-
-        def features(params, x):
-            return module.apply({"params": params}, x)
-
-        return View(size, lambda key: module.init(key, x)["params"], features)
+        return learned(model, size, extractor, hidden)
     if embedding == "moments":
         trial = jax.eval_shape(_pixel_moments, jnp.zeros((1, *model.sample_shape)))
         return View(trial.shape[1], lambda key: {}, lambda params, x: _pixel_moments(x))
@@ -294,7 +299,7 @@ def shifted(
 
     def loss(key, variables, batch, data):
         key_mix, key_batch, key_context, key_model = jax.random.split(key, 4)
-        draw = _uniform(data)
+        draw = with_replacement(data)
         if virtual:
             shares = _mixed(key_mix, data, num_classes)
             draw = _by_class(data, shares)
@@ -334,7 +339,7 @@ def shifted(
     )
 
 
-def _uniform(data: ClientData) -> Callable[[Key, int], Array]:
+def with_replacement(data: ClientData) -> Callable[[Key, int], Array]:
     """Returns `(key, num) -> rows [num]` drawn with replacement."""
 
     def draw(key, num):

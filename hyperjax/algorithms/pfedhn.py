@@ -27,7 +27,7 @@ local steps draw fresh batches: the trainer's `batches="fresh"`. A client withou
 embedding is sent the network of the mean embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -116,14 +116,79 @@ def pfedhn(
     """
     check_at_least(1, num_clients=num_clients)
     check_at_least(0, embedding_size=embedding_size)
-    check_number(above=0, clip_norm=clip_norm)
     check_number(at_least=0, weight_decay=weight_decay)
     size = embedding_size or published_size(num_clients)
-    options = {"bn_stats": bn_stats, "clip_kept": not faithful, **fedavg_options}
+    server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
+
+    def emitter(template):
+        return Emitter(
+            heads.per_tensor(
+                template,
+                condition_size=size,
+                hidden_size=hidden_size,
+                num_hidden=num_hidden,
+            ),
+            size,
+        )
+
+    return emitting(
+        model,
+        emitter,
+        local=local,
+        num_clients=num_clients,
+        family_sizes=family_sizes,
+        optimizer=optax.chain(optax.add_decayed_weights(weight_decay), server_opt),
+        clip_norm=clip_norm,
+        faithful=faithful,
+        freeze=freeze,
+        **{"bn_stats": bn_stats, "clip_kept": not faithful, **fedavg_options},
+    )
+
+
+class Emitter(NamedTuple):
+    """A hypernetwork and the embeddings [d] that it emits networks for.
+
+    Attributes:
+      net: emits a target's parameters for an embedding.
+      size: d.
+      spread: standard deviation of embeddings at the start.
+    """
+
+    net: HyperNet
+    size: int
+    spread: float = 1.0  # as PyTorch's nn.Embedding
+
+
+def emitting(
+    model: Model | Mapping[str, Model],
+    emitter: Callable[[PyTree], Emitter],
+    *,
+    local: Local,
+    num_clients: int,
+    family_sizes: Mapping[str, int] | None,
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    faithful: bool = False,
+    freeze: Patterns = (),
+    **fedavg_options,
+) -> Algorithm:
+    """Returns a server that emits clients' networks, around FedAvg's clients.
+
+    Args:
+      model, local, num_clients, family_sizes, clip_norm, faithful, freeze: of `pfedhn`.
+      emitter: from the leaves that are to be emitted, by path, to what emits them.
+      optimizer: of the hypernetwork and of the embeddings.
+      **fedavg_options: of `fedavg`, for the clients.
+
+    Raises:
+      ValueError: statistics are not kept at home, a pattern matches nothing, or
+        `family_sizes` does not go with the models.
+    """
+    check_number(above=0, clip_norm=clip_norm)
     models = model if isinstance(model, Mapping) else {"": model}
     if isinstance(model, Mapping):
         over_families.check(models, family_sizes, num_clients)
-    inner = {name: fedavg(m, local=local, **options) for name, m in models.items()}
+    inner = {n: fedavg(m, local=local, **fedavg_options) for n, m in models.items()}
     shared = {name: wrappers.shared(alg) for name, alg in inner.items()}
     for theta in shared.values():
         heads.check_emitted(theta)
@@ -132,16 +197,9 @@ def pfedhn(
         for name, theta in shared.items()
         for path, leaf in theta.items()
     }
-    net = heads.per_tensor(
-        template,
-        condition_size=size,
-        hidden_size=hidden_size,
-        num_hidden=num_hidden,
-    )
-    server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
-    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), server_opt)
+    net, size, spread = emitter(template)
     tree.splitter(jax.eval_shape(net.init, jax.random.key(0)), freeze)  # checks them
-    embeddings = _Embeddings(num_clients, size, optimizer, faithful)
+    embeddings = _Embeddings(num_clients, size, spread, optimizer, faithful)
     whole = _server(net, embeddings, clip_norm, freeze)
     sides = {name: wrappers.own_as_shared(alg.client) for name, alg in inner.items()}
     if isinstance(model, Mapping):
@@ -158,14 +216,15 @@ class _Embeddings(NamedTuple):
 
     num_clients: int
     size: int
+    spread: float
     optimizer: optax.GradientTransformation
     faithful: bool
 
     def init(self, key: Key) -> tuple[Array, PyTree]:
         """A table and its optimizer's state."""
-        # N(0, 1) as PyTorch's nn.Embedding; one optimizer state for the whole table, or
-        # one for each row, which ages with its client alone.
-        table = jax.random.normal(key, (self.num_clients, self.size))
+        # One optimizer state for the whole table, or one for each row, which ages with
+        # its client alone.
+        table = self.spread * jax.random.normal(key, (self.num_clients, self.size))
         init = self.optimizer.init
         return table, init(table) if self.faithful else jax.vmap(init)(table)
 

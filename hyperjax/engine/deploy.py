@@ -6,7 +6,7 @@ from the root, the round and its id, so that it gets the same network whoever as
 whoever is deployed beside it. Nothing of it is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +71,7 @@ class Shared(NamedTuple):
     round: Array
     train: Pool  # of the labelled samples
     inputs: Pool  # of the inputs, every label withheld
+    fitted: PyTree = ()  # see `types.Fit`
 
 
 class Adapted(NamedTuple):
@@ -118,7 +119,12 @@ def find(
 
 
 def arrive(
-    alg: Algorithm, family: str, at: Moment, who: Clients, pools: tuple[Pool, Pool]
+    alg: Algorithm,
+    family: str,
+    at: Moment,
+    who: Clients,
+    pools: tuple[Pool, Pool],
+    fitted: PyTree = (),
 ) -> tuple[Arrival, Shared]:
     """Returns clients of one family with what the server sends them; to be traced.
 
@@ -127,14 +133,15 @@ def arrive(
     key = jax.random.fold_in(rng.stream(at.root, "evaluate"), at.round)
     ones = jnp.ones(len(who.ids))
     cohort = Cohort(who.ids, ones, ones, jnp.int32(at.round), at.population)
-    send = families.mapped(alg).server.downlink
+    server = families.mapped(alg).server
+    send = server.release or server.downlink
     down = send(rng.stream(key, "downlink"), at.server, {family: cohort})[family]
     down = down._replace(round=cohort.round)
     first = exchange.first_visit(alg, at.root, down, who.ids, family)
     start = tree.where_rows(who.seen, who.state, first)
     keys = rng.client_keys(rng.stream(key, "adapt"), who.ids)
     arrival = Arrival(keys, down.own, start, who.train, who.inputs)
-    return arrival, Shared(down.shared, down.round, *pools)
+    return arrival, Shared(down.shared, down.round, *pools, fitted)
 
 
 def adapt(side: ClientSide, client: Arrival, shared: Shared) -> Adapted:
@@ -143,6 +150,7 @@ def adapt(side: ClientSide, client: Arrival, shared: Shared) -> Adapted:
     data = AdaptData(
         ClientData(*client.train, shared.train),
         ClientData(*client.inputs, shared.inputs),
+        shared.fitted,
     )
     state = side.adapt(client.key, down, client.state, data)
     return Adapted(state, side.deploy(down, state), data)
@@ -200,7 +208,8 @@ def deployer(
       hyper: see `schedule.simulator`.
 
     Returns:
-      `deploy(root, carry, round, ids, inputs, train=None) -> [Deployed]`, a client each
+      `deploy(root, carry, round, ids, inputs, train=None, fitted=None) -> [Deployed]`,
+      a client each
       in the order of `ids`, the one that `Evaluator.evaluate(root, carry, round)`
       scores for equal data (equal up to rounding: batches of clients differ):
 
@@ -214,10 +223,12 @@ def deployer(
       inputs: the clients' inputs, rows [n, n_max] and sizes [n] of any pool; labels in
         that pool are not looked at.
       train: labelled samples to adapt on, likewise and of any pool; None for none.
+      fitted: by family, what participants have found out, of `evaluate.Evaluator.fit`;
+        None for a method whose clients need not be told.
 
       All networks of a call are on the device at once. It raises ValueError if there
-      are not n rows, images have another shape than the network's, or a client has no
-      family.
+      are not n rows, images have another shape than the network's, a client has no
+      family, or nobody has found out what it needs to be told.
     """
     groups = families.check(alg, members)
     program, hyper = program or Compiled(mesh), hyper or Hyper.none(alg)
@@ -231,6 +242,7 @@ def deployer(
         ids: Sequence[int] | np.ndarray,
         inputs: ClientData,
         train: ClientData | None = None,
+        fitted: Mapping[str, PyTree] | None = None,
     ) -> list[Deployed]:
         ids, root = np.asarray(ids), rng.root_key(root)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
@@ -246,7 +258,13 @@ def deployer(
         for name, (places, numbers) in groups.numbers(ids, novel).items():
             tables = (Table(x.rows[places], x.size[places]) for x in (train, inputs))
             who = find(carry, name, numbers, *tables)
-            args = moment(root, carry, round, name), who, pools
+            if fitted is None and families.clients(alg)[name].fit is not None:
+                raise ValueError(
+                    "the method's clients adapt to their inputs by what participants "
+                    "find out first, and no participants' samples are here"
+                )
+            told = () if fitted is None else fitted[name]
+            args = moment(root, carry, round, name), who, pools, told
             args = (*sharding.replicate(args, mesh), values)
             out = jax.device_get(program("deploy", programs[name], args, family=name))
             for i, place in enumerate(places):
@@ -262,12 +280,16 @@ def _program(method: Callable[..., Algorithm], name: str, batch_size: int) -> Ca
     """What is compiled for a family: a function from its clients to `Deployed`s."""
 
     def deploy_all(
-        at: Moment, who: Clients, pools: tuple[Pool, Pool], values: Any
+        at: Moment,
+        who: Clients,
+        pools: tuple[Pool, Pool],
+        fitted: PyTree,
+        values: Any,
     ) -> Deployed:
         alg = method(values)
         side = families.clients(alg)[name]
         model = side.model
-        arrivals, shared = arrive(alg, name, at, who, pools)
+        arrivals, shared = arrive(alg, name, at, who, pools, fitted)
 
         def deploy_one(client: Arrival) -> Deployed:
             _, variables, data = adapt(side, client, shared)

@@ -19,7 +19,15 @@ from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.engine.scoring import Samples
 from hyperjax.errors import check_at_least
-from hyperjax.types import Algorithm, Array, Downlink, Pool, PyTree
+from hyperjax.types import (
+    AdaptData,
+    Algorithm,
+    Array,
+    ClientData,
+    Downlink,
+    Pool,
+    PyTree,
+)
 
 
 class Population(NamedTuple):
@@ -47,12 +55,16 @@ class Evaluator(NamedTuple):
 
     `deploy(root, carry, round, ids, inputs, train=None)` gives away the networks that
     `evaluate` scores, see `deploy.deployer`.
+
+    `fit(root, carry, round)` is, by family, what participants find out together before
+    any client is deployed, see `types.Fit`; () where they need not.
     """
 
     evaluate: Callable
     tune: Callable
     deploy: Callable
     program: Compiled
+    fit: Callable
 
 
 def evaluator(
@@ -64,6 +76,7 @@ def evaluator(
     members: Families | None = None,
     novel: Sequence[int] | np.ndarray = (),
     tuned: Mapping[str, Population] | None = None,
+    fitting: Population | None = None,
     batch_size: int = 256,
     clients_per_call: int = 64,
     mesh: Any = None,
@@ -81,6 +94,7 @@ def evaluator(
       members: who has trained, by family; None for a method without families.
       novel: [m] int, position in `members.names` of clients N to N + m - 1.
       tuned: whom `tune` scores; their training rows are what they are tuned on.
+      fitting: participants with samples that they did not train on, for `fit`.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
@@ -90,8 +104,8 @@ def evaluator(
       hyper: see `schedule.simulator`.
 
     Raises:
-      ValueError: the members are not the method's families, or somebody who is to be
-        evaluated belongs to none.
+      ValueError: the members are not the method's families, somebody who is to be
+        evaluated belongs to none, or nobody has samples for what the method fits.
     """
     groups, program = families.check(alg, members), program or Compiled(mesh)
     hyper = hyper or Hyper.none(alg)
@@ -106,18 +120,46 @@ def evaluator(
     }
     scored = _by_family(groups, novel, populations)
     fine_tuned = _by_family(groups, novel, tuned or {})
+    sides = families.clients(alg)
+    fits = [name for name in groups.names if sides[name].fit is not None]
+    if fits and fitting is None:
+        raise ValueError(
+            "clients adapt to their inputs by what participants find out on samples "
+            "that nobody trained on, and participants have set none aside; accepted: "
+            "a federation with a validation_fraction above 0, such as 0.2"
+        )
+    whose = _by_family(groups, novel, {"": fitting} if fitting else {})
 
     def run(stage: str, name: str, call: _Call):
         args = (sharding.replicate(call, mesh),)
         return jax.device_get(program(stage, programs[name][stage], args, family=name))
 
-    def score_part(stage, name, shape, carry, moment, epochs, population: Population):
+    def fit(root, carry: schedule.Carry, round: int):
+        root, found = rng.root_key(root), {}
+        for name in groups.names:
+            found[name] = ()
+            if name in fits:
+                some = whose[name][""].of
+                tables = (
+                    Table(*map(jnp.asarray, t)) for t in (some.train, some.inputs)
+                )
+                who = deploy.find(carry, name, some.ids, *tables)
+                moment, none = deploy.moment(root, carry, round, name), jnp.int32(0)
+                call = _Call(moment, who, samples, none, none, hyper.values, ())
+                args = (sharding.replicate(call, mesh),)
+                run = programs[name]["fit"]
+                found[name] = program("fit", run, args, family=name)
+        return found
+
+    def score_part(
+        stage, name, shape, carry, moment, epochs, fitted, population: Population
+    ):
         num, blocks = len(population.ids), []
         width = sharding.padded_size(min(shape.clients, max(2, clients_per_call)), mesh)
         for places, real, lanes in _lanes(num, width):
             who = _some(carry, name, population, places, lanes, shape)
             counts = jnp.int32(lanes), jnp.int32(epochs)
-            call = _Call(moment, who, samples, *counts, hyper.values)
+            call = _Call(moment, who, samples, *counts, hyper.values, fitted)
             values = run(stage, name, call)
             blocks.append(jax.tree.map(lambda x, n=real: x[:n], values))
         stacked = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
@@ -125,11 +167,12 @@ def evaluator(
 
     def score(stage, whom, root, carry: schedule.Carry, round: int, epochs: int):
         root = rng.root_key(root)
+        fitted = fit(root, carry, round)
         found: dict[str, list[_Part]] = {}
         for name, parts in whom.items():
             moment, shape = deploy.moment(root, carry, round, name), _Shape.of(parts)
             score_it = functools.partial(
-                score_part, stage, name, shape, carry, moment, epochs
+                score_part, stage, name, shape, carry, moment, epochs, fitted[name]
             )
             for metric, part in parts.items():
                 values = part._replace(of=score_it(part.of))
@@ -143,7 +186,7 @@ def evaluator(
         check_at_least(0, epochs=epochs)
         return score("tune", fine_tuned, root, carry, round, epochs)
 
-    give = deploy.deployer(
+    deployed = deploy.deployer(
         alg,
         members=members,
         novel=novel,
@@ -152,7 +195,12 @@ def evaluator(
         program=program,
         hyper=hyper,
     )
-    return Evaluator(evaluate, tune, give, program)
+
+    def give(root, carry, round, ids, inputs, train=None):
+        fitted = fit(root, carry, round) if fits else None
+        return deployed(root, carry, round, ids, inputs, train, fitted)
+
+    return Evaluator(evaluate, tune, give, program, fit)
 
 
 # What is compiled --------------------------------------------------------------------
@@ -167,6 +215,7 @@ class _Call(NamedTuple):
     lanes: Array  # [] int32, how many clients there really are
     epochs: Array  # [] int32, of tuning
     hyper: Mapping[str, float | Array]
+    fitted: PyTree  # what participants have found out
 
 
 class _Ready(NamedTuple):
@@ -187,7 +236,10 @@ class _Pair(NamedTuple):
 def _programs(
     method: Callable[..., Algorithm], name: str, batch_size: int, mesh: Any
 ) -> dict[str, Callable]:
-    """What is compiled for a family: functions of a `_Call`, to values [C] by name."""
+    """What is compiled for a family: functions of a `_Call`, to values [C] by name.
+
+    That of "fit" is to what participants find out.
+    """
 
     def stage(what: str) -> Callable:
         def run(call: _Call):
@@ -196,7 +248,7 @@ def _programs(
 
         return run
 
-    return {what: stage(what) for what in ("evaluate", "tune")}
+    return {what: stage(what) for what in ("evaluate", "tune", "fit")}
 
 
 def _stages(
@@ -207,7 +259,7 @@ def _stages(
 
     def arrive(call: _Call):
         pools = call.samples.labelled, call.samples.unlabelled
-        return deploy.arrive(alg, name, call.moment, call.who, pools)
+        return deploy.arrive(alg, name, call.moment, call.who, pools, call.fitted)
 
     def adapt_one(client: deploy.Arrival, shared: deploy.Shared):
         state, variables, data = deploy.adapt(side, client, shared)
@@ -258,7 +310,32 @@ def _stages(
         arrivals, shared = arrive(call)
         return tune(arrivals, (shared, call.samples, call.epochs))
 
-    return {"evaluate": evaluated, "tune": tuned}
+    def fitted(call: _Call):
+        fit, num = side.fit, len(call.who.ids)
+
+        def one_round(i, fitted):
+            key = jax.random.fold_in(rng.stream(call.moment.root, "fit"), i)
+            drawn = jax.random.permutation(key, num)[: fit.drawn(num)]
+
+            def one(place):
+                # One client at a time: each may have a network of its own.
+                who = jax.tree.map(lambda x: x[place][None], call.who)
+                arrivals, shared = arrive(call._replace(who=who))
+                client = jax.tree.map(lambda x: x[0], arrivals)
+                down = Downlink(shared.down, client.own, shared.round)
+                held = ClientData(*client.inputs, call.samples.labelled)
+                data = AdaptData(
+                    ClientData(*client.train, shared.train),
+                    ClientData(*client.inputs, shared.inputs),
+                )
+                key = jax.random.fold_in(client.key, i)
+                return fit.send(key, fitted, down, client.state, data, held)
+
+            return fit.absorb(fitted, jax.lax.map(one, drawn))
+
+        return jax.lax.fori_loop(0, fit.rounds, one_round, fit.start())
+
+    return {"evaluate": evaluated, "tune": tuned, "fit": fitted}
 
 
 # Who goes where ----------------------------------------------------------------------

@@ -162,9 +162,13 @@ def mapped(alg: Algorithm) -> Algorithm:
     def update(key, state, uplinks, cohorts):
         return given.update(key, state, uplinks[ALONE], cohorts[ALONE])
 
-    server = ServerSide(given.init, downlink, update)
+    def release(key, state, cohorts):
+        return {ALONE: given.release(key, state, cohorts[ALONE])}
+
+    server = ServerSide(given.init, downlink, update, given.release and release)
     opening = alg.opening and mapped(alg.opening)
-    return Algorithm(server, clients(alg), alg.exact, opening)
+    closing = alg.closing and mapped(alg.closing)
+    return Algorithm(server, clients(alg), alg.exact, opening, closing)
 
 
 def first_key(key: Key, name: str) -> Key:
@@ -184,7 +188,8 @@ def view(alg: Algorithm, name: str) -> Algorithm:
     if not alg.has_families:
         return alg
     opening = alg.opening and view(alg.opening, name)
-    return _view(alg.server, alg.client[name], name, alg.exact, opening)
+    closing = alg.closing and view(alg.closing, name)
+    return _view(alg.server, alg.client[name], name, alg.exact, opening, closing)
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,6 +199,7 @@ def _view(
     name: str,
     exact: tuple[str, ...],
     opening: Algorithm | None,
+    closing: Algorithm | None,
 ) -> Algorithm:
     def downlink(key, state, cohort):
         return server.downlink(key, state, {name: cohort})[name]
@@ -204,5 +210,8 @@ def _view(
     def init(key, common, down):
         return client.init(first_key(key, name), common, down)
 
-    one = ServerSide(server.init, downlink, update)
-    return Algorithm(one, client._replace(init=init), exact, opening)
+    def release(key, state, cohort):
+        return server.release(key, state, {name: cohort})[name]
+
+    one = ServerSide(server.init, downlink, update, server.release and release)
+    return Algorithm(one, client._replace(init=init), exact, opening, closing)

@@ -16,7 +16,9 @@ PURPOSE = {  # of programs, by the name they are compiled under
     "rounds": "training",
     "exchange": "training",
     "opening": "training",
+    "closing": "training",
     "evaluate": "evaluation",
+    "fit": "evaluation",
     "tune": "fine-tuning",
     "deploy": "deployment",
 }

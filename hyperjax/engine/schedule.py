@@ -389,10 +389,14 @@ class _Parts(NamedTuple):
 
     def opening(self, values: Mapping[str, Any]) -> Callable:
         """Likewise of what opens a round; there must be such a thing."""
-        alg: Any = self.hyper.method(values).opening
-        return exchange.make_joint_exchange(
-            alg, self.mapper, self.mesh, stage="opening"
-        )
+        return self._beside(self.hyper.method(values).opening, "opening")
+
+    def closing(self, values: Mapping[str, Any]) -> Callable:
+        """And of what closes it."""
+        return self._beside(self.hyper.method(values).closing, "closing")
+
+    def _beside(self, alg: Any, stage: str) -> Callable:
+        return exchange.make_joint_exchange(alg, self.mapper, self.mesh, stage=stage)
 
     def cohorts(self, cohort: Cohort) -> dict[str, Cohort]:
         """A cohort by family."""
@@ -421,9 +425,10 @@ def _one_by_one(cohort: Cohort) -> Cohort:
     )
 
 
-def _round_info(opened: dict, info: dict) -> dict:
-    """What a round reports: what its opening does has names of its own."""
-    return {**info, **{f"opening_{name}": x for name, x in opened.items()}}
+def _round_info(opened: dict, info: dict, closed: dict) -> dict:
+    """What a round reports: opening and closing have names of their own."""
+    opened = {f"opening_{name}": x for name, x in opened.items()}
+    return {**info, **opened, **{f"closing_{name}": x for name, x in closed.items()}}
 
 
 def _on_device(parts: _Parts) -> Simulator:
@@ -443,6 +448,7 @@ def _on_device(parts: _Parts) -> Simulator:
     def many_rounds(root, carry, rounds, table, pool, weight, values):
         trained = parts.exchange(values)
         opening = parts.alg.opening and parts.opening(values)
+        closing = parts.alg.closing and parts.closing(values)
 
         def one_exchange(carry: Carry, cohorts, run=trained):
             server, rows, seen = carry
@@ -476,7 +482,7 @@ def _on_device(parts: _Parts) -> Simulator:
             return jax.lax.switch(family, [branch(n) for n in groups.names], carry)
 
         def body(carry, round):
-            cohort, opened = parts.draw(root, round, weight), {}
+            cohort, opened, closed = parts.draw(root, round, weight), {}, {}
             if opening:
                 carry, opened = one_exchange(carry, parts.cohorts(cohort), opening)
             if not parts.sequential:
@@ -484,7 +490,9 @@ def _on_device(parts: _Parts) -> Simulator:
             else:
                 carry, infos = jax.lax.scan(one_client, carry, _one_by_one(cohort))
                 info = exchange.round_info(infos)
-            return carry, _round_info(opened, info)
+            if closing:
+                carry, closed = one_exchange(carry, parts.cohorts(cohort), closing)
+            return carry, _round_info(opened, info, closed)
 
         return jax.lax.scan(body, carry, rounds)
 
@@ -527,13 +535,20 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     def one_round(root, carry, round):
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         opened: dict[str, Array] = {}
-        if parts.alg.opening or not parts.sequential:
+        if parts.alg.opening or parts.alg.closing or not parts.sequential:
             cohorts = program("cohorts", parts.cohorts, (cohort,))
         if parts.alg.opening:
             carry, opened = one_exchange(root, carry, cohorts, "opening")
-        if not parts.sequential:
+        if parts.sequential:
+            carry, info = one_by_one(root, carry, cohort)
+        else:
             carry, info = one_exchange(root, carry, cohorts)
-            return carry, _round_info(opened, info)
+        closed: dict[str, Array] = {}
+        if parts.alg.closing:
+            carry, closed = one_exchange(root, carry, cohorts, "closing")
+        return carry, _round_info(opened, info, closed)
+
+    def one_by_one(root, carry, cohort):
         infos, turns = [], _one_by_one(cohort)
         for turn, client in enumerate(np.asarray(cohort.ids)):
             one = jax.tree.map(lambda x, turn=turn: x[turn], turns)
@@ -542,8 +557,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             carry, info = one_exchange(root, carry, {name: one})
             infos.append(info)
         infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
-        info = jax.device_get(exchange.round_info(infos))
-        return carry, _round_info(opened, info)
+        return carry, jax.device_get(exchange.round_info(infos))
 
     def one_exchange(root, carry: Carry, cohorts, stage="exchange"):
         rows, seen = carry.rows, carry.seen

@@ -104,6 +104,7 @@ def assemble(
         store=engine.store,
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
+        eval_clients=evaluation.clients,
         clients_per_call=evaluation.clients_per_call,
         like=like,
         widths=widths,
@@ -118,6 +119,7 @@ def assemble(
         federation.widened(widths or {}),
         make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
+        found.whom,
         evaluation.batch_size,
         evaluation.clients_per_call,
         engine.devices,
@@ -155,6 +157,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     _shift(config.data)
     if config.evaluation.adapt:
         adaptation.factory(config.evaluation.adapt)
+        adaptation.check_held_out(
+            config.evaluation.adapt, config.data.validation_fraction
+        )
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)

@@ -265,7 +265,7 @@ def launch() -> None:
         "baseline", None, "METHOD or field=value that the others are compared with."
     )
     tuned = flags.DEFINE_multi_string("tune", [], "field=values to choose among.")
-    by = flags.DEFINE_string("by", None, "What --tune chooses by; vacc or pacc.")
+    by = flags.DEFINE_string("by", None, "What --tune goes by: vacc, pacc, pacc_ftE.")
     tune_seed = flags.DEFINE_integer(
         "tune_seed", None, "--tune chooses on a federation of this seed."
     )

@@ -83,6 +83,15 @@ def sizes(model: Model) -> tuple[int, int]:
     return logits.shape[-1], features.shape[-1]
 
 
+def num_classes(model: Model) -> int:
+    """Returns K, of a model that is looked at by abstract evaluation."""
+
+    def trial(key):
+        return model.predict(model.init(key), _blank(model.sample_shape).x)
+
+    return jax.eval_shape(trial, jax.random.key(0)).shape[-1]
+
+
 def check_gives(model: Model, *outputs: str) -> None:
     """Refuses a model whose training pass leaves out what a method's loss will read.
 

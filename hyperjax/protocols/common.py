@@ -100,6 +100,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "engine.conv_rule": ("auto", "convolutions by xla, scan, patches or stripes"),
     "evaluation.every": (5, "rounds"),
     "evaluation.batch_size": (256, "samples"),
+    "evaluation.clients": (0, "a fixed sample of each kind; 0: all"),
     "evaluation.clients_per_call": (64, "clients at a time"),
     "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
     "evaluation.adapt": ("", 'of deployed clients to their inputs: "bn(prior=16)"'),

@@ -39,6 +39,7 @@ _MANY_HEADS = Tuned(
         "digits": {"method.output_size": 2048, "server.learning_rate": 5e-3},
     },
 )
+_ADAM = {"server.optimizer": "adam", "server.learning_rate": 2e-4}
 # What a method declares as its traits (uniform weights, its own count of epochs) is
 # followed without an entry here.
 TUNED: dict[str, Tuned] = {
@@ -51,6 +52,8 @@ TUNED: dict[str, Tuned] = {
     "hyperfedzero": _CLIPPED,
     "mh_pfedhn": _MANY_HEADS,
     "mh_pfedhngd": _MANY_HEADS,
+    "odpfl_hn": Tuned(_ADAM, "PeFLL's: its own code is not public."),
+    "pefll": Tuned(_ADAM, "arXiv:2306.05515, the authors' code."),
     "pfedhn": Tuned(
         {
             "server.optimizer": "sgd(momentum=0.9)",
@@ -62,6 +65,14 @@ TUNED: dict[str, Tuned] = {
     "pfedla": Tuned(
         {"server.sequential": True},
         "One client after another, as in public reproductions; False: synchronous.",
+    ),
+    "pfedlhn": Tuned(
+        {
+            "server.optimizer": "adamw",
+            "server.learning_rate": 3e-4,
+            "server.sequential": True,
+        },
+        "As the authors' instructions: the server steps after every client.",
     ),
     "pfedme": Tuned(
         {

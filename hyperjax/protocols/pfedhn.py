@@ -79,7 +79,7 @@ def get_config(arg: str = ""):
     config.evaluation.every = (every - 1) // clients + 1
     config.server.cohort_size = 1
     arguments.apply(config, args, PRESETS, TUNED)
-    if args.method == "pfedhn" and args.name != "pfedhn_synchronous":
+    if args.method in ("pfedhn", "pfedlhn") and args.name != "pfedhn_synchronous":
         config.server.update(sampler="uniform", sequential=False)  # one at a time
         config.evaluation.every = every
         config.rounds = 2 if args.smoke else visits

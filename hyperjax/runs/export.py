@@ -168,7 +168,8 @@ def _stablehlo(network: Network) -> bytes:
     except Exception as error:  # what cannot do with a size that is not known
         raise ValueError(
             "format='stablehlo': this prediction goes by the number of inputs and "
-            f"cannot be written for any number of them ({first_line(error)})"
+            "cannot be written for any number of them; a network asks x.shape[0] for "
+            f"it, not len(x) ({first_line(error)})"
         ) from error
     return bytes(found.serialize())
 

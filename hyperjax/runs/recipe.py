@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import optax
 
 from hyperjax import calls, channels, models, registry
+from hyperjax.adaptation import with_adaptation
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
@@ -27,6 +28,7 @@ class Recipe(NamedTuple):
     settings: Settings
     options: dict[str, Any]
     engine: dict[str, Any]
+    adapt: str = ""
 
     def build(self) -> Experiment:
         """Makes it."""
@@ -44,6 +46,8 @@ class Recipe(NamedTuple):
             )
         if self.uplink:
             algorithm = through_channel(algorithm, self.uplink)
+        if self.adapt:
+            algorithm = with_adaptation(algorithm, self.adapt, "adapt")
         return experiment(
             self.data,
             algorithm,

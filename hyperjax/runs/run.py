@@ -45,6 +45,7 @@ def run(
     weights: str | None = None,
     sequential: bool = False,
     uplink: str = "",
+    adapt: str = "",
     seed: int = 0,
     every: int | None = None,
     finetune_epochs: Sequence[int] = (),
@@ -73,6 +74,8 @@ def run(
         default: the method's own.
       sequential: the server steps after every client of a round.
       uplink: what clients send goes through: "topk(fraction=0.3)".
+      adapt: what deployed clients make of their unlabelled inputs: "bn(prior=16)",
+        "t3a", ...; "em", "bbse" and "atp" need a federation with validation samples.
       seed: of the run; the federation has one of its own.
       every: rounds between evaluations; default: a tenth of all.
       finetune_epochs: `scores` also has copies that are fine-tuned so long.
@@ -130,6 +133,7 @@ def run(
             mapper=mapper,
             devices=devices,
         ),
+        adapt,
     )
     built = recipe.build()
     fresh = Run(name, recipe, built, loop.start(built), ())

@@ -83,7 +83,11 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     series = [Series(n, _hex(o.color), o.line) for n, o in look.of.items()]
     done = int(results.wide["finished"].sum())
     num = len(results.points)
-    words = f"{num} runs in {len(series)} groups · {done} finished"
+    groups = len(series)
+    words = (
+        f"{num} run{'s' * (num != 1)} in {groups} group{'s' * (groups != 1)} · "
+        f"{done} finished"
+    )
     body = [
         pages.header(title, words),
         *_failed(path.parent),

@@ -9,6 +9,7 @@ tried and what was chosen is in `sweep.json` and `tuning.csv`.
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ TABLE = "tuning.csv"
 _SUFFIXES = ("", "_mean", "_p10")
 VALIDATION = tuple(f"vacc{suffix}" for suffix in _SUFFIXES)
 PARTICIPANTS = tuple(f"pacc{suffix}" for suffix in _SUFFIXES)
+_FINE_TUNED = re.compile(r"pacc_ft(0|[1-9]\d*)(_mean)?")
 
 
 class Setting(NamedTuple):
@@ -40,9 +42,11 @@ def check_metric(by: str | None, seed: int | None) -> str:
     """
     accepted = VALIDATION if seed is None else (*PARTICIPANTS, *VALIDATION)
     by = by or accepted[0]
-    if by in accepted:
+    if by in accepted or (seed is not None and _FINE_TUNED.fullmatch(by)):
         return by
     others = ", ".join(accepted)
+    if seed is not None:
+        others += ", pacc_ftE or pacc_ftE_mean (after E epochs of fine-tuning)"
     kind = by.partition("_")[0]
     if kind in ("zacc", "gacc"):
         raise ValueError(
@@ -50,7 +54,7 @@ def check_metric(by: str | None, seed: int | None) -> str:
             f"may be measured on, and would be none if it were chosen by; accepted: "
             f"{others}"
         )
-    if kind == "pacc":
+    if kind == "pacc" and seed is None:
         raise ValueError(
             f"--by={by}: the sweep reports it for the same clients; with --tune_seed=N "
             f"it is that of a federation of another seed; accepted without: {others}"
@@ -76,8 +80,8 @@ def settings(
       seed: of the federation that is tuned on; None: the setting's first.
 
     Raises:
-      ValueError: nobody sets samples aside for validation, or the seed is one of the
-        sweep's.
+      ValueError: nobody sets samples aside for validation or is fine-tuned for as many
+        epochs, or the seed is one of the sweep's.
     """
     found: dict[str, list[Point]] = {}
     for point in given:
@@ -101,6 +105,14 @@ def settings(
         grid += [{**texts, **values} for values in tried]
     trials = points.resolve(path, arguments, grid)
     for trial in trials:
+        if match := _FINE_TUNED.fullmatch(by):
+            epochs = trial.config.evaluation.finetune_epochs
+            if int(match[1]) not in epochs:
+                raise ValueError(
+                    f"--by={by}: participants are fine-tuned for "
+                    f"{', '.join(map(str, epochs)) or 'no'} epochs here, "
+                    f"evaluation.finetune_epochs={tuple(epochs)}"
+                )
         if by in VALIDATION and not trial.config.data.validation_fraction:
             raise ValueError(
                 f"--tune by {by} needs samples that participants set aside for it, and "

@@ -10,9 +10,10 @@ import pytest
 from federated import NUM_CLASSES, NUM_CLIENTS, make_local, method, tiny, weights
 
 from hyperjax import tree
+from hyperjax.adaptation import with_adaptation
 from hyperjax.algorithms.fedper import fedper
 from hyperjax.data import clients
-from hyperjax.engine import deploy, evaluate, schedule, scoring, sharding
+from hyperjax.engine import comm, deploy, evaluate, schedule, scoring, sharding
 from hyperjax.engine.evaluate import Population
 from hyperjax.types import ALONE, AdaptData, ClientData, Downlink, Outputs
 
@@ -416,3 +417,65 @@ def test_a_class_that_is_ruled_out_is_an_answer():
     inf = jnp.inf
     logits = jnp.array([[0.0, -inf], [-inf, -inf], [0.0, inf], [0.0, jnp.nan]])
     np.testing.assert_array_equal(scoring.usable(logits), [True, False, False, False])
+
+
+# What participants find out ----------------------------------------------------------
+
+
+@functools.cache
+def fitted_by(text: str, fitting: bool = True):
+    """An evaluator of FedAvg whose clients are told something first."""
+    whom = {"zacc": populations()["zacc"]}
+    return evaluate.evaluator(
+        with_adaptation(method("fedavg"), text),
+        tiny().pool,
+        whom,
+        source_prior=SOURCE,
+        batch_size=4,
+        fitting=populations()["pacc"] if fitting else None,
+    )
+
+
+def test_participants_find_out_together_what_all_are_told():
+    carry, pool = trained("fedavg"), tiny().pool
+    evaluator = fitted_by("bbse")
+    confusion = evaluator.fit(ROOT, carry, 2)[ALONE]
+    rows = np.concatenate([r[:n] for r, n in zip(*tiny().table, strict=True)])
+    x = (np.asarray(pool.x)[rows] / 255.0 - pool.mean) / pool.std
+    variables = method("fedavg").client.deploy(
+        Downlink(shared=(carry.server.theta, ()), round=jnp.int32(2)),
+        jax.tree.map(lambda x: x[0], carry.rows[ALONE]),
+    )
+    logits = tiny().model.predict(variables, jnp.asarray(x, jnp.float32))
+    expected = np.zeros((NUM_CLASSES, NUM_CLASSES))
+    np.add.at(expected, (np.argmax(logits, -1), np.asarray(pool.y)[rows]), 1)
+    np.testing.assert_array_equal(confusion, expected)
+    # Whoever is deployed, alone too, is told of it.
+    values = evaluator.evaluate(ROOT, carry, 2)["zacc"]
+    ids, _, inputs = populations()["zacc"]
+    one = ClientData(inputs.rows[:1], inputs.size[:1], pool)
+    (given,) = evaluator.deploy(ROOT, carry, 2, ids[:1], one)
+    labels = np.asarray(pool.y)[inputs.rows[0, : inputs.size[0]]]
+    right = np.mean(given.logits.argmax(-1) == labels)
+    assert values["accuracy"][0] == pytest.approx(right)
+
+
+def test_a_message_of_a_fit_is_counted():
+    alg = with_adaptation(method("fedavg"), "bbse")
+    numbers = comm.fitting(alg)
+    assert (numbers.up_numbers, numbers.down_numbers) == (9, 9)
+    rates = comm.fitting(with_adaptation(method("fedavg"), "atp"))
+    tensors = len(jax.tree.leaves(trained("fedavg").server.theta))
+    assert (rates.up_numbers, rates.down_numbers) == (tensors, tensors)
+    bcts = comm.fitting(with_adaptation(method("fedavg"), "em"))
+    assert bcts.up_numbers == 1 + 4 + 16 + 3 + 1
+    assert comm.fitting(method("fedavg")) == (0, 0, 0, 0)
+
+
+def test_without_participants_samples_a_fit_is_refused():
+    with pytest.raises(ValueError, match="validation_fraction above 0"):
+        fitted_by("bbse", fitting=False)
+    give = deploy.deployer(with_adaptation(method("fedavg"), "bbse"))
+    ids, _, inputs = populations()["zacc"]
+    with pytest.raises(ValueError, match="no participants' samples are here"):
+        give(ROOT, trained("fedavg"), 2, ids, ClientData(*inputs, tiny().pool))

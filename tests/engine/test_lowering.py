@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from federated import NUM_CLASSES, NUM_CLIENTS, OPENING, STACKS, method
+from federated import BESIDE, NUM_CLASSES, NUM_CLIENTS, STACKS, method
 from jax import export
 
 from hyperjax import federate, load
@@ -31,7 +31,7 @@ def federation():
     [
         pytest.param(stack, marks=() if stack in QUICK else pytest.mark.slow)
         for stack in STACKS
-        if not stack.endswith(OPENING)  # with its method
+        if not stack.endswith(BESIDE)  # with its method
     ],
 )
 def test_programs_lower_and_leave_nothing_to_the_host(stack, monkeypatch):

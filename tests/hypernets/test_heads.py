@@ -103,3 +103,35 @@ def test_outputs_start_at_one_scale_and_clients_apart():
 def test_bad_input(option, message):
     with pytest.raises(ValueError, match=message):
         built(**option)
+
+
+# pFedLHN ------------------------------------------------------------------------------
+
+
+def layered(**options):
+    sizes = dict(num_bases=2, basis_size=3, hidden_size=4)
+    net, size = heads.per_layer(SPEC, **{**sizes, **options})
+    return net, size, jax.jit(net.init)(jax.random.key(0))
+
+
+@pytest.mark.parametrize(("one_row", "num_rows"), [(False, 2), (True, 1)])
+def test_a_tensor_is_linear_in_its_own_row(one_row, num_rows):
+    net, size, phi = layered(one_row=one_row)
+    assert size == 2 * num_rows
+    v = np.float32([0.5, -2.0, 3.0, 1.0])[:size]
+    rows = np.broadcast_to(v.reshape(num_rows, 2), (2, 2))
+    shown = jax.device_get(phi)
+    hidden = rows @ shown["bases"] @ shown["trunk"]["kernel"] + shown["trunk"]["bias"]
+    expected = {}
+    for name, a in zip(("b", "w"), hidden, strict=True):
+        head = shown["heads"][name]
+        numbers = a @ head["kernel"] + head["bias"]
+        expected[name] = numbers.reshape(SPEC[name].shape)
+    found = net.generate(phi, jnp.asarray(v))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["num_bases", "basis_size", "hidden_size"])
+def test_layers_of_no_size_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        heads.per_layer(SPEC, **{name: 0})

@@ -207,15 +207,28 @@ _HEADS = {**_ADAM, "server.sequential": True}
 _PFEDHN = {"server.optimizer": "sgd(momentum=0.9)", "server.learning_rate": 1e-2}
 _REP = {"local.epochs": None, "local.steps": None}
 # Fields of the experiment that are others than FedAvg's, by method and variant.
+_PEFLL = {
+    "server.optimizer": "adam",
+    "server.learning_rate": 2e-4,
+    "server.weights": "uniform",
+}
 APART = {
     "constant_embedding": {"local.clip_norm": 10.0},
     "feddyn": {"server.weights": "uniform", "local.clip_norm": 10.0},
     "fedrep": _REP,
     "hyperfedzero": {"local.clip_norm": 10.0},
+    "hyperfl": _REP,
     "mh_pfedhn": _HEADS,
     "mh_pfedhngd": _HEADS,
+    "odpfl_hn": _PEFLL,
+    "pefll": _PEFLL,
     "pfedhn": {**_PFEDHN, "server.sequential": True},
     "pfedla": {"server.sequential": True},
+    "pfedlhn": {
+        "server.optimizer": "adamw",
+        "server.learning_rate": 3e-4,
+        "server.sequential": True,
+    },
     "pfedme": {"local.optimizer": "sgd", "local.learning_rate": 0.005},
     "scaffold": {"server.weights": "uniform"},
     "centre": {
@@ -243,6 +256,7 @@ APART = {
     "pfedhn_synchronous": {"server.optimizer": "sgd(momentum=0.9)"},
 }
 # In pFedHN's own experiment one client is visited a round.
+VISITING = ("pfedhn", "pfedhn_families", "pfedhn_pc", "pfedlhn")
 VISITS = {"rounds": 5000, "evaluation.every": 100, "server.sampler": "uniform"}
 
 
@@ -255,8 +269,10 @@ def test_what_belongs_to_a_method_in_an_experiment(experiment, name):
     if name == "pfedhn_synchronous":  # the step grows with the clients
         expected["server.learning_rate"] = 1e-2 * config.data.num_clients
         expected["server.sampler"] = "full"
-    if experiment == "pfedhn" and name in ("pfedhn", "pfedhn_families", "pfedhn_pc"):
+    if experiment == "pfedhn" and name in VISITING:
         expected |= {**VISITS, "server.sequential": False}
+    if (experiment, name) == ("zero_shot", "pefll"):  # unseen clients with labels
+        expected["evaluation.finetune_epochs"] = (0,)
     expected = {k: v for k, v in expected.items() if known[k] != v}
     found = {
         k: v for k, v in differing(config, other).items() if not k.startswith("method.")

@@ -150,6 +150,12 @@ def test_methods_of_ones_own_and_ready_ones(data):
         hj.run(ready, Net(), data, rounds=1)
 
 
+def test_deployed_clients_adapt_to_their_inputs(data):
+    adapted = train(data, "fedavg", rounds=0, adapt="t3a")
+    found = adapted._deploy(4, adapted._inputs(data.pool.x[:5]))
+    assert found.variables["memory"].keys() == {"supports"}
+
+
 def test_weights_belong_to_the_method(data):
     assert hj.registry.traits("scaffold").weights == "uniform"
     run = train(data, "scaffold", rounds=0)
@@ -175,6 +181,8 @@ def test_weights_belong_to_the_method(data):
         (dict(local=hj.Local(optax.sgd(0.1), 8)), "give optimizer, or local"),
         (dict(rounds=-1), "rounds=-1 must be"),
         (dict(uplink="topq(fraction=1)"), "uplink='topq' is unknown"),
+        (dict(adapt="t4a"), "adapt='t4a' is unknown; did you mean 't3a'"),
+        (dict(adapt="bbse"), "validation_fraction above 0"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(data, change, message):

@@ -164,6 +164,13 @@ def test_a_list_runs_and_writes_nothing(trainer, tmp_path, capsys):
         (dict(tune=("local.epochs=1,2",), by="loss"), "'loss' is unknown"),
         (dict(tune=("local.epochs=1,2",)), "validation_fraction is 0"),
         (dict(tune=("local.epochs=1,2",), tune_seed=1), "the seed of the point"),
+        (dict(tune=("local.epochs=1,2",), by="pacc_ft4"), "with --tune_seed=N it is"),
+        (dict(tune=("local.epochs=1,2",), tune_seed=7, by="pacc_ft"), "is unknown"),
+        (dict(tune=("local.epochs=1,2",), tune_seed=7, by="zacc_ft4"), "measured on"),
+        (
+            dict(tune=("local.epochs=1,2",), tune_seed=7, by="pacc_ft3"),
+            r"--by=pacc_ft3: .*evaluation.finetune_epochs=\(",
+        ),
         (dict(arguments=("--config.seed=3",)), "'seed' is swept, and given"),
     ],
 )
@@ -224,6 +231,11 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
     assert content["tune"] == dict(fields=["local.learning_rate"], by="pacc", seed=7)
     for entry in content["points"]:
         assert entry["tuned"] == {"local.learning_rate": 0.1}
+
+
+def test_values_may_be_chosen_after_fine_tuning():
+    assert tune.check_metric("pacc_ft4", 7) == "pacc_ft4"
+    assert tune.check_metric("pacc_ft0_mean", 7) == "pacc_ft0_mean"
 
 
 @pytest.mark.parametrize(
