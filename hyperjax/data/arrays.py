@@ -227,8 +227,9 @@ def check_samples(samples: Any, name: str) -> np.ndarray:
         return x
     if x.dtype != np.int32:
         raise ValueError(
-            f"{name} is {x.dtype} of shape {x.shape}; features must be float, "
-            "x.astype(np.float32), and tokens int32, x.astype(np.int32)"
+            f"{name} is {x.dtype} of shape {x.shape}; images must be [n, height, "
+            "width, channels], features float, x.astype(np.float32), and tokens int32, "
+            "x.astype(np.int32)"
         )
     if x.min() < 0:
         raise ValueError(f"{name} holds the token {x.min()}; tokens are 0 or above")
