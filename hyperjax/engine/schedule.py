@@ -275,7 +275,7 @@ def _check_streaming(alg: Algorithm, sequential: bool, mapper: str | int) -> Non
 
 
 def check_images(alg: Algorithm, pool: Pool) -> None:
-    """Refuses images that a network does not take.
+    """Refuses samples that a network does not take.
 
     Raises:
       ValueError: naming their shape, the network's and its family.
@@ -284,13 +284,13 @@ def check_images(alg: Algorithm, pool: Pool) -> None:
         if pool.x.shape[1:] != tuple(client.model.sample_shape):
             of = f" of the family {name!r}" if name else ""
             raise ValueError(
-                f"pool has images of shape {pool.x.shape[1:]}; the network{of} takes "
+                f"pool has samples of shape {pool.x.shape[1:]}; the network{of} takes "
                 f"{tuple(client.model.sample_shape)}"
             )
 
 
 def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
-    """Refuses images that a network does not take, and rows that a pool lacks."""
+    """Refuses samples that a network does not take, and rows that a pool lacks."""
     check_images(alg, pool)
     rows, size = np.asarray(table.rows), np.asarray(table.size)
     if rows.ndim != 2 or size.shape != rows.shape[:1]:
