@@ -15,7 +15,7 @@ version = release = hyperjax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["myst-nb.lexer"]  # of cells that a test leaves out
 
 html_theme = "furo"
 html_title = "hyperjax"
@@ -27,13 +27,14 @@ html_copy_source = False
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 
-# Notebooks run from nothing at each build, in a folder that is gone afterwards. An error
-# in a cell is a warning that shows it, and fails the build as all warnings do.
+# Notebooks run from nothing at each build, in a folder that is gone afterwards. An
+# error in a cell is a warning that shows it, and fails the build as all warnings do.
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 # What programs of notebooks are started with: this Python, its commands, programs that
 # compile quickly, kept for the next build.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -62,7 +62,6 @@ def prepared(model):
 def found(stack):
     model, plain = method(stack).client.model, base(stack)
 
-    @jax.jit
     def run():
         variables = prepared(model)
         exported = model.serve.export(variables)

@@ -165,7 +165,8 @@ def mapped(alg: Algorithm) -> Algorithm:
     def release(key, state, cohorts):
         return {ALONE: given.release(key, state, cohorts[ALONE])}
 
-    server = ServerSide(given.init, downlink, update, given.release and release)
+    released = given.release and release
+    server = ServerSide(given.init, downlink, update, released, given.mean_only)
     opening = alg.opening and mapped(alg.opening)
     closing = alg.closing and mapped(alg.closing)
     return Algorithm(server, clients(alg), alg.exact, opening, closing)

@@ -96,9 +96,9 @@ def cards(latest: Row) -> str:
         bad = latest.get(f"{key}_not_finite")
         if bad:
             line = f"outputs of the network for {bad} of them are not finite"
-            found.append(pages.card(name, pages.NOTHING, MEANINGS[key], line))
+            found.append(pages.card(name, pages.NOTHING, _whose(latest, key), line))
         elif key in latest:
-            lines = [MEANINGS[key]]
+            lines = [_whose(latest, key)]
             if key != "gacc" and f"{key}_mean" in latest:  # the test set is one client
                 spread = f"mean over clients {latest[f'{key}_mean']:.2f}"
                 if f"{key}_std" in latest:
@@ -124,6 +124,15 @@ def cards(latest: Row) -> str:
     return f'<div class="cards">{"".join(found)}</div>' if found else ""
 
 
+def _whose(latest: Row, metric: str) -> str:
+    """Of whom a metric is, and of how many where some are drawn."""
+    whose = MEANINGS[metric]
+    if metric in (drawn := latest.get("sampled") or {}):
+        num, of = drawn[metric]
+        whose += f", a sample of {num:,} of {of:,}"
+    return whose
+
+
 def accuracies(latest: Row) -> pages.Html:
     """Every accuracy of the last evaluation, beside its controls."""
     there = [m for m in METRICS if m in latest]
@@ -131,7 +140,7 @@ def accuracies(latest: Row) -> pages.Html:
     if not there:
         return pages.Html("")
     rows = [
-        (METRICS[m], MEANINGS[m], *(_float(latest.get(m + s)) for s in columns))
+        (METRICS[m], _whose(latest, m), *(_float(latest.get(m + s)) for s in columns))
         for m in there
     ]
     said = []

@@ -407,7 +407,7 @@ def _summary(
     progress: Progress,
 ) -> dict[str, Any]:
     """Sums a finished run up; writes what is known of each client."""
-    rows = results.per_client(values, experiment.federation)
+    rows = results.per_client(values, experiment.federation, experiment.whom)
     if experiment.members is not None:
         names, of = experiment.members.names, experiment.members.family
         for row in rows:
@@ -429,6 +429,8 @@ def _summary(
         state_sha256=tree.sha256(jax.device_get(state.carry)),
         finished=True,
     )
+    if drawn := experiment.sampled:
+        summary["sampled"] = {m: of for m, of in drawn.items() if m in values}
     if experiment.members is not None:
         summary["families"] = {
             name: dict(clients=experiment.members.size(name), **each._asdict())
@@ -480,8 +482,14 @@ def outcome(summary: dict[str, Any]) -> str:
         )
 
     several = {k: v for k, v in results.SHOWN.items() if k != "gacc"}  # one client
-    means = line("_mean", several)
-    return line("", results.SHOWN) + (f"\nmeans over clients: {means}" if means else "")
+    said = [line("", results.SHOWN)]
+    if means := line("_mean", several):
+        said.append(f"means over clients: {means}")
+    for metric, (num, of) in summary.get("sampled", {}).items():
+        if metric in results.SHOWN:
+            label = results.SHOWN[metric]
+            said.append(f"{label} is of a sample: {num:,} of {of:,} clients")
+    return "\n".join(said)
 
 
 def launch() -> None:

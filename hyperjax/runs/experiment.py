@@ -15,6 +15,7 @@ from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
 
 WEIGHTS = ("size", "uniform")
+_SAMPLE = 0xE7A1  # the stream of draws of `sample`
 
 
 class Settings(NamedTuple):
@@ -40,6 +41,7 @@ class Experiment(NamedTuple):
     costs: dict[str, comm.Cost]  # of one exchange with a client, by family
     settings: Settings
     plan: dict[str, Any]  # what was chosen: mapper, devices, store, cohort_size, ...
+    whom: Mapping[str, np.ndarray]  # places of who is evaluated, by metric
     by_sample: evaluate.Evaluator | None = None  # with one classifier per input
     hyper: Hyper | None = None  # what of the method its programs do not have built in
 
@@ -62,6 +64,14 @@ class Experiment(NamedTuple):
             )
             for way in ("up", "down")
         }
+
+    @property
+    def sampled(self) -> dict[str, tuple[int, int]]:
+        """Returns how many clients a metric is of, and of how many they are drawn."""
+        data = self.federation
+        nums = dict(pacc=data.num_clients, vacc=data.num_clients, zacc=data.num_novel)
+        pairs = {m: (len(whom), nums[m]) for m, whom in self.whom.items()}
+        return {m: (num, of) for m, (num, of) in pairs.items() if num < of}
 
     @property
     def fit_totals(self) -> dict[str, int]:
@@ -97,7 +107,9 @@ def experiment(
     devices: int = 0,
     store: str = "device",
     store_dir: str | None = None,
+    streaming: bool = False,
     eval_batch_size: int = 256,
+    eval_clients: int = 0,
     clients_per_call: int = 64,
     like: Experiment | None = None,
     widths: Mapping[str, int] | None = None,
@@ -120,7 +132,10 @@ def experiment(
       devices: at most so many; 0: all that help.
       store: of clients' state and row numbers: "device" or "host".
       store_dir: folder of a host store in files.
+      streaming: uplinks are summed up as clients finish, see `schedule.simulator`.
       eval_batch_size: inputs predicted at a time.
+      eval_clients: of participants, and of unseen clients, so many are evaluated, the
+        same at every evaluation; 0: all.
       clients_per_call: clients evaluated at a time.
       like: an experiment with the same arguments but for seed, federation and values of
         hyper-parameters; what was compiled for it serves this one too, where tables
@@ -141,6 +156,8 @@ def experiment(
     num = federation.num_trainers
     cohort_size = num if sampler == "full" else (cohort_size or num)
     backend = jax.default_backend()
+    if streaming and mapper == "auto" and backend != "cpu":
+        mapper = "block"  # all at once there would be nothing to sum up
     resolved = sharding.resolve_mapper(mapper, block_size, backend)
     # One client at a time needs one device.
     mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
@@ -159,13 +176,16 @@ def experiment(
         mesh=mesh,
         store=store,
         store_dir=store_dir,
+        streaming=streaming,
         program=like and like.simulator.program,
         hyper=hyper,
     )
+    whom = sample(federation, eval_clients, settings.seed)
     evaluator = make_evaluator(
         wide,
         algorithm,
         members,
+        whom,
         eval_batch_size,
         clients_per_call,
         devices,
@@ -183,6 +203,7 @@ def experiment(
         rounds_per_call=settings.rounds_per_call or settings.every,
         cohort_size=cohort_size,
         compiler_level=compiling.level(),
+        **({"streaming": True} if streaming else {}),
     )
     costs = {}
     for name in families.clients(algorithm):
@@ -198,6 +219,7 @@ def experiment(
         costs,
         settings,
         plan,
+        whom,
         hyper=hyper,
     )
 
@@ -218,6 +240,20 @@ def blocks(names: Iterable[str], num_clients: int) -> dict[str, np.ndarray]:
 
 
 # Who is evaluated -------------------------------------------------------------------
+
+
+def sample(federation: Federation, most: int, seed: int) -> dict[str, np.ndarray]:
+    """Draws whom to evaluate, {metric: places}: at most so many; 0: everybody."""
+
+    def draw(stream: int, num: int) -> np.ndarray:
+        if not most or num <= most:
+            return np.arange(num)
+        draws = np.random.default_rng([seed, _SAMPLE, stream])
+        return np.sort(draws.choice(num, most, replace=False))
+
+    participants = draw(0, federation.num_clients)
+    unseen = draw(1, federation.num_novel)
+    return {"pacc": participants, "vacc": participants, "zacc": unseen}
 
 
 def populations(federation: Federation) -> dict[str, evaluate.Population]:
@@ -244,6 +280,18 @@ def populations(federation: Federation) -> dict[str, evaluate.Population]:
     return found
 
 
+def _drawn(
+    everybody: Mapping[str, evaluate.Population], whom: Mapping[str, np.ndarray]
+) -> dict[str, evaluate.Population]:
+    """The populations, but for those who are not evaluated."""
+
+    found = dict(everybody)
+    for metric, places in whom.items():
+        if metric in found:
+            found[metric] = jax.tree.map(lambda x, i=places: x[i], found[metric])
+    return found
+
+
 def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
     """Who is fine-tuned, on what, and scored on what: participants, unseen clients."""
     found = {"pacc": populations(federation)["pacc"]}
@@ -260,7 +308,8 @@ def tuned_populations(federation: Federation) -> dict[str, evaluate.Population]:
 def make_evaluator(
     federation: Federation,
     algorithm: Algorithm,
-    members: families.Families | None = None,
+    members: families.Families | None,
+    whom: Mapping[str, np.ndarray],
     batch_size: int = 256,
     clients_per_call: int = 64,
     devices: int = 0,
@@ -269,25 +318,26 @@ def make_evaluator(
     balanced: bool = False,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
-    most = max(federation.num_clients, federation.num_novel)
-    clients_per_call = min(clients_per_call, most)
-    whom, novel = populations(federation), np.zeros(0, np.int32)
+    clients_per_call = min(clients_per_call, max(map(len, whom.values())))
+    everybody = populations(federation)
+    scored = _drawn(everybody, whom)
+    novel = np.zeros(0, np.int32)
     prior = federation.source_prior
     prior = np.full(len(prior), 1 / len(prior)) if balanced else prior
     if members is not None:
         # The global test set belongs to no family.
-        whom = {metric: p for metric, p in whom.items() if metric != "gacc"}
+        scored.pop("gacc", None)
         parts = np.array_split(np.arange(federation.num_novel), len(members.names))
         novel = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
     return evaluate.evaluator(
         algorithm,
         federation.pool,
-        whom,
+        scored,
         members=members,
         novel=novel,
         source_prior=prior,
-        tuned=tuned_populations(federation),
-        fitting=populations(federation).get("vacc"),
+        tuned=_drawn(tuned_populations(federation), whom),
+        fitting=everybody.get("vacc"),
         batch_size=batch_size,
         clients_per_call=clients_per_call,
         mesh=sharding.client_mesh(clients_per_call, devices),

@@ -105,17 +105,26 @@ def collapse(clients: Values) -> float:
 
 
 def per_client(
-    values: Mapping[str, Values], federation: Federation
+    values: Mapping[str, Values],
+    federation: Federation,
+    whom: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns one record per participating and per novel client, if evaluated."""
+    """Returns one record per participating and per novel client, if evaluated.
+
+    Args:
+      values: of the last evaluation.
+      federation: whose clients they are.
+      whom: {metric: places among its clients} of those that were evaluated; None: all.
+    """
     rows = []
     for metric, participating in (("pacc", True), ("zacc", False)):
         clients = values.get(metric, {})
         for i, size in enumerate(clients.get("size", ())):
+            place = i if whom is None else int(whom[metric][i])
             row: dict[str, Any] = dict(
-                client=i if participating else federation.num_clients + i,
+                client=place if participating else federation.num_clients + place,
                 participating=participating,
-                train_samples=int(federation.train.size[i]) if participating else 0,
+                train_samples=int(federation.train.size[place]) if participating else 0,
                 eval_samples=int(size),
             )
             for name, column in clients.items():

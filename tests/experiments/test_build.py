@@ -444,6 +444,30 @@ def test_populations_share_no_sample_and_unseen_ones_do_not_train():
         assert np.all(everybody[name].train.size == 0)
 
 
+def test_a_sample_of_clients_is_evaluated_the_same_every_time():
+    found = build.build(config(rounds=2, evaluation__every=1))
+    assert found.sampled == {}
+    small = config(rounds=2, evaluation__every=1, evaluation__clients=3)
+    drawn = build.build(small)
+    assert drawn.sampled == {"pacc": (3, 10), "vacc": (3, 10), "zacc": (3, 5)}
+    alone, seed = drawn.simulator.init(0), small.seed
+    all_scores = found.evaluator.evaluate(seed, alone, 0)
+    for _ in range(2):
+        scores = drawn.evaluator.evaluate(seed, alone, 0)
+        for metric in ("pacc", "zacc"):
+            places = drawn.whom[metric]
+            assert len(set(places)) == 3
+            for name in ("size", "accuracy", "loss"):
+                np.testing.assert_allclose(
+                    scores[metric][name], all_scores[metric][name][places], rtol=1e-6
+                )
+        np.testing.assert_array_equal(
+            scores["gacc"]["accuracy"], all_scores["gacc"]["accuracy"]
+        )
+    other = build.build(config(seed=1, evaluation__clients=3))
+    assert {*drawn.whom["pacc"]} != {*other.whom["pacc"]}
+
+
 @pytest.mark.parametrize(
     ("method", "marks"),
     [

@@ -153,6 +153,14 @@ def test_rows_of_clients():
     }
     alone = {"pacc": values(loss=np.array([1.5, 2.5]))["pacc"]}
     assert [row["client"] for row in results.per_client(alone, federation)] == [0, 1]
+    # Two of five participants, two of nine unseen ones.
+    federation = SimpleNamespace(
+        num_clients=5, train=SimpleNamespace(size=np.arange(10, 15))
+    )
+    whom = {"pacc": np.array([1, 4]), "zacc": np.array([0, 7])}
+    rows = results.per_client(values(), federation, whom)
+    assert [row["client"] for row in rows] == [1, 4, 5, 12]
+    assert [row["train_samples"] for row in rows] == [11, 14, 0, 0]
 
 
 # What a run makes of them -------------------------------------------------------------

@@ -344,8 +344,9 @@ def test_layers_in_a_row_are_told():
     assert all(np.all(x != 0) for x in jax.tree.leaves(trained.stats))
     _, other, _ = step(model, BATCH._replace(x=X[:, ::-1]), variables)
     assert np.any(trained.logits != other.logits)
-    np.testing.assert_array_equal(
-        model.predict(variables, X[:2]), model.predict(variables, X)[:2]
+    # As far as sums of another width can agree.
+    np.testing.assert_allclose(
+        model.predict(variables, X[:2]), model.predict(variables, X)[:2], rtol=1e-6
     )
 
 
