@@ -9,7 +9,7 @@ method has families, if only ALONE, whose members are everybody.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +154,7 @@ def mapped(alg: Algorithm) -> Algorithm:
     """Returns a method that speaks in mappings, whether it has families or not."""
     if alg.has_families:
         return alg
-    given = alg.server
+    given: Any = alg.server
 
     def downlink(key, state, cohorts):
         return {ALONE: given.downlink(key, state, cohorts[ALONE])}
@@ -195,7 +195,7 @@ def view(alg: Algorithm, name: str) -> Algorithm:
 
 @functools.lru_cache(maxsize=64)
 def _view(
-    server: ServerSide,
+    server: Any,
     client: ClientSide,
     name: str,
     exact: tuple[str, ...],
