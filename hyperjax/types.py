@@ -29,11 +29,12 @@ class Pool(NamedTuple):
     """All samples of a run, once on the device; clients hold rows of it.
 
     A batch is `(x[rows] / 255 - mean) / std`, computed where it is needed; pixels that
-    are float32 are not divided by 255. Where clients differ in more than their samples,
-    samples have owners, and owners' rows are [N + M + 1, ...], the last for nobody's.
+    are float32 are not divided by 255. Tokens have mean 0 and deviation 1. Where
+    clients differ in more than their samples, samples have owners, and owners' rows are
+    [N + M + 1, ...], the last for nobody's.
     """
 
-    x: Array  # [n, H, W, ch] uint8, or float32
+    x: Array  # [n, H, W, ch] uint8 or float32; [n, d] float32; or [n, L] int32 tokens
     y: Array  # [n] int32; -1 where a label is withheld
     mean: Array  # [ch] or [owners, ch] float32, of uint8 pixels in units of [0, 1]
     std: Array  # [ch] or [owners, ch] float32
@@ -52,7 +53,7 @@ class ClientData(NamedTuple):
 class Batch(NamedTuple):
     """A minibatch; `mask` is 0 for padding, and losses average over the mask."""
 
-    x: Array  # [B, H, W, ch] float32
+    x: Array  # [B, H, W, ch], [B, d] or [B, L] float32; tokens are whole numbers
     y: Array  # [B] int32
     mask: Array  # [B] float32
     prior: Array | tuple[()] = ()  # [K], of classes; a balanced loss accounts for it
@@ -186,13 +187,14 @@ class Model(NamedTuple):
     remembers or is told something, see `models.memory`.
 
     Attributes:
-      sample_shape: (H, W, ch) of one input.
+      sample_shape: (H, W, ch) of one input, or (d,) of features, (L,) of tokens.
       init: `(key) -> variables`.
       loss: `(key, variables, batch, context) -> (loss [], Trained)`, a training step's.
       apply: `(variables, x [B, ...]) -> Outputs`, outside training.
       visit: what a client does around the training of a visit.
       serve: what a trained model is asked beside its outputs.
       with_shape: `(sample_shape) -> Model`, the same one rebuilt for other inputs.
+      vocabulary: how many different tokens inputs are made of; 0: they are numbers.
     """
 
     sample_shape: tuple[int, ...]
@@ -202,6 +204,7 @@ class Model(NamedTuple):
     visit: Visit = Visit()
     serve: Serve = Serve()
     with_shape: Callable = cannot_rebuild
+    vocabulary: int = 0
 
     def predict(self, variables: PyTree, x: Array) -> Array:
         """Returns the logits of inputs x [B, ...], [B, K]."""
@@ -224,14 +227,16 @@ class Model(NamedTuple):
         """Returns a model of other variables that has this one inside.
 
         Every field is either given anew or named among those that are `kept`, since the
-        constructor loses and `_replace` inherits what nobody has thought of.
+        constructor loses and `_replace` inherits what nobody has thought of. What
+        inputs are made of goes with their shape.
 
         Raises:
           TypeError: a field is neither given nor kept, or both.
         """
         named = sorted([*kept, *functions])
-        if named != sorted(self._fields):
-            missing = sorted(set(self._fields) - set(named))
+        fields = set(self._fields) - {"vocabulary"}
+        if named != sorted(fields):
+            missing = sorted(fields - set(named))
             raise TypeError(
                 f"a model around another gives each field once or keeps it; missing "
                 f"are {missing}, of {named}"
@@ -264,13 +269,15 @@ class ServerSide(NamedTuple):
 
     `release` is by what clients are deployed, where that is not what they are sent to
     train on: a server that would answer what a newcomer sends it hands over what the
-    answer is made by.
+    answer is made by. With `mean_only` the server asks for the weighted mean of the
+    uplinks alone: one client that sends the mean is as good as the cohort.
     """
 
     init: Callable  # (common) -> server
     downlink: Callable  # (key, server, cohort) -> Downlink
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
     release: Callable | None = None  # (key, server, cohort) -> Downlink
+    mean_only: bool = False
 
 
 class Fit(NamedTuple):

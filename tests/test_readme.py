@@ -70,6 +70,7 @@ SHORTENED = {
         "--config.rounds=1"
     ],
     "python -m experiments.export": [],
+    "python -m experiments.data": [],
     "python -m experiments.studies.record": None,
     "python -m experiments.studies.gradient_inversion": None,
     "python -m benchmarks.round_time": ["--clients=2", "--cohort=2", "--rounds=1"],

@@ -112,6 +112,11 @@ def hyperfedshift(
       ValueError: an unknown choice, a number out of range, or a model that has a
         condition or hooks already.
     """
+    if len(model.sample_shape) != 3:
+        raise ValueError(
+            "HyperFedShift is for images, [n, H, W, c]; inputs here have the shape "
+            f"{model.sample_shape}"
+        )
     check_choice("form", form, FORMS)
     check_choice("embedding", embedding, EMBEDDINGS)
     check_choice("extractor", extractor, EXTRACTORS)

@@ -51,7 +51,8 @@ def hyperfedzero(model: Model, *, local: Local, **options) -> Algorithm:
         `fedavg`.
     """
     extractor, condition, hypernet, source, averaging = routed(options, *PARTS)
-    embedding = distribution_embedding(model.sample_shape, **extractor)
+    shape, tokens = model.sample_shape, model.vocabulary
+    embedding = distribution_embedding(shape, tokens, **extractor)
     whole = emitted(model, embedding, hypernet, **condition)
     return with_condition_of(fedavg(whole, local=local, **averaging), **source)
 

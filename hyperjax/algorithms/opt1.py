@@ -28,6 +28,7 @@ def opt1(model: Model, *, local: Local, **options) -> Algorithm:
         `wrappers.with_condition_of` and `fedavg`, as in `hyperfedzero`.
     """
     extractor, condition, source, averaging = routed(options, *PARTS)
-    embedding = distribution_embedding(model.sample_shape, **extractor)
+    shape, tokens = model.sample_shape, model.vocabulary
+    embedding = distribution_embedding(shape, tokens, **extractor)
     whole = wrap.concatenated_to_input(model, embedding, **condition)
     return with_condition_of(fedavg(whole, local=local, **averaging), **source)

@@ -1,4 +1,8 @@
-"""Samples and labels as arrays, and what is asked of them."""
+"""Samples and labels as arrays, and what is asked of them.
+
+Samples are images [n, H, W, C], uint8 or float32; features [n, d], float32 columns of a
+table; or tokens [n, L], int32 numbers of words or characters.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hyperjax.data import partition
-from hyperjax.errors import check_at_least, first_line
+from hyperjax.errors import check_at_least, check_choice, first_line
 
 _MOST = 10_000  # classes; labels that are larger are names, ids perhaps
+KINDS = ("features", "tokens")  # of samples without height and width
 
 
 class Keys(NamedTuple):
@@ -18,6 +23,7 @@ class Keys(NamedTuple):
     image: str = ""
     label: str = ""
     client: str = ""  # of whose a sample is; "" for nobody's
+    kind: str = ""  # what samples [n, d] are, see `from_arrays`
 
 
 class Source(NamedTuple):
@@ -29,7 +35,9 @@ class Source(NamedTuple):
     """
 
     name: str
-    x: np.ndarray  # [n, H, W, C], uint8 from 0 to 255 or float32 on any scale
+    # Images [n, H, W, C], uint8 from 0 to 255 or float32 on any scale; features [n, d]
+    # float32; or tokens [n, L] int32.
+    x: np.ndarray
     y: np.ndarray  # int32 [n], in [0, num_classes)
     num_classes: int
     label_names: tuple[str, ...]  # num_classes of them
@@ -38,16 +46,41 @@ class Source(NamedTuple):
 
     def __repr__(self) -> str:
         try:
-            number, shape = len(self.x), shown_shape(self.x.shape[1:])
+            what = f"{described(self.x)}, {self.num_classes} classes"
         except (AttributeError, TypeError):  # not checked yet
-            return f"Source({self.name!r}, of {type(self.x).__name__})"
-        what = f"{number:,} images of {shape}, {self.num_classes} classes"
+            what = f"of {type(self.x).__name__}"
         return f"Source({self.name!r}, {what})"
+
+
+def described(x: Any) -> str:
+    """Returns what samples are for people: "1,797 images of 8x8x1"."""
+    number, *shape = x.shape
+    if len(shape) != 1:
+        return f"{number:,} images of {shown_shape(tuple(shape))}"
+    rows, parts = ("texts", "tokens") if is_tokens(x) else ("rows", "features")
+    return f"{number:,} {rows} of {shape[0]} {parts}"
 
 
 def shown_shape(shape: tuple[int, ...]) -> str:
     """Returns the shape of an image for people, "28x28x1"."""
     return "x".join(map(str, shape))
+
+
+def is_tokens(x: Any) -> bool:
+    """Whether checked samples are tokens."""
+    return x.ndim == 2 and x.dtype.kind == "i"
+
+
+def kind_of(shape: tuple[int, ...], dtype: Any) -> str:
+    """Returns the kind of checked samples of a shape and type, "" of images."""
+    if len(shape) == 3:
+        return ""
+    return "tokens" if np.dtype(dtype).kind == "i" else "features"
+
+
+def vocabulary(x: Any) -> int:
+    """Returns how many different tokens there may be, the largest and 1; else 0."""
+    return int(x.max()) + 1 if is_tokens(x) else 0
 
 
 def checked(source: Source) -> Source:
@@ -67,7 +100,7 @@ def checked(source: Source) -> Source:
             "or hyperjax.Source(name, x, y, num_classes, label_names)"
         )
     check_at_least(1, num_classes=source.num_classes)
-    x = check_images(source.x, "x")
+    x = check_samples(source.x, "x")
     y = check_labels(source.y, "y", len(x), source.num_classes)
     names = source.label_names
     if isinstance(names, str) or not hasattr(names, "__len__"):
@@ -99,28 +132,32 @@ def from_arrays(
     name: str = "arrays",
     test: Any = None,
     client_ids: Any = None,
+    kind: str = "",
 ) -> Source:
-    """Returns a set of one's own images, checked.
+    """Returns a set of one's own, checked.
 
     Args:
-      x: [n, H, W] or [n, H, W, C] images, uint8 or float.
+      x: [n, H, W] or [n, H, W, C] images, uint8 or float; [n, d] features, floats;
+        [n, L] tokens, integers with `kind`; or [n] texts, whose tokens are their bytes
+        in UTF-8, with zeros behind shorter ones.
       y: [n] or [n, 1] labels. Integers from 0 on are classes as they are; other
         integers, and names, are numbered in sorted order.
       label_names: of the classes; by default the labels themselves.
       name: of the set.
       test: bool [n], what is of its test part; None: it has none.
       client_ids: [n] integers or names, whose each sample is; None: nobody's.
+      kind: of samples [n, d]: "features" or "tokens"; "": floats are features, and
+        integers, which may be either, are refused.
 
     Raises:
-      ValueError: arrays that are no labelled images, naming what is wrong.
+      ValueError: arrays that are no labelled samples, naming what is wrong.
 
     Example:
       >>> x, y = np.zeros((3, 8, 8), np.uint8), ["cat", "dog", "cat"]
       >>> from_arrays(x, y).label_names
       ('cat', 'dog')
     """
-    images, labels = _array(x, "x"), _array(y, "y")
-    images = images[..., None] if images.ndim == 3 else images
+    samples, labels = as_samples(x, "x", kind), _array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.dtype.kind not in "iuUSO":
         raise ValueError(
@@ -137,7 +174,66 @@ def from_arrays(
         last = int(labels.max()) if labels.dtype.kind in "iu" and labels.size else 0
         label_names = tuple(map(str, range(last + 1)))
     names = tuple(label_names)
-    return checked(Source(name, images, labels, len(names), names, test, client_ids))
+    return checked(Source(name, samples, labels, len(names), names, test, client_ids))
+
+
+def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
+    """Returns an array that `check_samples` then looks at; see `from_arrays`.
+
+    Raises:
+      ValueError: an unknown kind, or one of other samples.
+    """
+    check_choice("kind", kind, ("", *KINDS))
+    x = _array(given, name)
+    if x.ndim == 1 and x.dtype.kind in "UO" and all(isinstance(t, str) for t in x):
+        texts = [text.encode() for text in x]
+        width = max(map(len, texts), default=0)
+        padded = b"".join(text.ljust(width, b"\0") for text in texts)
+        x, kind = np.frombuffer(padded, np.uint8).reshape(len(texts), width), "tokens"
+    if kind and x.ndim != 2:
+        raise ValueError(
+            f"kind={kind!r}: {name} has the shape {x.shape}; {kind} are [n, number]"
+        )
+    if kind == "features" and x.dtype.kind in "biuf":
+        return x.astype(np.float32)
+    if kind == "tokens" and x.dtype.kind == "f":
+        raise ValueError(f"{name} is {x.dtype}: floats are no tokens")
+    if kind == "tokens" and x.dtype.kind in "iu" and x.size and x.max() < 2**31:
+        return x.astype(np.int32)
+    if x.ndim == 2 and x.dtype.kind in "biu":
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {x.shape}, which may be tokens or features: "
+            "say kind='tokens' or kind='features' (data.kind in a config); or, if "
+            "these are flattened images, x.reshape(n, height, width)"
+        )
+    return x[..., None] if x.ndim == 3 else x
+
+
+def check_samples(samples: Any, name: str) -> np.ndarray:
+    """Returns images, features [n, d] float32 or tokens [n, L] int32, n at least 1.
+
+    Raises:
+      ValueError: another type or number of axes; see `check_images` and `from_arrays`.
+    """
+    x = _array(samples, name)
+    if x.ndim != 2:
+        return check_images(x, name)
+    if 0 in x.shape:
+        raise ValueError(f"{name} has the shape {x.shape}: there is nothing in it")
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds features that are not finite")
+        return x
+    if x.dtype != np.int32:
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {x.shape}; images must be [n, height, "
+            "width, channels], features float, x.astype(np.float32), and tokens int32, "
+            "x.astype(np.int32)"
+        )
+    if x.min() < 0:
+        raise ValueError(f"{name} holds the token {x.min()}; tokens are 0 or above")
+    return x
 
 
 def check_images(images: Any, name: str) -> np.ndarray:
@@ -182,7 +278,7 @@ def check_images(images: Any, name: str) -> np.ndarray:
 
 
 def check_labels(labels: Any, name: str, num: int, num_classes: int) -> np.ndarray:
-    """Returns the labels of `num` images as int32 [n], in [0, num_classes).
+    """Returns the labels of `num` samples as int32 [n], in [0, num_classes).
 
     Raises:
       ValueError: another type, shape or number of labels, or one out of range.
@@ -194,10 +290,10 @@ def check_labels(labels: Any, name: str, num: int, num_classes: int) -> np.ndarr
             hint = ": write y[:, 0]" if y.shape[1] == 1 else ": one-hot is y.argmax(1)"
         raise ValueError(
             f"{name} has the shape {y.shape}; labels must be [n], one for each of the "
-            f"{num} images{hint}"
+            f"{num} samples{hint}"
         )
     if len(y) != num:
-        raise ValueError(f"there are {num} images and {len(y)} labels {name}")
+        raise ValueError(f"there are {num} samples and {len(y)} labels {name}")
     if y.dtype.kind not in "iu":
         hint = "y.astype(int)"
         if y.dtype.kind in "OUS":

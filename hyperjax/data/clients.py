@@ -1,5 +1,6 @@
 """Index tables of clients, and the batches gathered from them inside compiled code."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperjax.data.arrays import is_tokens
 from hyperjax.data.shift import IDENTITY
 from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 
@@ -47,8 +49,12 @@ def make_pool(
 ) -> Pool:
     """Puts samples on the device, with channel moments of the training rows only.
 
+    Columns of a table are channels, and one that is constant is not divided. Tokens
+    have no moments: they stay what they are.
+
     Args:
-      x: [n, H, W, ch] uint8, or float32 on a scale of its own.
+      x: [n, H, W, ch] uint8, or float32 on a scale of its own; [n, d] float32 features;
+        or [n, L] int32 tokens.
       y: [n] int32.
       train_rows: [m] int, rows whose pixels define mean and standard deviation.
       standardise: "pool", "client" (the moments of all of a client's own pixels, of
@@ -56,7 +62,7 @@ def make_pool(
       owners: rows of every client, for "client" and with `shift`.
       shift: [len(owners), S] what each client's images have been through.
     """
-    if standardise == "none":
+    if standardise == "none" or is_tokens(x):
         channels = x.shape[-1]
         mean, std = np.zeros(channels), np.ones(channels)
     elif standardise == "client":
@@ -70,7 +76,7 @@ def make_pool(
         mean, std = moments(x, train_rows)
     owner: Any = ()
     told: Any = ()
-    if standardise == "client" or shift is not None:
+    if np.ndim(mean) == 2 or shift is not None:
         owner = np.full(len(x), len(owners), np.int32)
         for client, rows in enumerate(owners):
             owner[rows] = client
@@ -81,19 +87,26 @@ def make_pool(
         jnp.asarray(x),
         jnp.asarray(y, jnp.int32),
         jnp.asarray(mean, jnp.float32),
-        # A channel that is constant stays finite: 1e-3 is a quarter of a byte's level.
-        jnp.asarray(np.maximum(std, 1e-3), jnp.float32),
+        jnp.asarray(_divisor(x, mean, std), jnp.float32),
         owner,
         told,
     )
 
 
+def _divisor(x: np.ndarray, mean: Any, std: Any) -> np.ndarray:
+    """Deviations by which one can divide."""
+    if x.ndim > 2:  # 1e-3 is a quarter of a byte's level
+        return np.maximum(std, 1e-3)
+    # Features have any scale; less than this is rounding of a constant.
+    return np.where(np.asarray(std) > 1e-6 * np.abs(mean), std, 1.0)
+
+
 def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
-    """Returns the pool of somebody's unlabelled images, scaled as a run's are.
+    """Returns the pool of somebody's unlabelled samples, scaled as a run's are.
 
     Args:
-      x: [n, H, W, ch].
-      mean, std: those of the run's pool; of clients' own moments, these images' own
+      x: [n, ...], see `make_pool`.
+      mean, std: those of the run's pool; of clients' own moments, these samples' own
         take the place.
       shift: likewise; what these have been through is not known.
     """
@@ -105,7 +118,7 @@ def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
     if mean.ndim == 2:
         own, deviation = moments(np.asarray(x), np.arange(num))
         mean = jnp.asarray([own], jnp.float32)
-        std = jnp.asarray(np.maximum([deviation], 1e-3), jnp.float32)
+        std = jnp.asarray(_divisor(x, [own], [deviation]), jnp.float32)
     if not isinstance(shift, tuple):
         shift = jnp.asarray(IDENTITY[None])
     labels = jnp.full(num, -1, jnp.int32)
@@ -134,9 +147,9 @@ def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
 
 
 def _float_moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
-    """Mean and deviation [ch] of float pixels, added up in float64."""
+    """Mean and deviation [ch] of floats [..., ch], added up in float64."""
     blocks = np.array_split(rows, max(1, len(rows) // 4096))
-    axes, num = (0, 1, 2), len(rows) * x.shape[1] * x.shape[2]
+    axes, num = tuple(range(x.ndim - 1)), len(rows) * math.prod(x.shape[1:-1])
     mean = sum(x[block].sum(axes, dtype=np.float64) for block in blocks) / num
     square = sum(np.square(x[block] - mean).sum(axes) for block in blocks) / num
     return mean, np.sqrt(square)
@@ -154,7 +167,8 @@ def gather(pool: Pool, rows: Array, mask: Array) -> Batch:
     mean, std = pool.mean, pool.std
     if mean.ndim == 2:  # everybody's own
         whose = pool.owner[rows]
-        mean, std = (each[whose][:, None, None] for each in (mean, std))
+        axes = range(1, x.ndim - 1)
+        mean, std = (jnp.expand_dims(each[whose], axes) for each in (mean, std))
     return Batch((x - mean) / std, pool.y[rows], mask)
 
 

@@ -21,9 +21,10 @@ from hyperjax import tree
 from hyperjax.data import clients, own, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data import shift as shifts
+from hyperjax.data.arrays import described, is_tokens, vocabulary
 from hyperjax.data.clients import Table
 from hyperjax.data.shift import Shift
-from hyperjax.data.sources import Source, shown_shape
+from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import Pool
 
@@ -67,9 +68,7 @@ class Federation(NamedTuple):
     shift: np.ndarray | None = None  # [N + M, S] what images went through, see `shift`
 
     def __repr__(self) -> str:
-        number, *shape = self.pool.x.shape
-        size = shown_shape(tuple(shape))
-        what = f"{number:,} images of {size}, {self.num_classes} classes"
+        what = f"{described(self.pool.x)}, {self.num_classes} classes"
         return f"Federation({self.who}, {what})"
 
     @property
@@ -82,6 +81,11 @@ class Federation(NamedTuple):
     def num_classes(self) -> int:
         """K."""
         return len(self.label_names)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many different tokens samples are made of; 0 of others."""
+        return vocabulary(self.pool.x)
 
     @property
     def num_clients(self) -> int:
@@ -176,12 +180,13 @@ def federate(
     shift: str | Shift = "none",
     after_shift: Callable[[Source], Source] = lambda source: source,
     standardise: str = "pool",
+    kind: str = "",
     **options: Any,
 ) -> Federation:
     """Deals a data set out; warns if much of it becomes nobody's.
 
     Args:
-      source: all samples, a `Source`; or images alone, with labels in `y`; or what is
+      source: all samples, a `Source`; or samples alone, with labels in `y`; or what is
         already divided, {client: (x, y)} or {client: ((x, y), (x_test, y_test))}, see
         `own.from_clients`.
       y: [n] labels: integers, or names; see `sources.from_arrays`.
@@ -207,17 +212,21 @@ def federate(
         `data.shift.shift` returns. The global test set stays as it is.
       after_shift: what is then done to all images, such as to average their pixels.
       standardise: inputs by the moments of all participants' training pixels ("pool"),
-        by each client's own ("client"), or in [0, 1] as they are ("none").
+        by each client's own ("client"), or as they are ("none", bytes in [0, 1]).
+        Columns of features are scaled each by its own; tokens are left as they are.
+      kind: of samples [n, d]: "features" or "tokens", see `sources.from_arrays`.
       **options: of the partitioner.
 
     Raises:
-      ValueError: arrays that are no labelled images, a size or fraction out of range,
+      ValueError: arrays that are no labelled samples, a size or fraction out of range,
         more clients than samples, or a client with fewer than two samples.
     """
     if y is not None:
-        source = sources.from_arrays(source, y)
+        source = sources.from_arrays(source, y, kind=kind)
+    elif isinstance(source, Source):
+        check_choice(f"kind of {source!r}", kind, ("",))
     if isinstance(source, Mapping):
-        source = own.from_clients(source)
+        source = own.from_clients(source, kind=kind)
         partition = partition or "by_client_id"
     source, partition = sources.checked(source), partition or "iid"
     if client_ids is None and partition == "by_client_id":
@@ -225,6 +234,7 @@ def federate(
     check_at_least(0, num_novel=num_novel, seed=seed)
     check_choice("standardise", standardise, clients.STANDARDISE)
     shift = shifts.shift(shift) if isinstance(shift, str) else shift
+    _check_possible(source, shift.kind, standardise)
     check_number(
         test_fraction=test_fraction,
         eval_fraction=eval_fraction,
@@ -333,6 +343,20 @@ def federate(
     )
 
 
+def _check_possible(source: Source, shift: str, standardise: str) -> None:
+    """Refuses what has no meaning for samples that are no images."""
+    if shift != "none" and source.x.ndim != 4:
+        raise ValueError(
+            f"shift={shift!r} is done to images; {source.name!r} has "
+            f"{described(source.x)}; accepted: none"
+        )
+    if standardise == "client" and is_tokens(source.x):
+        raise ValueError(
+            f"standardise='client': {source.name!r} has {described(source.x)}, which "
+            "have no moments; accepted: pool, none (tokens are left as they are)"
+        )
+
+
 def _everybody(client_ids: np.ndarray | None, num_novel: int) -> int:
     """How many take part if nobody says so."""
     if client_ids is None:
@@ -379,6 +403,8 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         label_names=np.array(federation.label_names),
         unassigned=federation.unassigned,
         sample_shape=np.array(federation.pool.x.shape[1:]),
+        sample_dtype=np.array(np.dtype(federation.pool.x.dtype).name),
+        vocabulary=federation.vocabulary,
         mean=np.asarray(federation.pool.mean),
         std=np.asarray(federation.pool.std),
         source_prior=federation.source_prior,

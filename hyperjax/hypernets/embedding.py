@@ -23,10 +23,24 @@ NOISE_NETS = ("shared", "separate")
 
 
 class Trunk(nn.Module):
-    """Three strided convolutions and a global average: [B, H, W, c] -> [B, 32]."""
+    """Returns features [B, 32] of inputs.
+
+    Of images [B, H, W, c]: three strided convolutions and a global average. Of features
+    [B, d]: two linear layers with ReLU. Of tokens [B, L] these of how often each token
+    of the `vocabulary` is there, over sqrt(L), whatever their order.
+    """
+
+    vocabulary: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if x.ndim == 2:
+            if self.vocabulary:
+                tokens = jax.nn.one_hot(x.astype(jnp.int32), self.vocabulary)
+                x = tokens.sum(axis=1) / jnp.sqrt(x.shape[1])
+            for _ in range(2):
+                x = nn.relu(layers.Dense(32)(x))
+            return x
         for features in (8, 16, 32):
             x = nn.relu(layers.Conv(features, 3, stride=2, padding="SAME")(x))
         return x.mean(axis=(1, 2))
@@ -42,15 +56,16 @@ class Extractor(nn.Module):
     embedding_size: int
     noise: bool = True
     noise_net: str = "shared"
+    vocabulary: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array | None]:
-        features = Trunk(name="trunk")(x)
+        features = Trunk(self.vocabulary, name="trunk")(x)
         logits = layers.Dense(self.embedding_size, name="head")(features)
         if not self.noise:
             return logits, None
         if self.noise_net == "separate":
-            features = Trunk(name="noise_trunk")(x)
+            features = Trunk(self.vocabulary, name="noise_trunk")(x)
         return logits, layers.Dense(self.embedding_size, name="noise_head")(features)
 
 
@@ -122,6 +137,7 @@ class Embedding(NamedTuple):
 
 def distribution_embedding(
     input_shape: tuple[int, ...],
+    vocabulary: int = 0,
     *,
     embedding_size: int = 16,
     alpha: float = 0.1,
@@ -135,7 +151,8 @@ def distribution_embedding(
     """Returns the embedding of HyperFedZero.
 
     Args:
-      input_shape: (H, W, c).
+      input_shape: (H, W, c), (d,) or (L,).
+      vocabulary: how many different tokens inputs are made of; 0: they are numbers.
       embedding_size: P.
       alpha: weight of the dispersion of the mean embedding.
       beta: weight of the embeddings' entropy.
@@ -156,7 +173,7 @@ def distribution_embedding(
         check_choice(name, value, accepted)
     check_at_least(1, embedding_size=embedding_size)
     check_number(at_least=0, alpha=alpha, beta=beta)
-    module = extractor or Extractor(embedding_size, noise, noise_net)
+    module = extractor or Extractor(embedding_size, noise, noise_net, vocabulary)
 
     @jax.jit
     def init(key):

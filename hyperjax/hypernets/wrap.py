@@ -244,6 +244,8 @@ def concatenated_to_input(model: Model, embedding: Embedding, **choices) -> Mode
     Raises:
       ValueError: the model cannot be rebuilt, or accepts neither form.
     """
+    if model.vocabulary:
+        raise ValueError("inputs are tokens, which a condition cannot be joined to")
     *size, channels = model.sample_shape
     numbers = channels
     for length in size:

@@ -80,7 +80,12 @@ def assemble(
       like: see `runs.experiment.experiment`.
       widths: likewise.
     """
-    model = make_model(config, federation.pool.x.shape[1:], federation.num_classes)
+    model = make_model(
+        config,
+        federation.pool.x.shape[1:],
+        federation.num_classes,
+        federation.vocabulary,
+    )
     hyper = make_hyper(config, model)
     same = like and like.hyper and like.hyper.values == hyper.values
     algorithm = like.algorithm if like and same else make_algorithm(config, model)
@@ -96,6 +101,7 @@ def assemble(
         mapper=engine.mapper,
         block_size=engine.block_size,
         devices=engine.devices,
+        streaming=engine.streaming,
         store=engine.store,
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
@@ -248,7 +254,7 @@ def load_source(data: ml_collections.ConfigDict) -> sources.Source:
         split=data.split,
         download=data.download,
         test_split=data.test_split,
-        keys=sources.Keys(data.image_key, data.label_key, data.client_key),
+        keys=sources.Keys(data.image_key, data.label_key, data.client_key, data.kind),
         size=data.resize if data.shrink == 1 else 0,
     )
     return source if data.shift != "none" else scaled(source, data)
@@ -325,9 +331,14 @@ def _load_ids(given: str | None, source: sources.Source) -> np.ndarray:
 
 
 def make_model(
-    config: ml_collections.ConfigDict, input_shape: tuple[int, ...], num_classes: int
+    config: ml_collections.ConfigDict,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    vocabulary: int = 0,
 ) -> Model | dict[str, Model]:
-    """Builds `config.model`, or one network per family, for inputs [H, W, c].
+    """Builds `config.model`, or one network per family, for inputs of a shape.
+
+    `vocabulary` is how many different tokens they are made of, 0 for others.
 
     Methods that are made for families are given a mapping in any case. The networks of
     families have their own options; those of `config.model` are its network's.
@@ -336,7 +347,7 @@ def make_model(
     def one(name, **options):
         try:
             return factories.make_network(
-                config, name, options, input_shape, num_classes
+                config, name, options, input_shape, num_classes, vocabulary
             )
         except ValueError as error:
             if len(input_shape) == 3 and "does not accept inputs" in str(error):

@@ -3,10 +3,11 @@
 python -m experiments.evaluate --workdir=runs/x --data=new_client.npz [--out=folder]
 python -m experiments.evaluate --workdir=runs/x --client=12
 
-The .npz file holds `image`, uint8 [n, H, W] or [n, H, W, c], and may hold `label`,
-int [n], which is used for scoring only. `--client` takes an unseen client of the run
-itself. In the output folder: classifier.npz (path -> array: what would run on the
-client), predictions.npz (label, probability) and result.json.
+The .npz file holds `image`, [n, H, W] or [n, H, W, c], or for a run on features or
+tokens `x`, [n, d]; and it may hold `label`, int [n], which is used for scoring only.
+`--client` takes an unseen client of the run itself. In the output folder:
+classifier.npz (path -> array: what would run on the client), predictions.npz (label,
+probability) and result.json.
 """
 
 import json
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags, logging
 
 from hyperjax import registry, tree
-from hyperjax.data import clients
+from hyperjax.data import clients, sources
 from hyperjax.engine import checkpoint, deploy, log, scoring
 from hyperjax.launch import build, cli, origin, outputs, saved
 from hyperjax.launch.saved import Run
@@ -62,7 +63,7 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
 
     Args:
       run: from `load_run`.
-      images: [n, H, W, c] uint8.
+      images: [n, H, W, c], or other samples, of the run's type.
       client: an unseen client of the run, or None for somebody else.
 
     Raises:
@@ -101,24 +102,28 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data={path!r}: there is no such file")
-    what = "save a client's images as numpy.savez(file, image=uint8 array) does"
-    content = checkpoint.read_npz(path, what, ("image", "label"), ("image",))
+    shape = tuple(int(n) for n in run.facts["sample_shape"])
+    dtype = np.dtype(str(run.facts.get("sample_dtype", "uint8")))
+    kind = sources.kind_of(shape, dtype)
+    key = "x" if kind else "image"
+    what = f"save a client's inputs as numpy.savez(file, {key}={dtype} array) does"
+    content = checkpoint.read_npz(path, what, (key, "label"), (key,))
     with np.load(path) as file:
         ignored = sorted({*file.files} - {*content})
     if ignored:
         logging.warning(
-            "%s has arrays that are not looked at: %s (image and label are).",
-            path,
-            ", ".join(ignored),
+            "%s has arrays that are not looked at: %s (%s and label are).",
+            *(path, ", ".join(ignored), key),
         )
-    images = content["image"]
-    shape = tuple(int(n) for n in run.facts["sample_shape"])
-    if images.ndim == len(shape) and shape[-1] == 1:
+    images = content[key]
+    if kind:
+        images = sources.check_samples(sources.as_samples(images, key, kind), key)
+    elif images.ndim == len(shape) and shape[-1] == 1:
         images = images[..., None]
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+    if images.dtype != dtype or images.shape[1:] != shape or not len(images):
         raise ValueError(
-            f"data={path!r}: `image` is {images.dtype}{images.shape}; this run takes "
-            f"uint8(n, {', '.join(map(str, shape))}) with n of at least 1"
+            f"data={path!r}: `{key}` is {images.dtype}{images.shape}; this run takes "
+            f"{dtype}(n, {', '.join(map(str, shape))}) with n of at least 1"
         )
     if "label" not in content:
         return images, None
@@ -126,7 +131,7 @@ def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"data={path!r}: `label` is {labels.dtype}{labels.shape}; one integer per "
-            "image is expected"
+            "input is expected"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"data={path!r}: labels must lie in 0..{num_classes - 1}")

@@ -7,10 +7,11 @@ python -m experiments.export --workdir=runs/x --all
 
 Clients are numbers: participants first, then those that were never seen in training,
 each as it is scored. `shared` is what somebody who is none of them gets, and with
-`--data` (array `image`, as of `evaluate`) that from these inputs. Formats are flax,
-npz, safetensors (variables by path, with a header that says what is done to inputs) and
-stablehlo (the whole prediction, by jax.export: images in, probabilities out). Files are
-in the run's folder, exports/client_3.npz; their paths are printed, one a line.
+`--data` (array `image` or `x`, as of `evaluate`) that from these inputs. Formats are
+flax, npz, safetensors (variables by path, with a header that says what is done to
+inputs) and stablehlo (the whole prediction, by jax.export: images in, probabilities
+out). Files are in the run's folder, exports/client_3.npz; their paths are printed, one
+a line.
 """
 
 from pathlib import Path
@@ -62,8 +63,9 @@ def main(
     x = None
     if data is not None:
         arrays = files.read_npz(data, "data")
-        check_choice(f"data={data!r}: array", "image", arrays)
-        x = arrays["image"]
+        key = "x" if "x" in arrays else "image"
+        check_choice(f"data={data!r}: array", key, arrays)
+        x = arrays[key]
     run = notebook.load_run(path)
     if data is not None:
         wanted: dict[str, int | None] = {Path(data).stem: None}
@@ -80,7 +82,7 @@ def launch() -> None:
     workdir = cli.define_path("workdir", None, "Folder of a run.")
     client = flags.DEFINE_string("client", None, "A client's number, or shared.")
     everybody = flags.DEFINE_bool("all", False, "Every client's, and the shared one.")
-    data = cli.define_path("data", None, "Inputs of somebody new: file.npz, image.")
+    data = cli.define_path("data", None, "Inputs of somebody new: file.npz.")
     format = flags.DEFINE_enum("format", "npz", list(export.ENDINGS), "Of the files.")
     cli.run(
         lambda: main(

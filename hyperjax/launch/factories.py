@@ -28,6 +28,7 @@ def make_network(
     options: Mapping[str, Any],
     input_shape: tuple[int, ...],
     num_classes: int,
+    vocabulary: int = 0,
 ) -> Model:
     """Builds one network; "package.module:Class" is yours."""
     cls = common.find_network(name)
@@ -35,7 +36,7 @@ def make_network(
     if "conv_rule" in inspect.signature(cls).parameters:
         chosen["conv_rule"] = config.engine.conv_rule
     module = calls.call("model", cls, num_classes=num_classes, **chosen)
-    return models.from_linen(module, input_shape, num_classes)
+    return models.from_linen(module, input_shape, num_classes, vocabulary=vocabulary)
 
 
 def make_correction(texts: str | Sequence[str]) -> corrections.Correction | None:

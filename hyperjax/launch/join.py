@@ -76,7 +76,8 @@ def joining(
         config.rounds = rounds
     build.check(config)
     shape = tuple(int(n) for n in run.facts["sample_shape"])
-    model = build.make_model(config, shape, len(run.facts["label_names"]))
+    tokens = int(run.facts.get("vocabulary", 0))
+    model = build.make_model(config, shape, len(run.facts["label_names"]), tokens)
     algorithm = build.make_algorithm(config, model)
     server = jax.eval_shape(algorithm.server.init, jax.random.key(0))
     known = saved.common_paths(run.restored.carry.server, server, config.start.take)

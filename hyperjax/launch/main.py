@@ -1,4 +1,4 @@
-"""The command `hyperjax`: train, sweep, evaluate, join, report."""
+"""The command `hyperjax`: data, train, sweep, evaluate, join, export, report."""
 
 import importlib
 import sys
@@ -6,6 +6,7 @@ import sys
 from hyperjax.errors import check_choice
 
 COMMANDS = {
+    "data": "show what the data of a config are, and who has which",
     "train": "train one method on one federation, or continue a run",
     "sweep": "train many runs: seeds, values of fields, methods side by side",
     "evaluate": "serve a client of whom only unlabelled inputs are known",

@@ -25,7 +25,7 @@ class _Config(NamedTuple):
     def networks(self, data: Federation) -> Model | dict[str, Model]:
         """See `runs.recipe.Recipe.networks`."""
         shape = data.pool.x.shape[1:]
-        return build.make_model(self.config, shape, data.num_classes)
+        return build.make_model(self.config, shape, data.num_classes, data.vocabulary)
 
 
 def load_run(path: str | Path) -> Run:

@@ -83,7 +83,8 @@ _FACTS = ("sample_shape", "label_names", "participating", "counts", "mean", "std
 def _restore(config: ml_collections.ConfigDict, folder: Path, facts: Any):
     """Returns a run's method and its newest intact checkpoint, None without any."""
     shape = tuple(int(n) for n in facts["sample_shape"])
-    model = build.make_model(config, shape, len(facts["label_names"]))
+    tokens = int(facts.get("vocabulary", 0))
+    model = build.make_model(config, shape, len(facts["label_names"]), tokens)
     algorithm = build.make_algorithm(config, model)
     # One client holds all training samples in centralised training.
     num_trainers = int(facts.get("num_trainers", config.data.num_clients))

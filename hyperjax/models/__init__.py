@@ -8,13 +8,23 @@ from hyperjax.models.convolutions import RULES as CONV_RULES
 from hyperjax.models.linen import from_linen
 from hyperjax.models.resnet import ResNet, ResNet20
 from hyperjax.models.squeezenet import SqueezeNet
-from hyperjax.models.zoo import MLP, VGG8, ZOO, AttackLeNet, LeNet, LeNetS, ZenkeNet
+from hyperjax.models.zoo import (
+    GRU,
+    MLP,
+    VGG8,
+    ZOO,
+    AttackLeNet,
+    LeNet,
+    LeNetS,
+    ZenkeNet,
+)
 
 HEAD = r"params/head/.*"
 NORM = r".*[Nn]orm[^/]*/[^/]*"
 
 __all__ = [
     "CONV_RULES",
+    "GRU",
     "HEAD",
     "MLP",
     "NORM",

@@ -129,16 +129,17 @@ def from_linen(
     input_shape: tuple[int, ...],
     num_classes: int,
     frozen: Iterable[str] = (),
+    vocabulary: int = 0,
 ) -> Model:
     """Returns a classification `Model` of a linen module.
 
-    The module maps normalised images [B, *input_shape] float32 to logits
-    [B, num_classes]; those of the model are float32, as its variables are, whatever
-    the module keeps and computes in. Collections other than "params" become
-    `variables["stats"]`, floating-point or signed integers, nested as the module has
-    them: `{"batch_stats": {layer: {"mean": [c], "var": [c]}}}`. How a module is told
-    that it trains, what its layers are told of padding, and how it draws, is told in
-    `passes`.
+    The module maps normalised images [B, H, W, c] or features [B, d] float32, or tokens
+    [B, L] int32, to logits [B, num_classes]; those of the model are float32, as its
+    variables are, whatever the module keeps and computes in. Collections other than
+    "params" become `variables["stats"]`, floating-point or signed integers, nested as
+    the module has them: `{"batch_stats": {layer: {"mean": [c], "var": [c]}}}`. How a
+    module is told that it trains, what its layers are told of padding, and how it
+    draws, is told in `passes`.
 
     The loss is the mean cross-entropy over the real samples of a batch, reported as
     "loss". `Outputs.features` and `Trained.features` [B, L] are the input of the
@@ -146,11 +147,12 @@ def from_linen(
 
     Args:
       module: an instance.
-      input_shape: (H, W, c), as of the images of a `Source`.
+      input_shape: (H, W, c), (d,) or (L,), as of the samples of a `Source`.
       num_classes: K, how many logits it returns.
       frozen: paths of layers, or patterns of them, whose statistics and dropout are
         meant to stay as outside training ("BatchNorm_0", "backbone", "*/norm"), with
         all that is in them. Their parameters are trained all the same.
+      vocabulary: how many different tokens inputs are made of; 0: they are numbers.
 
     Returns:
       A model that is not yet drawn: `model.init(key)` does that. `with_shape` takes a
@@ -168,17 +170,35 @@ def from_linen(
     if not isinstance(module, nn.Module):
         raise ValueError(f"{module!r} is not an instance of a flax.linen module")
     shape = _shape(input_shape)
-    if len(shape) != 3:
+    if len(shape) not in (1, 3):
         hint = f"; of images without channels it is {(*shape, 1)}"
         raise ValueError(
-            f"input_shape={input_shape!r} must be (H, W, c), three whole numbers"
-            f"{hint if len(shape) == 2 else ''}"
+            f"input_shape={input_shape!r} must be (H, W, c), three whole numbers, or "
+            f"one, of features or tokens{hint if len(shape) == 2 else ''}"
         )
     check_at_least(1, num_classes=num_classes)
+    check_at_least(0, vocabulary=vocabulary)
+    if vocabulary and len(shape) != 1:
+        raise ValueError(
+            f"vocabulary={vocabulary}: tokens have the shape (L,), not {shape}"
+        )
+    able = getattr(module, "vocabulary", vocabulary)
+    if vocabulary > able:
+        raise ValueError(
+            f"model {type(module).__name__} knows vocabulary={able} different tokens; "
+            f"the data have them up to {vocabulary - 1}"
+        )
+    if not vocabulary and able:
+        raise ValueError(
+            f"model {type(module).__name__} takes tokens, integers [n, L]; the data "
+            "have none"
+        )
     if isinstance(frozen, str):
         raise ValueError(f"frozen={frozen!r} must be a tuple: frozen=({frozen!r},)")
     apart = _is_ours(module)
-    return _built(module, shape, int(num_classes), tuple(frozen), apart)
+    return _built(
+        module, shape, int(num_classes), tuple(frozen), apart, int(vocabulary)
+    )
 
 
 def _built(
@@ -187,10 +207,11 @@ def _built(
     num_classes: int,
     frozen: tuple[str, ...],
     apart: bool,
+    vocabulary: int,
 ) -> Model:
     """`from_linen`, of a shape of any length; `apart`: samples are known to be."""
     name = f"model {type(module).__name__}"
-    found = passes(module, shape, frozen)
+    found = passes(module, shape, frozen, jnp.int32 if vocabulary else jnp.float32)
     x = jax.ShapeDtypeStruct((*TRIAL.shape, *shape), jnp.float32)
     key = jax.random.key(0)
     with _named(name, f"does not accept inputs of shape {shape}"):
@@ -205,7 +226,7 @@ def _built(
         if frozen or not _is_ours(module):
             check_switches(found, variables, x, frozen)
         if not apart:
-            check_samples_apart(found, variables, x)
+            check_samples_apart(found, variables, x, vocabulary)
 
     def loss(key, variables, batch, context):
         seen = found.train(key, variables, batch.x, batch.mask)
@@ -224,8 +245,9 @@ def _built(
         loss=loss,
         apply=apply,
         with_shape=lambda other: _built(
-            module, _shape(other), num_classes, frozen, apart=True
+            module, _shape(other), num_classes, frozen, True, vocabulary
         ),
+        vocabulary=vocabulary,
     )
 
 

@@ -73,7 +73,10 @@ class Passes(NamedTuple):
 
 
 def passes(
-    module: nn.Module, input_shape: tuple[int, ...], frozen: Iterable[str] = ()
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    frozen: Iterable[str] = (),
+    dtype: Any = jnp.float32,
 ) -> Passes:
     """Returns both passes of a module.
 
@@ -85,7 +88,7 @@ def passes(
     Batch normalisation, Flax's own and ours, is given the batch's mask where the module
     gives none. Random streams of any name are supplied in training. A batch of padding
     alone moves no statistics. Whatever number formats a module keeps and computes in,
-    its variables, logits and features are float32 outside.
+    its variables, logits and features are float32 outside. Its inputs are of `dtype`.
 
     Raises:
       ValueError: `__call__` needs an argument that is not known.
@@ -125,7 +128,7 @@ def passes(
 
     def initial(key):
         one, flags = told(False, None, {}, {})
-        x = jnp.zeros((1, *input_shape), jnp.float32)
+        x = jnp.zeros((1, *input_shape), dtype)
         with nn.intercept_methods(_informing(None, frozen, [], [])):
             collections = one.init(key, x, **flags)
         # Plain dicts of arrays, without boxes of axis names.
@@ -147,7 +150,7 @@ def passes(
         with nn.intercept_methods(_informing(mask, frozen, found, calls)):
             out = one.apply(
                 {"params": held["params"], **stats},
-                x,
+                x.astype(dtype),
                 rngs=rngs,
                 mutable=list(stats) if train else False,
                 **flags,
@@ -268,7 +271,9 @@ def check_switches(
         )
 
 
-def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct):
+def check_samples_apart(
+    found: Passes, variables: PyTree, x: jax.ShapeDtypeStruct, vocabulary: int = 0
+):
     """Runs both passes on a small batch, twice, with other padding the second time.
 
     Variables are any numbers of these shapes: what depends on what does so for all, and
@@ -288,7 +293,11 @@ def check_samples_apart(found: Passes, variables: PyTree, x: jax.ShapeDtypeStruc
 
     variables = jax.tree.map(some, variables)
     real = TRIAL > 0
-    first, second = draw.normal(size=(2, *x.shape)).astype(np.float32)
+    pair = (2, *x.shape)
+    drawn = (
+        draw.integers(vocabulary, size=pair) if vocabulary else draw.normal(size=pair)
+    )
+    first, second = drawn.astype(np.float32)
     second[real] = first[real]
 
     def outputs(variables, x):

@@ -7,7 +7,7 @@ of HyperFedNet (arXiv:2402.18445) are in `resnet`. AttackLeNet is the network of
 reference attacks by gradient inversion (arXiv:1906.08935, arXiv:2001.02610).
 PFedHNCNN is pFedHN's target (arXiv:2103.04628); MHCNN, VGG8, MHMLP, the MHResNets in
 `resnet` and the networks in `squeezenet` are those of MH-pFedHN (arXiv:2507.22330), for
-32x32 images.
+32x32 images. GRU reads tokens (Cho et al. 2014, arXiv:1406.1078).
 """
 
 import flax.linen as nn
@@ -192,6 +192,31 @@ class AttackLeNet(nn.Module):
         return layers.Dense(self.num_classes, init, init, name="head")(x)
 
 
+class GRU(nn.Module):
+    """Embeds tokens and reads them in order: [B, L] int32 -> [B, K].
+
+    A token that is not below `vocabulary` is embedded as zeros.
+
+    Attributes:
+      vocabulary: how many different tokens there are; 256 for bytes.
+      embedding: numbers that stand for a token.
+      units: of the recurrent state, of which the last is classified.
+    """
+
+    num_classes: int
+    vocabulary: int = 256
+    embedding: int = 16
+    units: int = 64
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        # A product in place of a lookup: clients' own tables under vmap, any backend.
+        x = jax.nn.one_hot(x, self.vocabulary)
+        x = layers.Dense(self.embedding, name="embedding")(x)
+        x = nn.RNN(nn.GRUCell(self.units), name="rnn")(x)[:, -1]
+        return layers.Dense(self.num_classes, name="head")(x)
+
+
 # Name in a config -> linen module taking `num_classes`.
 ZOO: dict[str, type[nn.Module]] = {
     "mlp": MLP,
@@ -211,6 +236,7 @@ ZOO: dict[str, type[nn.Module]] = {
     "mh_resnet12": resnet.MHResNet12,
     "mh_resnet18": resnet.MHResNet18,
     "mh_mlp": MHMLP,
+    "gru": GRU,
     "squeezenet1_0": squeezenet.SqueezeNet,
     "squeezenet1_1": squeezenet.SqueezeNet11,
 }

@@ -108,7 +108,7 @@ def _algorithm(
 
 
 def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
-    """Returns a model for the federation's images, or several by name."""
+    """Returns a model for the federation's samples, or several by name."""
     if isinstance(network, Mapping):
         found = {str(name): _networks(one, data) for name, one in network.items()}
         return {name: one for name, one in found.items() if isinstance(one, Model)}
@@ -127,7 +127,7 @@ def _networks(network: Any, data: Federation) -> Model | dict[str, Model]:
             "network: give a linen module, a hyperjax.Model or the name of a network: "
             f"{', '.join(models.ZOO)}"
         )
-    return models.from_linen(network, shape, num_classes)
+    return models.from_linen(network, shape, num_classes, vocabulary=data.vocabulary)
 
 
 def through_channel(algorithm: Algorithm, text: str) -> Algorithm:

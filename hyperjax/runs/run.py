@@ -303,7 +303,9 @@ class Run(NamedTuple):
             family=family if alg.has_families else None,
             input=dict(dtype=dtype.name, shape=["n", *pool.x.shape[1:]]),
             classes=list(data.label_names),
-            preprocessing=dict(
+            preprocessing=dict(formula="x")  # tokens
+            if data.vocabulary
+            else dict(
                 formula="(x / scale - mean) / std",
                 scale=255.0 if dtype == np.uint8 else 1.0,
                 mean=mean.tolist(),
@@ -353,13 +355,13 @@ class Run(NamedTuple):
         return members.names[whose[number - data.num_clients]]
 
     def predict(self, client: int | None, x: Any) -> np.ndarray:
-        """Returns the classes of a client's images, [n] int32.
+        """Returns the classes of a client's inputs, [n] int32.
 
         Args:
           client: a number; None for somebody who is none of them.
-          x: [n, H, W] or [n, H, W, C] as they were given to `federate`: normalisation
-            is done here. All of them together are what the client's network may be
-            conditioned on.
+          x: [n, H, W], [n, H, W, C], [n, d] or [n] texts, as they were given to
+            `federate`: normalisation is done here. All of them together are what the
+            client's network may be conditioned on.
 
         Raises:
           FloatingPointError: the network's outputs are not finite.
@@ -374,20 +376,19 @@ class Run(NamedTuple):
         return np.asarray(jax.nn.softmax(logits))
 
     def _inputs(self, x: Any) -> ClientData:
-        """Somebody's images, as they were given to `federate`."""
+        """Somebody's samples, as they were given to `federate`."""
         pool = self.experiment.federation.pool
-        images = np.asarray(x)
-        images = images[..., None] if images.ndim == pool.x.ndim - 1 else images
-        images = sources.check_images(images, "x")
-        if images.dtype != pool.x.dtype or images.shape[1:] != pool.x.shape[1:]:
+        kind = sources.kind_of(pool.x.shape[1:], pool.x.dtype)
+        found = sources.check_samples(sources.as_samples(x, "x", kind), "x")
+        if found.dtype != pool.x.dtype or found.shape[1:] != pool.x.shape[1:]:
             shape = ", ".join(map(str, pool.x.shape[1:]))
             raise ValueError(
-                f"x is {images.dtype} of shape {images.shape}; this run takes "
+                f"x is {found.dtype} of shape {found.shape}; this run takes "
                 f"{pool.x.dtype} [n, {shape}]"
             )
-        own = clients.pool_of_one(images, pool.mean, pool.std, pool.shift)
-        rows = jnp.arange(len(images), dtype=jnp.int32)[None]
-        return ClientData(rows, jnp.array([len(images)], jnp.int32), own)
+        own = clients.pool_of_one(found, pool.mean, pool.std, pool.shift)
+        rows = jnp.arange(len(found), dtype=jnp.int32)[None]
+        return ClientData(rows, jnp.array([len(found)], jnp.int32), own)
 
     def _own_inputs(self, client: int | None, data: Federation) -> ClientData:
         """What a client is scored on."""

@@ -34,7 +34,7 @@ def check(points: Sequence[Point]) -> None:
     for point in points:
         config = point.config
         scale = ("shrink", "resize")
-        keys = ("image_key", "label_key", "client_key")
+        keys = ("image_key", "label_key", "client_key", "kind")
         where = ("name", "data_dir", "split", "test_split", "shift", *scale, *keys)
         data = str([config.data[k] for k in where])
         try:
@@ -42,7 +42,9 @@ def check(points: Sequence[Point]) -> None:
                 read[data] = build.load_source(config.data)
             shape = build.sample_shape(read[data], config.data)
             classes = read[data].num_classes
-            build.make_algorithm(config, build.make_model(config, shape, classes))
+            tokens = sources.vocabulary(read[data].x)
+            model = build.make_model(config, shape, classes, tokens)
+            build.make_algorithm(config, model)
         except Exception as error:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
 

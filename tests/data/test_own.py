@@ -250,7 +250,7 @@ FAULTS = {
     "text.npz": "cannot be read as .npy or .npz",
     "unnamed.npz": r"no array of images by a usual name.*data.image_key: a, b",
     "labelless.npz": r"no array of labels by a usual name.*data.label_key: x, b",
-    "short.npz": r"short.npz', x='x', y='y': there are 60 images and 55 labels",
+    "short.npz": r"short.npz', x='x', y='y': there are 60 samples and 55 labels",
     "half.npz": "'x_test' without its counterpart",
     "other.npz": r"the test part has the shape \(5, 4, 4\)",
     "uneven.npz": "lengths differ: 'x_test' has 5, 'y_test' has 4",

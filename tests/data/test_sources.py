@@ -132,7 +132,7 @@ OWN_FAULTS = {
     ),
     "rows of features": (
         dict(x=lambda s: s.x.reshape(12, 16)),
-        "shape .12, 16.; images",
+        "shape .12, 16.; images must be",
     ),
     "one image": (dict(x=lambda s: s.x[0, ..., 0]), "shape .4, 4.; images must be"),
     "a video": (dict(x=lambda s: s.x[:, None]), "shape .12, 1, 4, 4, 1.; images must"),
@@ -162,8 +162,8 @@ OWN_FAULTS = {
         "x is a masked array",
     ),
     "a number": (dict(x=7), "x=7 is no array"),
-    "too few labels": (dict(y=lambda s: s.y[:-5]), "12 images and 7 labels"),
-    "too many labels": (dict(x=lambda s: s.x[:-5]), "7 images and 12 labels"),
+    "too few labels": (dict(y=lambda s: s.y[:-5]), "12 samples and 7 labels"),
+    "too many labels": (dict(x=lambda s: s.x[:-5]), "7 samples and 12 labels"),
     "labels from 1": (dict(y=lambda s: s.y + 1), "labels from 1 to 3; num_classes=3"),
     "negative labels": (dict(y=lambda s: s.y - 1), "labels from -1 to 1"),
     "names as labels": (

@@ -1,0 +1,83 @@
+"""`hyperjax data`: what is read and who has it, before anything is trained."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from hyperjax.launch import data
+from hyperjax.protocols import zero_shot
+
+
+def config(name, **fields):
+    found = zero_shot.get_config("fedavg,data=digits")
+    found.data.name = name
+    for field, value in fields.items():
+        found.data[field] = value
+    return found
+
+
+@pytest.fixture
+def look(capsys, monkeypatch):
+    """Shows a data set; returns what is printed."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def shown(*args, out=None, **fields):
+        assert data.main(config(*args, **fields), out) == 0
+        text = capsys.readouterr().out
+        # Paths are not broken.
+        assert max(map(len, text.partition("Written")[0].splitlines())) <= 80
+        return text
+
+    return shown
+
+
+def test_a_table_of_what_was_read_and_a_row_for_each_client(look):
+    text = look("digits", num_clients=30, num_novel=2)
+    assert "read          1,797 images of 8x8x1, uint8, 0 to 255" in text
+    assert "of a class    174 to 183 samples" in text
+    assert "participants  30 with" in text and "unseen        2 with" in text
+    assert "global test   359 samples" in text
+    rows = [line for line in text.splitlines() if line.endswith(tuple("0123456789"))]
+    rows = [line.split("|") for line in rows if line.count("|") == 2]
+    assert [row[0].strip() for row in rows[:2]] == ["client 0", "client 1"]
+    assert rows[-1][0].strip() == "unseen 31" and len(rows) == 24
+    assert "client ... and 8 more" in text
+    assert "█" in text
+
+
+def test_no_more_shades_than_the_terminal_has(monkeypatch):
+    assert data._levels().endswith("█")
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(data.sys, "stdout", plain)
+    assert data._levels().isascii()
+
+
+def test_features_have_columns_and_texts_are_read(look):
+    text = look("sklearn:wine", num_clients=3, num_novel=1)
+    assert "178 rows of 13 features, float32, 0.13 to 1680" in text
+    assert "... and 3 more" in text
+    text = look("pydoc", partition="by_client_id", num_clients=3, num_novel=1)
+    assert "ids           79 whose samples are" in text
+    assert "scaled by     nothing" in text
+    assert "client 0: '" in text and " -> " in text
+
+
+def test_what_is_asked_for_is_written(look, tmp_path):
+    out = tmp_path / "looked"
+    assert "Written: " in look("digits", out=str(out), shift="rotation")
+    written = sorted(path.name for path in out.iterdir())
+    assert written == ["data.json", "partition.png", "samples.png"]
+    found = json.loads((out / "data.json").read_text())
+    assert found["shift"].startswith("rotation, angle ")
+    assert np.sum(found["counts"]) == 1797 - 359
+
+
+def test_mistakes_leave_nothing_behind(tmp_path):
+    out = tmp_path / "looked"
+    with pytest.raises(ValueError, match="shift='blur' is done to images"):
+        data.main(config("sklearn:iris", shift="blur", num_novel=1), str(out))
+    with pytest.raises(ValueError, match=r"data\.num_clients=0"):
+        data.main(config("digits", num_clients=0), str(out))
+    assert not out.exists()
