@@ -1,5 +1,7 @@
 """The documentation builds without a warning; a slow test runs its notebooks."""
 
+import json
+import runpy
 import subprocess
 import sys
 
@@ -32,3 +34,11 @@ def test_every_public_name_has_its_place(repository):
         if line.startswith(".. auto")
     ]
     assert sorted(names) == sorted(hyperjax.__all__)
+
+
+def test_the_picture_is_drawn_from_a_record(repository):
+    made = runpy.run_path(str(repository / "docs/picture.py"))
+    record = json.loads(made["RECORD"].read_text(encoding="utf-8"))
+    assert made["picture"](record).startswith(b"\x89PNG")
+    assert made["PICTURE"].stat().st_size < 150_000
+    assert "docs/_static/rotation.png" in (repository / "README.md").read_text("utf-8")
