@@ -15,7 +15,7 @@ version = release = hyperjax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["config.cache"]
+suppress_warnings = ["myst-nb.lexer"]  # of cells that a test leaves out
 
 html_theme = "furo"
 html_title = "hyperjax"
@@ -34,6 +34,7 @@ nb_execution_in_temp = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 # What programs of notebooks are started with: this Python, its commands, programs that
 # compile quickly, kept for the next build.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -15,7 +15,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import hyperjax
-from hyperjax import models, protocols, registry
+from hyperjax import adaptation, models, protocols, registry
 from hyperjax.data import partition, shift, sources
 from hyperjax.launch.overview import first_line
 from hyperjax.protocols import arguments, common
@@ -130,6 +130,14 @@ def shifts() -> str:
     return table(("shift", "drawn for each client"), rows)
 
 
+def adaptations() -> str:
+    rows = (
+        (code(name), first_line(function), code(*_options(function)))
+        for name, function in adaptation.ADAPTATIONS.items()
+    )
+    return table(("adaptation", "what it does", "options"), rows)
+
+
 def fields() -> str:
     rows = (
         (code(name), default(value), text)
@@ -226,9 +234,16 @@ def with_code(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def as_sphinx_has_it(app, what, name, obj, options, lines) -> None:
-    """Leaves docstrings of modules to `api`; elsewhere * and | are themselves."""
+    """Leaves docstrings of modules to `api`; adds comments on named tuples' fields.
+
+    Elsewhere * and | are themselves.
+    """
     if what == "module":
         lines.clear()
+    told = any(line.startswith(":ivar") for line in lines)
+    if hasattr(obj, "_fields") and not told:
+        found = re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(obj), re.M)
+        lines += [f":ivar {field}: {comment}" for field, comment in found]
     for number, line in enumerate(lines):
         stars = re.findall(r"(?<!\\)\*", line)
         line = line.replace("*", r"\*") if len(stars) == 1 else line

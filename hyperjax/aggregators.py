@@ -14,6 +14,7 @@ class Aggregator(NamedTuple):
 
     init: Callable  # (spec) -> state
     combine: Callable  # (key, stacked [C, ...], weight [C], state) -> (tree, state)
+    is_mean: bool = False  # combines to the weighted mean, and keeps nothing
 
 
 @jax.jit
@@ -62,4 +63,5 @@ def weighted_mean() -> Aggregator:
             mean_over_clients(stacked, weight),
             state,
         ),
+        is_mean=True,
     )

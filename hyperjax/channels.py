@@ -96,5 +96,6 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
         return alg.server.update(key, server, uplinks, cohorts)
 
     sides = {name: changed(c) for name, c in alg.by_family(alg.client).items()}
-    server = alg.server._replace(update=server_update)
+    # What is on the wire has no mean.
+    server = alg.server._replace(update=server_update, mean_only=False)
     return alg._replace(server=server, client=alg.as_given(sides), exact=())

@@ -42,6 +42,11 @@ class Correction(NamedTuple):
     probe: bool = False
 
 
+def unmoved(s: PyTree, theta: PyTree, means: Means) -> tuple[PyTree, PyTree]:
+    """The `absorb` of a correction that learns nothing from the cohort."""
+    return s, theta
+
+
 def none() -> Correction:
     """Changes nothing, keeps nothing, sends nothing."""
     return Correction(
@@ -50,7 +55,7 @@ def none() -> Correction:
         send=lambda s: (),
         adjust=lambda grads, theta, anchor, sent, c: grads,
         finish=lambda theta, anchor, sent, c, info: (c, ()),
-        absorb=lambda s, theta, means: (s, theta),
+        absorb=unmoved,
     )
 
 
@@ -180,7 +185,7 @@ def chain(*corrections: Correction) -> Correction:
         send=lambda s: tuple(one(x) for one, x in zipped("send", s)),
         adjust=adjust,
         finish=finish,
-        absorb=absorb,
+        absorb=unmoved if all(c.absorb is unmoved for c in corrections) else absorb,
         probe=any(c.probe for c in corrections),
     )
 

@@ -157,7 +157,7 @@ class Told(NamedTuple):
     gradient: Array  # [P]
     hessian: Array  # [P, P]
     probs: Array  # [K]
-    count: Array  # []
+    samples: Array  # []
 
 
 def untouched(calibration: str, classes: int) -> Calibration:
@@ -196,7 +196,7 @@ def improved(fitted: Calibration, sent: Told) -> Calibration:
     """Returns the calibration after all participants' sums, leaves [C, ...]."""
     total = jax.tree.map(lambda x: jnp.sum(x, 0), sent)
     loss, gradient, hessian, probs = (
-        x / jnp.maximum(total.count, 1.0) for x in total[:4]
+        x / jnp.maximum(total.samples, 1.0) for x in total[:4]
     )
     away = fitted.trial - _identity(len(fitted.trial), len(probs))
     loss = loss + _RIDGE / 2 * jnp.sum(away**2)

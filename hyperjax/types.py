@@ -269,13 +269,15 @@ class ServerSide(NamedTuple):
 
     `release` is by what clients are deployed, where that is not what they are sent to
     train on: a server that would answer what a newcomer sends it hands over what the
-    answer is made by.
+    answer is made by. With `mean_only` the server asks for the weighted mean of the
+    uplinks alone: one client that sends the mean is as good as the cohort.
     """
 
     init: Callable  # (common) -> server
     downlink: Callable  # (key, server, cohort) -> Downlink
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
     release: Callable | None = None  # (key, server, cohort) -> Downlink
+    mean_only: bool = False
 
 
 class Fit(NamedTuple):

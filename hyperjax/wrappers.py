@@ -59,7 +59,7 @@ def _trained_on(data: AdaptData) -> ClientData:
     def widened(rows):
         return jnp.pad(rows, (0, width - rows.shape[0]))
 
-    train, inputs = data
+    train, inputs = data.train, data.inputs
     use = train.size > 0
     # The pool is the one without labels; rows and size alone choose the data.
     width = max(train.rows.shape[0], inputs.rows.shape[0])
@@ -112,15 +112,16 @@ def adapting(side: ClientSide, change: Callable, fit: Fit | None = None) -> Clie
         told = () if fit is None else (data.fitted,)
         return change(key, side.deploy(down, adapted), data.inputs, *told)
 
+    changed = side._replace(adapt=adapt, deploy=lambda down, variables: variables)
+    if fit is None:
+        return changed
+    of_deployed = fit.send
+
     def send(key, fitted, down, client, data, held):
         adapted = side.adapt(key, down, client, data)
-        return fit.send(key, fitted, side.deploy(down, adapted), held)
+        return of_deployed(key, fitted, side.deploy(down, adapted), held)
 
-    return side._replace(
-        adapt=adapt,
-        deploy=lambda down, variables: variables,
-        fit=fit and fit._replace(send=send),
-    )
+    return changed._replace(fit=fit._replace(send=send))
 
 
 # Messages ---------------------------------------------------------------------------

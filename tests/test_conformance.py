@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federated import NUM_CLIENTS, SLOW, STACKS, THOROUGH, method, tiny, weights
+from federated import (
+    METHODS,
+    NUM_CLIENTS,
+    SLOW,
+    STACKS,
+    THOROUGH,
+    method,
+    tiny,
+    weights,
+)
 
 from hyperjax import rng, tree
 from hyperjax.engine import checkpoint, comm, exchange, schedule, sharding, stores
@@ -160,6 +169,48 @@ def test_blocks_of_three_agree(stack):
     chex.assert_trees_all_close(
         one_exchange(stack, IDS), one_exchange(stack, IDS, run=run), **CLOSE
     )
+
+
+@stacks(("fedavg", "hyperfedzero"))
+@pytest.mark.parametrize("mapper", ["map", 2])
+def test_summing_up_as_clients_finish_agrees(stack, mapper):
+    alg = method(stack)
+    if not alg.server.mean_only:
+        pytest.skip("the server asks for more than a mean")
+    run = jax.jit(exchange.make_exchange(alg, mapper, streaming=True))
+    ids = (NUM_CLIENTS, *IDS)  # five lanes: blocks of two leave one over
+    chex.assert_trees_all_close(
+        one_exchange(stack, ids, width=5, run=run), one_exchange(stack, IDS), **CLOSE
+    )
+
+
+def test_whose_uplinks_may_be_summed_up():
+    summed = {s for s in METHODS if method(s).server.mean_only}
+    assert {"fedavg", "fedprox", "fedbn", "fedrep", "ditto", "moon"} < summed
+    assert {"hyperfedzero", "hyperfednet", "opt1"} < summed
+    # These ask for other means too, or for the clients one by one.
+    for name in ("scaffold", "feddyn", "fednova", "fedamp", "fedfomo", "fedgen"):
+        assert name not in summed
+    for name in ("fedjets", "fedproto", "pfedhn", "mh_pfedhn", "mh_pfedhngd"):
+        assert name not in summed
+
+
+def test_what_is_summed_up_does_not_wait_in_memory():
+    alg = method("fedavg")
+    server, rows, seen = start("fedavg")
+
+    def temporary(num, streaming):
+        ids = np.arange(num) % NUM_CLIENTS
+        cohort = cohort_of(ids, width=num)
+        got = stores.gather(rows, seen, cohort.ids)
+        run = jax.jit(exchange.make_exchange(alg, streaming=streaming))
+        compiled = run.lower(ROOT, server, *got, data_of(ids), cohort).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    uplink = 4 * tree.count(server.theta)
+    # A client more is its key and its place, not what it sends.
+    assert temporary(64, True) - temporary(16, True) < 48 * uplink / 8
+    assert temporary(64, False) > 64 * uplink
 
 
 @every_method_at_length

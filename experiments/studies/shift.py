@@ -21,6 +21,8 @@ adaptations are learned on these. PeFLL needs labels of an unseen client: its co
 that of clients who have some, and its zACC that of one network for all.
 """
 
+from typing import Any
+
 import ml_collections
 
 from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
@@ -79,7 +81,7 @@ COLUMNS = {
 }
 
 
-_SET_ASIDE = {"data.validation_fraction": 0.2}
+_SET_ASIDE: dict[str, Any] = {"data.validation_fraction": 0.2}
 _OF_RIVALS = {
     **COLUMNS,
     "zacc_ft0_mean": "zACC of clients with labels",

@@ -207,7 +207,8 @@ def _server(
         new = _where(jnp.sum(weight) > 0, new, server)
         return new, {"update_norm": tree.norm(delta)}
 
-    return ServerSide(init, downlink, update)
+    mean_only = aggregator.is_mean and correction.absorb is corrections.unmoved
+    return ServerSide(init, downlink, update, mean_only=mean_only)
 
 
 def _client(

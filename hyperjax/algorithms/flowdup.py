@@ -137,5 +137,5 @@ def expanded(params: PyTree, v: Array, seed: int) -> PyTree:
         return jnp.tensordot(v, signs, 1) / math.sqrt(len(v) * fan_in)
 
     leaves, structure = jax.tree.flatten(params)
-    paths = tree.paths(params)
-    return structure.unflatten(map(one, paths, leaves))
+    found = [one(*pair) for pair in zip(tree.paths(params), leaves, strict=True)]
+    return jax.tree.unflatten(structure, found)

@@ -311,7 +311,8 @@ def _stages(
         return tune(arrivals, (shared, call.samples, call.epochs))
 
     def fitted(call: _Call):
-        fit, num = side.fit, len(call.who.ids)
+        fit: Any = side.fit
+        num = len(call.who.ids)
 
         def one_round(i, fitted):
             key = jax.random.fold_in(rng.stream(call.moment.root, "fit"), i)
@@ -321,7 +322,7 @@ def _stages(
                 # One client at a time: each may have a network of its own.
                 who = jax.tree.map(lambda x: x[place][None], call.who)
                 arrivals, shared = arrive(call._replace(who=who))
-                client = jax.tree.map(lambda x: x[0], arrivals)
+                client: deploy.Arrival = jax.tree.map(lambda x: x[0], arrivals)
                 down = Downlink(shared.down, client.own, shared.round)
                 held = ClientData(*client.inputs, call.samples.labelled)
                 data = AdaptData(

@@ -66,6 +66,7 @@ def make_exchange(
     mapper: str | int = "map",
     mesh: Any = None,
     alone: bool = False,
+    streaming: bool = False,
 ) -> Callable:
     """Builds the exchange of a method without families.
 
@@ -75,13 +76,14 @@ def make_exchange(
       mesh: see `sharding.client_mesh`.
       alone: cohorts are single clients, of which a round may have several: keys are
         derived from the client's id too.
+      streaming: see `make_joint_exchange`.
 
     Returns:
       `exchange(root, server, rows, seen, data, cohort) -> (server, rows, info)` with
       rows [C, ...] the stored state of the cohort, seen [C] bool, data a `ClientData`
       with leading axis C on rows and size, and info a dict of means over the cohort.
     """
-    joint = make_joint_exchange(alg, mapper, mesh, alone)
+    joint = make_joint_exchange(alg, mapper, mesh, alone, streaming=streaming)
 
     def exchange(root, server, *of_cohort):
         server, rows, info = joint(root, server, *({ALONE: x} for x in of_cohort))
@@ -96,12 +98,15 @@ def make_joint_exchange(
     mesh: Any = None,
     alone: bool = False,
     stage: str = "",
+    streaming: bool = False,
 ) -> Callable:
     """Builds the exchange of a method, with or without families; see `make_exchange`.
 
     Rows, seen, data and cohort are mappings by family, for all or some of them; with
     `alone` for the single family of the single client. Exchanges of one round that
-    differ in `stage` draw from different keys.
+    differ in `stage` draw from different keys. With `streaming` uplinks are summed up
+    as clients finish, and no more of them are in memory than train at a time; it is for
+    servers that are `mean_only`.
     """
 
     def mapped_update(client):
@@ -123,11 +128,18 @@ def make_joint_exchange(
         alive = cohort.active > 0
         keys = rng.client_keys(rng.stream(key, "client_update" + name), cohort.ids)
         size = jnp.where(alive, data.size, 0)  # the dead take no step
-        up, new, info = updates[name](
-            _Visitor(keys, down.own, start, data.rows, size),
-            _Shared(down.shared, down.round, data.pool),
-        )
-        up = tree.where_rows(alive, up, tree.zeros_like(up))
+        visitors = _Visitor(keys, down.own, start, data.rows, size)
+        shared = _Shared(down.shared, down.round, data.pool)
+        if streaming:
+            weight = cohort.weight * cohort.active
+            per_device = 1 if isinstance(mapper, str) else mapper
+            at_a_time = per_device * (1 if mesh is None else mesh.size)
+            up, new, info = _streamed(
+                updates[name], at_a_time, visitors, shared, weight
+            )
+        else:
+            up, new, info = updates[name](visitors, shared)
+            up = tree.where_rows(alive, up, tree.zeros_like(up))
         return up, tree.where_rows(alive, new, rows), info
 
     def exchange(root, server, rows, seen, data, cohorts: dict[str, Cohort]):
@@ -146,6 +158,8 @@ def make_joint_exchange(
             )
             infos.append(info)
             active.append(cohort.active)
+        if streaming:
+            cohorts = {name: _as_one(cohort) for name, cohort in cohorts.items()}
         server, server_info = server_side.update(
             rng.stream(key, "server_update"), server, ups, cohorts
         )
@@ -154,6 +168,61 @@ def make_joint_exchange(
         return server, new, {**info, **server_info}
 
     return exchange
+
+
+def _streamed(
+    update: Callable,
+    at_a_time: int,
+    visitors: _Visitor,
+    shared: _Shared,
+    weight: Array,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Updates some clients at a time and adds up what they send.
+
+    Returns the weighted mean of the uplinks, leaves [1, ...], and the new states and
+    infos of all clients, leaves [C, ...].
+    """
+    num = weight.shape[0]
+    total = jnp.sum(weight)
+    share = weight / jnp.where(total > 0, total, 1.0)
+    steps = -(-num // at_a_time)
+    lanes = jnp.arange(steps * at_a_time).reshape(steps, at_a_time)
+
+    def some(lane):
+        """Those of a lane: (uplinks, new states, infos), their shares."""
+        place = jnp.minimum(lane, num - 1)
+        mine = jax.tree.map(lambda x: x[place], visitors)
+        real = lane < num  # those beyond the cohort take no step, and count for nothing
+        mine = mine._replace(size=jnp.where(real, mine.size, 0))
+        return update(mine, shared), jnp.where(real, share[place], 0.0)
+
+    def body(mean, lane):
+        (up, new, info), counts = some(lane)
+        up = tree.where_rows(counts > 0, up, tree.zeros_like(up))
+
+        def added(so_far, x):
+            x = x.astype(jnp.float32)
+            exact = jax.lax.Precision.HIGHEST  # as `mean_over_clients`
+            return so_far + jnp.tensordot(counts, x, 1, precision=exact)
+
+        return jax.tree.map(added, mean, up), (new, info)
+
+    like = jax.eval_shape(some, lanes[0])[0][0]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), like)
+    mean, out = jax.lax.scan(body, nothing, lanes)
+    mean = jax.tree.map(lambda x, one: x.astype(one.dtype)[None], mean, like)
+    new, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], out)
+    return mean, new, info
+
+
+def _as_one(cohort: Cohort) -> Cohort:
+    """A cohort of one client, that stands for all."""
+    weight = jnp.sum(cohort.weight * cohort.active)
+    return cohort._replace(
+        ids=cohort.ids[:1],
+        active=jnp.asarray(weight > 0, cohort.active.dtype)[None],
+        weight=weight[None],
+    )
 
 
 def cohort_info(info: dict[str, Array], active: Array) -> dict[str, Array]:

@@ -9,7 +9,7 @@ method has families, if only ALONE, whose members are everybody.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +154,7 @@ def mapped(alg: Algorithm) -> Algorithm:
     """Returns a method that speaks in mappings, whether it has families or not."""
     if alg.has_families:
         return alg
-    given = alg.server
+    given: Any = alg.server
 
     def downlink(key, state, cohorts):
         return {ALONE: given.downlink(key, state, cohorts[ALONE])}
@@ -165,7 +165,8 @@ def mapped(alg: Algorithm) -> Algorithm:
     def release(key, state, cohorts):
         return {ALONE: given.release(key, state, cohorts[ALONE])}
 
-    server = ServerSide(given.init, downlink, update, given.release and release)
+    released = given.release and release
+    server = ServerSide(given.init, downlink, update, released, given.mean_only)
     opening = alg.opening and mapped(alg.opening)
     closing = alg.closing and mapped(alg.closing)
     return Algorithm(server, clients(alg), alg.exact, opening, closing)
@@ -194,7 +195,7 @@ def view(alg: Algorithm, name: str) -> Algorithm:
 
 @functools.lru_cache(maxsize=64)
 def _view(
-    server: ServerSide,
+    server: Any,
     client: ClientSide,
     name: str,
     exact: tuple[str, ...],

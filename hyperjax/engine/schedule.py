@@ -142,6 +142,7 @@ def simulator(
     mesh: Any = None,
     store: str = "device",
     store_dir: str | None = None,
+    streaming: bool = False,
     program: compiled.Compiled | None = None,
     hyper: compiled.Hyper | None = None,
 ) -> Simulator:
@@ -164,6 +165,8 @@ def simulator(
         device, and runs all rounds of a call as one program; "host" keeps both in
         host memory, or in files under `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
+      streaming: uplinks are summed up as clients finish instead of kept, see
+        `exchange.make_joint_exchange`.
       program: the compiler, that of a simulator of the same method and arguments but
         for table, pool, weight and values of hyper-parameters, whose programs then
         serve this one too; None for one of its own.
@@ -172,9 +175,12 @@ def simulator(
 
     Raises:
       ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, weights
-        that are none, or members that are not the method's families of these N.
+        that are none, members that are not the method's families of these N, or
+        `streaming` where it cannot be.
     """
     num_clients = len(table.size)
+    if streaming:
+        _check_streaming(alg, sequential, mapper)
     check_choice("sampler", sampler, SAMPLERS)
     check_choice("store", store, STORES)
     if store_dir is not None and store != "host":
@@ -230,6 +236,7 @@ def simulator(
         visits=visits,
         draw=draw,
         mapper=mapper,
+        streaming=streaming,
         cohort_size=padded,
         sequential=sequential,
         groups=groups,
@@ -241,6 +248,30 @@ def simulator(
     )
     built = _on_device(parts) if store == "device" else _on_host(parts, store_dir)
     return _with_checks(built, alg, groups, must_donate=store_dir is not None)
+
+
+def _check_streaming(alg: Algorithm, sequential: bool, mapper: str | int) -> None:
+    """Refuses to sum up uplinks where the sum is not all that is asked for.
+
+    Raises:
+      ValueError: it is not, or there would be no sum.
+    """
+    if not alg.server.mean_only:
+        raise ValueError(
+            "streaming=True sums clients' answers up as they come, and the server of "
+            "this method needs each of them; accepted: False, or a method whose server "
+            "needs their weighted mean alone, such as fedavg without an uplink"
+        )
+    if sequential:
+        raise ValueError(
+            "streaming=True would change nothing: with sequential=True clients come "
+            "one by one"
+        )
+    if mapper == "vmap":
+        raise ValueError(
+            "streaming=True would change nothing: with mapper='vmap' all clients "
+            "finish together; accepted: map, block"
+        )
 
 
 def check_images(alg: Algorithm, pool: Pool) -> None:
@@ -355,6 +386,7 @@ class _Parts(NamedTuple):
     visits: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
     mapper: str | int
+    streaming: bool
     cohort_size: int  # with padding
     sequential: bool
     groups: Families
@@ -384,8 +416,14 @@ class _Parts(NamedTuple):
 
     def exchange(self, values: Mapping[str, Any]) -> Callable:
         """The exchange of the method that hyper-parameters make."""
-        alg, alone = self.hyper.method(values), self.sequential
-        return exchange.make_joint_exchange(alg, self.mapper, self.mesh, alone=alone)
+        alg = self.hyper.method(values)
+        return exchange.make_joint_exchange(
+            alg,
+            self.mapper,
+            self.mesh,
+            alone=self.sequential,
+            streaming=self.streaming,
+        )
 
     def opening(self, values: Mapping[str, Any]) -> Callable:
         """Likewise of what opens a round; there must be such a thing."""

@@ -101,6 +101,7 @@ def assemble(
         mapper=engine.mapper,
         block_size=engine.block_size,
         devices=engine.devices,
+        streaming=engine.streaming,
         store=engine.store,
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,

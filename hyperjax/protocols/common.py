@@ -93,6 +93,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "uplink": ("", 'what clients send goes through: "topk(fraction=0.3)"'),
     "engine.mapper": ("auto", "over the clients of a round: map, vmap, block"),
     "engine.block_size": (5, "clients at a time, for block"),
+    "engine.streaming": (False, "sum uplinks up as clients finish, keep none of them"),
     "engine.devices": (0, "0: all; on the CPU one per core, at most 8"),
     "engine.store": ("device", "where clients' state is kept: device or host"),
     "engine.memory_map": (False, "host store: files in the workdir, not memory"),

@@ -107,6 +107,7 @@ def experiment(
     devices: int = 0,
     store: str = "device",
     store_dir: str | None = None,
+    streaming: bool = False,
     eval_batch_size: int = 256,
     eval_clients: int = 0,
     clients_per_call: int = 64,
@@ -131,6 +132,7 @@ def experiment(
       devices: at most so many; 0: all that help.
       store: of clients' state and row numbers: "device" or "host".
       store_dir: folder of a host store in files.
+      streaming: uplinks are summed up as clients finish, see `schedule.simulator`.
       eval_batch_size: inputs predicted at a time.
       eval_clients: of participants, and of unseen clients, so many are evaluated, the
         same at every evaluation; 0: all.
@@ -154,6 +156,8 @@ def experiment(
     num = federation.num_trainers
     cohort_size = num if sampler == "full" else (cohort_size or num)
     backend = jax.default_backend()
+    if streaming and mapper == "auto" and backend != "cpu":
+        mapper = "block"  # all at once there would be nothing to sum up
     resolved = sharding.resolve_mapper(mapper, block_size, backend)
     # One client at a time needs one device.
     mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
@@ -172,6 +176,7 @@ def experiment(
         mesh=mesh,
         store=store,
         store_dir=store_dir,
+        streaming=streaming,
         program=like and like.simulator.program,
         hyper=hyper,
     )
@@ -198,6 +203,7 @@ def experiment(
         rounds_per_call=settings.rounds_per_call or settings.every,
         cohort_size=cohort_size,
         compiler_level=compiling.level(),
+        **({"streaming": True} if streaming else {}),
     )
     costs = {}
     for name in families.clients(algorithm):
