@@ -132,22 +132,22 @@ def visit(
     """
     spec = comm.describe(alg)
     shared, own = from_arrays(down, (spec.shared, spec.own))
-    kept = None if state is None else from_arrays(state, spec.client)
-    made = _visit(alg, alone, kept is None)(
-        rng.root_key(seed), jnp.int32(number), jnp.int32(round), shared, own, kept, data
-    )
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.client)
+    kept = nothing if state is None else from_arrays(state, spec.client)
+    who = jnp.int32(number), jnp.int32(round), jnp.array([state is not None])
+    made = _visit(alg, alone)(rng.root_key(seed), *who, shared, own, kept, data)
     return to_arrays(made[0]), to_arrays(made[1])
 
 
 @functools.lru_cache(maxsize=8)
-def _visit(alg: Algorithm, alone: bool, first: bool) -> Callable:
+def _visit(alg: Algorithm, alone: bool) -> Callable:
     @jax.jit
-    def one(root, number, round, shared, own, state, data):
+    def one(root, number, round, seen, shared, own, state, data):
         down = Downlink(shared, own, round)
-        if first:
-            several = Downlink(shared, jax.tree.map(lambda x: x[None], own), round)
-            rows = exchange.first_visit(alg, root, several, number[None])
-            state = jax.tree.map(lambda x: x[0], rows)
+        rows, owns = (jax.tree.map(lambda x: x[None], x) for x in (state, own))
+        several = Downlink(shared, owns, round)
+        first = exchange.first_visit(alg, root, several, number[None])
+        state = jax.tree.map(lambda x: x[0], tree.where_rows(seen, rows, first))
         key = rng.stream(_key(root, round, number, alone), "client_update")
         key = jax.random.fold_in(key, number)
         return alg.client.update(key, down, state, data)[:2]
