@@ -143,6 +143,14 @@ def sweep_rivals_hybrid(add):
     add_rows(add, RIVALS, **_fields("hybrid"), **_SET_ASIDE)
 
 
+def sweep_context(add):
+    """An unseen client's classifier from few of its inputs; 0: from all."""
+    add_rows(add, ROWS, ("FedAvg",), **_fields("rotation"))
+    for num in (1, 4, 16, 64, 0):
+        few = {"evaluation.context": num}
+        add_rows(add, ROWS, ("HyperFedShift", "BN-adapt"), **few, **_fields("rotation"))
+
+
 def _fields(name: str) -> dict:
     return zero_shot.shift_fields(name, mixtures=True)
 
@@ -166,6 +174,9 @@ STUDIES = {
     ),
     "rivals_hybrid": _study(
         "And where labels are skewed as well?", "zacc_mean", _OF_RIVALS, RIVALS
+    ),
+    "context": _study(
+        "How many unlabelled inputs does an unseen client need?", "zacc_mean"
     ),
     "recipe": _study(
         "What do label-free parts give that need no condition?", "zacc_em"
