@@ -254,6 +254,7 @@ def with_code(app: Sphinx, page: str, source: list[str]) -> None:
     """Puts into a page what its fences stand for."""
 
     def text(found: re.Match) -> str:
+        app.env.note_reread()  # the next time, too: the code may have changed
         name, *given = found[1].split()
         return globals()[name.replace("-", "_")](*given)
 
