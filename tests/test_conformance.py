@@ -20,7 +20,7 @@ from federated import (
 
 from hyperjax import rng, tree
 from hyperjax.engine import checkpoint, comm, exchange, schedule, sharding, stores
-from hyperjax.types import ALONE, ClientData, Cohort
+from hyperjax.types import ClientData, Cohort
 
 ROOT = jax.random.key(0)
 CLOSE = dict(rtol=2e-4, atol=2e-5)  # different order of sums, several steps
@@ -177,15 +177,10 @@ def test_summing_up_as_clients_finish_agrees(stack, mapper):
     alg = method(stack)
     if not alg.server.mean_only:
         pytest.skip("the server asks for more than a mean")
-    run = jax.jit(exchange.make_joint_exchange(alg, mapper, streaming=True))
-
-    def joint(root, server, *of_cohort):
-        server, rows, info = run(root, server, *({ALONE: x} for x in of_cohort))
-        return server, rows[ALONE], info
-
+    run = jax.jit(exchange.make_exchange(alg, mapper, streaming=True))
     ids = (NUM_CLIENTS, *IDS)  # five lanes: blocks of two leave one over
     chex.assert_trees_all_close(
-        one_exchange(stack, ids, width=5, run=joint), one_exchange(stack, IDS), **CLOSE
+        one_exchange(stack, ids, width=5, run=run), one_exchange(stack, IDS), **CLOSE
     )
 
 
@@ -208,9 +203,8 @@ def test_what_is_summed_up_does_not_wait_in_memory():
         ids = np.arange(num) % NUM_CLIENTS
         cohort = cohort_of(ids, width=num)
         got = stores.gather(rows, seen, cohort.ids)
-        args = ({ALONE: x} for x in (*got, data_of(ids), cohort))
-        run = jax.jit(exchange.make_joint_exchange(alg, streaming=streaming))
-        compiled = run.lower(ROOT, server, *args).compile()
+        run = jax.jit(exchange.make_exchange(alg, streaming=streaming))
+        compiled = run.lower(ROOT, server, *got, data_of(ids), cohort).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     uplink = 4 * tree.count(server.theta)

@@ -66,6 +66,7 @@ def make_exchange(
     mapper: str | int = "map",
     mesh: Any = None,
     alone: bool = False,
+    streaming: bool = False,
 ) -> Callable:
     """Builds the exchange of a method without families.
 
@@ -75,13 +76,14 @@ def make_exchange(
       mesh: see `sharding.client_mesh`.
       alone: cohorts are single clients, of which a round may have several: keys are
         derived from the client's id too.
+      streaming: see `make_joint_exchange`.
 
     Returns:
       `exchange(root, server, rows, seen, data, cohort) -> (server, rows, info)` with
       rows [C, ...] the stored state of the cohort, seen [C] bool, data a `ClientData`
       with leading axis C on rows and size, and info a dict of means over the cohort.
     """
-    joint = make_joint_exchange(alg, mapper, mesh, alone)
+    joint = make_joint_exchange(alg, mapper, mesh, alone, streaming=streaming)
 
     def exchange(root, server, *of_cohort):
         server, rows, info = joint(root, server, *({ALONE: x} for x in of_cohort))
