@@ -18,7 +18,8 @@ Rows whose labels are skewed are compared with label-shift EM, others without.
 `rivals` and `rivals_hybrid` are methods and adaptations that were made for unseen
 clients. Participants set a fifth of their training images aside in all rows, since some
 adaptations are learned on these. PeFLL needs labels of an unseen client: its column is
-that of clients who have some, and its zACC that of one network for all.
+that of clients who have some, and its zACC that of one network for all. Where an
+adaptation has found the classes' prior already, zACC + EM counts it twice.
 """
 
 from typing import Any
