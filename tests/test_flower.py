@@ -102,7 +102,15 @@ def test_a_message_is_its_arrays_and_nothing_else():
         flower.from_arrays(arrays, like)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "hyperfednet", "pfedhn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fedavg", marks=pytest.mark.slow),
+        "scaffold",
+        pytest.param("hyperfednet", marks=pytest.mark.slow),
+        "pfedhn",
+    ],
+)
 def test_both_sides_give_the_simulators_state_by_the_counted_bytes(name):
     alg, sequential = method(name)
     cost, kept, visits = comm.cost(comm.describe(alg)), {}, []
@@ -158,7 +166,7 @@ def test_without_flower_it_is_named(monkeypatch):
         flower.client_app(method("fedavg")[0], own_data)
 
 
-# By Flower, in processes ---------------------------------------------------------------
+# By Flower, in processes --------------------------------------------------------------
 
 APP = """
 import sys

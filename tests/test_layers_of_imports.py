@@ -35,7 +35,7 @@ LAYERS = (
     ("hyperjax.algorithms",),
     ("hyperjax.adaptation",),
     ("hyperjax.engine",),
-    ("hyperjax.runs",),
+    ("hyperjax.runs", "hyperjax.flower"),
     ("hyperjax.protocols",),
     ("hyperjax.launch", "hyperjax.sweeps", "hyperjax.__main__"),
 )
