@@ -1,6 +1,6 @@
 r"""Memory of a round against the clients in it, with uplinks kept and summed up.
 
-python -m benchmarks.cohort --networks=mlp,mh_resnet18 --cohorts=10,100,1000 \
+python -m benchmarks.cohort --networks=mlp,lenet --cohorts=10,100,1000 \
     --json=cohort.json
 
 One round of FedAvg, compiled and not run: XLA says what it would put aside beside its
@@ -17,7 +17,7 @@ import optax
 from absl import flags
 
 from benchmarks import round_time
-from hyperjax import models, training, tree
+from hyperjax import compiling, models, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.engine import comm, exchange
 from hyperjax.errors import check_at_least, check_choice
@@ -69,7 +69,8 @@ def measure(
             ClientData(of((num, samples), jnp.int32), whole, pool),
             Cohort(whole, one, one, of((), jnp.int32), of(())),
         )
-        return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+        compiled = lowered.compile(**compiling.options())
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
     return [
         {
@@ -88,7 +89,7 @@ def measure(
 
 def define_flags() -> None:
     """Defines the command line."""
-    flags.DEFINE_list("networks", ["mlp", "mh_resnet18"], "Of the package.")
+    flags.DEFINE_list("networks", ["mlp", "lenet"], "Of the package.")
     flags.DEFINE_list("cohorts", ["10", "100", "1000"], "Clients a round.")
     flags.DEFINE_integer("samples", 60, "Samples of a client.")
     flags.DEFINE_integer("batch", 32, "Samples of a step.")

@@ -32,7 +32,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
-nb_execution_timeout = 300
+nb_execution_timeout = 1200  # seconds a cell, on a busy machine
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 # What programs of notebooks are started with: this Python, its commands, programs that

@@ -17,6 +17,7 @@ from sphinx.application import Sphinx
 import hyperjax
 from hyperjax import adaptation, models, protocols, registry
 from hyperjax.data import partition, shift, sources
+from hyperjax.launch import main, report_sections
 from hyperjax.launch.overview import first_line
 from hyperjax.protocols import arguments, common
 from hyperjax.protocols import methods as variants_of
@@ -146,6 +147,33 @@ def fields() -> str:
     return table(("field", "default", "what it is"), rows)
 
 
+def commands() -> str:
+    found = main.COMMANDS.items()
+    return table(
+        ("command", "what it does"), ((code(f"hyperjax {c}"), t) for c, t in found)
+    )
+
+
+# What is measured --------------------------------------------------------------------
+
+
+def accuracies() -> str:
+    found = report_sections.MEANINGS.items()
+    return table(("metric", "of whom"), ((code(name), whom) for name, whom in found))
+
+
+def suffixes() -> str:
+    found = report_sections._COLUMNS.items()
+    rows = ((code(suffix or "none"), what.removesuffix(" %")) for suffix, what in found)
+    return table(("suffix", "what it is"), rows)
+
+
+def quantities() -> str:
+    found = report_sections._QUANTITIES.items()
+    rows = ((code(name), unit, what) for name, (unit, what) in found)
+    return table(("quantity", "unit or range", "what it is"), rows)
+
+
 # -------------------------------------------------------------------------------------
 
 
@@ -226,6 +254,7 @@ def with_code(app: Sphinx, page: str, source: list[str]) -> None:
     """Puts into a page what its fences stand for."""
 
     def text(found: re.Match) -> str:
+        app.env.note_reread()  # the next time, too: the code may have changed
         name, *given = found[1].split()
         return globals()[name.replace("-", "_")](*given)
 

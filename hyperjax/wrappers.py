@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hyperjax.data import clients
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_at_least, check_choice
 from hyperjax.types import (
     AdaptData,
     Algorithm,
@@ -51,6 +51,34 @@ def with_condition_of(
         return side.adapt(key, down, client, data._replace(inputs=_trained_on(data)))
 
     return alg._replace(client=side._replace(adapt=adapt))
+
+
+def with_few_inputs(alg: Algorithm, num: int) -> Algorithm:
+    """Returns a method whose clients are deployed by few of their inputs.
+
+    These are drawn, anew for every round and client; all of them are predicted.
+
+    Args:
+      alg: with or without families.
+      num: of inputs; a client with fewer is deployed by all.
+
+    Raises:
+      ValueError: it is below 1.
+    """
+    check_at_least(1, context=num)
+
+    def changed(side: ClientSide) -> ClientSide:
+        def adapt(key, down, client, data):
+            key, key_draw = jax.random.split(key)
+            inputs = data.inputs
+            some = inputs.rows[clients.shuffled(key_draw, inputs)]
+            few = inputs._replace(rows=some, size=jnp.minimum(inputs.size, num))
+            return side.adapt(key, down, client, data._replace(inputs=few))
+
+        return side._replace(adapt=adapt)
+
+    sides = {name: changed(one) for name, one in alg.by_family(alg.client).items()}
+    return alg._replace(client=alg.as_given(sides))
 
 
 def _trained_on(data: AdaptData) -> ClientData:

@@ -1,5 +1,7 @@
-"""The documentation builds without a warning; `make docs` also runs its notebooks."""
+"""The documentation builds without a warning; a slow test runs its notebooks."""
 
+import json
+import runpy
 import subprocess
 import sys
 
@@ -8,22 +10,20 @@ import pytest
 import hyperjax
 
 
-def test_pages_build(repository, tmp_path):
+@pytest.mark.parametrize(
+    "execution", ["off", pytest.param("force", marks=pytest.mark.slow)]
+)
+def test_pages_build(execution, repository, tmp_path):
     for package in ("sphinx", "furo", "myst_nb"):
         pytest.importorskip(package, reason="needs the extra `docs`")
+    # Read and resolved, links and all, and not written.
     command = [
-        *(sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"),
-        *("-D", "nb_execution_mode=off", "-d", tmp_path / "doctrees"),
-        *(repository / "docs", tmp_path / "html"),
+        *(sys.executable, "-m", "sphinx", "-q", "-b", "dummy", "-W", "--keep-going"),
+        *("-D", f"nb_execution_mode={execution}", "-d", tmp_path / "doctrees"),
+        *(repository / "docs", tmp_path / "pages"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    methods = (tmp_path / "html/reference/methods.html").read_text(encoding="utf-8")
-    for name in hyperjax.methods():
-        assert f'id="method-{name.replace("_", "-")}"' in methods
-    # A field's default and words, as the code has them.
-    fields = (tmp_path / "html/reference/fields.html").read_text(encoding="utf-8")
-    assert "data.validation_fraction" in fields
 
 
 def test_every_public_name_has_its_place(repository):
@@ -34,3 +34,11 @@ def test_every_public_name_has_its_place(repository):
         if line.startswith(".. auto")
     ]
     assert sorted(names) == sorted(hyperjax.__all__)
+
+
+def test_the_picture_is_drawn_from_a_record(repository):
+    made = runpy.run_path(str(repository / "docs/picture.py"))
+    record = json.loads(made["RECORD"].read_text(encoding="utf-8"))
+    assert made["picture"](record).startswith(b"\x89PNG")
+    assert made["PICTURE"].stat().st_size < 150_000
+    assert "docs/_static/rotation.png" in (repository / "README.md").read_text("utf-8")

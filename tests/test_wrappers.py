@@ -9,7 +9,11 @@ import pytest
 from hyperjax import wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.types import AdaptData, Batch, ClientData, ClientSide, Downlink
-from hyperjax.wrappers import with_condition_of, with_refreshed_statistics
+from hyperjax.wrappers import (
+    with_condition_of,
+    with_few_inputs,
+    with_refreshed_statistics,
+)
 
 
 def test_the_condition_is_of_inputs_of_a_choice():
@@ -29,6 +33,28 @@ def test_the_condition_is_of_inputs_of_a_choice():
     none = data._replace(train=train._replace(size=jnp.int32(0)))
     found = chosen.client.adapt(None, None, None, none).inputs
     assert (found.rows.tolist(), int(found.size)) == ([1, 2, 3, 4], 4)
+
+
+def test_a_client_is_deployed_by_few_of_its_inputs():
+    side = ClientSide(*[None] * 6)._replace(adapt=lambda key, down, c, data: data)
+    alg = federated.method("fedavg")._replace(client=side)
+    pool = federated.tiny().pool
+    inputs = ClientData(jnp.array([5, 6, 7, 8, 0]), jnp.int32(4), pool)
+    data = AdaptData(inputs._replace(size=jnp.int32(0)), inputs)
+
+    def looked_at(num, key):
+        found = with_few_inputs(alg, num).client.adapt(
+            jax.random.key(key), (), (), data
+        )
+        assert found.train is data.train
+        return set(found.inputs.rows[: int(found.inputs.size)].tolist())
+
+    some = [looked_at(2, key) for key in range(8)]
+    assert all(len(rows) == 2 for rows in some)
+    assert set().union(*some) == {5, 6, 7, 8}
+    assert looked_at(9, 0) == {5, 6, 7, 8}
+    with pytest.raises(ValueError, match="context=0"):
+        with_few_inputs(alg, 0)
 
 
 def test_unknown_condition_source():

@@ -18,7 +18,8 @@ Rows whose labels are skewed are compared with label-shift EM, others without.
 `rivals` and `rivals_hybrid` are methods and adaptations that were made for unseen
 clients. Participants set a fifth of their training images aside in all rows, since some
 adaptations are learned on these. PeFLL needs labels of an unseen client: its column is
-that of clients who have some, and its zACC that of one network for all.
+that of clients who have some, and its zACC that of one network for all. Where an
+adaptation has found the classes' prior already, zACC + EM counts it twice.
 """
 
 from typing import Any
@@ -143,6 +144,14 @@ def sweep_rivals_hybrid(add):
     add_rows(add, RIVALS, **_fields("hybrid"), **_SET_ASIDE)
 
 
+def sweep_context(add):
+    """An unseen client's classifier from few of its inputs; 0: from all."""
+    add_rows(add, ROWS, ("FedAvg",), **_fields("rotation"))
+    for num in (1, 4, 16, 64, 0):
+        few = {"evaluation.context": num}
+        add_rows(add, ROWS, ("HyperFedShift", "BN-adapt"), **few, **_fields("rotation"))
+
+
 def _fields(name: str) -> dict:
     return zero_shot.shift_fields(name, mixtures=True)
 
@@ -166,6 +175,9 @@ STUDIES = {
     ),
     "rivals_hybrid": _study(
         "And where labels are skewed as well?", "zacc_mean", _OF_RIVALS, RIVALS
+    ),
+    "context": _study(
+        "How many unlabelled inputs does an unseen client need?", "zacc_mean"
     ),
     "recipe": _study(
         "What do label-free parts give that need no condition?", "zacc_em"

@@ -34,6 +34,7 @@ from hyperjax.runs.experiment import (
 from hyperjax.runs.recipe import through_channel
 from hyperjax.training import round_at
 from hyperjax.types import Algorithm, Model
+from hyperjax.wrappers import with_few_inputs
 
 
 def build(
@@ -409,7 +410,9 @@ def _dressed(alg: Algorithm, config: ml_collections.ConfigDict) -> Algorithm:
     """A method with what its messages go through, and what its clients then do."""
     alg = through_channel(alg, config.uplink) if config.uplink else alg
     adapt = config.evaluation.adapt
-    return adaptation.with_adaptation(alg, adapt) if adapt else alg
+    alg = adaptation.with_adaptation(alg, adapt) if adapt else alg
+    few = config.evaluation.context
+    return with_few_inputs(alg, few) if few else alg
 
 
 def make_hyper(

@@ -79,6 +79,7 @@ NUMBERS: dict[str, Number] = {
     "evaluation.every": _count(1),
     "evaluation.batch_size": _count(1),
     "evaluation.clients": _count(0),
+    "evaluation.context": _count(0),
     "evaluation.clients_per_call": _count(1),
     "evaluation.finetune_epochs": _count(0, several=True),
     "evaluation.thresholds": Number(at_least=0, at_most=100, several=True),

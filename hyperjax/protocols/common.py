@@ -105,6 +105,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "evaluation.clients_per_call": (64, "clients at a time"),
     "evaluation.finetune_epochs": ((), "at the end, also after so many local epochs"),
     "evaluation.adapt": ("", 'of deployed clients to their inputs: "bn(prior=16)"'),
+    "evaluation.context": (0, "inputs, drawn, that clients are deployed by; 0: all"),
     "evaluation.thresholds": (
         (50, 60, 70, 80, 90, 95),
         "percent pACC whose cost is summed up",

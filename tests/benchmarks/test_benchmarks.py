@@ -78,6 +78,14 @@ def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp
             assert record[name] > 0, name
 
 
+def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
+    sizes = ("--networks=mlp", "--cohorts=20", "--samples=2", "--batch=2")
+    kept, summed = _run(repository, tmp_path, "cohort", *sizes)
+    assert (kept["streaming"], summed["streaming"]) == (False, True)
+    assert kept["stack_mb"] == summed["stack_mb"] > 10
+    assert kept["temporary_mb"] > kept["stack_mb"] > 2 * summed["temporary_mb"]
+
+
 def test_generation_reports_every_plan(repository, tmp_path):
     sizes = ("--parameters=3000", "--chunk_batches=0,2", "--calls=1")
     records = _run(repository, tmp_path, "generation", *sizes)
