@@ -9,11 +9,14 @@ samples, drawn with replacement from a pool that they share.
 
 Columns: seconds of a round, median of those after the first; the seconds of building
 and initialising the run; the peak of the process, in MB of 2^20 bytes, and what of it
-are the tables of who has which sample, 40 bytes a client. Each row is measured in a
-process of its own.
+are the tables of who has which sample, 40 bytes a client; with --checkpoint the seconds
+and MB of a checkpoint after the last round, which holds the state of all clients. Each
+row is measured in a process of its own.
 """
 
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +27,7 @@ from absl import flags
 from benchmarks import round_time
 from hyperjax import models, registry, training, tree
 from hyperjax.data import clients
-from hyperjax.engine import comm, schedule
+from hyperjax.engine import checkpoint, comm, schedule
 from hyperjax.errors import check_at_least, check_choice
 from hyperjax.launch import cli
 from hyperjax.launch.pages import text_table
@@ -44,6 +47,8 @@ COLUMNS = (
     ("peak_mb", "peak, MB"),
     ("tables_mb", "tables, MB"),
     ("state_mb", "client state, all, MB"),
+    ("checkpoint_seconds", "checkpoint, s"),
+    ("checkpoint_mb", "checkpoint, MB"),
 )
 
 
@@ -55,7 +60,9 @@ def make_model(method: str):
     return models.from_linen(network, SHAPE, NUM_CLASSES)
 
 
-def measure(method: str, num_clients: int, cohort: int, rounds: int) -> dict[str, Any]:
+def measure(
+    method: str, num_clients: int, cohort: int, rounds: int, save: bool
+) -> dict[str, Any]:
     """Times rounds and counts memory; for a process of its own."""
     cli.use_cores(1)
     generator = np.random.default_rng(0)
@@ -84,18 +91,31 @@ def measure(method: str, num_clients: int, cohort: int, rounds: int) -> dict[str
         carry, info = sim.run(0, carry, t, 1, donate=True)
         jax.block_until_ready((carry, info))
         seconds.append(time.perf_counter() - began)
+    peak = round_time.peak_mb()
     return {
+        **(saved(carry, rounds + 1) if save else {}),
         "method": method,
         "clients": num_clients,
         "milliseconds": 1000 * float(np.median(seconds[1:])),
         "milliseconds_min": 1000 * min(seconds[1:]),
         "start_seconds": start,
-        "peak_mb": round_time.peak_mb(),
+        "peak_mb": peak,
         "tables_mb": (rows.nbytes + sizes.nbytes + 4 * num_clients) / 2**20,
         "state_mb": num_clients * tree.num_bytes(comm.describe(alg).client) / 2**20,
         "cohort": cohort,
         **round_time.about(),
     }
+
+
+def saved(carry: schedule.Carry, round: int) -> dict[str, float]:
+    """Times a checkpoint in a temporary folder, and counts its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        checkpoint.save(folder, round, carry)
+        seconds = time.perf_counter() - began
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 2**20
+    return {"checkpoint_seconds": seconds, "checkpoint_mb": size}
 
 
 def define_flags() -> None:
@@ -105,6 +125,7 @@ def define_flags() -> None:
     flags.DEFINE_list("clients", counts, "Numbers of clients.")
     flags.DEFINE_integer("cohort", 100, "Clients in a round.")
     flags.DEFINE_integer("rounds", 10, "Timed rounds, after one that compiles.")
+    flags.DEFINE_bool("checkpoint", False, "Write a checkpoint after the last round.")
     cli.define_path("json", None, "File for the records.")
 
 
@@ -115,7 +136,8 @@ def main() -> int:
     for method in f.methods:
         check_choice("--methods", method, OPTIONS)
         for count in sorted(map(int, f.clients)):
-            record = round_time.fresh(measure, method, count, f.cohort, f.rounds)
+            sizes = count, f.cohort, f.rounds, f.checkpoint
+            record = round_time.fresh(measure, method, *sizes)
             records.append(record)
             round_time.write(f.json, records)
     print(text_table(records, COLUMNS))

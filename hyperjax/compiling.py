@@ -8,13 +8,34 @@ rounding. What JAX_DISABLE_MOST_OPTIMIZATIONS or XLA_FLAGS say goes before.
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 _LEVEL = "xla_backend_optimization_level"
 _DISABLED = "jax_disable_most_optimizations"
 OFTEN, ONCE = 1, 0  # levels, by how often a program runs
+# Of float32 products, as jax_default_matmul_precision; "": as JAX is set up.
+PRECISIONS = ("", "default", "high", "highest")
+
+
+class Numerics(NamedTuple):
+    """How programs round; nothing of it changes anything on a CPU.
+
+    Attributes:
+      precision: of `PRECISIONS`, of float32 products on an accelerator. Parameters are
+        kept and averaged in float32 whatever it is.
+      deterministic: on a GPU, programs that give equal bits every time, and slower
+        ones (`xla_gpu_deterministic_ops`); other backends do so anyway.
+    """
+
+    precision: str = ""
+    deterministic: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Returns what the compiler is told for it."""
+        asked = self.deterministic and jax.default_backend() == "gpu"
+        return {"xla_gpu_deterministic_ops": True} if asked else {}
 
 
 def level(times: int = OFTEN) -> int | None:

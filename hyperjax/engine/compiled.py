@@ -87,13 +87,16 @@ class Compiled:
     Calls with the same name, family, structure and shapes reuse the program. With a
     mesh, every output is replicated, so that it can be the next call's input. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
-    `times` says how often a program runs, see `compiling`.
+    `times` says how often a program runs, see `compiling`, as it does of `numerics`.
     `work` is the arithmetic of a round once a program of rounds was compiled.
     `watcher` is told the name of what is being compiled, and None when that is done.
     """
 
-    def __init__(self, mesh: Any = None):
+    def __init__(
+        self, mesh: Any = None, numerics: compiling.Numerics = compiling.Numerics()
+    ):
         check_jax()
+        self.numerics = numerics
         self.seconds = 0.0
         self.watcher: Callable[[str | None], object] = lambda name: None
         self.mesh = mesh
@@ -122,11 +125,14 @@ class Compiled:
         if key not in self._programs:
             start = time.perf_counter()
             self.watcher(name)
-            options = {"donate_argnums": donate, **compiling.options(times)}
+            chosen = compiling.options(times)
+            if more := self.numerics.options():
+                chosen["compiler_options"] = chosen.get("compiler_options", {}) | more
+            options = {"donate_argnums": donate, **chosen}
             if self.mesh is not None:
                 options["out_shardings"] = sharding.everywhere(self.mesh)
             try:
-                traced: Any = jax.jit(fn, **options).trace(*args)
+                traced: Any = self._trace(jax.jit(fn, **options), args)
                 self._programs[key] = traced.lower().compile()
                 self._traced[name] = flops.work(traced.jaxpr.jaxpr)
             finally:
@@ -135,6 +141,12 @@ class Compiled:
                 hosts.meet()  # the first to wait for the others does so 30 s only
             self.seconds += time.perf_counter() - start
         return self._programs[key]
+
+    def _trace(self, fn: Any, args: tuple) -> Any:
+        if not self.numerics.precision:
+            return fn.trace(*args)
+        with jax.default_matmul_precision(self.numerics.precision):
+            return fn.trace(*args)
 
     def keep_work(self, name: str, rounds: int, width: int = 1, points: int = 1):
         """Sets `work` from a program that has just been made, of so many rounds.

@@ -73,7 +73,7 @@ class Together:
             )
         if len({id(each.program) for each in simulators}) > 1:
             raise ValueError("points run together that are of one program")
-        self.program = Compiled()
+        self.program = Compiled(numerics=simulators[0].program.numerics)
         self._plan = plan
         self._mesh: Any = mesh
         self._limit = _memory() if limit is None else limit

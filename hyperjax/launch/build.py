@@ -13,6 +13,7 @@ from absl import logging
 from hyperjax import (
     adaptation,
     calls,
+    compiling,
     models,
     registry,
 )
@@ -91,6 +92,7 @@ def assemble(
     same = like and like.hyper and like.hyper.values == hyper.values
     algorithm = like.algorithm if like and same else make_algorithm(config, model)
     engine, evaluation = config.engine, config.evaluation
+    numerics = compiling.Numerics(engine.precision, engine.deterministic)
     found = experiment(
         federation,
         algorithm,
@@ -103,6 +105,7 @@ def assemble(
         block_size=engine.block_size,
         devices=engine.devices,
         streaming=engine.streaming,
+        numerics=numerics,
         store=engine.store,
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
@@ -126,6 +129,7 @@ def assemble(
         evaluation.clients_per_call,
         engine.devices,
         program=other and other.program,
+        numerics=numerics,
         hyper=make_hyper(config, model, deploy_granularity="sample"),
         balanced=config.local.balanced,
     )
@@ -166,6 +170,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
+    check_choice("engine.precision", config.engine.precision, compiling.PRECISIONS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
     known = registry.options(registry.find(method, "method.name"))
     for option in config.method:

@@ -108,6 +108,7 @@ def experiment(
     store: str = "device",
     store_dir: str | None = None,
     streaming: bool = False,
+    numerics: compiling.Numerics = compiling.Numerics(),
     eval_batch_size: int = 256,
     eval_clients: int = 0,
     clients_per_call: int = 64,
@@ -133,6 +134,7 @@ def experiment(
       store: of clients' state and row numbers: "device" or "host".
       store_dir: folder of a host store in files.
       streaming: uplinks are summed up as clients finish, see `schedule.simulator`.
+      numerics: how programs round.
       eval_batch_size: inputs predicted at a time.
       eval_clients: of participants, and of unseen clients, so many are evaluated, the
         same at every evaluation; 0: all.
@@ -177,7 +179,7 @@ def experiment(
         store=store,
         store_dir=store_dir,
         streaming=streaming,
-        program=like and like.simulator.program,
+        program=like.simulator.program if like else Compiled(mesh, numerics),
         hyper=hyper,
     )
     whom = sample(federation, eval_clients, settings.seed)
@@ -190,6 +192,7 @@ def experiment(
         clients_per_call,
         devices,
         program=like and like.evaluator.program,
+        numerics=numerics,
         hyper=hyper,
         balanced=balanced,
     )
@@ -204,6 +207,7 @@ def experiment(
         cohort_size=cohort_size,
         compiler_level=compiling.level(),
         **({"streaming": True} if streaming else {}),
+        **{name: x for name, x in numerics._asdict().items() if x},
     )
     costs = {}
     for name in families.clients(algorithm):
@@ -314,6 +318,7 @@ def make_evaluator(
     clients_per_call: int = 64,
     devices: int = 0,
     program: Compiled | None = None,
+    numerics: compiling.Numerics = compiling.Numerics(),
     hyper: Hyper | None = None,
     balanced: bool = False,
 ) -> evaluate.Evaluator:
@@ -329,6 +334,7 @@ def make_evaluator(
         scored.pop("gacc", None)
         parts = np.array_split(np.arange(federation.num_novel), len(members.names))
         novel = np.repeat(np.arange(len(parts)), [len(ids) for ids in parts])
+    mesh = sharding.client_mesh(clients_per_call, devices)
     return evaluate.evaluator(
         algorithm,
         federation.pool,
@@ -340,7 +346,7 @@ def make_evaluator(
         fitting=everybody.get("vacc"),
         batch_size=batch_size,
         clients_per_call=clients_per_call,
-        mesh=sharding.client_mesh(clients_per_call, devices),
-        program=program,
+        mesh=mesh,
+        program=program or Compiled(mesh, numerics),
         hyper=hyper,
     )

@@ -133,8 +133,9 @@ def test_generation_refuses(argument, message, monkeypatch):
 
 def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
-    few, many = _run(repository, tmp_path, "scaling", *sizes)
+    few, many = _run(repository, tmp_path, "scaling", *sizes, "--checkpoint")
     assert (few["clients"], many["clients"]) == (20, 5000)
     assert few["milliseconds"] > 0 and few["peak_mb"] > 0
     assert many["tables_mb"] == 250 * few["tables_mb"]
     assert many["state_mb"] == pytest.approx(250 * few["state_mb"])
+    assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hyperjax import compiling
 from hyperjax.engine import compiled, sharding
 
 
@@ -57,6 +58,24 @@ def test_without_jit_functions_run_operation_by_operation(devices):
         np.testing.assert_array_equal(a, b)
         assert a.sharding == b.sharding
     assert traced == [False, True] and program.seconds > 0
+
+
+def test_programs_are_traced_and_compiled_as_their_numerics_say(monkeypatch):
+    def run(x):
+        traced.append(jax.config.jax_default_matmul_precision)
+        return x @ x
+
+    traced: list[str | None] = []
+    x, before = jnp.ones((2, 2)), jax.config.jax_default_matmul_precision
+    numerics = compiling.Numerics(precision="highest", deterministic=True)
+    assert numerics.options() == {}  # on a CPU
+    # XLA knows the option wherever it runs, and refuses those that it does not know.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert numerics.options() == {"xla_gpu_deterministic_ops": True}
+    compiled.Compiled(numerics=numerics)("run", run, (x,))
+    compiled.Compiled()("run", run, (x,))
+    assert traced == ["highest", before]
+    assert jax.config.jax_default_matmul_precision == before
 
 
 def test_families_have_programs_of_their_own_under_one_name():

@@ -49,6 +49,7 @@ MISTAKES = [
     (dict(server__sampler="all"), "server.sampler='all'.*'full', 'uniform'"),
     (dict(engine__store="disk"), "engine.store='disk'.*'device', 'host'"),
     (dict(engine__mapper="pmap"), "engine.mapper='pmap'.*'vmap'"),
+    (dict(engine__precision="bf16"), "engine.precision='bf16'.*'highest'"),
     (dict(engine__conv_rule="x"), "engine.conv_rule='x'.*'xla'"),
     (dict(method__cv_mode="batch"), "cv_mode='batch'.*'batch_mean'"),
     (dict(method__enter="raw"), "enter='raw'.*'embedding'"),

@@ -464,6 +464,20 @@ def test_populations_share_no_sample_and_unseen_ones_do_not_train():
         assert np.all(everybody[name].train.size == 0)
 
 
+def test_numerics_reach_every_program_and_the_plan():
+    small = zero_shot.get_config("hyperfedzero")
+    small.data.name, small.model.hidden = "synthetic", (4,)
+    small.evaluation.sample_level = True
+    small.engine.update(precision="high", deterministic=True)
+    found = build.build(small)
+    assert found.plan["precision"] == "high" and found.plan["deterministic"]
+    users = found.simulator, found.evaluator, found.by_sample
+    assert {user.program.numerics for user in users} == {("high", True)}
+    plain = build.build(config())
+    assert plain.plan.keys().isdisjoint(("precision", "deterministic"))
+    assert plain.simulator.program.numerics == ("", False)
+
+
 def test_a_sample_of_clients_is_evaluated_the_same_every_time():
     found = build.build(config(rounds=2, evaluation__every=1))
     assert found.sampled == {}
