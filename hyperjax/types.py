@@ -234,7 +234,7 @@ class Model(NamedTuple):
           TypeError: a field is neither given nor kept, or both.
         """
         named = sorted([*kept, *functions])
-        fields = set(self._fields) - {"vocabulary"}
+        fields = set(self._fields) - ({"vocabulary"} - set(named))
         if named != sorted(fields):
             missing = sorted(fields - set(named))
             raise TypeError(

@@ -176,7 +176,7 @@ from hyperjax import flower
 
 METHOD, SEQUENTIAL = test_flower.method({name!r})
 server = flower.server_app(
-    METHOD, num_clients=3, rounds=2, sequential=SEQUENTIAL, out={out!r}, timeout=240
+    METHOD, num_clients=3, rounds=2, sequential=SEQUENTIAL, out={out!r}, timeout=900
 )
 client = flower.client_app(METHOD, test_flower.own_data)
 """
@@ -264,7 +264,7 @@ def test_a_deployment_by_flower_gives_the_simulators_state(name, superlink, tmp_
         env=superlink,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,  # every visit is a process that imports JAX anew
         check=False,
     )
     said = done.stdout + done.stderr
