@@ -136,8 +136,7 @@ def _from_arrays(name: str, arrays: Mapping[str, Any], keys: Keys) -> Source:
             # Of the test part nobody knows whose it is, so that it is the federation's.
             ids = np.concatenate([ids.astype(str), np.full(int(test.sum()), "")])
     try:
-        more = dict(name=name, test=test, client_ids=ids, kind=keys.kind)
-        return from_arrays(x, y, **more)
+        return from_arrays(x, y, name=name, test=test, client_ids=ids, kind=keys.kind)
     except ValueError as error:
         named = f"data.name={name!r}, x={image!r}, y={label!r}"
         raise ValueError(f"{named}: {error}") from error
@@ -258,8 +257,7 @@ def from_clients(
             )
     x, y, test, ids = map(np.concatenate, columns)
     marks = test if test.any() else None
-    more = dict(name=name, test=marks, client_ids=ids, kind=kind)
-    return from_arrays(x, y, **more)
+    return from_arrays(x, y, name=name, test=marks, client_ids=ids, kind=kind)
 
 
 def _parts(who: str, given: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

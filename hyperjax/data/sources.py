@@ -318,9 +318,9 @@ def _pydoc() -> Source:
     ids: list[str] = []
     for topic, text in sorted(topics.topics.items()):
         letters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
-        pieces = len(letters) // (_CONTEXT + 1)
-        texts.append(letters[: pieces * (_CONTEXT + 1)].reshape(pieces, -1))
-        ids += [topic] * pieces
+        number = len(letters) // (_CONTEXT + 1)
+        texts.append(letters[: number * (_CONTEXT + 1)].reshape(number, -1))
+        ids += [topic] * number
     pieces = np.concatenate(texts)
     known, y = np.unique(pieces[:, -1], return_inverse=True)
     names = [{"\n": "newline", " ": "space"}.get(c, c) for c in map(chr, known)]

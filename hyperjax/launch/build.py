@@ -323,7 +323,15 @@ def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:
 def _load_ids(given: str | None, source: sources.Source) -> np.ndarray:
     """Reads "ids.npy" or "file.npz:key"; or takes the ids that the set has."""
     if given:
-        return files.read_array(given, "data.client_ids")
+        ids, test = files.read_array(given, "data.client_ids"), source.test
+        if test is None or ids.shape != (int((~test).sum()),):
+            return ids
+        # Whose the set's own test part is nobody says: it is the federation's.
+        whole = ids.dtype.kind in "iu"
+        ids = ids.astype(np.int64 if whole else str)
+        found = np.full(len(test), -1 if whole else "", ids.dtype)
+        found[~test] = ids
+        return found
     if source.client_ids is None:
         raise ValueError(
             "data.partition='by_client_id' needs data.client_ids: ids.npy, or "

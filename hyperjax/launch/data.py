@@ -60,9 +60,9 @@ def facts(
         found["networks see"] = f"{described(x)}, {_range(x)}"
     options = {k: data[k] for k in fields.PARTITIONS[data.partition]}
     options = {k: v for k, v in options.items() if v is not None}
-    given = ", ".join(f"{k}={v}" for k, v in options.items())
+    given = [f"{k}={v}" for k, v in options.items()]
     seed = config.seed if data.seed < 0 else data.seed
-    found["partition"] = f"{data.partition}({given}), seed {seed}"
+    found["partition"] = ", ".join([data.partition, *given, f"seed {seed}"])
     tables: dict[str, tuple[Table | None, str]] = {
         "participants": (federation.train, "to train on"),
         "held out": (federation.held_out, "by each of them"),
@@ -200,7 +200,7 @@ def samples_picture(federation: Federation, clients: int = 8, each: int = 8) -> 
     if novel is not None:
         rows += [(federation.num_clients + k, novel, k) for k in range(extra)]
     size = 0.8
-    figure = Figure(figsize=(size * each + 1.1, size * len(rows)), layout="none")
+    figure = Figure(figsize=(size * each + 1.1, size * len(rows)))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         len(rows), each, left=1.1 / (size * each + 1.1), right=1, top=1, bottom=0

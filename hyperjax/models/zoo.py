@@ -10,6 +10,8 @@ PFedHNCNN is pFedHN's target (arXiv:2103.04628); MHCNN, VGG8, MHMLP, the MHResNe
 32x32 images. GRU reads tokens (Cho et al. 2014, arXiv:1406.1078).
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -213,8 +215,8 @@ class GRU(nn.Module):
         # A product in place of a lookup: clients' own tables under vmap, any backend.
         x = jax.nn.one_hot(x, self.vocabulary)
         x = layers.Dense(self.embedding, name="embedding")(x)
-        x = nn.RNN(nn.GRUCell(self.units), name="rnn")(x)[:, -1]
-        return layers.Dense(self.num_classes, name="head")(x)
+        states: Any = nn.RNN(nn.GRUCell(self.units), name="rnn")(x)
+        return layers.Dense(self.num_classes, name="head")(states[:, -1])
 
 
 # Name in a config -> linen module taking `num_classes`.

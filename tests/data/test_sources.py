@@ -405,6 +405,24 @@ def test_reading_is_the_same_in_any_batch(made_dir, monkeypatch):
     assert np.array_equal(whole.x, parts.x) and np.array_equal(whole.y, parts.y)
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "client", "found"),
+    [
+        ("celeb_a", "attributes/Smiling", "identity/Identity_No", "attributes/Smiling"),
+        ("omniglot", "", "alphabet", "label"),
+    ],
+)
+def test_natural_clients_of_known_sets(name, label, client, found, tmp_path):
+    """People and alphabets; the sets themselves need not be there."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    info = tfds.builder(name, data_dir=str(tmp_path)).info
+    keys = sources._keys(name, info, sources.Keys(label=label, client=client))
+    assert keys == sources.Keys("image", found, client)
+    if label:
+        with pytest.raises(ValueError, match=r"attributes, .* by data\.label_key"):
+            sources._keys(name, info, sources.Keys(client=client))
+
+
 def test_any_feature_may_be_label_or_client(made_dir):
     keys = sources.Keys(label="is/smiles", client="who/number")
     found = sources.load("made_people", data_dir=made_dir, keys=keys, size=4)

@@ -401,6 +401,26 @@ def test_clients_by_given_ids(form, tmp_path):
             assert len(set(ids[rows[:size]])) == 1
 
 
+@pytest.mark.parametrize("kind", [np.uint16, str])
+def test_ids_of_the_training_part_leave_the_test_part_to_the_federation(kind, tmp_path):
+    ids = (np.arange(900) % 8).astype(kind)
+    np.save(tmp_path / "ids.npy", ids)
+    found = config(
+        data__partition="by_client_id",
+        data__client_ids=str(tmp_path / "ids.npy"),
+        data__num_clients=5,
+        data__num_novel=3,
+    )
+    source = build.load_source(found.data)
+    test = np.random.default_rng(0).permutation(1000) < 100
+    dealt = build.federate(source._replace(test=test), found)
+    assert sorted(dealt.test.rows[0, :100]) == np.flatnonzero(test).tolist()
+    whose = np.full(1000, "none", "<U9")
+    whose[~test] = ids.astype(str)
+    for rows, size in zip(dealt.train.rows, dealt.train.size, strict=True):
+        assert len(set(whose[rows[:size]])) == 1
+
+
 @pytest.mark.parametrize(
     ("form", "error", "match"),
     [

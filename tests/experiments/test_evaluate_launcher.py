@@ -1,6 +1,7 @@
 """A finished run serves clients it has never seen."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +229,45 @@ def test_outputs_that_are_not_finite_are_not_served(run_folder, tmp_path):
     said = rf"outputs for {len(images)} of {len(images)} inputs are not finite"
     with pytest.raises(FloatingPointError, match=said):
         evaluate.serve(run, images)
+
+
+@pytest.mark.slow
+def test_a_run_on_tokens_is_saved_and_serves_texts_it_never_saw(tmp_path):
+    x = np.arange(160).reshape(40, 4) % 7
+    np.savez(tmp_path / "mine.npz", x=x, y=np.arange(40) % 2)
+    config = zero_shot.get_config("fedavg")
+    config.update(rounds=0, tensorboard=False)
+    config.data.update(name=str(tmp_path / "mine.npz"), kind="tokens", partition="iid")
+    config.data.update(num_clients=2, num_novel=1)
+    config.model.name = "gru"
+    config.model.update(embedding=2, units=4)
+    folder = str(tmp_path / "run")
+    train.train(config, folder)
+    np.savez(tmp_path / "new.npz", x=x[:3].astype(np.uint8))
+    for data, client, rows in ((str(tmp_path / "new.npz"), None, 3), (None, 2, 10)):
+        out = tmp_path / "out"
+        assert evaluate.main(folder, data, client, str(out)) == 0
+        assert json.loads((out / "result.json").read_text())["samples"] == rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x", "message"),
+    [
+        ("int32", [[1.0, 2.0]], "x is float64: floats are no tokens"),
+        ("int32", [[1]], r"`x` is int32\(1, 1\); this run takes int32\(n, 2\)"),
+        ("int32", [[-1, 2]], "holds the token -1"),
+        ("float32", [[1, 2]], None),
+        ("int32", [[1, 2]], None),
+    ],
+)
+def test_a_run_on_rows_takes_rows(dtype, x, message, tmp_path):
+    facts = dict(sample_shape=np.array([2]), sample_dtype=np.array(dtype))
+    run = SimpleNamespace(facts=facts)
+    path = str(tmp_path / "new.npz")
+    np.savez(path, x=np.array(x))
+    if message is None:
+        found, labels = evaluate.read_images(path, run)
+        assert found.dtype == dtype and found.tolist() == x and labels is None
+    else:
+        with pytest.raises(ValueError, match=message):
+            evaluate.read_images(path, run)
