@@ -171,10 +171,11 @@ def define_flags() -> None:
 def main() -> int:
     f = flags.FLAGS
     check_at_least(1, block_size=f.block_size)
-    asked = ("--networks", NETWORKS), ("--plans", PLANS)
-    for name, known in (*asked, ("--precisions", compiling.PRECISIONS[1:])):
-        for given in f[name[2:]].value:
-            check_choice(name, given, known)
+    asked: dict[str, Any] = dict(networks=NETWORKS, plans=PLANS)
+    asked["precisions"] = compiling.PRECISIONS[1:]
+    for name, known in asked.items():
+        for given in getattr(f, name):
+            check_choice(f"--{name}", given, known)
     # The reference is always measured, and first.
     plans = dict.fromkeys(("map", *f.plans))
     precisions = dict.fromkeys(("highest", *f.precisions))
