@@ -139,3 +139,16 @@ def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     assert many["tables_mb"] == 250 * few["tables_mb"]
     assert many["state_mb"] == pytest.approx(250 * few["state_mb"])
     assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
+
+
+def test_an_accelerator_is_asked_for_and_tried_without_one(repository, tmp_path):
+    narrow = ("--networks=mlp", "--plans=vmap", "--precisions=highest")
+    said = launch(tmp_path / "listed", "benchmarks.gpu", narrow, repository).result()
+    assert said.code == 0 and "no accelerator" in said.out
+    assert "mlp, map, highest" in said.out and "mlp, vmap, highest" in said.out
+    reference, other = _run(repository, tmp_path, "gpu", *narrow, "--smoke")
+    assert (reference["plan"], other["plan"]) == ("map", "vmap")
+    assert float(reference["distance"]) == 0 and float(other["distance"]) < 1e-3
+    for record in (reference, other):
+        assert record["equal"] == "yes" and record["samples_per_second"] > 0
+        assert not {"first", "last"} & record.keys()
