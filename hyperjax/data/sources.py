@@ -340,7 +340,15 @@ _EMBEDDED: dict[str, Callable[..., Source]] = {
     "sklearn:iris": lambda: _sklearn("iris.csv"),
     "sklearn:wine": lambda: _sklearn("wine_data.csv"),
 }
-EMBEDDED = tuple(_EMBEDDED)  # sets that need no reading
+EMBEDDED = {  # sets that need no reading
+    "mnist5k": "5,000 images of MNIST",
+    "digits": "1,797 images of digits, 8x8",
+    "synthetic": "images of noise about class means, of any size",
+    "pydoc": "Python's own manual, to predict the next character",
+    "sklearn:breast_cancer": "569 rows of 30 features, 2 classes",
+    "sklearn:iris": "150 rows of 4 features, 3 classes",
+    "sklearn:wine": "178 rows of 13 features, 3 classes",
+}
 
 
 def _load_tfds(
