@@ -193,7 +193,7 @@ def test_a_virtual_client_has_the_classes_of_the_client_in_other_shares():
 
 def test_a_virtual_batch_is_balanced_by_its_own_shares():
     batch = Batch(jnp.ones((3, 4, 4, 1)), jnp.zeros(3, jnp.int32), jnp.ones(3))
-    draw, shares = module._uniform(DATA), jnp.array([0.5, 0.5, 0.0])
+    draw, shares = module.with_replacement(DATA), jnp.array([0.5, 0.5, 0.0])
     plain = module._redrawn(KEY, batch, DATA, draw, shares)
     assert plain.prior == () and plain.x.shape == batch.x.shape
     other = batch._replace(prior=jnp.ones(3) / 3)

@@ -169,5 +169,5 @@ def test_mistakes_are_named(ids, places, message):
 def test_images_of_another_shape_are_refused():
     inputs, _ = data_of("zacc", [0])
     wide = inputs.pool._replace(x=jnp.zeros((3, 5, 5, 1), jnp.uint8))
-    with pytest.raises(ValueError, match=r"images of shape \(5, 5, 1\); the network"):
+    with pytest.raises(ValueError, match=r"samples of shape \(5, 5, 1\); the network"):
         deployer(KEPT)(ROOT, trained(KEPT), 2, [8], inputs._replace(pool=wide))

@@ -186,7 +186,7 @@ FAULTS = {
     "files of no store": (dict(store_dir="x"), "store_dir='x' goes with store='host'"),
     "other images": (
         dict(pool=tiny().pool._replace(x=jnp.zeros((44, 28, 28, 1), jnp.uint8))),
-        r"pool has images of shape \(28, 28, 1\); the network takes \(4, 4, 1\)",
+        r"pool has samples of shape \(28, 28, 1\); the network takes \(4, 4, 1\)",
     ),
     "rows of others": (
         dict(table=table(rows=lambda x: x + 40)),

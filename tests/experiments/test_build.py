@@ -268,7 +268,9 @@ def test_an_option_that_the_model_does_not_take_is_named():
 def test_convolutions_follow_the_engine(monkeypatch):
     given = []
     monkeypatch.setattr(
-        build.models, "from_linen", lambda module, *shape: given.append(module)
+        build.models,
+        "from_linen",
+        lambda module, *_, **more: given.append(module),
     )
     fields = dict(model__name="lenet_s", engine__conv_rule="patches")
     build.make_model(config(**fields), (28, 28, 1), 10)

@@ -30,7 +30,8 @@ MH_IMAGES = ((CIFAR, 10), (CIFAR, 100), (CIFAR, 200), ((32, 32, 1), 62))
 
 def shapes(name, input_shape, num_classes):
     """Returns path -> shape of all variables."""
-    model = from_linen(ZOO[name](num_classes), input_shape, num_classes)
+    tokens = {"vocabulary": 4} if len(input_shape) == 1 else {}
+    model = from_linen(ZOO[name](num_classes), input_shape, num_classes, **tokens)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     leaves = jax.tree.leaves(variables)
     return dict(zip(tree.paths(variables), [x.shape for x in leaves], strict=True))
@@ -174,7 +175,7 @@ def test_features_are_rows_of_the_heads_inputs(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_last_layer_is_the_head(name):
-    shape = CIFAR if name == "zenkenet" else MNIST
+    shape = {"zenkenet": CIFAR, "gru": (8,)}.get(name, MNIST)
     found = shapes(name, shape, 10)
     assert found["params/head/kernel"][1:] == found["params/head/bias"] == (10,)
 
