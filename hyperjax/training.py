@@ -47,6 +47,10 @@ class Phase(NamedTuple):
     train: Patterns | None = None
     freeze: Patterns | None = None
 
+    def __repr__(self) -> str:
+        given = {k: v for k, v in self._asdict().items() if v is not None}
+        return f"Phase({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
 
 class Local(NamedTuple):
     """How clients train; a method that wants it otherwise changes it by `_replace`.
@@ -76,6 +80,17 @@ class Local(NamedTuple):
     batches: str = "passes"
     schedule: Callable[[Array], Array] = constant
     balanced: bool = False
+
+    def __repr__(self) -> str:
+        # What is always of interest, and what is not as usual; functions have no words.
+        usual = self._field_defaults
+        given = {
+            k: v
+            for k, v in self._asdict().items()
+            if k in ("batch_size", "phases") or v != usual.get(k, v)
+        }
+        given.pop("schedule", None)
+        return f"Local({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
 
 class Trainer(NamedTuple):

@@ -206,6 +206,15 @@ class Model(NamedTuple):
     with_shape: Callable = cannot_rebuild
     vocabulary: int = 0
 
+    def __repr__(self) -> str:
+        inputs = "x".join(map(str, self.sample_shape))
+        try:
+            params = jax.eval_shape(self.init, jax.random.key(0))["params"]
+        except Exception:  # a model that cannot be drawn can be looked at all the same
+            return f"Model(of inputs {inputs})"
+        num = sum(leaf.size for leaf in jax.tree.leaves(params))
+        return f"Model({num:,} parameters, of inputs {inputs})"
+
     def predict(self, variables: PyTree, x: Array) -> Array:
         """Returns the logits of inputs x [B, ...], [B, K]."""
         return self.apply(variables, x).logits

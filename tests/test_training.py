@@ -652,3 +652,14 @@ def test_mean_loss_is_over_samples_and_trains_nothing():
 def test_bad_arguments_fail_when_built(options, message):
     with pytest.raises(ValueError, match=message):
         training.trainer(quadratic(), Local(PLAIN, **options))
+
+
+def test_how_clients_train_is_shown_in_a_line():
+    usual = Local(optimizer=optax.sgd(0.1), batch_size=32)
+    assert repr(usual) == "Local(batch_size=32, phases=(Phase(epochs=1),))"
+    phases = (Phase(epochs=2, train="params/head/.*"), Phase(steps=5))
+    other = usual._replace(phases=phases, clip_norm=10.0, schedule=lambda round: 0.5)
+    assert repr(other) == (
+        "Local(batch_size=32, phases=(Phase(epochs=2, train='params/head/.*'), "
+        "Phase(steps=5)), clip_norm=10.0)"
+    )

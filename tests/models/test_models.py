@@ -503,3 +503,11 @@ def test_wrong_logits_shape_names_model_and_shapes():
         from_linen(MLP(7), MNIST, 10)
     for text in ("(7, 7)", "(7, 10)", str(MNIST)):
         assert text in str(error.value)
+
+
+def test_a_model_is_shown_in_a_line():
+    model = from_linen(ZOO["mlp"](10), (28, 28, 1), 10)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    num = tree.count(variables["params"])
+    assert repr(model) == f"Model({num:,} parameters, of inputs 28x28x1)"
+    assert repr(model._replace(init=None)) == "Model(of inputs 28x28x1)"
