@@ -8,7 +8,8 @@ see `methods`.
 from collections.abc import Sequence
 from typing import Any
 
-from hyperjax import registry
+from hyperjax import models, registry
+from hyperjax.data import partition, sources
 from hyperjax.data.federation import Federation, federate
 from hyperjax.data.sources import Source, load
 from hyperjax.engine.comm import cost, describe
@@ -31,13 +32,16 @@ __all__ = [
     "ServerSide",
     "Source",
     "cost",
+    "data_sets",
     "describe",
     "federate",
     "from_linen",
     "load",
     "load_run",
     "methods",
+    "networks",
     "options",
+    "partitions",
     "run",
     "simulator",
     "table",
@@ -71,6 +75,24 @@ def table(folders: Any, fields: Sequence[str] = ()) -> Any:
     from hyperjax.sweeps import long
 
     return long.table(folders, fields)
+
+
+def networks() -> list[str]:
+    """Returns the names of networks that `run` takes."""
+    return list(models.ZOO)
+
+
+def partitions() -> list[str]:
+    """Returns the ways in which `federate` deals samples out."""
+    return list(partition.PARTITIONERS)
+
+
+def data_sets() -> list[str]:
+    """Returns the names that `load` takes without reading anything.
+
+    Others are those of TensorFlow Datasets, and files and functions of yours.
+    """
+    return list(sources.EMBEDDED)
 
 
 def __getattr__(name: str) -> Any:

@@ -240,4 +240,10 @@ def test_calls_end_on_a_grid():
 def test_every_method_is_an_attribute_of_the_package():
     assert hj.methods() == federated.METHODS
     assert all(callable(getattr(hj, name)) for name in hj.methods())
+    assert {"mlp", "lenet", "gru"} < set(hj.networks())
+    assert {"dirichlet", "iid"} < set(hj.partitions())
+    # All of them are there at once.
+    names = hj.data_sets()
+    assert {"digits", "pydoc"} < set(names)
+    assert all(hj.load(name).num_classes > 1 for name in names)
     assert "fedprox" in dir(hj) and not hasattr(hj, "fedprx")
