@@ -13,7 +13,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def load(
                 "alone"
             )
         _refuse_keys(name, keys, test_split)
-        return _EMBEDDED[name](**kwargs)
+        return _EMBEDDED[name].load(**kwargs)
     if kwargs:
         raise TypeError(
             f"{name!r} takes no options, got {', '.join(kwargs)}; "
@@ -331,24 +331,32 @@ def _pydoc() -> Source:
 
 _CONTEXT = 32  # characters that the next one follows
 
-_EMBEDDED: dict[str, Callable[..., Source]] = {
-    "mnist5k": _mnist5k,
-    "digits": _digits,
-    "synthetic": _synthetic,
-    "pydoc": _pydoc,
-    "sklearn:breast_cancer": lambda: _sklearn("breast_cancer.csv"),
-    "sklearn:iris": lambda: _sklearn("iris.csv"),
-    "sklearn:wine": lambda: _sklearn("wine_data.csv"),
+
+class _Embedded(NamedTuple):
+    """A set that needs no reading: what it is, and how it is made."""
+
+    words: str
+    load: Callable[..., Source]
+
+
+_EMBEDDED = {
+    "mnist5k": _Embedded("5,000 images of MNIST", _mnist5k),
+    "digits": _Embedded("1,797 images of digits, 8x8", _digits),
+    "synthetic": _Embedded(
+        "images of noise about class means, of any size", _synthetic
+    ),
+    "pydoc": _Embedded("Python's own manual, to predict the next character", _pydoc),
+    "sklearn:breast_cancer": _Embedded(
+        "569 rows of 30 features, 2 classes", lambda: _sklearn("breast_cancer.csv")
+    ),
+    "sklearn:iris": _Embedded(
+        "150 rows of 4 features, 3 classes", lambda: _sklearn("iris.csv")
+    ),
+    "sklearn:wine": _Embedded(
+        "178 rows of 13 features, 3 classes", lambda: _sklearn("wine_data.csv")
+    ),
 }
-EMBEDDED = {  # sets that need no reading
-    "mnist5k": "5,000 images of MNIST",
-    "digits": "1,797 images of digits, 8x8",
-    "synthetic": "images of noise about class means, of any size",
-    "pydoc": "Python's own manual, to predict the next character",
-    "sklearn:breast_cancer": "569 rows of 30 features, 2 classes",
-    "sklearn:iris": "150 rows of 4 features, 3 classes",
-    "sklearn:wine": "178 rows of 13 features, 3 classes",
-}
+EMBEDDED = {name: each.words for name, each in _EMBEDDED.items()}
 
 
 def _load_tfds(

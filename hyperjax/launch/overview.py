@@ -87,7 +87,7 @@ def overview(width: int = WIDTH) -> str:
         (
             "Data sets",
             [
-                *((name, words) for name, words in sources.EMBEDDED.items()),
+                *sources.EMBEDDED.items(),
                 ("any other name", "of an image set of TensorFlow Datasets"),
             ],
         ),
