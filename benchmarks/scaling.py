@@ -10,10 +10,12 @@ samples, drawn with replacement from a pool that they share.
 Columns: seconds of a round, median of those after the first; the seconds of building
 and initialising the run; the peak of the process, in MB of 2^20 bytes, and what of it
 are the tables of who has which sample, 40 bytes a client; with --checkpoint the seconds
-and MB of a checkpoint after the last round, which holds the state of all clients. Each
-row is measured in a process of its own.
+and MB of checkpoints after the last rounds, medians of --rounds, one after each round:
+what is written are blocks of clients of whom some took part. Each row is measured in a
+process of its own.
 """
 
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -93,7 +95,7 @@ def measure(
         seconds.append(time.perf_counter() - began)
     peak = round_time.peak_mb()
     return {
-        **(saved(carry, rounds + 1) if save else {}),
+        **(saved(sim, carry, rounds + 1, rounds) if save else {}),
         "method": method,
         "clients": num_clients,
         "milliseconds": 1000 * float(np.median(seconds[1:])),
@@ -107,15 +109,38 @@ def measure(
     }
 
 
-def saved(carry: schedule.Carry, round: int) -> dict[str, float]:
-    """Times a checkpoint in a temporary folder, and counts its files."""
+def saved(
+    sim: schedule.Simulator, carry: schedule.Carry, start: int, rounds: int
+) -> dict[str, float]:
+    """Times checkpoints in a temporary folder, and counts what they write."""
+    seconds, written = [], []
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        checkpoint.save(folder, round, carry)
-        seconds = time.perf_counter() - began
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files) / 2**20
-    return {"checkpoint_seconds": seconds, "checkpoint_mb": size}
+        saver = checkpoint.Saver(folder)
+        saver.save(start, carry)
+        for t in range(start, start + rounds):
+            carry, info = sim.run(0, carry, t, 1, donate=True)
+            jax.block_until_ready((carry, info))
+            before = {path.name for path in _files(folder)}
+            changed = functools.partial(sim.participants, 0, t, 1)
+            began = time.perf_counter()
+            saver.save(t + 1, carry, changed)
+            seconds.append(time.perf_counter() - began)
+            # Blocks have names of their own, all else the round in its path.
+            new = [
+                path
+                for path in _files(folder)
+                if path.name not in before or f"{t + 1:08d}" in str(path)
+            ]
+            written.append(sum(path.stat().st_size for path in new) / 2**20)
+    return {
+        "checkpoint_seconds": float(np.median(seconds)),
+        "checkpoint_seconds_min": min(seconds),
+        "checkpoint_mb": float(np.median(written)),
+    }
+
+
+def _files(folder: str) -> list[Path]:
+    return [path for path in Path(folder).rglob("*") if path.is_file()]
 
 
 def define_flags() -> None:
@@ -125,7 +150,7 @@ def define_flags() -> None:
     flags.DEFINE_list("clients", counts, "Numbers of clients.")
     flags.DEFINE_integer("cohort", 100, "Clients in a round.")
     flags.DEFINE_integer("rounds", 10, "Timed rounds, after one that compiles.")
-    flags.DEFINE_bool("checkpoint", False, "Write a checkpoint after the last round.")
+    flags.DEFINE_bool("checkpoint", False, "Time checkpoints after the rounds.")
     cli.define_path("json", None, "File for the records.")
 
 

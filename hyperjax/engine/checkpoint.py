@@ -1,10 +1,13 @@
 """Checkpoints that survive a kill at any moment, and notice damage.
 
 A checkpoint holds the carry (server state, client rows, seen flags) after a number of
-rounds, written by orbax, and a digest of it; no key, since keys follow from the round.
-It counts once its digest exists, which is written last and atomically.
+rounds and a digest of it; no key, since keys follow from the round. It counts once its
+digest exists, which is written last and atomically.
 
-Arrays go by their paths, so that orbax alone can open one:
+Client rows are in blocks of clients, files that checkpoints share, see `blocks`: what
+is written is what changed, and the digest is made of theirs. So a block that is damaged
+on the disk may be one of every checkpoint. All else is written by orbax. Arrays go by
+their paths, so that orbax alone can open one:
 
   with orbax.checkpoint.PyTreeCheckpointer() as reader:
       arrays = reader.restore("<run>/checkpoints/round_00000050/carry")
@@ -12,11 +15,12 @@ Arrays go by their paths, so that orbax alone can open one:
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +29,16 @@ import numpy as np
 from absl import logging
 
 from hyperjax import hosts, tree
+from hyperjax.engine import blocks
+from hyperjax.engine.schedule import Carry
 from hyperjax.errors import first_line
-from hyperjax.types import PyTree
 
 DIGEST = "digest.json"
-FORMAT = 2  # of a checkpoint; before, arrays went by number and no format was said
+INDEX = "rows.json"  # which blocks client rows are made of
+BLOCKS = "blocks"  # the folder that checkpoints share
+# Of a checkpoint: in 2, still read, orbax wrote client rows too, and the digest was
+# that of the whole; in 1 arrays went by number, and no format was said.
+FORMAT = 3
 OLDER = (
     "was made by an older version of hyperjax and can be neither continued nor served "
     "by this one"
@@ -40,7 +49,7 @@ class Restored(NamedTuple):
     """The newest intact checkpoint."""
 
     round: int
-    carry: PyTree
+    carry: Carry
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
@@ -127,47 +136,123 @@ def damaged(
     return ValueError(f"{str(path)!r} is not {kind} ({reason}); {remedy}")
 
 
-def save(folder: str | os.PathLike, round: int, carry: PyTree, keep: int = 2) -> str:
-    """Writes a checkpoint, then removes all but the newest `keep`.
+class Saver:
+    """Writes the checkpoints of a run, one after another.
 
     Args:
-      folder: holds the checkpoints of one run.
-      round: number of finished rounds.
-      carry: a tree of arrays.
+      folder: holds the checkpoints of one run; None: nothing is written, and digests
+        are computed as if it were.
       keep: how many to keep; at least 2, so that a damaged newest one can be skipped.
-
-    Returns:
-      The digest of the carry.
-
-    Raises:
-      ValueError: two arrays have one path.
     """
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round_{round:08d}"
-    if path.exists():  # unfinished, or found damaged on the way here
-        shutil.rmtree(path)
-    arrays = jax.device_get(carry)
-    digest = tree.sha256(arrays)
-    with _orbax() as checkpointer:
-        checkpointer.save(path / "carry", _by_path(arrays))
-    record = {"format": FORMAT, "round": round, "sha256": digest}
-    write_atomically(path / DIGEST, json.dumps(record))
-    for old in finished(folder)[: -max(keep, 2)]:
-        # Without its digest it does not count. Network file systems may refuse to
-        # remove a folder with files that somebody has open.
-        (old / DIGEST).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return digest
+
+    def __init__(self, folder: str | os.PathLike | None, keep: int = 2):
+        self._folder = None if folder is None else Path(folder).absolute()
+        self._keep = max(keep, 2)
+        self._digests: dict[str, list[str | None]] = {}  # of blocks, as last written
+
+    def save(
+        self,
+        round: int,
+        carry: Carry,
+        changed: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    ) -> str:
+        """Writes a checkpoint, then removes all but the newest ones.
+
+        Args:
+          round: number of finished rounds.
+          carry: the state.
+          changed: returns the clients, by family, whose rows may not be as they were
+            when this last saved; None: all. Not called where it makes no difference.
+
+        Returns:
+          The digest of the carry.
+
+        Raises:
+          ValueError: two arrays have one path.
+        """
+        carry = jax.device_get(carry)
+        path = None
+        if self._folder is not None:
+            path = self._folder / f"round_{round:08d}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # unfinished, or found damaged on the way here
+                shutil.rmtree(path)
+        named = _by_path(carry)
+        mine = tree.paths(carry._replace(rows={}))
+        arrays = {
+            name: [str(x.dtype), x.shape]
+            for name, x in named.items()
+            if name not in mine
+        }
+        index = json.dumps({"arrays": arrays, "blocks": self._blocks(carry, changed)})
+        digest = _digest(carry, index)
+        if path is None:
+            return digest
+        with _orbax() as checkpointer:
+            checkpointer.save(path / "carry", {name: named[name] for name in mine})
+        write_atomically(path / INDEX, index)
+        record = {"format": FORMAT, "round": round, "sha256": digest}
+        write_atomically(path / DIGEST, json.dumps(record))
+        self._remove_old()
+        return digest
+
+    def _blocks(self, carry: Carry, changed: Callable | None) -> dict[str, list]:
+        """Writes blocks that may have changed; returns the digests of all."""
+        before, self._digests = self._digests, {}  # none if this does not end well
+        numbers = {
+            name: blocks.count(rows, len(carry.seen[name]))
+            for name, rows in carry.rows.items()
+        }
+        known = before.keys() == carry.rows.keys() and max(numbers.values()) > 1
+        these = changed() if known and changed is not None else None
+        found: dict[str, list[str | None]] = {}
+        for name, rows in carry.rows.items():
+            found[name] = [None] * numbers[name] if these is None else before[name]
+            ids = None if these is None else these[name]
+            for place, digest, content in blocks.contents(rows, carry.seen[name], ids):
+                if digest is not None and self._folder is not None:
+                    blocks.write(self._folder / BLOCKS, digest, content)
+                found[name][place] = digest
+        self._digests = found
+        return found
+
+    def _remove_old(self) -> None:
+        """Removes checkpoints that are not kept, and blocks that none has any more."""
+        folder, used = self._folder, set()
+        assert folder is not None
+        for old in finished(folder)[: -self._keep]:
+            # Without its digest it does not count. Network file systems may refuse to
+            # remove a folder with files that somebody has open.
+            (old / DIGEST).unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+        for path in finished(folder):
+            try:
+                if _format(path) == FORMAT:
+                    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+                    used |= {d for each in index["blocks"].values() for d in each}
+            except (OSError, ValueError, LookupError, TypeError):
+                return  # damaged: nobody knows which blocks it has
+        blocks.keep_only(folder / BLOCKS, used)
 
 
-def restore(folder: str | os.PathLike, template: PyTree) -> Restored | None:
+def save(folder: str | os.PathLike, round: int, carry: Carry, keep: int = 2) -> str:
+    """Writes one checkpoint, all of it, see `Saver`; returns the digest."""
+    return Saver(folder, keep).save(round, carry)
+
+
+def _digest(carry: Carry, index: str) -> str:
+    """Returns the digest of a state: of the server's, and of what is in blocks."""
+    rest = tree.sha256(carry._replace(rows={}))
+    return hashlib.sha256(f"{rest}|{index}".encode()).hexdigest()
+
+
+def restore(folder: str | os.PathLike, template: Carry) -> Restored | None:
     """Returns the newest intact checkpoint, or None if there never was one.
 
     Damaged ones are reported and passed over.
 
     Args:
-      folder: as in `save`.
+      folder: as of a `Saver`.
       template: an abstract carry: its structure, shapes and dtypes.
 
     Raises:
@@ -199,28 +284,53 @@ class _Older(Exception):
     """A checkpoint is of an older format."""
 
 
-def _read(path: Path, template: PyTree) -> Restored:
+def _format(path: Path) -> int:
+    return json.loads((path / DIGEST).read_text(encoding="utf-8")).get("format", 1)
+
+
+def _read(path: Path, template: Carry) -> Restored:
     record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
-    if record.get("format", 1) < FORMAT:
+    in_blocks = _format(path) >= FORMAT
+    if _format(path) < 2:
         raise _Older
     with _orbax() as checkpointer:
         named = checkpointer.restore(path / "carry")
-    leaves, structure = jax.tree.flatten(template)
-    names = tree.paths(template)
-    other = sorted({*named} ^ {*names})
-    if other:
-        holds = "holds" if other[0] in named else "lacks"
-        raise ValueError(f"it {holds} {other[0]!r}, which is that of another state")
-    carry = jax.tree.unflatten(structure, [np.asarray(named[name]) for name in names])
-    if tree.sha256(carry) != record["sha256"]:
+    index = {"arrays": {}, "blocks": {}}
+    said = ""
+    if in_blocks:
+        said = (path / INDEX).read_text(encoding="utf-8")
+        index = json.loads(said)
+    _check_names({*named, *index["arrays"]}, {*tree.paths(template)})
+    part = template._replace(rows={}) if in_blocks else template
+    leaves = [np.asarray(named[name]) for name in tree.paths(part)]
+    carry = jax.tree.unflatten(jax.tree.structure(part), leaves)
+    found = _digest(carry, said) if in_blocks else tree.sha256(carry)
+    if found != record["sha256"]:
         raise ValueError("its content does not match its digest")
-    for leaf, found in zip(leaves, jax.tree.leaves(carry), strict=True):
-        if leaf.shape != found.shape or leaf.dtype != found.dtype:
+    shapes = {name: (x.dtype, x.shape) for name, x in named.items()}
+    for name, (dtype, shape) in index["arrays"].items():
+        shapes[name] = np.dtype(dtype), tuple(shape)
+    for name, leaf in tree.by_path(template).items():
+        dtype, shape = shapes[name]
+        if leaf.shape != shape or leaf.dtype != dtype:
             raise ValueError(
-                f"it holds {found.dtype}{found.shape} where "
-                f"{leaf.dtype}{leaf.shape} is expected"
+                f"it holds {dtype}{shape} where {leaf.dtype}{leaf.shape} is expected"
             )
+    if in_blocks:
+        rows = {
+            name: blocks.read(path.parent / BLOCKS, spec, index["blocks"][name])
+            for name, spec in template.rows.items()
+        }
+        carry = carry._replace(rows=rows)
     return Restored(record["round"], carry)
+
+
+def _check_names(found: set[str], expected: set[str]) -> None:
+    """Refuses arrays that are not those of a state, by their paths."""
+    other = sorted(found ^ expected)
+    if other:
+        holds = "holds" if other[0] in found else "lacks"
+        raise ValueError(f"it {holds} {other[0]!r}, which is that of another state")
 
 
 def _orbax() -> Any:
@@ -242,7 +352,7 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"round_*/{DIGEST}"))
 
 
-def _by_path(carry: PyTree) -> dict[str, np.ndarray]:
+def _by_path(carry: Carry) -> dict[str, np.ndarray]:
     """Leaves by path: orbax rebuilds plain dicts, not our named tuples."""
     names = tree.paths(carry)
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -111,6 +111,9 @@ class Simulator(NamedTuple):
         used again; with `donate` it is consumed, and its memory is that of the result.
         A memory-mapped store has one copy of its rows, so there it must be donated.
       visits: `(root, num_rounds) -> {family: int}`, exchanges of all clients so far.
+      participants: `(root, start, num_rounds) -> {family: [.] int}`, the numbers inside
+        their family of clients who take part in rounds start, start + 1, ...; nobody
+        else's state changes.
       program: the compiler; its `seconds` says how long compilation took so far.
       function: `(root, carry, rounds, *given) -> (carry, info)`, what `run` compiles;
         None with a host store.
@@ -122,6 +125,7 @@ class Simulator(NamedTuple):
     load: Callable
     run: Callable
     visits: Callable
+    participants: Callable
     program: compiled.Compiled
     function: Callable | None = None
     given: tuple = ()
@@ -228,12 +232,26 @@ def simulator(
         counts = program("visits", count, (root, jnp.arange(num_rounds)))
         return dict(zip(groups.names, map(int, np.sum(counts, 0)), strict=True))
 
+    def participants(root, start, num_rounds):
+        if sampler == "full":
+            return {name: np.arange(groups.size(name)) for name in groups.names}
+        root = sharding.replicate(root, mesh)
+        ids = [
+            parts.program("cohort", draw, (root, jnp.int32(round), parts.weight)).ids
+            for round in range(start, start + num_rounds)
+        ]
+        known = np.unique(np.asarray(jax.device_get(ids)))
+        known = known[known < num_clients]  # others fill a cohort up
+        family, place = groups.family[known], groups.place[known]
+        return {name: place[family == i] for i, name in enumerate(groups.names)}
+
     _check_data(alg, table, pool)
     sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
         hyper=hyper or compiled.Hyper.none(alg),
         visits=visits,
+        participants=participants,
         draw=draw,
         mapper=mapper,
         streaming=streaming,
@@ -355,6 +373,9 @@ def _with_checks(
         init=lambda root: simulator.init(rng.root_key(root)),
         run=run,
         visits=lambda root, rounds: simulator.visits(rng.root_key(root), rounds),
+        participants=lambda root, *rounds: simulator.participants(
+            rng.root_key(root), *rounds
+        ),
     )
 
 
@@ -384,6 +405,7 @@ class _Parts(NamedTuple):
     alg: Algorithm
     hyper: compiled.Hyper
     visits: Callable
+    participants: Callable
     draw: Callable  # (root, round, weight [N]) -> Cohort
     mapper: str | int
     streaming: bool
@@ -544,7 +566,8 @@ def _on_device(parts: _Parts) -> Simulator:
 
     given = table, parts.pool, parts.weight, parts.hyper.values
     width = 1 if parts.sequential else parts.width
-    return Simulator(init, load, run, parts.visits, program, many_rounds, given, width)
+    who = parts.visits, parts.participants
+    return Simulator(init, load, run, *who, program, many_rounds, given, width)
 
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:
@@ -565,9 +588,11 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     def load(arrays):
         server = jax.tree.map(jnp.asarray, arrays.server)
         rows, seen = empty()
-        found = jax.tree.leaves((arrays.rows, arrays.seen))
-        for x, y in zip(jax.tree.leaves((rows, seen)), found, strict=True):
-            x[...] = y
+        for name, known in arrays.seen.items():
+            seen[name][...] = known
+            mine, theirs = map(jax.tree.leaves, (rows[name], arrays.rows[name]))
+            for x, y in zip(mine, theirs, strict=True):
+                x[seen[name]] = y[seen[name]]  # others are zeros
         return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
     def one_round(root, carry, round):
@@ -626,4 +651,4 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             infos.append(info)
         return carry, jax.tree.map(lambda *x: np.stack(x), *infos)
 
-    return Simulator(init, load, run, parts.visits, program)
+    return Simulator(init, load, run, parts.visits, parts.participants, program)

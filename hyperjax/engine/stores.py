@@ -47,7 +47,7 @@ def host_zeros(
     def allocate(i, s):
         shape = (num_clients, *s.shape)
         if folder is None:
-            return _empty(shape, np.dtype(s.dtype))
+            return unwritten(shape, np.dtype(s.dtype))
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"rows_{i}.npy")
         return np.lib.format.open_memmap(path, "w+", s.dtype, shape)
@@ -56,7 +56,7 @@ def host_zeros(
     return jax.tree.unflatten(structure, rows), np.zeros(num_clients, bool)
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Returns zeros that take memory as they are written to.
 
     NumPy asks for huge pages where an array has more than 4 MB, and then the first row

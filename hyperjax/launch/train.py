@@ -4,6 +4,7 @@ python -m experiments.train --config=configs/zero_shot.py --workdir=runs/x
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -181,6 +182,7 @@ def _train(
         common.flat(resolved.config),
     )
     shown = _Shown(progress)
+    saver = checkpoint.Saver(checkpoints if hosts.is_first() else None, resolved.keep)
 
     def score(state: loop.State, info: dict[str, Any]) -> dict[str, Any]:
         """Evaluates and records; returns values per client."""
@@ -203,7 +205,7 @@ def _train(
             if resolved.tensorboard:
                 _show_partition(recorder, experiment.federation)
             values = score(state, {})
-            _save(checkpoints, state, resolved.keep)
+            _save(saver, state)
         elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
             values = score(state, {})  # the record was lost
         while state.round < settings.rounds:
@@ -217,13 +219,17 @@ def _train(
                 raise
             rate = call.samples / call.seconds if call.seconds else None
             recorder.rounds(state.round, call.info, rate)
+            rounds = state.round, call.state.round - state.round
             state = call.state
             shown.trained(call)
             shown.update(state.round, call.last, {})
             values = None
             if loop.is_due(settings, state.round):
                 values = score(state, call.last)
-            _save(checkpoints, state, resolved.keep)
+            changed = functools.partial(
+                experiment.simulator.participants, settings.seed, *rounds
+            )
+            _save(saver, state, changed)
         if values is None:  # continued after the last evaluation
             progress.stage("evaluating")
             values = experiment.evaluator.evaluate(
@@ -353,12 +359,11 @@ def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | 
     return checkpoint.Restored(round, carry)
 
 
-def _save(checkpoints: Path, state: loop.State, keep: int) -> None:
+def _save(
+    saver: checkpoint.Saver, state: loop.State, changed: Callable | None = None
+) -> None:
     """Writes a checkpoint, of a state that all processes have."""
-    if hosts.is_first():
-        digest = checkpoint.save(checkpoints, state.round, state.carry, keep)
-    else:
-        digest = tree.sha256(jax.device_get(state.carry))
+    digest = saver.save(state.round, state.carry, changed)
     hosts.check_same({f"a state after round {state.round} of SHA-256": digest})
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from hyperjax import tree
-from hyperjax.engine import checkpoint
+from hyperjax.engine import blocks, checkpoint, stores
 from hyperjax.engine.schedule import Carry
+from hyperjax.types import ALONE
 
 # orbax leaves an event loop behind when it cannot read.
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +28,16 @@ def carry(value: float = 0.0) -> Carry:
     """A small state with every kind of leaf there is."""
     server = {"w": jnp.arange(300.0).reshape(20, 15) / 7 + value, "step": jnp.int32(3)}
     rows = ({"head": jnp.full((4, 2), float(value))}, ())
-    return Carry(server, rows, jnp.array([True, False, True, False]))
+    return Carry(server, {ALONE: rows}, {ALONE: jnp.array([True, False, True, False])})
+
+
+def with_client_state(rows=None, seen=None) -> Carry:
+    """The same, with other client rows or flags."""
+    state = carry()
+    return state._replace(
+        rows=state.rows if rows is None else {ALONE: rows},
+        seen=state.seen if seen is None else {ALONE: seen},
+    )
 
 
 def abstract(a):
@@ -48,11 +58,10 @@ def files(folder):
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     saved = carry(1 / 3)
     digest = checkpoint.save(tmp_path, 7, saved)
-    assert digest == tree.sha256(jax.device_get(saved))
     restored = checkpoint.restore(tmp_path, TEMPLATE)
     assert restored.round == 7 and isinstance(restored.carry, Carry)
     chex.assert_trees_all_equal(restored.carry, jax.device_get(saved))
-    assert tree.sha256(restored.carry) == digest
+    assert checkpoint.Saver(None).save(7, restored.carry) == digest
 
 
 def test_a_person_can_open_one(tmp_path):
@@ -61,13 +70,18 @@ def test_a_person_can_open_one(tmp_path):
     checkpoint.save(tmp_path, 7, carry())
     with ocp.PyTreeCheckpointer() as reader:
         found = reader.restore(tmp_path / "round_00000007" / "carry")
-    assert set(found) == {"server/w", "server/step", "rows/0/head", "seen"}
+    assert set(found) == {"server/w", "server/step", "seen"}
     np.testing.assert_array_equal(found["server/w"], carry().server["w"])
+    index = json.loads((tmp_path / "round_00000007" / checkpoint.INDEX).read_text())
+    assert index["arrays"] == {"rows/0/head": ["float32", [4, 2]]}
+    (block,) = index["blocks"][ALONE]
+    found = np.fromfile(tmp_path / checkpoint.BLOCKS / block, np.float32)
+    np.testing.assert_array_equal(found, np.zeros(8))
 
 
 def test_two_arrays_under_one_path_are_refused(tmp_path):
-    state = {"a": {"b": jnp.zeros(1)}, "a/b": jnp.ones(1)}
-    with pytest.raises(ValueError, match="several arrays under a/b"):
+    state = carry()._replace(server={"a": {"b": jnp.zeros(1)}, "a/b": jnp.ones(1)})
+    with pytest.raises(ValueError, match="several arrays under server/a/b"):
         checkpoint.save(tmp_path, 0, state)
     assert checkpoint.restore(tmp_path, abstract(state)) is None
 
@@ -91,7 +105,9 @@ def test_sharded_arrays_are_saved_as_any_others(tmp_path):
     from hyperjax.engine import sharding
 
     saved = sharding.replicate(carry(), sharding.client_mesh(4))
-    assert checkpoint.save(tmp_path, 1, saved) == tree.sha256(carry())
+    assert checkpoint.save(tmp_path, 1, saved) == checkpoint.Saver(None).save(
+        1, carry()
+    )
 
 
 def test_without_checkpoints_there_is_nothing(tmp_path):
@@ -103,11 +119,12 @@ def test_without_checkpoints_there_is_nothing(tmp_path):
 def test_the_newest_are_kept_and_never_fewer_than_two(keep, left, tmp_path):
     for round in (0, 2, 4, 6):
         checkpoint.save(tmp_path, round, carry(round), keep)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+    assert sorted(p.name for p in tmp_path.glob("round_*")) == [
         f"round_{round:08d}" for round in left
     ]
+    assert len(list((tmp_path / checkpoint.BLOCKS).iterdir())) == len(left)
     restored = checkpoint.restore(tmp_path, TEMPLATE)
-    assert restored.round == 6 and restored.carry.rows[0]["head"][0, 0] == 6
+    assert restored.round == 6 and restored.carry.rows[ALONE][0]["head"][0, 0] == 6
 
 
 def test_a_checkpoint_without_its_digest_does_not_count(tmp_path, caplog):
@@ -118,7 +135,9 @@ def test_a_checkpoint_without_its_digest_does_not_count(tmp_path, caplog):
         assert checkpoint.restore(tmp_path, TEMPLATE).round == 2
     assert not [r for r in caplog.records if "damaged" in r.getMessage()]
     checkpoint.save(tmp_path, 4, carry(5))
-    assert checkpoint.restore(tmp_path, TEMPLATE).carry.rows[0]["head"][0, 0] == 5
+    assert (
+        checkpoint.restore(tmp_path, TEMPLATE).carry.rows[ALONE][0]["head"][0, 0] == 5
+    )
 
 
 def flip(file):
@@ -141,21 +160,25 @@ def test_damage_anywhere_is_noticed_or_harmless(damage, tmp_path, caplog):
     checkpoint.save(tmp_path, 4, carry(4))
     digests = {2: tree.sha256(carry(2)), 4: tree.sha256(carry(4))}
     newest = tmp_path / "round_00000004"
+    index = json.loads((newest / checkpoint.INDEX).read_text())
+    block = tmp_path / checkpoint.BLOCKS / index["blocks"][ALONE][0]
     noticed = 0
-    for name in sorted(map(str, files(newest))):
-        if name == checkpoint.DIGEST and damage == "delete":
+    for file in [block, *sorted(newest / name for name in files(newest))]:
+        if file.name == checkpoint.DIGEST and damage == "delete":
             continue  # then it was never finished, see above
-        content = (newest / name).read_bytes()
-        DAMAGES[damage](newest / name)
+        content = file.read_bytes()
+        DAMAGES[damage](file)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             restored = checkpoint.restore(tmp_path, TEMPLATE)
-        assert tree.sha256(restored.carry) == digests[restored.round], name
+        assert tree.sha256(restored.carry) == digests[restored.round], file
         said = [r for r in caplog.records if "trying the one before" in r.getMessage()]
-        assert len(said) == (restored.round == 2), name
+        assert len(said) == (restored.round == 2), file
         noticed += restored.round == 2
-        (newest / name).write_bytes(content)
-    assert noticed >= 3
+        file.write_bytes(content)
+        if file.name in (block.name, checkpoint.INDEX):
+            assert restored.round == 2
+    assert noticed >= 4
     assert checkpoint.restore(tmp_path, TEMPLATE).round == 4
 
 
@@ -174,12 +197,13 @@ def test_all_damaged_is_an_error_that_deletes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (carry()._replace(rows=()), "it holds 'rows/0/head', which is that of another"),
-        (carry()._replace(seen=jnp.zeros(5, bool)), "bool(4,) where bool(5,) is"),
-        (carry()._replace(seen=jnp.zeros(4)), "bool(4,) where float32(4,) is"),
-        (carry()._replace(rows=(*carry().rows, jnp.ones(3))), "it lacks 'rows/2'"),
+        (with_client_state(()), "it holds 'rows/0/head', which is that of another"),
+        (with_client_state(seen=jnp.zeros(5, bool)), "bool(4,) where bool(5,) is"),
+        (with_client_state(seen=jnp.zeros(4)), "bool(4,) where float32(4,) is"),
+        (with_client_state(({"head": jnp.ones((4, 3))}, ())), "float32(4, 2) where"),
+        (with_client_state(({"head": jnp.ones((4, 2))}, jnp.ones(4))), "'rows/1'"),
     ],
-    ids=["fewer leaves", "another shape", "another dtype", "more leaves"],
+    ids=["fewer leaves", "another shape", "another dtype", "wider rows", "more leaves"],
 )
 def test_a_checkpoint_of_another_state_is_refused(template, said, tmp_path, caplog):
     template = abstract(template)
@@ -308,8 +332,12 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_count(tmp_path, monke
 
 
 def test_the_digest_is_written_last(tmp_path, monkeypatch):
+    write = checkpoint.write_atomically
+
     def look(path, text):
         assert (path.parent / "carry").is_dir()
+        if path.name != checkpoint.DIGEST:
+            return write(path, text)
         assert json.loads(text)["round"] == 3
         raise Killed
 
@@ -322,4 +350,161 @@ def test_the_digest_is_written_last(tmp_path, monkeypatch):
 def test_saving_leaves_the_arrays_usable(tmp_path):
     kept = carry(1.0)
     checkpoint.save(tmp_path, 1, kept)
-    np.testing.assert_array_equal(kept.rows[0]["head"], 1.0)
+    np.testing.assert_array_equal(kept.rows[ALONE][0]["head"], 1.0)
+
+
+# Blocks of clients -------------------------------------------------------------------
+
+CLIENTS, WIDTH = 4000, 64  # rows of 260 bytes, 252 clients to a block
+BLOCK = blocks.BYTES // (4 * WIDTH + 4)
+
+
+def population(visited=()) -> Carry:
+    """A host store of which some clients were visited."""
+    spec = {
+        "a": jax.ShapeDtypeStruct((WIDTH,), np.float32),
+        "b": jax.ShapeDtypeStruct((), np.int32),
+    }
+    rows, seen = stores.host_zeros(spec, CLIENTS)
+    state = Carry({"w": jnp.ones(3)}, {ALONE: rows}, {ALONE: seen})
+    visit(state, visited, 1)
+    return state
+
+
+def visit(state, ids, value):
+    ids = np.asarray(ids, int)
+    rows = state.rows[ALONE]
+    rows["a"][ids], rows["b"][ids] = value, value * ids
+    state.seen[ALONE][ids] = True
+
+
+def copied(state):
+    return jax.tree.map(lambda x: np.array(x), state)
+
+
+def of_blocks(folder):
+    return {p.name for p in (folder / checkpoint.BLOCKS).iterdir()}
+
+
+def test_only_blocks_that_changed_are_written(tmp_path, monkeypatch):
+    state, saver = population([0, 300, 3999]), checkpoint.Saver(tmp_path)
+    saver.save(0, state)
+    assert len(of_blocks(tmp_path)) == 3  # of 16: the others were never seen
+    written, write = [], blocks.write
+    monkeypatch.setattr(blocks, "write", lambda *x: written.append(x[1]) or write(*x))
+    changed = np.array([1, 2, BLOCK - 1, 2 * BLOCK])
+    visit(state, changed, 2)
+    digest = saver.save(1, state, lambda: {ALONE: changed})
+    assert len(written) == 2
+    found = checkpoint.restore(tmp_path, abstract(state))
+    assert found.round == 1
+    chex.assert_trees_all_equal(found.carry, copied(state))
+    # The same state has the same digest, however it came about, and wherever it is.
+    assert digest == checkpoint.save(tmp_path / "whole", 1, state)
+    assert digest == checkpoint.Saver(None).save(1, jax.tree.map(jnp.asarray, state))
+    other = population([0, 300])
+    assert digest != checkpoint.Saver(None).save(1, other)
+
+
+def test_all_is_written_after_a_save_that_failed(tmp_path, monkeypatch):
+    state, saver = population([0]), checkpoint.Saver(tmp_path)
+    saver.save(0, state)
+    visit(state, [1000], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            saver.save(1, state, lambda: {ALONE: np.array([1000])})
+    visit(state, [2000], 3)
+    saver.save(2, state, lambda: {ALONE: np.array([2000])})
+    found = checkpoint.restore(tmp_path, abstract(state))
+    assert found.round == 2
+    chex.assert_trees_all_equal(found.carry, copied(state))
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def kill(*args):
+    raise Killed
+
+
+@pytest.mark.parametrize("end", [full, kill], ids=["disk full", "kill"])
+def test_wherever_saving_ends_the_checkpoint_before_is_whole(
+    end, tmp_path, monkeypatch
+):
+    """At each of what a save does on the disk, up to the last."""
+    first = population([0, 300])
+    second = copied(first)
+    visit(second, [1, 700], 2)
+    states = {0: copied(first), 1: copied(second)}
+    steps = [(os, "replace"), (shutil, "rmtree"), (os, "unlink")]
+    ended = 0
+    for owner, name in steps:
+        for call in range(1, 9):
+            folder = tmp_path / f"{name}_{call}"
+            saver = checkpoint.Saver(folder)
+            saver.save(0, first)
+            calls, real = [], getattr(owner, name)
+
+            def turn(*args, call=call, calls=calls, real=real, of=folder, **rest):
+                if any(str(of) in str(a) for a in args):
+                    calls.append(args)
+                    if len(calls) == call:
+                        end()
+                return real(*args, **rest)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, turn)
+                try:
+                    saver.save(1, second, lambda: {ALONE: np.array([1, 700])})
+                except (Killed, OSError):
+                    ended += 1
+            found = checkpoint.restore(folder, abstract(first))
+            chex.assert_trees_all_equal(found.carry, states[found.round])
+            # Then it goes on, and what was left half is gone.
+            checkpoint.Saver(folder).save(2, second)
+            found = checkpoint.restore(folder, abstract(first))
+            chex.assert_trees_all_equal(found.carry, states[1])
+            assert not [x for x in of_blocks(folder) if x.startswith(".")]
+            if len(calls) < call:
+                break
+    assert ended >= 4
+
+
+def test_blocks_that_no_checkpoint_has_are_removed(tmp_path):
+    state, saver = population(), checkpoint.Saver(tmp_path, keep=2)
+    for round in range(5):
+        visit(state, [7], round + 1)
+        saver.save(round, state, lambda: {ALONE: np.array([7])})
+        assert len(of_blocks(tmp_path)) == min(round + 1, 2)
+
+
+def test_a_checkpoint_of_the_format_before_is_read(tmp_path):
+    state = jax.device_get(carry(5))
+    path = tmp_path / "round_00000003"
+    with checkpoint._orbax() as writer:
+        writer.save(path / "carry", tree.by_path(state))
+    record = {"format": 2, "round": 3, "sha256": tree.sha256(state)}
+    (path / checkpoint.DIGEST).write_text(json.dumps(record))
+    found = checkpoint.restore(tmp_path, TEMPLATE)
+    chex.assert_trees_all_equal(found.carry, state)
+    checkpoint.save(tmp_path, 4, carry(6))  # beside one of this format
+    assert checkpoint.restore(tmp_path, TEMPLATE).round == 4
+    record["sha256"] = "0" * 64
+    (path / checkpoint.DIGEST).write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "round_00000004")
+    with pytest.raises(ValueError, match="every checkpoint"):
+        checkpoint.restore(tmp_path, TEMPLATE)
+
+
+@pytest.mark.parametrize("num", [1, 1000, 10**6, 2**31 - 1])
+def test_blocks_are_many_enough_and_few_enough(num):
+    for width in (1, 300, 2**20):
+        rows = [jax.ShapeDtypeStruct((num, width), np.float32)]
+        size = blocks.clients_per_block(rows, num)
+        assert 1 <= blocks.count(rows, num) <= blocks.MOST
+        assert size == 1 or 4 * width * (size - 1) <= blocks.BYTES + 4 * width * (
+            num // blocks.MOST
+        )
+    assert blocks.count([], num) == 0

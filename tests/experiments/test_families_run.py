@@ -125,16 +125,16 @@ class Killed(BaseException):
 
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
     config = small(averaged(finished))
-    save, saved = checkpoint.save, []
+    save, saved = checkpoint.Saver.save, []
 
-    def once(folder, round, *rest):
+    def once(saver, round, *rest):
         if round == 2:
             raise Killed
         saved.append(round)
-        return save(folder, round, *rest)
+        return save(saver, round, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", once)
+        patch.setattr(checkpoint.Saver, "save", once)
         with pytest.raises(Killed):
             train.train(config, str(tmp_path))
     assert saved == [0, 1] and not (tmp_path / "summary.json").exists()

@@ -475,7 +475,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
     tmp_path, finished, monkeypatch
 ):
     run = tmp_path / "run"
-    with kill_at(monkeypatch, checkpoint, "write_atomically", 2):
+    with kill_at(monkeypatch, checkpoint, "write_atomically", 4):
         train.train(small(), str(run))
     unfinished = [
         p for p in (run / "checkpoints").iterdir() if not (p / "digest.json").exists()
@@ -489,7 +489,7 @@ def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
     config = small(engine__rounds_per_call=1)
     train.train(config, str(tmp_path / "whole"))
     for call in (3, 2):  # before the checkpoints of rounds 2 and 3
-        with kill_at(monkeypatch, checkpoint, "save", call):
+        with kill_at(monkeypatch, checkpoint.Saver, "save", call):
             train.train(config, str(tmp_path / "broken"))
     restored = sorted(p.name for p in (tmp_path / "broken" / "checkpoints").iterdir())
     assert restored == ["round_00000001", "round_00000002"]
