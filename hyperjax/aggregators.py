@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hyperjax import tree
 from hyperjax.types import Array, PyTree
 
 
@@ -15,6 +16,10 @@ class Aggregator(NamedTuple):
     init: Callable  # (spec) -> state
     combine: Callable  # (key, stacked [C, ...], weight [C], state) -> (tree, state)
     is_mean: bool = False  # combines to the weighted mean, and keeps nothing
+    # Where the state is () and sums over clients are all it takes: what to add up, and
+    # what follows from the sums.
+    sums: Callable | None = None  # (stacked [B, ...], weight [B]) -> tree of sums
+    of_sums: Callable | None = None  # (sums) -> tree
 
 
 @jax.jit
@@ -55,6 +60,20 @@ def mean_over_clients(stacked: PyTree, weight: Array) -> PyTree:
     return jax.tree_util.tree_map_with_path(average, stacked)
 
 
+def sum_over_clients(stacked: PyTree, weight: Array) -> PyTree:
+    """Returns sums over the leading axis, weighted by [C] float32: leaves [...]."""
+    exact = jax.lax.Precision.HIGHEST  # as for means
+    return jax.tree.map(
+        lambda x: jnp.tensordot(weight, x.astype(jnp.float32), 1, precision=exact),
+        stacked,
+    )
+
+
+def over(sums: PyTree, total: Array) -> PyTree:
+    """Returns sums divided by a total, zeros if that is zero."""
+    return tree.scale(sums, 1.0 / jnp.where(total > 0, total, 1.0))
+
+
 def weighted_mean() -> Aggregator:
     """The weighted average of FedAvg; keeps no state."""
     return Aggregator(
@@ -64,4 +83,9 @@ def weighted_mean() -> Aggregator:
             state,
         ),
         is_mean=True,
+        sums=lambda stacked, weight: (
+            sum_over_clients(stacked, weight),
+            jnp.sum(weight),
+        ),
+        of_sums=lambda sums: over(*sums),
     )

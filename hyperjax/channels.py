@@ -97,5 +97,5 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
 
     sides = {name: changed(c) for name, c in alg.by_family(alg.client).items()}
     # What is on the wire has no mean.
-    server = alg.server._replace(update=server_update, mean_only=False)
+    server = alg.server._replace(update=server_update, mean_only=False, sums=None)
     return alg._replace(server=server, client=alg.as_given(sides), exact=())

@@ -279,7 +279,9 @@ class ServerSide(NamedTuple):
     `release` is by what clients are deployed, where that is not what they are sent to
     train on: a server that would answer what a newcomer sends it hands over what the
     answer is made by. With `mean_only` the server asks for the weighted mean of the
-    uplinks alone: one client that sends the mean is as good as the cohort.
+    uplinks alone: one client that sends the mean is as good as the cohort. A server
+    that asks for several sums over the cohort has `sums`, which takes them of any part
+    of it; `update` then also accepts `Sums` of the cohort in place of the uplinks.
     """
 
     init: Callable  # (common) -> server
@@ -287,6 +289,13 @@ class ServerSide(NamedTuple):
     update: Callable  # (key, server, uplink [C, ...], cohort) -> (server, info)
     release: Callable | None = None  # (key, server, cohort) -> Downlink
     mean_only: bool = False
+    sums: Callable | None = None  # (uplink [B, ...], cohort of B) -> tree of sums
+
+
+class Sums(NamedTuple):
+    """What `ServerSide.sums` of a cohort's parts add up to, float32."""
+
+    of: PyTree
 
 
 class Fit(NamedTuple):

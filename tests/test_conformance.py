@@ -171,11 +171,11 @@ def test_blocks_of_three_agree(stack):
     )
 
 
-@stacks(("fedavg", "hyperfedzero"))
+@stacks(("fedavg", "hyperfedzero", "scaffold", "fednova"))
 @pytest.mark.parametrize("mapper", ["map", 2])
 def test_summing_up_as_clients_finish_agrees(stack, mapper):
     alg = method(stack)
-    if not alg.server.mean_only:
+    if not alg.server.mean_only and alg.server.sums is None:
         pytest.skip("the server asks for more than a mean")
     run = jax.jit(exchange.make_exchange(alg, mapper, streaming=True))
     ids = (NUM_CLIENTS, *IDS)  # five lanes: blocks of two leave one over
@@ -185,11 +185,15 @@ def test_summing_up_as_clients_finish_agrees(stack, mapper):
 
 
 def test_whose_uplinks_may_be_summed_up():
-    summed = {s for s in METHODS if method(s).server.mean_only}
+    servers = {s: method(s).server for s in METHODS}
+    mean = {s for s, server in servers.items() if server.mean_only}
+    summed = mean | {s for s, server in servers.items() if server.sums}
     assert {"fedavg", "fedprox", "fedbn", "fedrep", "ditto", "moon"} < summed
     assert {"hyperfedzero", "hyperfednet", "opt1"} < summed
-    # These ask for other means too, or for the clients one by one.
-    for name in ("scaffold", "feddyn", "fednova", "fedamp", "fedfomo", "fedgen"):
+    # These ask for other means too.
+    assert {"scaffold", "feddyn", "fednova"} < summed - mean
+    # And these for the clients one by one.
+    for name in ("fedamp", "fedfomo", "fedgen"):
         assert name not in summed
     for name in ("fedjets", "fedproto", "pfedhn", "mh_pfedhn", "mh_pfedhngd"):
         assert name not in summed

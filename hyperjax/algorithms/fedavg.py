@@ -33,6 +33,7 @@ from hyperjax.types import (
     Model,
     PyTree,
     ServerSide,
+    Sums,
 )
 
 PERSIST = ("none", "kept", "all")
@@ -189,17 +190,23 @@ def _server(
 
     def update(key, server, uplink, cohort):
         weight = cohort.weight * cohort.active
-        (mean, _), aggregate = aggregator.combine(
-            key, (uplink.delta, uplink.extra), weight, server.aggregator
-        )
+        if isinstance(uplink, Sums):
+            combined, plain = uplink.of
+            (mean, _), aggregate = aggregator.of_sums(combined), server.aggregator
+            mean = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, server.theta)
+            means = _means(aggregators.over(plain, jnp.sum(cohort.active)), cohort)
+        else:
+            (mean, _), aggregate = aggregator.combine(
+                key, (uplink.delta, uplink.extra), weight, server.aggregator
+            )
+            plain = aggregators.mean_over_clients(_plainly(uplink), cohort.active)
+            means = _means(plain, cohort)
         params, stats = tree.parameters(server.theta)
         delta, stats_delta = tree.parameters(mean)
         # A server optimizer descends, and the clients have gone downhill: minus.
         updates, opt = optimizer.update(tree.scale(delta, -1.0), server.opt, params)
         params = optax.apply_updates(params, updates)
-        absorbed, params = correction.absorb(
-            server.correction, params, _unweighted_means(uplink, cohort)
-        )
+        absorbed, params = correction.absorb(server.correction, params, means)
         # An exchange in which nobody took part must not move momentum either.
         new = State(
             {**params, **tree.add(stats, stats_delta)}, opt, absorbed, aggregate
@@ -207,8 +214,22 @@ def _server(
         new = _where(jnp.sum(weight) > 0, new, server)
         return new, {"update_norm": tree.norm(delta)}
 
+    def sums(uplink, cohort):
+        weight = cohort.weight * cohort.active
+        return (
+            aggregator.sums((uplink.delta, uplink.extra), weight),
+            # Nobody reads them unless the correction learns from them.
+            aggregators.sum_over_clients(_plainly(uplink), cohort.active),
+        )
+
     mean_only = aggregator.is_mean and correction.absorb is corrections.unmoved
-    return ServerSide(init, downlink, update, mean_only=mean_only)
+    return ServerSide(
+        init,
+        downlink,
+        update,
+        mean_only=mean_only,
+        sums=None if aggregator.sums is None else sums,
+    )
 
 
 def _client(
@@ -284,12 +305,14 @@ def _kept(template: PyTree, keep, bn_stats: str) -> tuple[str, ...]:
     return patterns + ((r"memory/.*",) if remembers else ())
 
 
-def _unweighted_means(uplink: Uplink, cohort) -> corrections.Means:
+def _plainly(uplink: Uplink) -> PyTree:
+    """What is averaged over the participants without their weights."""
+    return tree.parameters(uplink.delta)[0], uplink.extra
+
+
+def _means(plain: PyTree, cohort) -> corrections.Means:
     """Means over the participants that ignore their weights."""
-    delta, _ = tree.parameters(uplink.delta)
-    delta, extra = aggregators.mean_over_clients((delta, uplink.extra), cohort.active)
-    participation = jnp.sum(cohort.active) / cohort.population
-    return corrections.Means(delta, extra, participation)
+    return corrections.Means(*plain, jnp.sum(cohort.active) / cohort.population)
 
 
 def _where(condition, a: PyTree, b: PyTree) -> PyTree:

@@ -50,10 +50,13 @@ def normalised_mean() -> aggregators.Aggregator:
     Combines (delta, displacement [C]); delta's statistics are averaged plainly.
     """
 
+    def by_unit(displacement, weight):
+        moved = displacement > 0
+        return jnp.where(moved, weight / jnp.where(moved, displacement, 1.0), 0.0)
+
     def combine(key, stacked, weight, state):
         delta, displacement = stacked
-        moved = displacement > 0
-        per_unit = jnp.where(moved, weight / jnp.where(moved, displacement, 1.0), 0.0)
+        per_unit = by_unit(displacement, weight)
         # Where nobody takes part all sums are 0: any divisor leaves the mean at 0.
         total = jnp.maximum(jnp.sum(weight), 1e-30)
         effective = jnp.sum(weight * displacement) / total
@@ -62,4 +65,25 @@ def normalised_mean() -> aggregators.Aggregator:
         mean |= tree.scale(normalised, effective * jnp.sum(per_unit) / total)
         return (mean, ()), state
 
-    return aggregators.Aggregator(init=lambda spec: (), combine=combine)
+    def sums(stacked, weight):
+        delta, displacement = stacked
+        per_unit = by_unit(displacement, weight)
+        return {
+            "mean": aggregators.sum_over_clients(delta, weight),
+            "normalised": aggregators.sum_over_clients(
+                tree.parameters(delta)[0], per_unit
+            ),
+            "displacement": jnp.sum(weight * displacement),
+            "weight": jnp.sum(weight),
+        }
+
+    def of_sums(sums):
+        # The mean per unit times its weight, which is that of the sum, cancels.
+        total = jnp.maximum(sums["weight"], 1e-30)
+        mean = aggregators.over(sums["mean"], sums["weight"])
+        factor = sums["displacement"] / total / total
+        return mean | tree.scale(sums["normalised"], factor), ()
+
+    return aggregators.Aggregator(
+        init=lambda spec: (), combine=combine, sums=sums, of_sums=of_sums
+    )

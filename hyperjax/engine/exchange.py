@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hyperjax import rng, tree
+from hyperjax import aggregators, rng, tree
 from hyperjax.engine import families, sharding
 from hyperjax.types import (
     ALONE,
@@ -18,6 +18,7 @@ from hyperjax.types import (
     Key,
     Pool,
     PyTree,
+    Sums,
 )
 
 # Entries of a client's info that are summed over the cohort; the others are averaged,
@@ -106,7 +107,7 @@ def make_joint_exchange(
     `alone` for the single family of the single client. Exchanges of one round that
     differ in `stage` draw from different keys. With `streaming` uplinks are summed up
     as clients finish, and no more of them are in memory than train at a time; it is for
-    servers that are `mean_only`.
+    servers that are `mean_only` or have `sums`.
     """
 
     def mapped_update(client):
@@ -119,6 +120,7 @@ def make_joint_exchange(
 
     server_side, sides = families.mapped(alg)[:2]
     updates = {name: mapped_update(client) for name, client in sides.items()}
+    summed = None if server_side.mean_only else server_side.sums
 
     def visit(name, root, key, down, rows, seen, data: ClientData, cohort: Cohort):
         """One family's part: (uplinks, new rows, infos), leaves [C, ...]."""
@@ -131,12 +133,15 @@ def make_joint_exchange(
         visitors = _Visitor(keys, down.own, start, data.rows, size)
         shared = _Shared(down.shared, down.round, data.pool)
         if streaming:
-            weight = cohort.weight * cohort.active
             per_device = 1 if isinstance(mapper, str) else mapper
             at_a_time = per_device * (1 if mesh is None else mesh.size)
             up, new, info = _streamed(
-                updates[name], at_a_time, visitors, shared, weight
+                updates[name], at_a_time, visitors, shared, cohort, summed
             )
+            if server_side.mean_only:
+                up = jax.tree.map(lambda x: x[None], up)  # of one that stands for all
+            else:
+                up = Sums(up)
         else:
             up, new, info = updates[name](visitors, shared)
             up = tree.where_rows(alive, up, tree.zeros_like(up))
@@ -158,7 +163,7 @@ def make_joint_exchange(
             )
             infos.append(info)
             active.append(cohort.active)
-        if streaming:
+        if streaming and server_side.mean_only:
             cohorts = {name: _as_one(cohort) for name, cohort in cohorts.items()}
         server, server_info = server_side.update(
             rng.stream(key, "server_update"), server, ups, cohorts
@@ -170,49 +175,62 @@ def make_joint_exchange(
     return exchange
 
 
+def _mean_of(part: PyTree, cohort: Cohort, total: Array) -> PyTree:
+    """What some clients add to the weighted mean of the uplinks."""
+    share = cohort.weight * cohort.active / jnp.where(total > 0, total, 1.0)
+    return aggregators.sum_over_clients(part, share)
+
+
 def _streamed(
     update: Callable,
     at_a_time: int,
     visitors: _Visitor,
     shared: _Shared,
-    weight: Array,
+    cohort: Cohort,
+    summed: Callable | None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Updates some clients at a time and adds up what they send.
 
-    Returns the weighted mean of the uplinks, leaves [1, ...], and the new states and
-    infos of all clients, leaves [C, ...].
+    Returns sums over the cohort, as `ServerSide.sums` defines them, or, if `summed` is
+    None, the weighted mean of the uplinks; and the new states and infos of all clients,
+    leaves [C, ...].
     """
-    num = weight.shape[0]
-    total = jnp.sum(weight)
-    share = weight / jnp.where(total > 0, total, 1.0)
+    num = cohort.ids.shape[0]
+    total = jnp.sum(cohort.weight * cohort.active)
     steps = -(-num // at_a_time)
     lanes = jnp.arange(steps * at_a_time).reshape(steps, at_a_time)
 
     def some(lane):
-        """Those of a lane: (uplinks, new states, infos), their shares."""
+        """Those of a lane: (uplinks, new states, infos), and who they are."""
         place = jnp.minimum(lane, num - 1)
         mine = jax.tree.map(lambda x: x[place], visitors)
         real = lane < num  # those beyond the cohort take no step, and count for nothing
         mine = mine._replace(size=jnp.where(real, mine.size, 0))
-        return update(mine, shared), jnp.where(real, share[place], 0.0)
+        who = cohort._replace(
+            ids=cohort.ids[place],
+            active=jnp.where(real, cohort.active[place], 0.0),
+            weight=cohort.weight[place],
+        )
+        return update(mine, shared), who
 
-    def body(mean, lane):
-        (up, new, info), counts = some(lane)
-        up = tree.where_rows(counts > 0, up, tree.zeros_like(up))
+    def partly(lane):
+        """What a lane adds to the sums, and (uplinks, new states, infos)."""
+        out, who = some(lane)
+        up = tree.where_rows(who.active > 0, out[0], tree.zeros_like(out[0]))
+        part = _mean_of(up, who, total) if summed is None else summed(up, who)
+        return part, out
 
-        def added(so_far, x):
-            x = x.astype(jnp.float32)
-            exact = jax.lax.Precision.HIGHEST  # as `mean_over_clients`
-            return so_far + jnp.tensordot(counts, x, 1, precision=exact)
+    def body(sums, lane):
+        part, (_, new, info) = partly(lane)
+        return tree.add(sums, part), (new, info)
 
-        return jax.tree.map(added, mean, up), (new, info)
-
-    like = jax.eval_shape(some, lanes[0])[0][0]
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), like)
-    mean, out = jax.lax.scan(body, nothing, lanes)
-    mean = jax.tree.map(lambda x, one: x.astype(one.dtype)[None], mean, like)
+    parts, (like, _, _) = jax.eval_shape(partly, lanes[0])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
+    sums, out = jax.lax.scan(body, nothing, lanes)
+    if summed is None:
+        sums = jax.tree.map(lambda x, one: x.astype(one.dtype), sums, like)
     new, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], out)
-    return mean, new, info
+    return sums, new, info
 
 
 def _as_one(cohort: Cohort) -> Cohort:

@@ -166,7 +166,8 @@ def mapped(alg: Algorithm) -> Algorithm:
         return {ALONE: given.release(key, state, cohorts[ALONE])}
 
     released = given.release and release
-    server = ServerSide(given.init, downlink, update, released, given.mean_only)
+    how = given.mean_only, given.sums
+    server = ServerSide(given.init, downlink, update, released, *how)
     opening = alg.opening and mapped(alg.opening)
     closing = alg.closing and mapped(alg.closing)
     return Algorithm(server, clients(alg), alg.exact, opening, closing)

@@ -274,11 +274,11 @@ def _check_streaming(alg: Algorithm, sequential: bool, mapper: str | int) -> Non
     Raises:
       ValueError: it is not, or there would be no sum.
     """
-    if not alg.server.mean_only:
+    if not alg.server.mean_only and alg.server.sums is None:
         raise ValueError(
             "streaming=True sums clients' answers up as they come, and the server of "
             "this method needs each of them; accepted: False, or a method whose server "
-            "needs their weighted mean alone, such as fedavg without an uplink"
+            "needs means or sums of them alone, such as fedavg without an uplink"
         )
     if sequential:
         raise ValueError(
