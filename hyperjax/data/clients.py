@@ -10,6 +10,7 @@ import numpy as np
 
 from hyperjax.data.arrays import is_tokens
 from hyperjax.data.shift import IDENTITY
+from hyperjax.errors import check_choice
 from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 
 
@@ -36,6 +37,7 @@ def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
 # How inputs are scaled: by the moments of all participants' training pixels, by each
 # client's own, or not at all.
 STANDARDISE = ("pool", "client", "none")
+POOLS = ("device", "host")  # where samples are kept
 
 
 def make_pool(
@@ -46,8 +48,9 @@ def make_pool(
     standardise: str = "pool",
     owners: Sequence[np.ndarray] = (),
     shift: np.ndarray | None = None,
+    on: str = "device",
 ) -> Pool:
-    """Puts samples on the device, with channel moments of the training rows only.
+    """Puts samples where they are kept, with channel moments of the training rows only.
 
     Columns of a table are channels, and one that is constant is not divided. Tokens
     have no moments: they stay what they are.
@@ -61,7 +64,11 @@ def make_pool(
         which it need tell nobody) or "none" (0 and 1).
       owners: rows of every client, for "client" and with `shift`.
       shift: [len(owners), S] what each client's images have been through.
+      on: "device", or "host": x stays the array it is, also one in a file that is
+        mapped to memory, and `some` takes what clients need of it.
     """
+    check_choice("pool on", on, POOLS)
+    put: Any = jnp.asarray if on == "device" else np.asarray
     if standardise == "none" or is_tokens(x):
         channels = x.shape[-1]
         mean, std = np.zeros(channels), np.ones(channels)
@@ -80,17 +87,50 @@ def make_pool(
         owner = np.full(len(x), len(owners), np.int32)
         for client, rows in enumerate(owners):
             owner[rows] = client
-        owner = jnp.asarray(owner)
+        owner = put(owner)
     if shift is not None:
         told = jnp.asarray(np.concatenate([shift, IDENTITY[None]]), jnp.float32)
     return Pool(
-        jnp.asarray(x),
-        jnp.asarray(y, jnp.int32),
+        put(x),
+        put(y, np.int32),
         jnp.asarray(mean, jnp.float32),
         jnp.asarray(_divisor(x, mean, std), jnp.float32),
         owner,
         told,
     )
+
+
+def is_on_host(pool: Pool) -> bool:
+    """Returns whether a pool's samples are on the host, see `make_pool`."""
+    return isinstance(pool.x, np.ndarray)
+
+
+def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
+    """Returns the samples of some clients out of a pool on the host.
+
+    Args:
+      pool: of n samples.
+      *tables: rows [C, .] of the pool.
+      room: how many samples the new pool has, at least as many as the tables name; 0:
+        the next power of two. What is left over repeats its first sample.
+
+    Returns:
+      A pool on the host, and the tables with rows of it.
+    """
+    every = np.concatenate([np.asarray(table.rows).ravel() for table in tables])
+    rows, places = np.unique(every, return_inverse=True)
+    width = room or 1 << max(0, len(rows) - 1).bit_length()
+    rows = np.pad(rows, (0, width - len(rows)), mode="edge")
+    take = lambda x: np.take(x, rows, axis=0)  # noqa: E731
+    owner = pool.owner if isinstance(pool.owner, tuple) else take(pool.owner)
+    found, start = [], 0
+    for table in tables:
+        shape, size = np.shape(table.rows), np.size(table.rows)
+        mine = places[start : start + size].reshape(shape).astype(np.int32)
+        found.append(Table(mine, table.size))
+        start += size
+    part = pool._replace(x=take(pool.x), y=take(pool.y), owner=owner)
+    return part, found
 
 
 def _divisor(x: np.ndarray, mean: Any, std: Any) -> np.ndarray:

@@ -181,6 +181,7 @@ def federate(
     after_shift: Callable[[Source], Source] = lambda source: source,
     standardise: str = "pool",
     kind: str = "",
+    pool: str = "device",
     **options: Any,
 ) -> Federation:
     """Deals a data set out; warns if much of it becomes nobody's.
@@ -215,6 +216,7 @@ def federate(
         by each client's own ("client"), or as they are ("none", bytes in [0, 1]).
         Columns of features are scaled each by its own; tokens are left as they are.
       kind: of samples [n, d]: "features" or "tokens", see `sources.from_arrays`.
+      pool: where samples are kept, "device" or "host", see `clients.make_pool`.
       **options: of the partitioner.
 
     Raises:
@@ -318,16 +320,17 @@ def federate(
         drawn = shift.draw(seed, num_clients, num_novel)
         shown = shifts.apply(source.x, parts, drawn, seed)
         source = after_shift(source._replace(x=shown))
-    pool = clients.make_pool(
+    samples = clients.make_pool(
         source.x,
         source.y,
         np.concatenate(train[mine]),
         standardise=standardise,
         owners=parts,
         shift=drawn,
+        on=pool,
     )
     return Federation(
-        pool=pool,
+        pool=samples,
         train=own_train,
         held_out=clients.table(held_out[mine], _WIDTH),
         validation=validation,

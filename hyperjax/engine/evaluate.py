@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import rng
-from hyperjax.data.clients import Table
+from hyperjax.data.clients import Table, is_on_host, some
 from hyperjax.engine import deploy, families, schedule, scoring, sharding
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
@@ -110,11 +110,25 @@ def evaluator(
     groups, program = families.check(alg, members), program or Compiled(mesh)
     hyper = hyper or Hyper.none(alg)
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
-    unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
+    source = source / jnp.sum(source)
+
+    def placed(pool: Pool) -> Samples:
+        unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
+        return sharding.replicate(Samples(pool, unlabelled, source), mesh)
+
     # Arguments of the programs, not constants in them: other federations of equal
     # shapes find the programs in the compilation cache.
-    samples = Samples(pool, unlabelled, source / jnp.sum(source))
-    samples = sharding.replicate(samples, mesh)
+    everything = None if is_on_host(pool) else placed(pool)
+
+    def samples_of(who: deploy.Clients) -> tuple[deploy.Clients, Samples]:
+        """Clients with the samples that they need, all of a pool on the device."""
+        if everything is not None:
+            return who, everything
+        part, tables = some(pool, who.train, who.inputs)
+        train, inputs = (Table(*map(jnp.asarray, table)) for table in tables)
+        there = placed(jax.tree.map(jnp.asarray, part))
+        return who._replace(train=train, inputs=inputs), there
+
     programs = {
         name: _programs(hyper.method, name, batch_size, mesh) for name in groups.names
     }
@@ -139,11 +153,12 @@ def evaluator(
         for name in groups.names:
             found[name] = ()
             if name in fits:
-                some = whose[name][""].of
+                they = whose[name][""].of
                 tables = (
-                    Table(*map(jnp.asarray, t)) for t in (some.train, some.inputs)
+                    Table(*map(jnp.asarray, t)) for t in (they.train, they.inputs)
                 )
-                who = deploy.find(carry, name, some.ids, *tables)
+                who = deploy.find(carry, name, they.ids, *tables)
+                who, samples = samples_of(who)
                 moment, none = deploy.moment(root, carry, round, name), jnp.int32(0)
                 call = _Call(moment, who, samples, none, none, hyper.values, ())
                 args = (sharding.replicate(call, mesh),)
@@ -158,6 +173,7 @@ def evaluator(
         width = sharding.padded_size(min(shape.clients, max(2, clients_per_call)), mesh)
         for places, real, lanes in _lanes(num, width):
             who = _some(carry, name, population, places, lanes, shape)
+            who, samples = samples_of(who)
             counts = jnp.int32(lanes), jnp.int32(epochs)
             call = _Call(moment, who, samples, *counts, hyper.values, fitted)
             values = run(stage, name, call)

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import compiling, rng
-from hyperjax.data.clients import Table
+from hyperjax.data import clients
+from hyperjax.data.clients import Table, is_on_host
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
 from hyperjax.errors import check_at_least, check_choice, check_number
@@ -146,6 +148,7 @@ def simulator(
     mesh: Any = None,
     store: str = "device",
     store_dir: str | None = None,
+    pool_mb: int = 0,
     streaming: bool = False,
     program: compiled.Compiled | None = None,
     hyper: compiled.Hyper | None = None,
@@ -155,7 +158,8 @@ def simulator(
     Args:
       alg: the method.
       table: pool rows of the N participating clients.
-      pool: the samples.
+      pool: the samples. Of those on the host, see `clients.make_pool`, a cohort's
+        travel to the device, while the cohort before is trained.
       weight: [N] aggregation weights, not negative and not all zero, registered once.
       cohort_size: C; ignored by the sampler "full".
       members: the clients of each family by its name, for methods with families.
@@ -169,6 +173,8 @@ def simulator(
         device, and runs all rounds of a call as one program; "host" keeps both in
         host memory, or in files under `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
+      pool_mb: how many MB of 2^20 bytes samples may take on a device: all of them, or,
+        where they travel, those of two cohorts; 0: no limit.
       streaming: uplinks are summed up as clients finish instead of kept, see
         `exchange.make_joint_exchange`.
       program: the compiler, that of a simulator of the same method and arguments but
@@ -178,11 +184,13 @@ def simulator(
         programs; None: they are built in.
 
     Raises:
-      ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, weights
-        that are none, members that are not the method's families of these N, or
+      ValueError: unknown sampler, store or mapper, a cohort size outside 1..N, samples
+        that do not fit, or that are on the host without the host store, weights that
+        are none, members that are not the method's families of these N, or
         `streaming` where it cannot be.
     """
     num_clients = len(table.size)
+    check_at_least(0, pool_mb=pool_mb)
     if streaming:
         _check_streaming(alg, sequential, mapper)
     check_choice("sampler", sampler, SAMPLERS)
@@ -246,6 +254,7 @@ def simulator(
         return {name: place[family == i] for i, name in enumerate(groups.names)}
 
     _check_data(alg, table, pool)
+    _check_room(pool, table, padded, pool_mb, store)
     sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
@@ -259,7 +268,7 @@ def simulator(
         sequential=sequential,
         groups=groups,
         table=table,
-        pool=sharding.replicate(pool, mesh),
+        pool=pool if is_on_host(pool) else sharding.replicate(pool, mesh),
         weight=sharding.replicate(_checked_weight(weight, num_clients), mesh),
         mesh=mesh,
         program=program,
@@ -325,6 +334,32 @@ def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
         raise ValueError(
             f"table names rows {rows.min()} to {rows.max()} of a pool of "
             f"{len(pool.x)} samples"
+        )
+
+
+def _room(pool: Pool, table: Table, clients: int) -> int:
+    """Returns how many samples of a pool so many clients have at most."""
+    return min(len(pool.x), clients * table.rows.shape[1])
+
+
+def _check_room(
+    pool: Pool, table: Table, cohort_size: int, limit_mb: int, store: str
+) -> None:
+    """Refuses samples that have no room on the device."""
+    if is_on_host(pool) and store != "host":
+        raise ValueError(
+            "the pool's samples are on the host, where a cohort's are taken from; "
+            f"accepted: store='host' with it, not {store!r}"
+        )
+    num, what, instead = len(pool.x), "all samples", "a pool on the host"
+    if is_on_host(pool):
+        num = 2 * _room(pool, table, cohort_size)  # trained on, and on their way
+        what, instead = f"samples of two cohorts of {cohort_size}", "smaller cohorts"
+    needed = num * (pool.x.nbytes // max(1, len(pool.x))) / 2**20
+    if limit_mb and needed > limit_mb:
+        raise ValueError(
+            f"pool_mb={limit_mb} is too little for {what}, {needed:.1f} MB; accepted: "
+            f"a higher limit, 0 for none, or {instead}"
         )
 
 
@@ -595,20 +630,40 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
                 x[seen[name]] = y[seen[name]]  # others are zeros
         return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
-    def one_round(root, carry, round):
+    together = bool(parts.alg.opening or parts.alg.closing or not parts.sequential)
+
+    def drawn(root, round):
+        """The cohort of a round, and by family if clients are together in one."""
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
+        if not together:
+            return cohort, {}
+        return cohort, program("cohorts", parts.cohorts, (cohort,))
+
+    def data_of(cohorts):
+        """What clients train on, on the device as far as it may travel ahead."""
+        found = {}
+        for name, members in parts.members(cohorts).items():
+            place = np.asarray(members)
+            mine, pool = Table(table.rows[place], table.size[place]), parts.pool
+            if is_on_host(pool):
+                room = _room(pool, table, len(place))
+                pool, (mine,) = clients.some(pool, mine, room=room)
+                pool = jax.tree.map(jnp.asarray, pool)
+                pool = sharding.replicate(pool, parts.mesh)
+            found[name] = ClientData(*mine, pool)
+        return found
+
+    def one_round(root, carry, cohort, cohorts, data):
         opened: dict[str, Array] = {}
-        if parts.alg.opening or parts.alg.closing or not parts.sequential:
-            cohorts = program("cohorts", parts.cohorts, (cohort,))
         if parts.alg.opening:
-            carry, opened = one_exchange(root, carry, cohorts, "opening")
+            carry, opened = one_exchange(root, carry, cohorts, data, "opening")
         if parts.sequential:
             carry, info = one_by_one(root, carry, cohort)
         else:
-            carry, info = one_exchange(root, carry, cohorts)
+            carry, info = one_exchange(root, carry, cohorts, data)
         closed: dict[str, Array] = {}
         if parts.alg.closing:
-            carry, closed = one_exchange(root, carry, cohorts, "closing")
+            carry, closed = one_exchange(root, carry, cohorts, data, "closing")
         return carry, _round_info(opened, info, closed)
 
     def one_by_one(root, carry, cohort):
@@ -617,20 +672,20 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             one = jax.tree.map(lambda x, turn=turn: x[turn], turns)
             name = groups.names[groups.family[client]]
             one = one._replace(ids=jnp.asarray(groups.place[[client]]))
-            carry, info = one_exchange(root, carry, {name: one})
+            alone = {name: one}
+            carry, info = one_exchange(root, carry, alone, data_of(alone))
             infos.append(info)
         infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
         return carry, jax.device_get(exchange.round_info(infos))
 
-    def one_exchange(root, carry: Carry, cohorts, stage="exchange"):
+    def one_exchange(root, carry: Carry, cohorts, data, stage="exchange"):
         rows, seen = carry.rows, carry.seen
-        data, state, was_seen = {}, {}, {}
-        for name, members in parts.members(cohorts).items():
-            ids, place = np.asarray(cohorts[name].ids), np.asarray(members)
+        state, was_seen = {}, {}
+        for name, cohort in cohorts.items():
+            ids = np.asarray(cohort.ids)
             state[name], was_seen[name] = stores.host_gather(
                 rows[name], seen[name], ids
             )
-            data[name] = ClientData(table.rows[place], table.size[place], parts.pool)
         inputs = (root, carry.server, state, was_seen, data, cohorts)
         inputs = (parts.hyper.values, *sharding.replicate(inputs, parts.mesh))
 
@@ -645,10 +700,17 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
 
     def run(root, carry, start, num_rounds):
         root = sharding.replicate(root, parts.mesh)
-        infos = []
-        for round in range(start, start + num_rounds):
-            carry, info = one_round(root, carry, round)
-            infos.append(info)
+        infos, stop = [], start + num_rounds
+        with ThreadPoolExecutor(1) as porter:
+            cohort, cohorts = drawn(root, start)
+            data = porter.submit(data_of, cohorts)
+            for round in range(start, stop):
+                now = cohort, cohorts, data.result()
+                if round + 1 < stop:  # it is taken there while this one computes
+                    cohort, cohorts = drawn(root, round + 1)
+                    data = porter.submit(data_of, cohorts)
+                carry, info = one_round(root, carry, *now)
+                infos.append(info)
         return carry, jax.tree.map(lambda *x: np.stack(x), *infos)
 
     return Simulator(init, load, run, parts.visits, parts.participants, program)

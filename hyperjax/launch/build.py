@@ -106,6 +106,7 @@ def assemble(
         devices=engine.devices,
         streaming=engine.streaming,
         numerics=numerics,
+        pool_mb=engine.pool_mb,
         store=engine.store,
         store_dir=store_dir if engine.memory_map else None,
         eval_batch_size=evaluation.batch_size,
@@ -169,6 +170,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
+    check_choice("engine.pool", config.engine.pool, clients.POOLS)
+    if config.engine.pool == "host" and config.engine.store != "host":
+        raise ValueError(
+            "engine.pool='host' moves a cohort's samples with its state; accepted: "
+            "engine.store='host' with it, or engine.pool='device'"
+        )
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.precision", config.engine.precision, compiling.PRECISIONS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
@@ -303,6 +310,7 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
         shift=_shift(data),
         after_shift=lambda shifted: scaled(shifted, data),
         standardise=data.standardise,
+        pool=config.engine.pool,
         **options,
     )
     if data.newcomers:

@@ -75,6 +75,7 @@ NUMBERS: dict[str, Number] = {
     "server.cohort_size": _count(0),
     "engine.block_size": _count(1),
     "engine.devices": _count(0),
+    "engine.pool_mb": _count(0),
     "engine.rounds_per_call": _count(0),
     "evaluation.every": _count(1),
     "evaluation.batch_size": _count(1),

@@ -97,6 +97,8 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "engine.devices": (0, "0: all; on the CPU one per core, at most 8"),
     "engine.store": ("device", "where clients' state is kept: device or host"),
     "engine.memory_map": (False, "host store: files in the workdir, not memory"),
+    "engine.pool": ("device", "where samples are kept; host: a cohort's travel"),
+    "engine.pool_mb": (0, "most that samples may take on a device; 0: no limit"),
     "engine.rounds_per_call": (0, "compiled together; 0: all between evaluations"),
     "engine.conv_rule": ("auto", "convolutions by xla, scan, patches or stripes"),
     "engine.precision": ("", "of products: default, high, highest; empty: JAX's own"),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from hyperjax import compiling, hosts
-from hyperjax.data.clients import Table
+from hyperjax.data.clients import Table, is_on_host
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, evaluate, families, schedule, sharding
 from hyperjax.engine.compiled import Compiled, Hyper
@@ -107,6 +107,7 @@ def experiment(
     devices: int = 0,
     store: str = "device",
     store_dir: str | None = None,
+    pool_mb: int = 0,
     streaming: bool = False,
     numerics: compiling.Numerics = compiling.Numerics(),
     eval_batch_size: int = 256,
@@ -133,6 +134,7 @@ def experiment(
       devices: at most so many; 0: all that help.
       store: of clients' state and row numbers: "device" or "host".
       store_dir: folder of a host store in files.
+      pool_mb: see `schedule.simulator`.
       streaming: uplinks are summed up as clients finish, see `schedule.simulator`.
       numerics: how programs round.
       eval_batch_size: inputs predicted at a time.
@@ -178,6 +180,7 @@ def experiment(
         mesh=mesh,
         store=store,
         store_dir=store_dir,
+        pool_mb=pool_mb,
         streaming=streaming,
         program=like.simulator.program if like else Compiled(mesh, numerics),
         hyper=hyper,
@@ -207,6 +210,7 @@ def experiment(
         cohort_size=cohort_size,
         compiler_level=compiling.level(),
         **({"streaming": True} if streaming else {}),
+        **({"pool": "host"} if is_on_host(federation.pool) else {}),
         **{name: x for name, x in numerics._asdict().items() if x},
     )
     costs = {}

@@ -153,3 +153,23 @@ def test_every_place_is_equally_likely(pool):
 def test_labels_can_be_withheld(pool):
     data = clients.withhold_labels(client(pool, 6))
     assert np.all(data.pool.y == -1) and data.pool.x is pool.x
+
+
+def test_some_of_a_pool_are_the_same_samples():
+    x = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
+    owners = [np.array([0, 1, 2]), np.array([3])]
+    pool = clients.make_pool(
+        x, np.arange(10), np.arange(4), standardise="client", owners=owners, on="host"
+    )
+    assert clients.is_on_host(pool) and np.shares_memory(pool.x, x)
+    tables = clients.table([[7, 2, 2], [9]]), clients.table([[3], [7]])
+    for room, width in ((0, 8), (5, 5), (6, 6)):
+        part, found = clients.some(pool, *tables, room=room)
+        assert len(part.x) == len(part.y) == len(part.owner) == width
+        for old, new in zip(tables, found, strict=True):
+            assert new.rows.dtype == np.int32 and new.rows.shape == old.rows.shape
+            for name in ("x", "y", "owner"):
+                one, other = getattr(pool, name), getattr(part, name)
+                np.testing.assert_array_equal(other[new.rows], one[old.rows])
+    with pytest.raises(ValueError, match="pool on='disk' is unknown"):
+        clients.make_pool(x, np.arange(10), np.arange(4), on="disk")

@@ -479,3 +479,16 @@ def test_without_participants_samples_a_fit_is_refused():
     ids, _, inputs = populations()["zacc"]
     with pytest.raises(ValueError, match="no participants' samples are here"):
         give(ROOT, trained("fedavg"), 2, ids, ClientData(*inputs, tiny().pool))
+
+
+@pytest.mark.parametrize("stack", ["fedavg"])
+def test_samples_that_travel_change_no_score(stack):
+    options = dict(source_prior=SOURCE, batch_size=4, clients_per_call=4)
+    options["tuned"] = {"pacc": populations()["pacc"]}
+    far = jax.tree.map(np.asarray, tiny().pool)
+    found = []
+    for pool in (tiny().pool, far):
+        it = evaluate.evaluator(method(stack), pool, populations(), **options)
+        carry = trained(stack)
+        found.append([it.evaluate(ROOT, carry, 2), it.tune(ROOT, carry, 2, 1)])
+    chex.assert_trees_all_equal(*found)

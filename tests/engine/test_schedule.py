@@ -286,3 +286,57 @@ def test_a_large_host_store_takes_memory_as_it_is_written():
     assert seen.nonzero()[0].tolist() == [5, 1999]
     assert rows["x"].sum(1).nonzero()[0].tolist() == [5, 1999]
     assert stores.host_gather(rows, seen, ids[:2])[0]["x"].min() == 1
+
+
+# Samples on the host -----------------------------------------------------------------
+
+
+def on_host(tmp_path):
+    """The pool, its samples in a file that is mapped to memory."""
+    pool = jax.tree.map(np.asarray, tiny().pool)
+    np.save(tmp_path / "x.npy", pool.x)
+    return pool._replace(x=np.load(tmp_path / "x.npy", mmap_mode="r"))
+
+
+@pytest.mark.parametrize("options", [{}, dict(mesh=4), dict(sequential=True)])
+def test_samples_that_travel_change_no_bit(options, tmp_path):
+    if "mesh" in options:
+        options = dict(mesh=sharding.client_mesh(4))
+    mine = build(store="host", **options)
+    far = build(store="host", pool=on_host(tmp_path), **options)
+    expected, info = mine.run(ROOT, mine.init(ROOT), 0, 3)
+    found, info_far = far.run(ROOT, far.init(ROOT), 0, 3)
+    assert digest(found) == digest(expected)
+    chex.assert_trees_all_equal(info_far, info)
+
+
+def test_samples_that_do_not_fit_are_refused(tmp_path):
+    far, num = on_host(tmp_path), 2**16
+    big = far._replace(x=np.broadcast_to(far.x[:1], (num, 4, 4, 1)), y=np.zeros(num))
+    table = Table(np.arange(num, dtype=np.int32).reshape(8, -1), np.full(8, num // 8))
+    with pytest.raises(ValueError, match=r"pool_mb=1 .* all samples, 1\.0 MB|store"):
+        build(pool=big, table=table, pool_mb=1)
+    # 3 of 8 clients, those of now and those of next: three quarters of 1 MB.
+    build(pool=big, table=table, pool_mb=1, store="host")
+    with pytest.raises(ValueError, match=r"pool_mb=1 .* two cohorts of 5, 1\.2 MB"):
+        build(pool=big, table=table, pool_mb=1, store="host", cohort_size=5)
+    there = tiny().pool._replace(x=jnp.zeros((2**17, 4, 4, 1), jnp.uint8))
+    with pytest.raises(ValueError, match=r"pool_mb=1 .* all samples, 2\.0 MB.* host"):
+        build(pool=there, pool_mb=1)
+    with pytest.raises(ValueError, match=r"on the host.*accepted: store='host'"):
+        build(pool=far)
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_nobody_changes_but_participants(kind):
+    sim = simulator(kind)
+    carry = jax.device_get(sim.init(ROOT))
+    for start, num in ((0, 2), (2, 1)):
+        new = jax.device_get(sim.run(ROOT, sim.load(carry), start, num)[0])
+        seen = new.seen[families.ALONE]
+        (ids,) = sim.participants(ROOT, start, num).values()
+        assert 3 <= len(ids) < NUM_CLIENTS and seen[ids].all()
+        others = np.setdiff1d(np.arange(NUM_CLIENTS), ids)
+        for x, y in zip(*map(jax.tree.leaves, (carry[1:], new[1:])), strict=True):
+            np.testing.assert_array_equal(x[others], y[others])
+        carry = new
