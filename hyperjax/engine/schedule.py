@@ -636,14 +636,18 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         """The cohort of a round, and by family if clients are together in one."""
         cohort = program("cohort", parts.draw, (root, jnp.int32(round), parts.weight))
         if not together:
-            return cohort, {}
-        return cohort, program("cohorts", parts.cohorts, (cohort,))
+            return cohort, {}, {}
+        cohorts = program("cohorts", parts.cohorts, (cohort,))
+        return cohort, cohorts, places_of(cohorts)
 
-    def data_of(cohorts):
+    def places_of(cohorts):
+        """Rows of the index table, by family."""
+        return jax.tree.map(np.asarray, parts.members(cohorts))
+
+    def data_of(places):
         """What clients train on, on the device as far as it may travel ahead."""
         found = {}
-        for name, members in parts.members(cohorts).items():
-            place = np.asarray(members)
+        for name, place in places.items():
             mine, pool = Table(table.rows[place], table.size[place]), parts.pool
             if is_on_host(pool):
                 room = _room(pool, table, len(place))
@@ -673,7 +677,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             name = groups.names[groups.family[client]]
             one = one._replace(ids=jnp.asarray(groups.place[[client]]))
             alone = {name: one}
-            carry, info = one_exchange(root, carry, alone, data_of(alone))
+            carry, info = one_exchange(root, carry, alone, data_of(places_of(alone)))
             infos.append(info)
         infos = jax.tree.map(lambda *x: jnp.stack(x), *infos)
         return carry, jax.device_get(exchange.round_info(infos))
@@ -702,13 +706,13 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         root = sharding.replicate(root, parts.mesh)
         infos, stop = [], start + num_rounds
         with ThreadPoolExecutor(1) as porter:
-            cohort, cohorts = drawn(root, start)
-            data = porter.submit(data_of, cohorts)
+            cohort, cohorts, places = drawn(root, start)
+            data = porter.submit(data_of, places)
             for round in range(start, stop):
                 now = cohort, cohorts, data.result()
                 if round + 1 < stop:  # it is taken there while this one computes
-                    cohort, cohorts = drawn(root, round + 1)
-                    data = porter.submit(data_of, cohorts)
+                    cohort, cohorts, places = drawn(root, round + 1)
+                    data = porter.submit(data_of, places)
                 carry, info = one_round(root, carry, *now)
                 infos.append(info)
         return carry, jax.tree.map(lambda *x: np.stack(x), *infos)

@@ -153,6 +153,24 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
 
 
 SHORT = ("--config.rounds=2", "--config.evaluation.every=2")
+
+
+@pytest.mark.slow
+def test_four_processes_agree_with_four_devices_of_one(tmp_path):
+    """Not to the bit: sums over four processes come in another order."""
+    more = (*FEDAVG, *SHORT)
+    results = run(tmp_path / "parted", 4, *more, devices=4)
+    assert [r.code for r in results] == [0] * 4, results[0].err
+    (alone,) = run(tmp_path / "alone", 1, *more, devices=4)
+    assert alone.code == 0, alone.err
+    parted, whole = (
+        [json.loads(line) for line in read(tmp_path / name)[1].splitlines()]
+        for name in ("parted", "alone")
+    )
+    for one, other in zip(parted, whole, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, nan_ok=True)
+
+
 METHODS = {
     "hyperfedzero": ("--config=configs/zero_shot.py:hyperfedzero,data=digits",),
     "hyperfednet": (
