@@ -5,7 +5,8 @@ python -m benchmarks.conv_rules
 Local training is a loop of gradient steps, and on the CPU XLA's own derivative of a
 convolution is slow there. `models.convolutions` picks its rule from this table; where
 another machine's says otherwise, `--config.engine.conv_rule` names the rule. Columns
-"b" are stripes of so many outputs, in brackets what "auto" takes.
+"b" are stripes of so many outputs, in brackets what "auto" takes; `onednn` is there
+where it is built, see `hyperjax.native`.
 """
 
 import time
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
+from hyperjax import native
 from hyperjax.launch.pages import text_table
 from hyperjax.models import convolutions
 
@@ -80,8 +82,10 @@ def row(shape: tuple) -> dict[str, str]:
         "patches": by(convolutions.convolve, rule="patches"),
         **{f"b={b}": by(convolutions.stripes, block=b) for b in BLOCKS},
     }
+    if native.version():
+        rules["onednn"] = by(convolutions.convolve, rule="onednn")
     kernel = jax.ShapeDtypeStruct((size, size, channels, features), jnp.float32)
-    auto = convolutions.cpu_rule(kernel.shape)
+    auto = convolutions.cpu_rule(kernel.shape, bool(native.version()))
     auto = f"b={convolutions.block_of(size, features)}" if auto == "stripes" else auto
     name = f"{batch}x{height}x{height}x{channels} -> {features}, {size}x{size}/{stride}"
     found = {"shape": f"{name} {padding}{', first' if first else ''}"}

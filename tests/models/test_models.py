@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hyperjax import tree
+from hyperjax import native, tree
 from hyperjax.models import MLP, ZOO, LeNet, convolutions, from_linen, layers
 from hyperjax.models.linen import cross_entropy, masked_mean
 from hyperjax.models.passes import passes
@@ -193,7 +193,8 @@ def test_explicit_padding_under_all_rules(size, stride, pads):
             )
             return y, pullback(jnp.sin(y))
 
-        return [one(rule) for rule in convolutions.RULES[1:]]
+        rules = [r for r in convolutions.RULES[1:] if r != "onednn" or native.version()]
+        return [one(rule) for rule in rules]
 
     expected, *others = outputs(x, kernel)
     for found in others:
