@@ -93,9 +93,9 @@ def cpu_rule(shape: tuple[int, ...], native_too: bool = False) -> str:
     size, _, channels, _ = shape
     if channels <= (20 if size >= 5 else 3):
         return "stripes"
-    if native_too:
-        return "onednn"
-    return "patches" if size <= 3 and channels < 16 else "scan"
+    if size <= 3 and channels < 16:
+        return "patches"
+    return "onednn" if native_too else "scan"
 
 
 def _product(x: Array, matrix: Array) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hyperjax.types import Array
 
-LIBRARY = Path(__file__).with_name("onednn.so")
+LIBRARY = Path(__file__).with_name("onednn.library")  # .so would make it a module
 FUNCTIONS = ("Forward", "InputGradient", "KernelGradient")
 
 

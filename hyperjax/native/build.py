@@ -42,7 +42,9 @@ def build() -> Path:
     options += [str(Path(__file__).with_name("onednn.cc")), "-o", str(part)]
     options += [f"-L{libraries}", "-ldnnl", f"-Wl,-rpath,{libraries}"]
     try:
-        done = subprocess.run([compiler, *options], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *options], capture_output=True, encoding="utf-8"
+        )
         if done.returncode:
             raise ValueError(f"{compiler} failed: {done.stderr.strip()}")
         ctypes.CDLL(str(part))

@@ -128,7 +128,7 @@ def test_what_is_not_built_is_refused(monkeypatch):
 
 
 def test_building_says_what_is_missing(monkeypatch, tmp_path, capsys):
-    library = tmp_path / "onednn.so"
+    library = tmp_path / "onednn.library"
     monkeypatch.setattr(native, "LIBRARY", library)
     monkeypatch.setattr(build, "HEADERS", ("no-such-package", "dnnl.hpp"))
     monkeypatch.setenv("CXX", "c++")
