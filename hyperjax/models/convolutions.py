@@ -88,14 +88,16 @@ def cpu_rule(shape: tuple[int, ...], native_too: bool = False) -> str:
 
     Stripes win where there are few channels, so that their copies are cheap and the
     product is what was too narrow before; with more of them copies cost more than they
-    give, those of patches earlier than those of stripes for 5x5, later for 3x3.
+    give, those of patches earlier than those of stripes for 5x5, later for 3x3. The
+    library's own code is for eights of channels, and for three.
     """
-    size, _, channels, _ = shape
+    size, _, channels, features = shape
+    eights = channels == 3 or (channels >= 16 and channels % 8 == 0)
+    if native_too and eights and features % 8 == 0:
+        return "onednn"
     if channels <= (20 if size >= 5 else 3):
         return "stripes"
-    if size <= 3 and channels < 16:
-        return "patches"
-    return "onednn" if native_too else "scan"
+    return "patches" if size <= 3 and channels < 16 else "scan"
 
 
 def _product(x: Array, matrix: Array) -> Array:

@@ -3,9 +3,9 @@
     pip install 'hyperjax[native]'
     python -m hyperjax.native.build
 
-Nothing needs them: convolutions that have 16 channels or more are half as long with
-them, and their programs are compiled in half the time. Sums come in another order, so
-that results differ by rounding from those without.
+Nothing needs them: convolutions that have 16 channels or more take half the time with
+them, and their programs are compiled sooner. Sums come in another order, so that
+results differ by rounding from those without.
 """
 
 import ctypes

@@ -103,6 +103,14 @@ def test_the_rule_is_for_float32_of_known_sizes():
         assert name not in program(rule, *halves)
 
 
+def test_auto_takes_it_where_it_is_faster():
+    shapes = ((3, 3, 16, 32), (5, 5, 3, 16), (5, 5, 6, 16), (3, 3, 20, 10))
+    found = [convolutions.cpu_rule(shape, True) for shape in shapes]
+    assert found == ["onednn", "onednn", "stripes", "scan"]
+    found = [convolutions.cpu_rule(shape) for shape in shapes]
+    assert found == ["scan", "stripes", "stripes", "scan"]
+
+
 def test_a_plan_says_what_is_built_in(monkeypatch):
     monkeypatch.setattr(native, "version", lambda: "")
     assert [rule_in_plan(rule) for rule in ("auto", "scan")] == ["auto", "scan"]
