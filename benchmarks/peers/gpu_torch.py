@@ -2,7 +2,7 @@
 
 python gpu_torch.py '["mlp", 32, 480, 25, 4, 5, 100]' eager highest
 
-"highest" is float32, any other precision TF32 where the card has it.
+"highest" is float32, "bfloat16" autocast, any other TF32 where the card has it.
 """
 
 import json
@@ -27,7 +27,15 @@ modes = {"graphs": "reduce-overhead", "compiled": "default"}
 
 
 def wrapped(net):
-    return torch.compile(net, mode=modes[way]) if way in modes else net
+    net = torch.compile(net, mode=modes[way]) if way in modes else net
+    if precision != "bfloat16":
+        return net
+
+    def half(x):
+        with torch.autocast(device, torch.bfloat16):
+            return net(x).float()
+
+    return half
 
 
 one_round = averaging(work, server, x, y, wrapped)

@@ -95,7 +95,8 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         if not train:
             multiplier = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            return (x - running_mean.value) * multiplier + bias
+            y = (x - running_mean.value) * multiplier + bias
+            return y.astype(x.dtype)
         mask = jnp.ones(x.shape[0]) if mask is None else mask
         y, mean, var, count = batch_norm(x, mask > 0, scale, bias, self.epsilon)
         if not self.is_initializing():
@@ -111,13 +112,14 @@ def batch_norm(
 ) -> tuple[Array, Array, Array, Array]:
     """Normalises x [B, ..., c] by the moments of samples that are `real` [B], bool.
 
-    In one reading of x: both moments are taken about the same centre.
+    In one reading of x: both moments are taken about the same centre, in float32.
 
     Returns:
       Outputs like x, whose padding is arbitrary but finite; mean and biased variance
       [c], 0 if nothing is real; and of how many numbers a channel they are, [].
     """
-    axes = tuple(range(x.ndim - 1))
+    axes, dtype = tuple(range(x.ndim - 1)), x.dtype
+    x = x.astype(jnp.float32)
     count = jnp.sum(real) * (x[0].size // x.shape[-1])
     mask = real.reshape(-1, *[1] * (x.ndim - 1))
     x = jnp.where(mask, x, 0.0)  # first: 0 * nan is nan
@@ -130,7 +132,8 @@ def batch_norm(
     divisor = jnp.maximum(count, 1)
     first, second = jnp.sum(x, axes) / divisor, jnp.sum(jnp.square(x), axes) / divisor
     var = jnp.maximum(second - jnp.square(first), 0.0)
-    return _scaled(x, first, var, scale, bias, epsilon), centre + first, var, count
+    y = _scaled(x, first, var, scale, bias, epsilon).astype(dtype)
+    return y, centre + first, var, count
 
 
 def _scaled(x, mean, var, scale, bias, epsilon) -> Array:

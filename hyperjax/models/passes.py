@@ -77,6 +77,7 @@ def passes(
     input_shape: tuple[int, ...],
     frozen: Iterable[str] = (),
     dtype: Any = jnp.float32,
+    computing: Any = None,
 ) -> Passes:
     """Returns both passes of a module.
 
@@ -89,6 +90,8 @@ def passes(
     gives none. Random streams of any name are supplied in training. A batch of padding
     alone moves no statistics. Whatever number formats a module keeps and computes in,
     its variables, logits and features are float32 outside. Its inputs are of `dtype`.
+    With `computing`, another dtype, what it is given are copies in that one, of inputs
+    that are no integers and of its parameters.
 
     Raises:
       ValueError: `__call__` needs an argument that is not known.
@@ -144,13 +147,15 @@ def passes(
         one, flags = told(train, mask, fields or {}, flags or {})
         held = {name: variables[name] for name in ("params", "stats")}
         held = jax.tree.map(_as, held, formats())
-        stats = held["stats"]
+        stats, x = held["stats"], x.astype(dtype)
+        if computing is not None:
+            held["params"], x = _floating_as(computing, (held["params"], x))
         found: list[Array] = []
         calls = [] if calls is None else calls
         with nn.intercept_methods(_informing(mask, frozen, found, calls)):
             out = one.apply(
                 {"params": held["params"], **stats},
-                x.astype(dtype),
+                x,
                 rngs=rngs,
                 mutable=list(stats) if train else False,
                 **flags,
@@ -353,14 +358,17 @@ def _as(x: Array, like) -> Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def _float32(values: PyTree) -> PyTree:
-    """Turns every floating-point leaf into float32."""
+def _floating_as(dtype: Any, values: PyTree) -> PyTree:
+    """Turns every floating-point leaf into one of a dtype."""
 
     def one(x):
-        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float32
-        return x.astype(jnp.float32) if floating else x
+        other = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype
+        return x.astype(dtype) if other else x
 
     return jax.tree.map(one, values)
+
+
+_float32 = functools.partial(_floating_as, jnp.float32)
 
 
 def _others(value: Any) -> tuple:

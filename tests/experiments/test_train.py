@@ -485,6 +485,16 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
     same_result(run, finished)
 
 
+def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    config = small(engine__precision="bfloat16")
+    train.train(config, str(tmp_path / "whole"))
+    with kill_at(monkeypatch, checkpoint, "save", 2):
+        train.train(config, str(tmp_path / "broken"))
+    train.train(config, str(tmp_path / "broken"))
+    same_result(tmp_path / "broken", tmp_path / "whole")
+    assert read(tmp_path / "whole", "summary.json")["plan"]["precision"] == "bfloat16"
+
+
 def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
     config = small(engine__rounds_per_call=1)
     train.train(config, str(tmp_path / "whole"))
