@@ -461,7 +461,7 @@ def _batch_norm(layer: nn.BatchNorm, x: Array, real: Array) -> Array:
     """What Flax's layer computes in training, without the loss of digits far from 0."""
     y, mean, var, _ = layers.batch_norm(x, real, *_affine(layer), layer.epsilon)
     for name, new in (("mean", mean), ("var", var)):
-        old = layer.get_variable("batch_stats", name)
+        old: Any = layer.get_variable("batch_stats", name)
         kept = layer.momentum * old + (1 - layer.momentum) * new
         layer.put_variable("batch_stats", name, kept)
     return y
