@@ -99,7 +99,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "engine.memory_map": (False, "host store: files in the workdir, not memory"),
     "engine.rounds_per_call": (0, "compiled together; 0: all between evaluations"),
     "engine.conv_rule": ("auto", "convolutions by xla, scan, patches, stripes, onednn"),
-    "engine.precision": ("", "of products: default, high, highest, bfloat16"),
+    "engine.precision": ("", "default, high, highest, bfloat16; empty: JAX's own"),
     "engine.deterministic": (False, "on a GPU: equal bits every time, and slower"),
     "evaluation.every": (5, "rounds"),
     "evaluation.batch_size": (256, "samples"),
