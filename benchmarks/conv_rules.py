@@ -5,7 +5,8 @@ python -m benchmarks.conv_rules
 Local training is a loop of gradient steps, and on the CPU XLA's own derivative of a
 convolution is slow there. `models.convolutions` picks its rule from this table; where
 another machine's says otherwise, `--config.engine.conv_rule` names the rule. Columns
-"b" are stripes of so many outputs, in brackets what "auto" takes.
+"b" are stripes of so many outputs, in brackets what "auto" takes; `onednn` is there
+where it is built, see `hyperjax.native`.
 """
 
 import time
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
+from hyperjax import native
 from hyperjax.launch.pages import text_table
 from hyperjax.models import convolutions
 
@@ -26,6 +28,7 @@ SHAPES = (
     (32, 32, 3, 16, 5, 1, "VALID", True),
     (32, 12, 6, 16, 5, 1, "VALID", False),
     (32, 12, 20, 50, 5, 1, "VALID", False),
+    (64, 14, 16, 32, 5, 1, "VALID", False),
     (10, 16, 32, 64, 5, 1, "SAME", False),
     (128, 28, 1, 8, 3, 2, "SAME", True),
     (128, 14, 8, 16, 3, 2, "SAME", False),
@@ -80,8 +83,10 @@ def row(shape: tuple) -> dict[str, str]:
         "patches": by(convolutions.convolve, rule="patches"),
         **{f"b={b}": by(convolutions.stripes, block=b) for b in BLOCKS},
     }
+    if native.version():
+        rules["onednn"] = by(convolutions.convolve, rule="onednn")
     kernel = jax.ShapeDtypeStruct((size, size, channels, features), jnp.float32)
-    auto = convolutions.cpu_rule(kernel.shape)
+    auto = convolutions.cpu_rule(kernel.shape, bool(native.version()))
     auto = f"b={convolutions.block_of(size, features)}" if auto == "stripes" else auto
     name = f"{batch}x{height}x{height}x{channels} -> {features}, {size}x{size}/{stride}"
     found = {"shape": f"{name} {padding}{', first' if first else ''}"}

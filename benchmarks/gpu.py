@@ -4,9 +4,10 @@ python -m benchmarks.gpu --torch=PYTHON --json=gpu.json
 
 Whatever accelerator JAX finds runs rounds of FedAvg (plain SGD, uniform sampling, state
 and data on the device): each network with each plan of the clients and each precision
-of products. On an NVIDIA card "default" is TF32, "highest" is float32; parameters are
-float32 always; programs are those of `engine.deterministic=True`. Each row is measured
-in a process of its own, and checked there:
+of products. On an NVIDIA card "default" is TF32, "highest" is float32, and "bfloat16"
+networks that compute in it; parameters are float32 always; programs are those of
+`engine.deterministic=True`. Each row is measured in a process of its own, and checked
+there:
 
   equal     two runs of the same rounds ended with the same bits
   distance  of the trained network to that of the plan "map" at "highest", relative to
@@ -45,7 +46,7 @@ NETWORKS = {
     "resnet20": Workload("resnet20", 128, 480, 25, 4, 5),
 }
 PLANS = ("vmap", "block", "map")
-PRECISIONS = ("highest", "default")
+PRECISIONS = ("highest", "default", compiling.BFLOAT16)
 WAYS = ("eager", "compiled", "graphs")
 TORCH = ("mlp", "lenet")  # networks that PyTorch's side has too
 COLUMNS = (
@@ -71,9 +72,10 @@ def measure(work: Workload, plan: str, precision: str, block: int) -> dict[str, 
     backend, device = jax.default_backend(), jax.local_devices()[0].device_kind
     if work.network == "resnet20":
         shape, network = (32, 32, 3), models.ZOO["resnet20"](10)
-        model = models.from_linen(network, shape, 10)
+        model = models.from_linen(network, shape, 10, precision=precision)
     else:
-        shape, model = round_time.SHAPE, round_time.make_model(work.network, True)
+        shape = round_time.SHAPE
+        model = round_time.make_model(work.network, True, precision)
     random = np.random.default_rng(0)
     y = random.integers(0, 10, (work.clients, work.samples), np.int32)
     x = random.integers(0, 256, (y.size, *shape), np.uint8)

@@ -129,13 +129,13 @@ def backend_and_devices() -> tuple[str, int]:
     return jax.default_backend(), jax.local_device_count()
 
 
-def make_model(name: str, peer_lenet: bool) -> Model:
-    """Returns a network on 28x28x1 images."""
+def make_model(name: str, peer_lenet: bool, precision: str = "") -> Model:
+    """Returns a network on 28x28x1 images; `precision` as `models.from_linen`'s."""
     check_choice("model", name, ("mlp", "lenet"))
     network: Any = models.ZOO[name](NUM_CLASSES)
     if name == "lenet" and peer_lenet:
         network = models.LeNet(NUM_CLASSES, channels=(6, 16), hidden=(120, 84))
-    return models.from_linen(network, SHAPE, NUM_CLASSES)
+    return models.from_linen(network, SHAPE, NUM_CLASSES, precision=precision)
 
 
 def make_pool(num_samples: int):

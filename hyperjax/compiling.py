@@ -15,16 +15,18 @@ import jax
 _LEVEL = "xla_backend_optimization_level"
 _DISABLED = "jax_disable_most_optimizations"
 OFTEN, ONCE = 1, 0  # levels, by how often a program runs
-# Of float32 products, as jax_default_matmul_precision; "": as JAX is set up.
-PRECISIONS = ("", "default", "high", "highest")
+BFLOAT16 = "bfloat16"
+# Of float32 products, as jax_default_matmul_precision; "": as JAX is set up. With the
+# last one networks compute in bfloat16 too, see `models.from_linen`.
+PRECISIONS = ("", "default", "high", "highest", BFLOAT16)
 
 
 class Numerics(NamedTuple):
-    """How programs round; nothing of it changes anything on a CPU.
+    """How programs round; nothing but `BFLOAT16` changes anything on a CPU.
 
     Attributes:
       precision: of `PRECISIONS`, of float32 products on an accelerator. Parameters are
-        kept and averaged in float32 whatever it is.
+        kept, sent and averaged in float32 whatever it is.
       deterministic: on a GPU, programs that give equal bits every time, and slower
         ones (`xla_gpu_deterministic_ops`); other backends do so anyway.
     """

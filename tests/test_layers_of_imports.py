@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("hyperjax.types", "hyperjax.errors"),
     ("hyperjax.calls", "hyperjax.registry"),
-    ("hyperjax.compiling", "hyperjax.hosts", "hyperjax.rng", "hyperjax.tree"),
+    (
+        "hyperjax.compiling",
+        "hyperjax.hosts",
+        "hyperjax.native",
+        "hyperjax.rng",
+        "hyperjax.tree",
+    ),
     (
         "hyperjax.data",
         "hyperjax.models",

@@ -2,19 +2,18 @@
 
 python gpu_torch.py '["mlp", 32, 480, 25, 4, 5, 100]' eager highest
 
-"highest" is float32, any other precision TF32 where the card has it.
+"highest" is float32, "bfloat16" autocast, any other TF32 where the card has it.
 """
 
-import copy
 import json
 import statistics
 import sys
 import time
 
 import torch
+from loop_torch import averaging
 from networks_torch import network, tensors
-from torch.nn import functional as F
-from workload import LEARNING_RATE, Workload, cohort, images, normalised
+from workload import Workload, images, normalised
 
 work, (way, precision) = Workload(*json.loads(sys.argv[1])), sys.argv[2:]
 rounded = precision != "highest"
@@ -24,38 +23,28 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 x, y = images(work)
 x, y = (each.to(device) for each in tensors(normalised(x), y))
 server = network(work.network).to(device)
-local = copy.deepcopy(server)
-forward = local
-if way != "eager":
-    mode = "reduce-overhead" if way == "graphs" else "default"
-    forward = torch.compile(local, mode=mode)
+modes = {"graphs": "reduce-overhead", "compiled": "default"}
 
 
-def one_round(t):
-    members = cohort(work, t)
-    total = [torch.zeros_like(p) for p in server.parameters()]
-    for client in members:
-        local.load_state_dict(server.state_dict())
-        optimizer = torch.optim.SGD(local.parameters(), LEARNING_RATE)
-        for _ in range(work.epochs):
-            order = torch.randperm(work.samples, device=device)
-            for rows in order.split(work.batch):
-                optimizer.zero_grad()
-                F.cross_entropy(forward(x[client, rows]), y[client, rows]).backward()
-                optimizer.step()
-        with torch.no_grad():
-            torch._foreach_add_(total, list(local.parameters()))
-    with torch.no_grad():
-        for parameter, summed in zip(server.parameters(), total, strict=True):
-            parameter.copy_(summed / len(members))
-    if device == "cuda":
-        torch.cuda.synchronize()
+def wrapped(net):
+    net = torch.compile(net, mode=modes[way]) if way in modes else net
+    if precision != "bfloat16":
+        return net
+
+    def half(x):
+        with torch.autocast(device, torch.bfloat16):
+            return net(x).float()
+
+    return half
 
 
+one_round = averaging(work, server, x, y, wrapped)
 seconds = []
 for t in range(work.rounds + 1):
     began = time.perf_counter()
     one_round(t)
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds.append(time.perf_counter() - began)
 record = {
     "seconds": statistics.median(seconds[1:]),

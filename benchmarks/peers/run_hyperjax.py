@@ -14,7 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from hyperjax import models, tree  # noqa: E402
+from hyperjax import models, native, tree  # noqa: E402
 from hyperjax.algorithms.fedavg import fedavg  # noqa: E402
 from hyperjax.data import clients  # noqa: E402
 from hyperjax.engine import schedule  # noqa: E402
@@ -85,4 +85,5 @@ def loss():
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-timed(work, one_round, loss, {"version": jax.__version__, "mapper": "map"})
+about = {"version": jax.__version__, "mapper": "map", "onednn": native.version()}
+timed(work, one_round, loss, about)

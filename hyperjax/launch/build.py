@@ -117,7 +117,8 @@ def assemble(
         hyper=hyper,
         balanced=config.local.balanced,
     )
-    found.plan.update(conv_rule=engine.conv_rule, marks=marks(config))
+    conv_rule = models.rule_in_plan(engine.conv_rule)
+    found.plan.update(conv_rule=conv_rule, marks=marks(config))
     if not evaluation.sample_level or "deploy_granularity" not in config.method:
         return found
     other = like and like.by_sample
@@ -179,6 +180,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_choice("engine.mapper", config.engine.mapper, sharding.MAPPERS)
     check_choice("engine.precision", config.engine.precision, compiling.PRECISIONS)
     check_choice("engine.conv_rule", config.engine.conv_rule, models.CONV_RULES)
+    models.check_rule(config.engine.conv_rule, "engine.conv_rule")
     known = registry.options(registry.find(method, "method.name"))
     for option in config.method:
         if option != "name":

@@ -36,7 +36,13 @@ def make_network(
     if "conv_rule" in inspect.signature(cls).parameters:
         chosen["conv_rule"] = config.engine.conv_rule
     module = calls.call("model", cls, num_classes=num_classes, **chosen)
-    return models.from_linen(module, input_shape, num_classes, vocabulary=vocabulary)
+    return models.from_linen(
+        module,
+        input_shape,
+        num_classes,
+        vocabulary=vocabulary,
+        precision=config.engine.precision,
+    )
 
 
 def make_correction(texts: str | Sequence[str]) -> corrections.Correction | None:

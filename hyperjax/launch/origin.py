@@ -17,7 +17,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from hyperjax import registry
+from hyperjax import native, registry
 from hyperjax.engine import checkpoint
 from hyperjax.engine.checkpoint import read_json, write_atomically
 from hyperjax.engine.compiled import setting
@@ -55,7 +55,7 @@ _SETTINGS = (
 # What changes results by rounding only, if at all: told, not refused.
 _CIRCUMSTANCES = re.compile(
     r"commit|versions\..*|flags\..*|device|"
-    r"plan\.(backend|device|devices|processes|mapper|points_at_once)"
+    r"plan\.(backend|device|devices|processes|mapper|points_at_once|conv_rule)"
 )
 
 
@@ -308,6 +308,7 @@ def circumstances(config: Mapping[str, Any]) -> dict[str, Any]:
         **settings(),
         **flags(),
         "commit": commit(),
+        "oneDNN": native.version(),
     }
 
 

@@ -5,6 +5,8 @@ and the parameters and statistics of every normalisation, also of Flax's own mod
 """
 
 from hyperjax.models.convolutions import RULES as CONV_RULES
+from hyperjax.models.convolutions import check_rule
+from hyperjax.models.convolutions import in_plan as rule_in_plan
 from hyperjax.models.linen import from_linen
 from hyperjax.models.resnet import ResNet, ResNet20
 from hyperjax.models.squeezenet import SqueezeNet
@@ -37,5 +39,7 @@ __all__ = [
     "ResNet20",
     "SqueezeNet",
     "ZenkeNet",
+    "check_rule",
     "from_linen",
+    "rule_in_plan",
 ]

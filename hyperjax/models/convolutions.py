@@ -3,7 +3,8 @@
 On the CPU XLA's own derivative of a convolution is tens of times slower inside the
 loops of local training than outside. "scan" has a derivative of ordinary forward
 convolutions and products, which loops do not slow down; "patches" and "stripes" are a
-product with copies of the input, and their derivative is products and pads.
+product with copies of the input, and their derivative is products and pads. "onednn"
+are calls of that library where it was built, see `native`.
 
 "auto" is "xla" but on the CPU, where it is what `python -m benchmarks.conv_rules` found
 to be the fastest for kernels of that shape.
@@ -15,9 +16,10 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from hyperjax import native
 from hyperjax.types import Array
 
-RULES = ("auto", "xla", "scan", "patches", "stripes")
+RULES = ("auto", "xla", "scan", "patches", "stripes", "onednn")
 # "SAME", "VALID", or ((low, high), (low, high)) for height and width. SAME is not
 # PyTorch's padding 1 of a 3x3 kernel where the stride is 2: it pads (0, 1).
 Padding: TypeAlias = str | tuple[tuple[int, int], tuple[int, int]]
@@ -30,9 +32,24 @@ def convolve(
 
     Returns:
       [B, H', W', f].
+
+    Raises:
+      ValueError: the rule is "onednn", which is not built or not for this backend.
     """
+    if rule == "onednn":
+        check_rule(rule)
+        if jax.default_backend() != "cpu":
+            backend = jax.default_backend()
+            raise ValueError(f"conv_rule='onednn' is for the CPU, not for {backend}")
+        rule = rule if _is_for_onednn(x, kernel) else "auto"
     if rule == "auto":
-        rule = cpu_rule(kernel.shape) if jax.default_backend() == "cpu" else "xla"
+        rule = "xla"
+        if jax.default_backend() == "cpu":
+            native_too = bool(native.version()) and _is_for_onednn(x, kernel)
+            rule = cpu_rule(kernel.shape, native_too)
+    if rule == "onednn":
+        pads = _explicit(padding, x, kernel.shape[0], stride)
+        return native.convolve(x, kernel, stride, tuple(map(tuple, pads)))
     if rule == "patches":
         windows = patches(x, kernel.shape[0], stride, padding)
         return _product(windows, kernel.reshape(-1, kernel.shape[-1]))
@@ -41,16 +58,43 @@ def convolve(
     return (_scan_conv if rule == "scan" else _xla_conv)(x, kernel, stride, padding)
 
 
-def cpu_rule(shape: tuple[int, ...]) -> str:
+def check_rule(rule: str, name: str = "conv_rule") -> None:
+    """Raises ValueError if a rule, of `RULES`, needs what is not built."""
+    if rule == "onednn" and not native.version():
+        raise ValueError(
+            f"{name}='onednn' is not built: pip install 'hyperjax[native]', then "
+            "python -m hyperjax.native.build"
+        )
+
+
+def in_plan(rule: str) -> str:
+    """Returns a rule as a plan has it: what may come from oneDNN says so."""
+    takes_it = rule in ("auto", "onednn") and jax.default_backend() == "cpu"
+    return (
+        f"{rule}, oneDNN {native.version()}" if takes_it and native.version() else rule
+    )
+
+
+def _is_for_onednn(x: Array, kernel: Array) -> bool:
+    """Whether arrays are float32 of known sizes: what is exported stays portable."""
+    known = all(isinstance(size, int) and size for size in (*x.shape, *kernel.shape))
+    return known and x.dtype == kernel.dtype == jnp.float32
+
+
+def cpu_rule(shape: tuple[int, ...], native_too: bool = False) -> str:
     """Returns the fastest rule inside a loop on the CPU for a kernel's shape.
 
-    Measured by `benchmarks/conv_rules.py`.
+    Measured by `benchmarks/conv_rules.py`; "onednn" only with `native_too`.
 
     Stripes win where there are few channels, so that their copies are cheap and the
     product is what was too narrow before; with more of them copies cost more than they
-    give, those of patches earlier than those of stripes for 5x5, later for 3x3.
+    give, those of patches earlier than those of stripes for 5x5, later for 3x3. The
+    library's own code is for eights of channels, and for three.
     """
-    size, _, channels, _ = shape
+    size, _, channels, features = shape
+    eights = channels == 3 or (channels >= 16 and channels % 8 == 0)
+    if native_too and eights and features % 8 == 0:
+        return "onednn"
     if channels <= (20 if size >= 5 else 3):
         return "stripes"
     return "patches" if size <= 3 and channels < 16 else "scan"

@@ -95,22 +95,56 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         if not train:
             multiplier = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            return (x - running_mean.value) * multiplier + bias
+            y = (x - running_mean.value) * multiplier + bias
+            return y.astype(x.dtype)
         mask = jnp.ones(x.shape[0]) if mask is None else mask
-        real = mask.reshape(-1, *[1] * (x.ndim - 1)) > 0
-        axes = tuple(range(x.ndim - 1))
-        count = jnp.sum(real) * (x[0].size // x.shape[-1])
-        divisor = jnp.maximum(count, 1)
-        x = jnp.where(real, x, 0.0)  # first: 0 * nan is nan
-        mean = jnp.sum(x, axes) / divisor
-        centred = x - mean  # two passes, so that the variance cannot cancel
-        var = jnp.sum(jnp.where(real, jnp.square(centred), 0.0), axes) / divisor
+        y, mean, var, count = batch_norm(x, mask > 0, scale, bias, self.epsilon)
         if not self.is_initializing():
             unbiased = var * (count / jnp.maximum(count - 1, 1))
             step = jnp.where(count > 0, 1 - self.momentum, 0.0)
             running_mean.value += step * (mean - running_mean.value)
             running_var.value += step * (unbiased - running_var.value)
-        return centred * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        return y
+
+
+def batch_norm(
+    x: Array, real: Array, scale: Array | None, bias: Array | None, epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """Normalises x [B, ..., c] by the moments of samples that are `real` [B], bool.
+
+    In one reading of x: both moments are taken about the same centre, in float32.
+
+    Returns:
+      Outputs like x, whose padding is arbitrary but finite; mean and biased variance
+      [c], 0 if nothing is real; and of how many numbers a channel they are, [].
+    """
+    axes, dtype = tuple(range(x.ndim - 1)), x.dtype
+    x = x.astype(jnp.float32)
+    count = jnp.sum(real) * (x[0].size // x.shape[-1])
+    mask = real.reshape(-1, *[1] * (x.ndim - 1))
+    x = jnp.where(mask, x, 0.0)  # first: 0 * nan is nan
+    # Near the mean, so that the variance as a difference of two moments does not
+    # cancel; nothing depends on it. The mean of first pixels.
+    first_pixels = x.reshape(len(x), -1, x.shape[-1])[:, 0]
+    centre = jnp.sum(first_pixels, 0) / jnp.maximum(jnp.sum(real), 1)
+    centre = jax.lax.stop_gradient(centre)
+    x = jnp.where(mask, x - centre, 0.0)
+    divisor = jnp.maximum(count, 1)
+    first, second = jnp.sum(x, axes) / divisor, jnp.sum(jnp.square(x), axes) / divisor
+    var = jnp.maximum(second - jnp.square(first), 0.0)
+    y = _scaled(x, first, var, scale, bias, epsilon).astype(dtype)
+    return y, centre + first, var, count
+
+
+def _scaled(x, mean, var, scale, bias, epsilon) -> Array:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, as one factor and one shift."""
+    factor = jax.lax.rsqrt(var + epsilon)
+    if scale is not None:
+        factor = factor * scale
+    shift = -mean * factor
+    if bias is not None:
+        shift = shift + bias
+    return x * factor + shift
 
 
 def max_pool(x: Array, size: int = 2) -> Array:
@@ -153,10 +187,5 @@ def group_norm(
     x = x - centre[:, None]
     first, second = mean(x.mean(1)), mean(jnp.square(x).mean(1))
     variance = jnp.maximum(second - jnp.square(first), 0.0)
-    factor = jax.lax.rsqrt(variance + epsilon)
-    if scale is not None:
-        factor = factor * scale
-    shift = -first * factor
-    if bias is not None:
-        shift = shift + bias
-    return (x * factor[:, None] + shift[:, None]).reshape(shape)
+    first, variance = first[:, None], variance[:, None]
+    return _scaled(x, first, variance, scale, bias, epsilon).reshape(shape)

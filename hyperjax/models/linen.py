@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hyperjax import tree
-from hyperjax.errors import check_at_least, first_line
+from hyperjax import compiling, tree
+from hyperjax.errors import check_at_least, check_choice, first_line
 from hyperjax.models.passes import (
     TRIAL,
     LayerError,
@@ -130,6 +130,7 @@ def from_linen(
     num_classes: int,
     frozen: Iterable[str] = (),
     vocabulary: int = 0,
+    precision: str = "",
 ) -> Model:
     """Returns a classification `Model` of a linen module.
 
@@ -153,6 +154,9 @@ def from_linen(
         meant to stay as outside training ("BatchNorm_0", "backbone", "*/norm"), with
         all that is in them. Their parameters are trained all the same.
       vocabulary: how many different tokens inputs are made of; 0: they are numbers.
+      precision: one of `compiling.PRECISIONS`; "bfloat16": the module is given inputs
+        and a copy of its parameters in bfloat16. The parameters themselves, their
+        gradients, statistics, logits and losses are float32 all the same.
 
     Returns:
       A model that is not yet drawn: `model.init(key)` does that. `with_shape` takes a
@@ -178,6 +182,7 @@ def from_linen(
         )
     check_at_least(1, num_classes=num_classes)
     check_at_least(0, vocabulary=vocabulary)
+    check_choice("precision", precision, compiling.PRECISIONS)
     if vocabulary and len(shape) != 1:
         raise ValueError(
             f"vocabulary={vocabulary}: tokens have the shape (L,), not {shape}"
@@ -195,9 +200,9 @@ def from_linen(
         )
     if isinstance(frozen, str):
         raise ValueError(f"frozen={frozen!r} must be a tuple: frozen=({frozen!r},)")
-    apart = _is_ours(module)
+    apart, tokens = _is_ours(module), int(vocabulary)
     return _built(
-        module, shape, int(num_classes), tuple(frozen), apart, int(vocabulary)
+        module, shape, int(num_classes), tuple(frozen), apart, tokens, precision
     )
 
 
@@ -208,10 +213,13 @@ def _built(
     frozen: tuple[str, ...],
     apart: bool,
     vocabulary: int,
+    precision: str,
 ) -> Model:
     """`from_linen`, of a shape of any length; `apart`: samples are known to be."""
     name = f"model {type(module).__name__}"
-    found = passes(module, shape, frozen, jnp.int32 if vocabulary else jnp.float32)
+    halved = precision == compiling.BFLOAT16
+    dtype = jnp.int32 if vocabulary else jnp.float32
+    found = passes(module, shape, frozen, dtype, jnp.bfloat16 if halved else None)
     x = jax.ShapeDtypeStruct((*TRIAL.shape, *shape), jnp.float32)
     key = jax.random.key(0)
     with _named(name, f"does not accept inputs of shape {shape}"):
@@ -245,7 +253,7 @@ def _built(
         loss=loss,
         apply=apply,
         with_shape=lambda other: _built(
-            module, _shape(other), num_classes, frozen, True, vocabulary
+            module, _shape(other), num_classes, frozen, True, vocabulary, precision
         ),
         vocabulary=vocabulary,
     )

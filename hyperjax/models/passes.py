@@ -77,6 +77,7 @@ def passes(
     input_shape: tuple[int, ...],
     frozen: Iterable[str] = (),
     dtype: Any = jnp.float32,
+    computing: Any = None,
 ) -> Passes:
     """Returns both passes of a module.
 
@@ -89,6 +90,8 @@ def passes(
     gives none. Random streams of any name are supplied in training. A batch of padding
     alone moves no statistics. Whatever number formats a module keeps and computes in,
     its variables, logits and features are float32 outside. Its inputs are of `dtype`.
+    With `computing`, another dtype, what it is given are copies in that one, of inputs
+    that are no integers and of its parameters.
 
     Raises:
       ValueError: `__call__` needs an argument that is not known.
@@ -144,13 +147,15 @@ def passes(
         one, flags = told(train, mask, fields or {}, flags or {})
         held = {name: variables[name] for name in ("params", "stats")}
         held = jax.tree.map(_as, held, formats())
-        stats = held["stats"]
+        stats, x = held["stats"], x.astype(dtype)
+        if computing is not None:
+            held["params"], x = _floating_as(computing, (held["params"], x))
         found: list[Array] = []
         calls = [] if calls is None else calls
         with nn.intercept_methods(_informing(mask, frozen, found, calls)):
             out = one.apply(
                 {"params": held["params"], **stats},
-                x.astype(dtype),
+                x,
                 rngs=rngs,
                 mutable=list(stats) if train else False,
                 **flags,
@@ -353,14 +358,17 @@ def _as(x: Array, like) -> Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def _float32(values: PyTree) -> PyTree:
-    """Turns every floating-point leaf into float32."""
+def _floating_as(dtype: Any, values: PyTree) -> PyTree:
+    """Turns every floating-point leaf into one of a dtype."""
 
     def one(x):
-        floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != jnp.float32
-        return x.astype(jnp.float32) if floating else x
+        other = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != dtype
+        return x.astype(dtype) if other else x
 
     return jax.tree.map(one, values)
+
+
+_float32 = functools.partial(_floating_as, jnp.float32)
 
 
 def _others(value: Any) -> tuple:
@@ -412,37 +420,57 @@ def _informing(
             calls.append(Call(layer.path, told))
         normalises = isinstance(layer, nn.BatchNorm | layers.BatchNorm)
         if mask is not None and normalises and given.get("mask") is None:
-            kwargs = {**kwargs, "mask": _mask_of(layer, shown, mask)}
+            entries = _entries(layer, shown, mask)
+            if told and _is_plain(layer, nn.BatchNorm, shown):
+                return _batch_norm(layer, shown, entries)
+            if isinstance(layer, nn.BatchNorm):
+                entries = entries.reshape(-1, *[1] * (shown.ndim - 1))
+            kwargs = {**kwargs, "mask": entries}
         args = (*(more.pop(k, v) for k, v in first.items()), *args[len(first) :])
-        if _is_plain_group_norm(layer, args, {**kwargs, **more}):
-            return _group_norm(layer, *args)
+        if given.get("mask") is None and _is_plain(layer, nn.GroupNorm, shown):
+            return _group_norm(layer, shown)
         return call(*args, **{**kwargs, **more})
 
     return intercept
 
 
-def _is_plain_group_norm(layer: nn.Module, args: tuple, kwargs: Mapping) -> bool:
-    """Whether a layer is Flax's, in float32, over all of a sample."""
+def _is_plain(layer: nn.Module, kind: type, x: Any) -> bool:
+    """Whether a layer is this one of Flax's, in float32, over all of x but channels."""
+    if type(layer) is not kind or layer.is_initializing():
+        return False  # Flax checks the groups, and makes parameters
+    axes_are_usual = (
+        layer.reduction_axes is None if kind is nn.GroupNorm else layer.axis == -1
+    )
     return (
-        type(layer) is nn.GroupNorm
-        and len(args) == 1
-        and kwargs.get("mask") is None
-        and layer.reduction_axes is None
+        axes_are_usual
         and layer.axis_name is None
         and layer.dtype in (None, jnp.float32)
         and layer.param_dtype == jnp.float32
-        and getattr(args[0], "dtype", None) == jnp.float32
-        and args[0].ndim > 1
-        and not layer.is_initializing()  # Flax checks the groups, and makes parameters
+        and getattr(x, "dtype", None) == jnp.float32
+        and x.ndim > 1
     )
+
+
+def _affine(layer: nn.Module) -> tuple[Array | None, Array | None]:
+    scale = layer.get_variable("params", "scale") if layer.use_scale else None
+    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    return scale, bias
+
+
+def _batch_norm(layer: nn.BatchNorm, x: Array, real: Array) -> Array:
+    """What Flax's layer computes in training, without the loss of digits far from 0."""
+    y, mean, var, _ = layers.batch_norm(x, real, *_affine(layer), layer.epsilon)
+    for name, new in (("mean", mean), ("var", var)):
+        old: Any = layer.get_variable("batch_stats", name)
+        kept = layer.momentum * old + (1 - layer.momentum) * new
+        layer.put_variable("batch_stats", name, kept)
+    return y
 
 
 def _group_norm(layer: nn.GroupNorm, x: Array) -> Array:
     """What Flax's layer computes, two to four times faster inside loops on the CPU."""
-    scale = layer.get_variable("params", "scale") if layer.use_scale else None
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
     groups = layer.num_groups or x.shape[-1] // (layer.group_size or 1)
-    return layers.group_norm(x, groups, scale, bias, layer.epsilon)
+    return layers.group_norm(x, groups, *_affine(layer), layer.epsilon)
 
 
 def _trains(layer: nn.Module, given: Mapping[str, Any]) -> bool | None:
@@ -470,7 +498,7 @@ def _is_frozen(path: Iterable[str], frozen: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(h, pattern) for h in heads for pattern in frozen)
 
 
-def _mask_of(layer: nn.Module, x: Array, mask: Array) -> Array:
+def _entries(layer: nn.Module, x: Array, mask: Array) -> Array:
     """Which entries of a layer's input are of real samples.
 
     The first axis is the batch, or has so many entries for each sample, in order; in
@@ -483,10 +511,7 @@ def _mask_of(layer: nn.Module, x: Array, mask: Array) -> Array:
             f"not its batch of {mask.shape[0]}: give that layer a `mask`"
         )
     # Of a batch without real samples padding is normalised, rather than nothing.
-    entries = jnp.repeat((mask > 0) | ~jnp.any(mask > 0), times)
-    if isinstance(layer, layers.BatchNorm):
-        return entries
-    return entries.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.repeat((mask > 0) | ~jnp.any(mask > 0), times)
 
 
 def _arguments(kind: type) -> Mapping[str, inspect.Parameter]:

@@ -141,6 +141,15 @@ def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
 
 
+def test_a_step_of_a_hypernetwork_method_beside_fedavg(repository, tmp_path):
+    small = ("--methods=hyperfedzero", "--steps=1", "--repeats=1", "--nosweeps")
+    (record,) = _run(repository, tmp_path, "hypernet", *small)
+    assert record["parameters"] == 195_656  # 1.8 % below the 199,210 it emits
+    ratio = record["milliseconds"] / record["fedavg"]
+    assert record["over_fedavg"] == pytest.approx(ratio)
+    assert "bar" not in record  # PyTorch was not given
+
+
 def test_an_accelerator_is_asked_for_and_tried_without_one(repository, tmp_path):
     narrow = ("--networks=mlp", "--plans=vmap", "--precisions=highest")
     said = launch(tmp_path / "listed", "benchmarks.gpu", narrow, repository).result()

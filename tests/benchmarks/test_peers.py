@@ -69,6 +69,14 @@ def test_ratios_are_of_the_fastest_rounds_and_the_best_peer_is_judged(monkeypatc
     assert code == 1 and words.endswith("bar 1.3: missed")
 
 
+def test_convolutions_of_onednn_have_a_higher_bar(monkeypatch):
+    monkeypatch.setattr(
+        peers, "measure", lambda *_: record("C32q", [1.0], onednn="3.2.0")
+    )
+    ours, theirs = peers.compare("C32q", {"torch": "t"}, repeats=1, limit=9)
+    assert ours["version"].endswith(", oneDNN 3.2.0") and theirs["bar"] == 1.05
+
+
 def test_nobody_to_compare_with_is_no_success(monkeypatch):
     monkeypatch.setattr(
         peers, "measure", lambda name, python, preset, limit: record(preset, [1.0])

@@ -480,6 +480,27 @@ def test_numerics_reach_every_program_and_the_plan():
     assert plain.simulator.program.numerics == ("", False)
 
 
+def test_bfloat16_is_in_networks_and_neither_kept_nor_sent():
+    fields = dict(engine__precision="bfloat16", data__name="synthetic")
+    found = build.build(config(**fields))
+    plain = build.build(config(data__name="synthetic"))
+    assert found.plan["precision"] == "bfloat16" and found.costs == plain.costs
+    states, losses = [], []
+    for run in (found, plain):
+        carry = run.simulator.init(0)
+        through = run.simulator.run(0, carry, 0, 2)[0]
+        carry, info = run.simulator.run(0, run.simulator.run(0, carry, 0, 1)[0], 1, 1)
+        # A call of two rounds has the bits of two calls.
+        chex.assert_trees_all_equal(carry, through)
+        states.append(carry.server.theta)
+        losses.append(float(info["loss"][0]))
+    assert {x.dtype for x in jax.tree.leaves(states)} == {jnp.dtype("float32")}
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), states[0])
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), rounded, states[0])
+    assert not any(jax.tree.leaves(same))  # the masters are not bfloat16 numbers
+
+
 def test_a_sample_of_clients_is_evaluated_the_same_every_time():
     found = build.build(config(rounds=2, evaluation__every=1))
     assert found.sampled == {}

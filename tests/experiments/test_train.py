@@ -485,6 +485,16 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
     same_result(run, finished)
 
 
+def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    config = small(engine__precision="bfloat16")
+    train.train(config, str(tmp_path / "whole"))
+    with kill_at(monkeypatch, checkpoint, "save", 2):
+        train.train(config, str(tmp_path / "broken"))
+    train.train(config, str(tmp_path / "broken"))
+    same_result(tmp_path / "broken", tmp_path / "whole")
+    assert read(tmp_path / "whole", "summary.json")["plan"]["precision"] == "bfloat16"
+
+
 def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
     config = small(engine__rounds_per_call=1)
     train.train(config, str(tmp_path / "whole"))
@@ -607,11 +617,13 @@ def test_other_circumstances_are_told_and_kept(run, caplog):
     record = read(run, "config.json")
     record["versions"]["jax"], record["commit"] = "0.0.1", "abc"
     (run / "config.json").write_text(json.dumps(record))
-    plan = record["plan"] | dict(device="H100", rounds_per_call=1)
+    other = dict(device="H100", rounds_per_call=1, conv_rule="auto, oneDNN 9.9")
+    plan = record["plan"] | other
     with caplog.at_level(logging.WARNING):
         origin.describe(run, recorded(rounds=5), plan, record["data"], 3)
     (message,) = [r.getMessage() for r in caplog.records]
-    for words in ("versions.jax: 0.0.1 there", "commit: abc there", "H100 now"):
+    told = ("versions.jax: 0.0.1 there", "commit: abc there", "H100 now", "9.9 now")
+    for words in told:
         assert words in message
     assert "rounds_per_call" not in message
     after = read(run, "config.json")
