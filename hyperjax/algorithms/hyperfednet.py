@@ -132,7 +132,10 @@ def _base(text: str, known: dict[str, int | None]) -> Callable[..., Algorithm]:
     method = registry.find(name, "base")
     takes = inspect.signature(method).parameters
     if "keep" not in takes:
-        raise ValueError(f"base={name!r} decides itself what stays home (no `keep`)")
+        raise ValueError(
+            f"base={name!r} decides itself what stays home (no `keep` "
+            "in its signature, where @registry.hands_on(fedavg) puts it)"
+        )
     theirs = registry.own_options(name)
     for option in options:
         check_choice(f"option of base={name}", option, theirs)

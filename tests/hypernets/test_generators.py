@@ -21,7 +21,6 @@ TEMPLATE = {
     "w": jax.ShapeDtypeStruct((2, 3), jnp.float32),
     "b": jax.ShapeDtypeStruct((3,), jnp.float32),
 }
-SMALL = dict(embedding_size=4)
 TAKERS = ("hyperfedzero", "constant_embedding", "pfedhn", "hyperfednet")
 
 
@@ -55,9 +54,7 @@ def test_the_example_is_a_base_and_a_mixture(contributing):
 @pytest.mark.parametrize("method", TAKERS)
 def test_it_takes_the_place_of_each_method_s_own(contributing, method):
     """Given as a function or named, the messages are those of the mixture."""
-    build = functools.partial(
-        federated.build, method, **SMALL if method == "hyperfednet" else {}
-    )
+    build = functools.partial(federated.build, method)
     plain, own = build(), build(hypernet="own_nets:mixture(rank=2)")
     assert federated.messages(own) != federated.messages(plain)
     same = build(hypernet=functools.partial(contributing.mixture, rank=2))
@@ -85,7 +82,10 @@ def test_hyperfednet_shares_a_generator_of_dense_weights():
 
     model = from_linen(Dense(), (4, 4, 1), 3)
     build = functools.partial(
-        registry.find("hyperfednet"), model, local=federated.make_local(), **SMALL
+        registry.find("hyperfednet"),
+        model,
+        local=federated.make_local(),
+        embedding_size=4,
     )
     with pytest.raises(ValueError, match=r"hypernet='chunked_mlp'"):
         build()
@@ -106,7 +106,7 @@ def test_hyperfednet_shares_a_generator_of_dense_weights():
         (lambda template, *, condition_size: template, TypeError, "returns dict"),
         (
             lambda template, *, condition_size: HyperNet(
-                lambda key: 1.0, lambda phi, e: {"w": jnp.zeros((3, 2)), "c": e}
+                lambda key: 1.0, lambda phi, e: {"b": e[:3], "w": jnp.zeros((3, 2))}
             ),
             ValueError,
             r"emits float32\(3, 2\) for 'w'; the template has float32\(2, 3\)",
