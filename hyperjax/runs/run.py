@@ -391,12 +391,11 @@ class Run(NamedTuple):
             raise ValueError(f"x has {len(right)} samples, y {len(given)} labels")
         if {*map(str, given)} <= {*names}:
             given = np.array([names.index(str(label)) for label in given])
-        elif given.dtype.kind not in "iu" or not (
-            0 <= given.min() and given.max() < len(names)
-        ):
+        elif given.dtype.kind not in "iu" or {*given.tolist()} - {*range(len(names))}:
+            unknown = next(text for text in map(str, given) if text not in names)
             raise ValueError(
-                f"y has {next(v for v in map(str, given) if v not in names)!r}; classes "
-                f"of this run: {', '.join(names[:10])}, or numbers 0..{len(names) - 1}"
+                f"y has {unknown!r}; classes of this run: {', '.join(names[:10])}, or "
+                f"numbers 0..{len(names) - 1}"
             )
         return 100.0 * float(np.mean(given == right))
 
