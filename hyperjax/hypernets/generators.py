@@ -7,6 +7,7 @@ or given as it is.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -30,8 +31,8 @@ def generator(hypernet: str | Callable, template: PyTree, size: int) -> HyperNet
       ValueError, TypeError: there is none of this name, or it does not take these
         options, or what it emits for a condition [d] is not of the template's form.
     """
-    options = {}
-    function = hypernet
+    options: dict[str, Any] = {}
+    function: Any = hypernet
     if isinstance(hypernet, str):
         name, options = calls.parse("hypernet", hypernet)
         if ":" in name:
