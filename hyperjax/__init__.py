@@ -6,6 +6,7 @@ see `methods`.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hyperjax import models, registry
@@ -34,6 +35,8 @@ __all__ = [
     "cost",
     "data_sets",
     "describe",
+    "evaluate",
+    "export",
     "federate",
     "from_linen",
     "load",
@@ -61,6 +64,59 @@ def load_run(path: Any) -> Run:
     from hyperjax.launch import notebook
 
     return notebook.load_run(path)
+
+
+def evaluate(
+    run: Any, x: Any = None, y: Any = None, client: int | None = None
+) -> dict[str, float]:
+    """Returns accuracies in per cent: of a run's clients, or of somebody's samples.
+
+    Args:
+      run: what `hyperjax.run` returned, or the folder of a run, see `load_run`.
+      x: samples, as they were given to `federate`; None: those of the run's clients,
+        see `Run.scores`.
+      y: labels of x, names or numbers.
+      client: whose network is asked about x; None: that of somebody who is no client of
+        the run, and of whom only x is known.
+
+    Returns:
+      What `Run.scores` has; or {"accuracy": ...} of x.
+
+    Raises:
+      ValueError: x or y is missing, or not what the run was made for; or there is no
+        run, or no such client.
+      FloatingPointError: the network's outputs for x are not finite.
+    """
+    found = run if isinstance(run, Run) else load_run(run)
+    if x is None and y is None and client is None:
+        return found.scores()
+    if x is None or y is None:
+        raise ValueError("give x and y, or neither and no client")
+    return {"accuracy": found.accuracy(client, x, y)}
+
+
+def export(
+    run: Any,
+    path: Any,
+    client: int | None = None,
+    format: str = "npz",
+    x: Any = None,
+) -> Path:
+    """Writes a client's network to a file that needs no hyperjax to be read.
+
+    Args:
+      run: what `hyperjax.run` returned, or the folder of a run, see `load_run`.
+      path, client, format, x: see `Run.export`.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ValueError: an unknown format, or there is no run, or no such client.
+      FloatingPointError: the network's outputs are not finite.
+    """
+    found = run if isinstance(run, Run) else load_run(run)
+    return found.export(path, client, format, x)
 
 
 def table(folders: Any, fields: Sequence[str] = ()) -> Any:

@@ -76,6 +76,7 @@ def make_run(
         "commit": "0123abc",
         "versions": {"jax": "0.4.30"},
         "device": "cpu x 2",
+        "started": "2026-11-26T14:05:59+00:00",
         "plan": {"clients_at_once": 5},
         "data": {"partition": f"digest of seed {seed}"},
     }

@@ -20,7 +20,7 @@ import jax
 from hyperjax import calls, registry
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_choice
-from hyperjax.hypernets import tiles
+from hyperjax.hypernets import generators, tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
@@ -48,6 +48,7 @@ def hyperfednet(
     init: str = "variance",
     slices: str = "input",
     embedding_init: str = "common",
+    hypernet: str | Callable = "",
     base: str = "fedavg",
     num_clients: int | None = None,
     num_rounds: int | None = None,
@@ -57,8 +58,8 @@ def hyperfednet(
     """Returns HyperFedNet of `model`, or its fusion with another method.
 
     Args:
-      model: a network with 3x3 convolutions of multiples of 16 channels and a last
-        layer named "head".
+      model: a network with 3x3 convolutions of multiples of 16 channels, or any for
+        which there is a `hypernet`, and a last layer named "head".
       local: how clients train, see `fedavg`.
       embedding_size: n, numbers of an embedding.
       hidden_size: width d of the generator; None for n, as published.
@@ -73,6 +74,10 @@ def hyperfednet(
       embedding_init: all clients start from a "common" draw, as they do where initial
         models are copies of one (5 to 12 points better after 20 rounds of MNIST), or
         every client draws its "own".
+      hypernet: instead of tiles, one that emits all weights (leaves of two axes and
+        more) but the head's, for dense, recurrent and token networks, too:
+        "chunked_mlp(hidden=(32,))" or one of yours, see `hypernets.generators`. It has
+        one embedding; what is about tiles counts for nothing.
       base: the method that shares the generator, one of `bases()`, with its options:
         "fedprox(mu=0.1)"; or one of yours, "package.module:method(option=1)".
       num_clients, num_rounds: for bases that must know them.
@@ -89,14 +94,21 @@ def hyperfednet(
     )
     build = _base(base, known)
     template = jax.eval_shape(model.init, jax.random.key(0))["params"]
-    net = tiles.tile_net(
-        template,
-        embedding_size=embedding_size,
-        hidden_size=hidden_size,
-        tile=tile,
-        init=init,
-        slices=slices,
-    )
+    if hypernet:
+
+        def emit(weights):
+            return generators.generator(hypernet, weights, embedding_size)
+
+        net = tiles.of_all_weights(template, emit, embedding_size)
+    else:
+        net = tiles.tile_net(
+            template,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            tile=tile,
+            init=init,
+            slices=slices,
+        )
     whole = hypernetworked(
         model, net, regenerate=regenerate, embedding_init=embedding_init
     )
@@ -120,7 +132,10 @@ def _base(text: str, known: dict[str, int | None]) -> Callable[..., Algorithm]:
     method = registry.find(name, "base")
     takes = inspect.signature(method).parameters
     if "keep" not in takes:
-        raise ValueError(f"base={name!r} decides itself what stays home (no `keep`)")
+        raise ValueError(
+            f"base={name!r} decides itself what stays home (no `keep` "
+            "in its signature, where @registry.hands_on(fedavg) puts it)"
+        )
     theirs = registry.own_options(name)
     for option in options:
         check_choice(f"option of base={name}", option, theirs)

@@ -15,11 +15,13 @@ classifier and whether noise stays on at evaluation (`hypernets.wrap.conditioned
 generated tensors are scaled (`hypernets.mlp`).
 """
 
+from collections.abc import Callable
+
 import jax
 
 from hyperjax import compiling
 from hyperjax.algorithms.fedavg import fedavg
-from hyperjax.hypernets import mlp, wrap
+from hyperjax.hypernets import generators, mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
 from hyperjax.training import Local
@@ -39,39 +41,54 @@ PARTS = (
 
 @has_traits(per_sample=True)
 @hands_on(*PARTS, without=("extractor", "condition_size"))
-def hyperfedzero(model: Model, *, local: Local, **options) -> Algorithm:
+def hyperfedzero(
+    model: Model, *, local: Local, hypernet: str | Callable = "", **options
+) -> Algorithm:
     """Returns HyperFedZero for the target `model`.
 
     Args:
       model: the target classifier; all its parameters are generated.
       local: how clients train, see `fedavg`.
+      hypernet: another hypernetwork than the chunked one, whose options then count for
+        nothing: "per_tensor(hidden_size=32)" or one of yours, see
+        `hypernets.generators`.
       **options: of `embedding.distribution_embedding`, `wrap.conditioned` (all values
         of `enter` but "embedding" are deviations), `mlp.chunked_mlp` (so are "fan_in"
         and an offset of normalisation scales), `wrappers.with_condition_of` and
         `fedavg`.
     """
-    extractor, condition, hypernet, source, averaging = routed(options, *PARTS)
+    extractor, condition, chunked, source, averaging = routed(options, *PARTS)
     shape, tokens = model.sample_shape, model.vocabulary
     embedding = distribution_embedding(shape, tokens, **extractor)
-    whole = emitted(model, embedding, hypernet, **condition)
+    whole = emitted(model, embedding, chunked, hypernet, **condition)
     return with_condition_of(fedavg(whole, local=local, **averaging), **source)
 
 
-def emitted(model: Model, embedding: Embedding, hypernet: dict, **choices) -> Model:
-    """Returns `model` with its parameters emitted by a chunked hypernetwork.
+def emitted(
+    model: Model,
+    embedding: Embedding,
+    chunked: dict,
+    hypernet: str | Callable = "",
+    **choices,
+) -> Model:
+    """Returns `model` with its parameters emitted by a hypernetwork.
 
     Args:
       model: the target classifier.
       embedding: what the hypernetwork's condition is computed by.
-      hypernet: options of `mlp.chunked_mlp`.
+      chunked: options of `mlp.chunked_mlp`.
+      hypernet: another one, see `hyperfedzero`.
       **choices: of `wrap.conditioned`.
     """
     key = jax.random.key(0)
-    if hypernet.get("out_scale") == "fan_in":  # looks at the numbers
+    if not hypernet and chunked.get("out_scale") == "fan_in":  # looks at the numbers
         with jax.ensure_compile_time_eval():
             start = compiling.once(model.init)(key)
     else:
         start = jax.eval_shape(model.init, key)
     template = start["params"]
-    net = mlp.chunked_mlp(template, condition_size=embedding.size, **hypernet)
+    if hypernet:
+        net = generators.generator(hypernet, template, embedding.size)
+    else:
+        net = mlp.chunked_mlp(template, condition_size=embedding.size, **chunked)
     return wrap.generated_from_input(model, embedding, net, **choices)

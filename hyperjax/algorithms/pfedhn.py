@@ -37,7 +37,7 @@ import optax
 from hyperjax import mixing, over_families, rng, tree, wrappers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number
-from hyperjax.hypernets import heads
+from hyperjax.hypernets import generators, heads
 from hyperjax.registry import hands_on, has_traits
 from hyperjax.training import Local
 from hyperjax.tree import Patterns
@@ -83,6 +83,7 @@ def pfedhn(
     embedding_size: int = 0,
     hidden_size: int = 100,
     num_hidden: int = 3,
+    hypernet: str | Callable = "",
     server_opt: optax.GradientTransformation | None = None,
     weight_decay: float = 1e-3,
     clip_norm: float = 50.0,
@@ -101,6 +102,8 @@ def pfedhn(
       embedding_size: d; 0 for `published_size`, 1 + N // 4.
       hidden_size: of the hypernetwork.
       num_hidden: its hidden layers.
+      hypernet: another one, for which these two count for nothing:
+        "chunked_mlp(hidden=(32,))" or one of yours, see `hypernets.generators`.
       server_opt: default SGD at 0.01 with momentum 0.9.
       weight_decay: added to the server's gradient.
       clip_norm: bound on its norm, over all that received gradient.
@@ -121,6 +124,8 @@ def pfedhn(
     server_opt = server_opt or optax.sgd(0.01, momentum=0.9)
 
     def emitter(template):
+        if hypernet:
+            return Emitter(generators.generator(hypernet, template, size), size)
         return Emitter(
             heads.per_tensor(
                 template,

@@ -19,6 +19,7 @@ Where a set says whose each sample is, `Source.client_ids` has it, and the parti
 "by_client_id" keeps it, with clients' own test parts.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -80,6 +81,11 @@ def load(name: str, split: str, test_split: str, keys: Keys, size: int) -> Sourc
     Raises:
       ValueError, FileNotFoundError: it is not there, or not such a set.
     """
+    if name.startswith("hf:") and importlib.util.find_spec("hf") is None:
+        hub = f"huggingface:{name.removeprefix('hf:')}"
+        raise ValueError(
+            f"data.name={name!r}: a set of the Hugging Face hub is written {hub!r}"
+        )
     check_choice("data.split", split, ("train", "train+test"))
     check_choice("data.test_split", test_split, ("", "test"))
     if not is_path(name):

@@ -93,8 +93,10 @@ def tile_net(
     }
     if not targets:
         raise ValueError(
-            f"no kernel of the model is made of tiles {size}x{size}x{tile}x{tile}; "
-            f"leaves are {', '.join(tree.paths(template)[:8])}"
+            f"no kernel of the model is made of tiles {size}x{size}x{tile}x{tile}, as "
+            "those of resnet8 and other residual networks are; weights of any network "
+            "are emitted by hypernet='chunked_mlp', or one of yours (leaves are "
+            f"{', '.join(tree.paths(template)[:8])})"
         )
     grids = {path: (s[2] // tile, s[3] // tile) for path, s in targets.items()}
     counts = {path: math.prod(grid) for path, grid in grids.items()}
@@ -147,3 +149,32 @@ def tile_net(
         return tiles.transpose(order).reshape(size, size, rows * tile, columns * tile)
 
     return TileNet(targets, sum(counts.values()), init_phi, init_embeddings, generate)
+
+
+def of_all_weights(template: PyTree, emit: Callable, embedding_size: int) -> TileNet:
+    """Returns a generator of all weights but the head's, from one embedding.
+
+    Args:
+      template: the target's parameters; leaves of two axes and more are generated.
+      emit: from them, by path, to the `HyperNet` that emits them.
+      embedding_size: n.
+
+    Raises:
+      ValueError: a size below 1, or there is no weight but the head's.
+    """
+    check_at_least(1, embedding_size=embedding_size)
+    weights = {
+        path: leaf
+        for path, leaf in tree.by_path(template).items()
+        if leaf.ndim >= 2 and not path.startswith("head/")
+    }
+    if not weights:
+        raise ValueError("the model has no weights but those of its head")
+    net = emit(weights)
+    return TileNet(
+        {path: leaf.shape for path, leaf in weights.items()},
+        1,
+        net.init,
+        lambda key: {"weights": jax.random.normal(key, (embedding_size,))},
+        lambda phi, embeddings: net.generate(phi, embeddings["weights"]),
+    )

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +239,13 @@ def describe(
         flags=flags(),
         data=data,
         device=plan["device"],
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         plan=plan,
         history=[],
     )
     if (workdir / CONFIG).exists():
         before = read(workdir)
+        record["started"] = before.get("started", "")  # when that was
         other = _differing(before.get("data", {}), data, only_known=True)
         if other:
             raise ValueError(

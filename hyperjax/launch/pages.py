@@ -222,9 +222,8 @@ def chart(heading: str, spec: str, note: str = "") -> Html:
     return Html(
         f"<figure><h3>{escape(heading)}</h3>{text(note) if note else ''}"
         f'<div class="chart" data-name="{name}" role="img" '
-        f'aria-label="{escape(heading)}"></div><script type="application/json">'
-        # Nothing in it ends the script.
-        f"{spec.replace('<', chr(92) + 'u003c')}</script></figure>"
+        f'aria-label="{escape(heading)}"></div>'
+        f'<script type="text/plain" class="spec">{_packed(spec)}</script></figure>'
     )
 
 
@@ -274,13 +273,18 @@ def drawing() -> str:
         if kept.exists():
             return kept.read_text(encoding="ascii")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, _packed())
-    return _packed()
+        write_atomically(kept, _bundle())
+    return _bundle()
 
 
 @functools.cache
-def _packed() -> str:
+def _bundle() -> str:
     import vl_convert
 
     bundle: Any = vl_convert.javascript_bundle  # its type asks for what has a default
-    return base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()
+    return _packed(bundle())
+
+
+def _packed(text: str) -> str:
+    """Text that `unpacked` of the page reads."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()

@@ -85,6 +85,8 @@ def headline(run: Run, latest: Row, heading: str) -> pages.Html:
     families = latest.get("families") or {}
     if len(families) > 1:
         facts.append(f"{len(families)} kinds of network: {', '.join(families)}")
+    if started := run.about.get("started"):
+        facts.append(f"started {started[:16].replace('T', ' ')} UTC")
     facts.append("finished" if done else "not finished")
     return pages.header(heading, " · ".join(facts), note)
 

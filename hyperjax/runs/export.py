@@ -5,7 +5,7 @@
 | flax | variables and header, as msgpack | `flax.serialization.msgpack_restore` |
 | npz | variables by path, `header` (JSON) | `numpy.load` |
 | safetensors | variables by path, the header as its metadata | `safetensors` |
-| stablehlo | the whole prediction: images as they are to probabilities | `jax.export` |
+| stablehlo | the whole prediction: images to probabilities | jax.export, flatbuffers |
 
 The header says whose network it is, what its inputs are, the names of the classes, and
 what is done to inputs before the network sees them; in stablehlo that is inside.

@@ -375,6 +375,30 @@ class Run(NamedTuple):
             raise FloatingPointError("the network's outputs for x are not finite")
         return np.asarray(jax.nn.softmax(logits))
 
+    def accuracy(self, client: int | None, x: Any, y: Any) -> float:
+        """Returns how many of a client's inputs are told rightly, in per cent.
+
+        Args:
+          client, x: see `predict`.
+          y: [n], the names of classes, or their numbers.
+
+        Raises:
+          ValueError: y does not go with x, or has other classes than the run.
+        """
+        names = list(map(str, self.experiment.federation.label_names))
+        given, right = np.asarray(y).reshape(-1), self.predict(client, x)
+        if len(given) != len(right):
+            raise ValueError(f"x has {len(right)} samples, y {len(given)} labels")
+        if {*map(str, given)} <= {*names}:
+            given = np.array([names.index(str(label)) for label in given])
+        elif given.dtype.kind not in "iu" or {*given.tolist()} - {*range(len(names))}:
+            unknown = next(text for text in map(str, given) if text not in names)
+            raise ValueError(
+                f"y has {unknown!r}; classes of this run: {', '.join(names[:10])}, or "
+                f"numbers 0..{len(names) - 1}"
+            )
+        return 100.0 * float(np.mean(given == right))
+
     def _inputs(self, x: Any) -> ClientData:
         """Somebody's samples, as they were given to `federate`."""
         pool = self.experiment.federation.pool

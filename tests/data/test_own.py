@@ -134,6 +134,11 @@ def test_a_function_may_return_any_of_these(here):
             sources.load(f"my_animals:{name}")
 
 
+def test_a_set_of_the_hub_is_pointed_to_by_its_name():
+    with pytest.raises(ValueError, match=r"hf:mnist.*written 'huggingface:mnist'"):
+        sources.load("hf:mnist")
+
+
 # Divided already ---------------------------------------------------------------------
 
 

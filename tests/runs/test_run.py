@@ -94,6 +94,28 @@ def test_a_client_is_served_the_network_that_was_scored(run, data):
     assert np.mean(right) == pytest.approx(values["pacc"]["accuracy"][1])
 
 
+def test_somebodys_samples_are_scored_by_names_or_numbers(run, tmp_path):
+    """From a run and from its folder; and its file is that of the run's own export."""
+    x, y = arrays()
+    right = 100 * np.mean(np.array(["ant", "bee", "cat"])[run.predict(5, x)] == y)
+    assert hj.evaluate(run, x, y, client=5) == {"accuracy": pytest.approx(right)}
+    numbers = np.searchsorted(["ant", "bee", "cat"], y)
+    run.save(tmp_path / "run")
+    found = hj.evaluate(tmp_path / "run", x, numbers, client=5)
+    assert found == {"accuracy": pytest.approx(right)}
+    assert hj.evaluate(run) == run.scores()
+    path = hj.export(run, tmp_path / "five", client=5)
+    assert path == tmp_path / "five.npz" and "five.npz" in os.listdir(tmp_path)
+    for labels, words in (
+        (y[:-1], "x has 90 samples, y 89"),
+        (np.where(y == "ant", "dog", y), "y has 'dog'; classes of this run: ant, bee"),
+        (numbers + 1, "y has '"),
+        (None, "give x and y"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            hj.evaluate(run, x, labels)
+
+
 def test_going_on_is_having_gone_on(run, data):
     longer = run.resume(3, progress=False)
     assert run.state.round == 2 and longer.state.round == 3
