@@ -482,9 +482,15 @@ def test_statistics_stay_at_home():
     [
         ("mh_cnn", 239_856, 959_424),
         ("vgg8", 274_664, 1_098_656),
-        ("mh_resnet10", 353_028, 1_412_112),
-        ("mh_resnet12", 529_092, 2_116_368),
-        ("mh_resnet18", 571_236, 2_284_944),
+        # The others: tests/benchmarks/test_family_table.py.
+        *(
+            pytest.param(*costs, marks=pytest.mark.slow)
+            for costs in (
+                ("mh_resnet10", 353_028, 1_412_112),
+                ("mh_resnet12", 529_092, 2_116_368),
+                ("mh_resnet18", 571_236, 2_284_944),
+            )
+        ),
     ],
 )
 def test_published_costs(name, numbers, num_bytes):

@@ -20,6 +20,7 @@ def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_round_time_reports_every_plan(repository, tmp_path):
     sizes = ("--clients=2", "--cohort=2", "--samples=5", "--batch=4", "--epochs=1")
     plans = ("--models=mlp,lenet", "--mappers=map", "--devices=1", "--rounds=1")
@@ -47,6 +48,7 @@ def test_round_time_reports_every_plan(repository, tmp_path):
         assert record["machine"]["cores"] > 0
 
 
+@pytest.mark.slow
 def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
     small = ("--method=fedavg", "--seeds=2", "--rounds=1", "--plans=sequence")
     alone, together = _run(repository, tmp_path, "seeds", *small)
@@ -59,6 +61,7 @@ def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
         assert whole == pytest.approx(record["seconds"])
 
 
+@pytest.mark.slow
 def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp_path):
     sizes = ("--clients=4,400", "--cohort=2", "--samples=5", "--exchanges=1")
     records = _run(repository, tmp_path, "memory", *sizes)
@@ -86,6 +89,7 @@ def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     assert kept["temporary_mb"] > kept["stack_mb"] > 2 * summed["temporary_mb"]
 
 
+@pytest.mark.slow
 def test_generation_reports_every_plan(repository, tmp_path):
     sizes = ("--parameters=3000", "--chunk_batches=0,2", "--calls=1")
     records = _run(repository, tmp_path, "generation", *sizes)
@@ -131,6 +135,7 @@ def test_generation_refuses(argument, message, monkeypatch):
         generation.main()
 
 
+@pytest.mark.slow
 def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
     few, many = _run(repository, tmp_path, "scaling", *sizes, "--checkpoint")
@@ -141,6 +146,7 @@ def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
 
 
+@pytest.mark.slow
 def test_an_accelerator_is_asked_for_and_tried_without_one(repository, tmp_path):
     narrow = ("--networks=mlp", "--plans=vmap", "--precisions=highest")
     said = launch(tmp_path / "listed", "benchmarks.gpu", narrow, repository).result()

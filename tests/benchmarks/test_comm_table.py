@@ -51,8 +51,13 @@ def on_cifar10():
     [
         # 2 phi; + 2 (stem + shortcuts); + 2 scales and biases; + 2 means and variances.
         ("mnist", (151_840, 157_248, 158_208, 159_168)),
-        ("fashion_mnist", (565_536, 570_944, 576_384, 581_824)),
-        ("cifar10", (565_536, 571_520, 576_960, 582_400)),
+        pytest.param(
+            *("fashion_mnist", (565_536, 570_944, 576_384, 581_824)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("cifar10", (565_536, 571_520, 576_960, 582_400)), marks=pytest.mark.slow
+        ),
         ("cifar100", (565_536, 587_744, 598_624, 609_504)),
     ],
 )
