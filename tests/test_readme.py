@@ -13,6 +13,9 @@ from launched import launch
 from hyperjax import registry
 from hyperjax.launch import build, cli
 
+# One worker starts the processes of all files.
+pytestmark = pytest.mark.xdist_group("launcher")
+
 # Command in the README -> what is added, or run instead; None: other tests have it.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
 ONE = [

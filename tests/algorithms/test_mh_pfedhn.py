@@ -504,7 +504,11 @@ def test_published_costs(name, numbers, num_bytes):
 
 
 @pytest.mark.parametrize(
-    "name", ["mh_cnn", "vgg8", "mh_resnet10", "mh_mlp", "squeezenet1_1"]
+    "name",
+    [
+        *("mh_cnn", "mh_resnet10", "mh_mlp"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg8", "squeezenet1_1")),
+    ],
 )
 def test_vectors_come_back_as_they_were(name):
     model = from_linen(ZOO[name](10), (32, 32, 3), 10)

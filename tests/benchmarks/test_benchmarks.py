@@ -9,6 +9,9 @@ from launched import launch
 
 from benchmarks import generation, memory
 
+# One worker starts the processes of all files.
+pytestmark = pytest.mark.xdist_group("launcher")
+
 
 def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     """Runs a benchmark in a process of its own and returns its records."""
