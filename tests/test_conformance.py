@@ -172,7 +172,7 @@ def test_blocks_of_three_agree(stack):
     )
 
 
-@stacks(("fedavg", "hyperfedzero"))
+@every_client_at_length
 @pytest.mark.parametrize("mapper", ["map", 2])
 def test_summing_up_as_clients_finish_agrees(stack, mapper):
     alg = method(stack)

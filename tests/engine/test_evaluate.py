@@ -186,7 +186,9 @@ def test_calls_of_few_clients_swap_with_the_same_neighbours():
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "bad", [np.nan, np.inf, pytest.param(-np.inf, marks=pytest.mark.slow)]
+)
 def test_outputs_that_are_not_finite_have_no_accuracy(bad):
     """One sample is enough; padding and other clients do not matter."""
     alg, pool, table = method("fedavg"), tiny().pool, tiny().table
