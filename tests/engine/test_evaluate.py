@@ -164,10 +164,15 @@ SWAPPED = ("accuracy_swapped", "distance_swapped")
     "options",
     [
         dict(batch_size=1),
-        dict(batch_size=64),
         dict(clients_per_call=3),
-        dict(clients_per_call=1),
-        dict(devices=4),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                dict(batch_size=64),
+                dict(clients_per_call=1),
+                dict(devices=4),
+            )
+        ),
         dict(clients_per_call=5, devices=4, batch_size=3),
     ],
     ids=str,
