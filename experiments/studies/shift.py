@@ -27,6 +27,8 @@ from typing import Any
 import ml_collections
 
 from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
+from hyperjax.data import shift
+from hyperjax.errors import check_choice
 from hyperjax.protocols import zero_shot
 
 _SHIFT = {"method.name": "hyperfedshift"}
@@ -82,7 +84,14 @@ COLUMNS = {
 }
 
 
+# Strength of a shift, and Dirichlet's alpha of labels.
+LEVELS = {"low": (1 / 3, 3.0), "medium": (2 / 3, 1.0), "high": (1.0, 0.1)}
 _SET_ASIDE: dict[str, Any] = {"data.validation_fraction": 0.2}
+_TOLD = {
+    "auroc_embedding": "AUROC of the embedding",
+    "auroc_confidence": "of the confidence",
+    "auroc_energy": "of the energy",
+}
 _OF_RIVALS = {
     **COLUMNS,
     "zacc_ft0_mean": "zACC of clients with labels",
@@ -152,6 +161,30 @@ def sweep_context(add):
         add_rows(add, ROWS, ("HyperFedShift", "BN-adapt"), **few, **_fields("rotation"))
 
 
+def sweep_strangers(add):
+    """Unseen clients like participants, at the edge of their range and outside."""
+    for kind in ("rotation", "corruptions"):
+        for where in shift.NOVEL:
+            fields = {**_fields(kind), "data.shift_novel": where}
+            add_rows(add, ROWS, ("FedAvg", "HyperFedShift"), **fields)
+
+
+def sweep_kinds(add, level=""):
+    """P(x), P(y), P(x | y), P(y | x) at all levels; or at one, `kinds:low`."""
+    check_choice("level", level, ("", *LEVELS))
+    for strength, alpha in (LEVELS[name] for name in LEVELS if level in ("", name)):
+        for kind in ("rotation", "class_rotation", "label_swap"):
+            fields = {**_fields(kind), "data.shift_strength": strength}
+            add_rows(add, ROWS, THREE, **fields)
+        add_rows(add, ROWS, THREE, **{**_fields("labels"), "data.alpha": alpha})
+
+
+def sweep_writers(add, ids):
+    """Who wrote the digits; `writers:FILE.npz:KEY` names the writer of every image."""
+    written = {"data.partition": "by_client_id", "data.client_ids": ids}
+    add_rows(add, ROWS, (*THREE, "BN-adapt"), **written)
+
+
 def _fields(name: str) -> dict:
     return zero_shot.shift_fields(name, mixtures=True)
 
@@ -179,6 +212,13 @@ STUDIES = {
     "context": _study(
         "How many unlabelled inputs does an unseen client need?", "zacc_mean"
     ),
+    "strangers": _study(
+        "Does an unseen client's embedding say that it is unlike the others?",
+        "zacc_mean",
+        {**COLUMNS, **_TOLD},
+    ),
+    "kinds": _study("Which shifts can be followed from inputs alone?", "zacc_mean"),
+    "writers": _study("And where clients are people?", "zacc_mean"),
     "recipe": _study(
         "What do label-free parts give that need no condition?", "zacc_em"
     ),

@@ -243,6 +243,7 @@ def _pixel_moments(x: Array) -> Array:
 def _true_shift(values: Array) -> Array:
     """The parameters of a shift as numbers near 0 or 1, without a seam at 360."""
     own = dict(zip(shift.PARAMETERS, values, strict=True))
+    own = {name: x for name, x in own.items() if name not in shift.BY_CLASS}
     angle = jnp.deg2rad(own.pop("angle"))
     return jnp.stack([jnp.sin(angle), jnp.cos(angle), *own.values()])
 

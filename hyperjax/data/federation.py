@@ -284,6 +284,11 @@ def federate(
                 "min_size"
             )
 
+    drawn = None
+    if shift.kind != "none":
+        drawn = shift.draw(seed, num_clients, num_novel)
+        named = shifts.relabelled(source.y, parts, drawn, seed, source.num_classes)
+        source = source._replace(y=named)
     counts = partitions.class_counts(source.y, parts, source.num_classes)
     unassigned = len(rest) - int(counts.sum())
     asked = options.get("samples_per_client")  # whoever caps it knows
@@ -313,10 +318,8 @@ def federate(
         train[mine], apart = set_apart(train[mine], validation_fraction)
         validation = clients.table(apart, _WIDTH)
     own_train = clients.table(train[mine], _WIDTH)
-    drawn = None
-    if shift.kind != "none":
-        drawn = shift.draw(seed, num_clients, num_novel)
-        shown = shifts.apply(source.x, parts, drawn, seed)
+    if drawn is not None:
+        shown = shifts.apply(source.x, parts, drawn, seed, source.y)
         source = after_shift(source._replace(x=shown))
     pool = clients.make_pool(
         source.x,
@@ -345,10 +348,10 @@ def federate(
 
 def _check_possible(source: Source, shift: str, standardise: str) -> None:
     """Refuses what has no meaning for samples that are no images."""
-    if shift != "none" and source.x.ndim != 4:
+    if not set(shifts.KINDS[shift]) <= set(shifts.BY_CLASS) and source.x.ndim != 4:
         raise ValueError(
             f"shift={shift!r} is done to images; {source.name!r} has "
-            f"{described(source.x)}; accepted: none"
+            f"{described(source.x)}; accepted: none, label_swap"
         )
     if standardise == "client" and is_tokens(source.x):
         raise ValueError(

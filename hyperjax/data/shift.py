@@ -6,14 +6,21 @@ every sample is its client's alone, so pixels are shifted once, by one compiled 
 as the federation is dealt out, and are stored once. Nothing behind it knows of shifts.
 
     x -> blocks permuted -> turned -> blurred -> 0.5 + contrast (x - 0.5)
-      -> times tint of the channel -> plus noise,     for x in [0, 1], and clipped to it
+      -> times tint of the channel -> plus brightness -> plus noise,
+                                          for x in [0, 1], and clipped to it
+
+So much for P(x). Where images of some classes alone are shifted, another few for each
+client, P(x | y) differs ("class_rotation"); where classes have each other's label,
+P(y | x) does ("label_swap"), which no input tells. P(y) is the partition's. Some
+benchmarks have these names the other way round. `strength` is how far all of it goes.
 
 Whoever never trained has a shift of the same law ("inside"), one in the outer tenth of
 the range ("edge"), or one beyond it by half its width at most ("outside"): then no
-participant has anything like it.
+participant has anything like it. With "corruptions" a client has one kind of several,
+and outside are kinds that no participant has.
 
 References: rotations and block permutations, Goodfellow et al. 2013 (arXiv:1312.6211);
-blur, noise and contrast, Hendrycks, Dietterich 2019 (arXiv:1903.12261).
+blur, noise, contrast and brightness, Hendrycks, Dietterich 2019 (arXiv:1903.12261).
 """
 
 import functools
@@ -37,8 +44,14 @@ PARAMETERS: dict[str, float] = {
     "tint_0": 1.0,  # factor on a channel
     "tint_1": 1.0,
     "tint_2": 1.0,
+    "brightness": 0.0,  # added, to pixels in [0, 1]
+    "classes": 1.0,  # share of the classes whose images are shifted
+    "swapped": 0.0,  # share of the classes that have each other's label
+    "order": 0.0,  # which order of classes these two are the first of
 }
 IDENTITY = np.array(list(PARAMETERS.values()), np.float32)
+# Of which class a sample is counts for these.
+BY_CLASS = ("classes", "swapped", "order")
 GRID = 4
 NOVEL = ("inside", "edge", "outside")
 _EDGE, _BEYOND = 0.1, 0.5  # shares of a range
@@ -53,10 +66,13 @@ class Range(NamedTuple):
     high: float
     mirrored: bool = False  # times -1 or 1
     whole: bool = False  # high is excluded
+    always: bool = False  # whatever the strength, and wherever unseen clients are
 
     def moved(self, where: str) -> "Range":
         """The range of clients at its edge or outside of it."""
         width = self.high - self.low
+        if self.always:
+            return self
         if where == "edge":
             return self._replace(low=self.high - _EDGE * width)
         if where == "outside":
@@ -71,6 +87,7 @@ class Range(NamedTuple):
         return np.floor(value) if self.whole else value
 
 
+_ANY_ORDER = Range(0.0, 2.0**20, whole=True, always=True)
 _HALF_TURN, _OFF_ZERO = Range(0.0, 180.0), Range(0.3, 1.0, mirrored=True)
 KINDS: dict[str, dict[str, Range]] = {
     "none": {},
@@ -88,9 +105,35 @@ KINDS: dict[str, dict[str, Range]] = {
         "contrast": _OFF_ZERO,
         "blur": Range(0.0, 1.5),
     },
+    "corruptions": {
+        "noise": Range(0.1, 0.6),
+        "blur": Range(0.5, 3.0),
+        "contrast": Range(0.1, 0.6),
+        "brightness": Range(0.1, 0.6),
+        "angle": Range(10.0, 60.0),
+        **{f"tint_{i}": Range(0.1, 0.6) for i in range(3)},
+    },
+    "class_rotation": {
+        "angle": _HALF_TURN,
+        "classes": Range(0.1, 0.8, always=True),
+        "order": _ANY_ORDER,
+    },
+    "label_swap": {"swapped": Range(0.2, 0.8), "order": _ANY_ORDER},
+}
+# Kinds of which a client has one: those of everybody, and those of whoever is outside.
+_ONE_OF: dict[str, tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]] = {
+    "corruptions": (
+        (("noise",), ("blur",), ("contrast",), ("brightness",)),
+        (("angle",), ("tint_0", "tint_1", "tint_2")),
+    )
 }
 # Beyond their ranges is what is inside, or nothing.
-_WITHOUT_OUTSIDE = ("none", "rotation360", "inversion")
+_WITHOUT_OUTSIDE = ("none", "rotation360", "inversion", "label_swap")
+
+
+def _draws(seed: int, number: int) -> list[np.random.Generator]:
+    """Those of participants and of unseen clients."""
+    return [np.random.default_rng([seed, _STREAM, number, side]) for side in (0, 1)]
 
 
 class Shift(NamedTuple):
@@ -105,22 +148,44 @@ class Shift(NamedTuple):
 
         The same seed gives the same participants whatever the unseen clients are.
         """
-        columns = []
+        columns, sizes = [], (num_clients, num_novel)
+        has = self._has(seed, *sizes)
+        # Other kinds are far enough outside.
+        where = "inside" if has and self.novel == "outside" else self.novel
         for number, (name, identity) in enumerate(PARAMETERS.items()):
             law = KINDS[self.kind].get(name)
             if law is None:
-                columns.append(np.full(num_clients + num_novel, identity))
+                columns.append(np.full(sum(sizes), identity))
                 continue
-            ours, theirs = (
-                np.random.default_rng([seed, _STREAM, number, side]) for side in (0, 1)
-            )
+            ours, theirs = _draws(seed, number)
             values = [
                 law.draw(ours, num_clients),
-                law.moved(self.novel).draw(theirs, num_novel),
+                law.moved(where).draw(theirs, num_novel),
             ]
-            found = identity + self.strength * (np.concatenate(values) - identity)
-            columns.append(np.floor(found) if law.whole else found)
+            strength = 1.0 if law.always else self.strength
+            found = identity + strength * (np.concatenate(values) - identity)
+            found = np.floor(found) if law.whole else found
+            columns.append(np.where(has[name], found, identity) if has else found)
         return np.stack(columns, 1).astype(np.float32)
+
+    def _has(self, seed: int, *sizes: int) -> dict[str, np.ndarray]:
+        """Who has which parameter, of a kind of which a client has one; or {}."""
+        if self.kind not in _ONE_OF:
+            return {}
+        everybody, others = _ONE_OF[self.kind]
+        outside = self.novel == "outside"
+        which = [
+            rng.integers(len(of), size=num) + start
+            for rng, num, of, start in zip(
+                _draws(seed, len(PARAMETERS)),
+                sizes,
+                (everybody, others if outside else everybody),
+                (0, len(everybody) if outside else 0),
+                strict=True,
+            )
+        ]
+        chosen, groups = np.concatenate(which), [*everybody, *others]
+        return {n: chosen == i for i, group in enumerate(groups) for n in group}
 
 
 def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -> Shift:
@@ -149,19 +214,73 @@ def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -
 
 
 def varying(parameters: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {parameter: [N]} of those that are not the identity's for everybody."""
+    """Returns {parameter: [N]} of those that are not the identity's for everybody.
+
+    "order" says nothing by itself, and is left out.
+    """
     return {
         name: parameters[:, i]
         for i, name in enumerate(PARAMETERS)
-        if np.any(parameters[:, i] != IDENTITY[i])
+        if name != "order" and np.any(parameters[:, i] != IDENTITY[i])
     }
+
+
+# Classes ------------------------------------------------------------------------------
+
+
+def relabelled(
+    y: np.ndarray,
+    parts: Sequence[np.ndarray],
+    parameters: np.ndarray,
+    seed: int,
+    num_classes: int,
+) -> np.ndarray:
+    """Returns labels as their clients call them, [n].
+
+    Of a client's order of classes the first have each other's label, in a circle.
+
+    Args:
+      y: [n] integers.
+      parts: N arrays of indices into `y`, those of each client.
+      parameters: [N, S].
+      seed: of the orders.
+      num_classes: K.
+    """
+    found = y.copy()
+    for part, row in zip(parts, parameters, strict=True):
+        num = int(np.rint(row[_place("swapped")] * num_classes))
+        names = np.arange(num_classes)
+        first = _order(seed, row, num_classes)[:num]
+        names[first] = np.roll(first, 1)
+        found[part] = names[y[part]]
+    return found
+
+
+def _touched(
+    y: np.ndarray, parts: Sequence[np.ndarray], parameters: np.ndarray, seed: int
+) -> np.ndarray:
+    """Whether the images of the samples of all parts are shifted, one after another."""
+    num_classes, found = int(y.max()) + 1, []
+    for part, row in zip(parts, parameters, strict=True):
+        num = max(1, int(np.rint(row[_place("classes")] * num_classes)))
+        found.append(np.isin(y[part], _order(seed, row, num_classes)[:num]))
+    return np.concatenate(found)
+
+
+def _order(seed: int, row: np.ndarray, num_classes: int) -> np.ndarray:
+    draw = np.random.default_rng([seed, _STREAM, 98, int(row[_place("order")])])
+    return draw.permutation(num_classes)
 
 
 # Pixels -------------------------------------------------------------------------------
 
 
 def apply(
-    x: np.ndarray, parts: Sequence[np.ndarray], parameters: np.ndarray, seed: int
+    x: np.ndarray,
+    parts: Sequence[np.ndarray],
+    parameters: np.ndarray,
+    seed: int,
+    y: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns images as their clients see them.
 
@@ -171,6 +290,7 @@ def apply(
       parts: N arrays of indices into `x`, those of each client.
       parameters: [N, S].
       seed: of the noise, which is a sample's own for good.
+      y: [n] integer labels, for shifts of some classes.
 
     Returns:
       [n, H, W, c] of the same type. Samples of nobody, and of clients whose parameters
@@ -180,7 +300,7 @@ def apply(
       ValueError: images that are not square are turned or permuted, which needs it.
     """
     changed = varying(parameters)
-    if not changed:
+    if not set(changed) - set(BY_CLASS):
         return x
     height, width = x.shape[1:3]
     if "blocks" in changed and (height % GRID or width % GRID):
@@ -196,8 +316,10 @@ def apply(
     owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     rows = np.concatenate([np.asarray(part) for part in parts])
     moving = np.any(parameters != IDENTITY, axis=1)[owner]
+    if "classes" in changed and y is not None:
+        moving &= _touched(y, parts, parameters, seed)
     owner, rows = owner[moving], rows[moving]
-    names = tuple(sorted(changed))
+    names = tuple(sorted(set(changed) - set(BY_CLASS)))
     for start in range(0, len(rows), _AT_ONCE):
         block = rows[start : start + _AT_ONCE]
         given = np.resize(block, _AT_ONCE)  # one shape, one program
@@ -245,6 +367,8 @@ def _shifted(
         if any(name.startswith("tint") for name in names):
             tint = jnp.stack([own[f"tint_{i % 3}"] for i in range(image.shape[-1])])
             image = image * tint
+        if "brightness" in names:
+            image = image + own["brightness"]
         if "noise" in names:
             draw = jax.random.normal(jax.random.fold_in(key, row), image.shape)
             image = image + own["noise"] * draw

@@ -67,13 +67,17 @@ class Exam(NamedTuple):
         # Floored: a class the client does not hold must lose, yet stay finite.
         shift = jnp.log(jnp.maximum(prior, 1e-30)) - jnp.log(self.source)
         right = jnp.argmax(logits + shift, -1) == self.labels
-        return _mean_if_finite(right, logits, self.mask)
+        return self.mean(right, logits)
 
     def loss(self, logits: Array) -> Array:
         """Returns the mean negative log-likelihood, []; NaN as accuracies are."""
         log_probs = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_probs, self.labels[:, None], 1)[:, 0]
-        return _mean_if_finite(nll, logits, self.mask)
+        return self.mean(nll, logits)
+
+    def mean(self, values: Array, logits: Array) -> Array:
+        """Returns the mean of a value [n] of each input, []; NaN as accuracies are."""
+        return _mean_if_finite(values, logits, self.mask)
 
 
 def exam(inputs: Table, samples: Samples, batch_size: int) -> Exam:
@@ -85,7 +89,11 @@ def exam(inputs: Table, samples: Samples, batch_size: int) -> Exam:
 
 
 def own(exam: Exam, model: Model, variables: PyTree) -> dict[str, Array]:
-    """Returns a client's accuracy, those of the two controls, and its loss, all []."""
+    """Returns a client's accuracy, those of the two controls, and its loss, all [].
+
+    And two means over its inputs that need no label: how sure the outputs are, as the
+    largest probability ("confidence") and as log sum exp ("energy").
+    """
     logits, source = exam.logits(model, variables), exam.source
     count = jnp.maximum(exam.data.size, 1)
     truth = jnp.zeros_like(source).at[exam.labels].add(exam.mask) / count
@@ -95,6 +103,8 @@ def own(exam: Exam, model: Model, variables: PyTree) -> dict[str, Array]:
         "accuracy_em": exam.accuracy(logits, estimate),
         "accuracy_oracle": exam.accuracy(logits, truth),
         "loss": exam.loss(logits),
+        "confidence": exam.mean(jnp.max(jax.nn.softmax(logits), -1), logits),
+        "energy": exam.mean(jax.nn.logsumexp(logits, -1), logits),
     }
 
 

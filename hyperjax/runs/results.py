@@ -7,6 +7,7 @@ import numpy as np
 
 from hyperjax.data.federation import Federation
 from hyperjax.engine.evaluate import summarise
+from hyperjax.runs import likeness
 
 NOT_FINITE = "_not_finite"  # how many clients have no accuracy; missing if none
 VARIANTS = ("em", "oracle", "swapped")
@@ -26,8 +27,9 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
 
     Returns:
       Percentages: "<metric>", with "_mean", "_std", "_p10" over clients, and
-      "_em", "_oracle", "_swapped" for the controls; "<metric>_distance"; and the
-      collapse metric of embeddings, in nats. NaN where the outputs for a client are
+      "_em", "_oracle", "_swapped" for the controls; "<metric>_distance"; the
+      collapse metric of embeddings, in nats; and how well unseen clients are told from
+      participants, see `likeness.scores`. NaN where the outputs for a client are
       not finite, with the number of such clients as "<metric>_not_finite".
     """
     found: dict[str, float] = {}
@@ -46,7 +48,7 @@ def record(values: Mapping[str, Values]) -> dict[str, float]:
     for metric, name in (("pacc", "participating"), ("zacc", "novel")):
         if "embedding" in values.get(metric, {}):
             found[f"collapse_{name}"] = collapse(values[metric])
-    return found
+    return found | likeness.scores(values)
 
 
 def scores(metric: str, clients: Values) -> dict[str, float]:

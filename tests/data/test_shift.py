@@ -75,10 +75,12 @@ def test_every_kind_keeps_bytes_bytes_and_nothing_else(kind):
     x = images(num=4, channels=3)
     parts = [np.array([2, 0]), np.array([1])]
     drawn = shift.shift(kind).draw(1, 2, 0)
-    found = shift.apply(x, parts, drawn, 1)
+    found = shift.apply(x, parts, drawn, 1, np.zeros(4, np.int32))
     assert found.dtype == np.uint8 and found.shape == x.shape
     np.testing.assert_array_equal(found[3], x[3])  # nobody's
-    assert np.array_equal(found, x) == (not shift.varying(drawn))
+    if kind != "class_rotation":  # whose client may have no image of its classes
+        moved = set(shift.varying(drawn)) - set(shift.BY_CLASS)
+        assert np.array_equal(found, x) == (not moved)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,75 @@ def test_every_kind_keeps_bytes_bytes_and_nothing_else(kind):
 def test_what_is_no_shift_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         shift.shift(**options)
+
+
+def test_a_client_has_one_corruption_and_outside_is_another():
+    seen, unseen = {"noise", "blur", "contrast", "brightness"}, {"angle", "tint_0"}
+    for novel in ("inside", "outside"):
+        drawn = shift.shift("corruptions", novel=novel).draw(0, 60, 60)
+        names = [
+            {
+                n
+                for n, x, same in zip(NAMES, row, shift.IDENTITY, strict=True)
+                if x != same
+            }
+            - {"tint_1", "tint_2"}
+            for row in drawn
+        ]
+        assert {len(found) for found in names} == {1}
+        assert set.union(*names[:60]) == seen
+        assert set.union(*names[60:]) == (seen if novel == "inside" else unseen)
+
+
+# Classes -----------------------------------------------------------------------------
+
+
+def test_images_of_a_clients_own_classes_are_turned_alone():
+    x, y = images(num=40), np.arange(40, dtype=np.int32) % 10
+    parts = [np.arange(20), np.arange(20, 40)]
+    rows = np.concatenate([own(angle=90, classes=0.3, order=n) for n in (5, 6)])
+    found = shift.apply(x, parts, rows, 0, y)
+    for part in parts:
+        changed = (found[part] != x[part]).any(axis=(1, 2, 3))
+        assert len(set(y[part][changed])) == 3
+        assert not set(y[part][changed]) & set(y[part][~changed])
+    every = shift.apply(x, parts, np.concatenate([own(angle=90)] * 2), 0, y)
+    assert (every != x).any(axis=(1, 2, 3)).all()
+
+
+def test_some_classes_of_a_client_have_each_others_label():
+    y = np.arange(40, dtype=np.int32) % 10
+    parts = [np.arange(10), np.arange(10, 20), np.arange(20, 30)]
+    rows = np.concatenate(
+        [
+            own(swapped=0.4, order=1),
+            own(swapped=0.0, order=2),
+            own(swapped=0.4, order=3),
+        ]
+    )
+    found = shift.relabelled(y, parts, rows, 7, 10)
+    assert (found[parts[0]] != y[parts[0]]).sum() == 4
+    assert sorted(found[parts[0]]) == list(range(10))  # names change places
+    np.testing.assert_array_equal(found[parts[1]], y[parts[1]])
+    np.testing.assert_array_equal(found[30:], y[30:])  # nobody's
+    assert not np.array_equal(found[parts[0]], found[parts[2]])
+
+
+def test_a_federation_of_swapped_labels_has_its_images():
+    plain, swapped = (
+        federation.federate(
+            load("digits"), num_clients=4, num_novel=2, shift=kind, seed=1
+        )
+        for kind in ("none", "label_swap")
+    )
+    np.testing.assert_array_equal(plain.pool.x, swapped.pool.x)
+    np.testing.assert_array_equal(plain.train.rows, swapped.train.rows)
+    moved = np.asarray(plain.pool.y) != np.asarray(swapped.pool.y)
+    assert 0.1 < moved.mean() < 0.8
+    assert not moved[plain.test.rows[0][: plain.test.size[0]]].any()
+    for number, table in ((0, swapped.train), (4, swapped.novel_train)):
+        mine = np.asarray(swapped.pool.y)[table.rows[0][: table.size[0]]]
+        assert (np.bincount(mine, minlength=10) <= swapped.counts[number]).all()
 
 
 # Pixels ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ SWEEPS = [
     for name in points.find_named(f"experiments/studies/{paper}.py")
 ]
 # Of other sweeps' runs, or of arguments alone.
-APART = {"newcomers"}
+APART = {"newcomers", "writers"}
 
 
 def module(paper):
