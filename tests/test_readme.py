@@ -12,6 +12,7 @@ from launched import launch
 
 from hyperjax import registry
 from hyperjax.launch import build, cli
+from hyperjax.sweeps import points
 
 # One worker starts the processes of all files.
 pytestmark = pytest.mark.xdist_group("launcher")
@@ -32,8 +33,8 @@ SMALL = [
 TRAIN = "python -m experiments.train --config=configs/"
 JOIN = "python -m experiments.join"
 SWEEP = "python -m experiments.sweep --config="
-# Tests of their own train, sweep and count like these, so that here they are only
-# built, which is all that comes before the first program; a slow test runs them.
+# Tests of their own train, sweep and count like these, so that here runs are only
+# built and the points of sweeps resolved; a slow test runs them.
 AT_LENGTH = {
     "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
     SWEEP + "configs/zero_shot.py:hyperfedzero": ["--list"],
@@ -126,6 +127,21 @@ def check(command: str) -> None:
     build.build(cli.read_config(config.removeprefix("--config="), [*given, *added]))
 
 
+def check_sweep(command: str) -> None:
+    """Reads the flags of a sweep and resolves its points."""
+    config, *given = shlex.split(command)[3:]
+    path = config.removeprefix("--config=")
+    named = points.find_named(path)
+    flags = [flag.removeprefix("--").partition("=") for flag in given]
+    axes = [
+        points.axis(name, text, named if name == "sweep" else {})
+        for name, _, text in flags
+        if name in ("sweep", "tune")
+    ]
+    fields = [flag for flag in given if flag.startswith("--config.")]
+    assert points.resolve(path, fields, points.product(axes))
+
+
 @pytest.fixture
 def folder(repository, tmp_path):
     """A folder with all that the commands name."""
@@ -152,6 +168,8 @@ def test_every_command_runs(section, folder, monkeypatch):
             run(command, folder)
         elif command.startswith(TRAIN):
             check(command)
+        elif command.startswith(SWEEP):
+            check_sweep(command)
     assert section != "Try it" or (folder / "runs/try/report.html").exists()
 
 
