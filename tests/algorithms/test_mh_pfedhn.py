@@ -190,7 +190,10 @@ def exchanged(alg, server, **ids):
 
 @pytest.mark.parametrize(
     "ids",
-    [dict(deep=(1,)), dict(line=(2, 0), norm=(1,), deep=(0,))],
+    [
+        pytest.param(dict(deep=(1,)), marks=pytest.mark.slow),
+        dict(line=(2, 0), norm=(1,), deep=(0,)),
+    ],
     ids=["one client", "several families"],
 )
 def test_one_plain_step_is_the_end_to_end_gradient(ids):

@@ -84,6 +84,7 @@ def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp
             assert record[name] > 0, name
 
 
+@pytest.mark.slow
 def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     sizes = ("--networks=mlp", "--cohorts=20", "--samples=2", "--batch=2")
     kept, summed = _run(repository, tmp_path, "cohort", *sizes)

@@ -893,6 +893,7 @@ def test_a_folder_in_use_is_refused(run):
     train.train(small(), str(run))  # free again
 
 
+@pytest.mark.slow
 def test_all_stores_give_the_same_metrics(tmp_path):
     found = {}
     for name, fields in (

@@ -218,7 +218,10 @@ def stepper(model):
     return step
 
 
-@pytest.mark.parametrize(("shortcut", "conv_bias"), [("conv", False), ("pad", True)])
+@pytest.mark.parametrize(
+    ("shortcut", "conv_bias"),
+    [("conv", False), pytest.param("pad", True, marks=pytest.mark.slow)],
+)
 def test_resnet_trains_on_real_samples_only(shortcut, conv_bias):
     # 9 rows become 5 and 3; the rules of convolution take one side each.
     networks = [
