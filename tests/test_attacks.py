@@ -91,7 +91,7 @@ def test_the_least_mismatch_is_kept():
     assert cliff.guess == 0 and cliff.mismatch == 1
 
 
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("soft", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_image_is_recovered_from_a_whole_networks_gradient(model, soft):
     victim = attacks.victim(model)
 

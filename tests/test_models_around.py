@@ -35,7 +35,12 @@ def batch() -> Batch:
     return clients.take(data(), jnp.arange(5), 1, BATCH)
 
 
-MARKED = [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in STACKS]
+# HyperFedZero's are by default those of its plain form.
+ALIKE = ("constant_embedding", "hyperfedzero+sample", "hyperfedzero+client")
+MARKED = [
+    pytest.param(s, marks=pytest.mark.slow) if s in (*SLOW, *ALIKE) else s
+    for s in STACKS
+]
 
 
 @pytest.fixture(scope="module", params=MARKED)

@@ -12,6 +12,10 @@ from launched import launch
 
 from hyperjax import registry
 from hyperjax.launch import build, cli
+from hyperjax.sweeps import points
+
+# One worker starts the processes of all files.
+pytestmark = pytest.mark.xdist_group("launcher")
 
 # Command in the README -> what is added, or run instead; None: other tests have it.
 SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
@@ -28,9 +32,20 @@ SMALL = [
 ]
 TRAIN = "python -m experiments.train --config=configs/"
 JOIN = "python -m experiments.join"
-# Tests of their own train like these, so that here they are only built, which is all
-# that comes before the first program; a slow test runs them.
+SWEEP = "python -m experiments.sweep --config="
+# Tests of their own train, sweep and count like these, so that here runs are only
+# built and points of sweeps resolved; a slow test runs them.
 AT_LENGTH = {
+    "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
+    SWEEP + "configs/zero_shot.py:hyperfedzero": ["--list"],
+    SWEEP + "configs/zero_shot.py:data": [
+        *("python", "-m", "experiments.sweep"),
+        *("--config=configs/zero_shot.py:fedavg,data=digits", "--workdir=runs/tuned"),
+        *("--config.rounds=1", "--sweep=seed=0", "--config.local.epochs=1"),
+        *("--tune=local.learning_rate=0.1", "--config.data.validation_fraction=0.2"),
+    ],
+    SWEEP + "experiments/studies/hyperfedzero": ["--list"],
+    "python -m benchmarks.comm_table": ["--networks=mnist"],
     TRAIN + "personalised.py": [*SMALL, "--config.data.min_size=2"],
     TRAIN + "personalised.py:ditto,iid": SMALL,
     # Without the convolutions, which take longest to compile.
@@ -47,25 +62,13 @@ AT_LENGTH = {
 }
 SHORTENED = {
     **AT_LENGTH,
-    "make demo": ["python", "-m", "experiments.demo", "--smoke", "--workdir=runs/demo"],
     "make test": None,  # it is running
     "pip install -e .": None,  # `make test` has done it
     TRAIN + "zero_shot.py:data=digits --workdir=runs/try": SHORT,
     "python -m experiments.evaluate": [],
-    "python -m experiments.sweep --config=configs/zero_shot.py:hyperfedzero": [
-        "--list"
-    ],
-    "python -m experiments.sweep --config=configs/zero_shot.py:data": [
-        *("python", "-m", "experiments.sweep"),
-        *("--config=configs/zero_shot.py:fedavg,data=digits", "--workdir=runs/tuned"),
-        *("--config.rounds=1", "--sweep=seed=0", "--config.local.epochs=1"),
-        *("--tune=local.learning_rate=0.1", "--config.data.validation_fraction=0.2"),
-    ],
-    "python -m benchmarks.comm_table": ["--networks=mnist"],
     "python -m benchmarks.family_table": None,
     # Studies: see tests/studies.
-    "python -m experiments.sweep --config=experiments/studies/": None,
-    "python -m experiments.sweep --config=experiments/studies/hyperfedzero": ["--list"],
+    SWEEP + "experiments/studies/": None,
     "python -m experiments.train --config=configs/zero_shot.py:fedavg --w": [
         "--config.rounds=1"
     ],
@@ -124,6 +127,22 @@ def check(command: str) -> None:
     build.build(cli.read_config(config.removeprefix("--config="), [*given, *added]))
 
 
+def check_sweep(command: str) -> None:
+    """Reads the flags of a sweep and resolves its first and its last point."""
+    config, *given = shlex.split(command)[3:]
+    path = config.removeprefix("--config=")
+    named = points.find_named(path)
+    flags = [flag.removeprefix("--").partition("=") for flag in given]
+    axes = [
+        points.axis(name, text, named if name == "sweep" else {})
+        for name, _, text in flags
+        if name in ("sweep", "tune")
+    ]
+    fields = [flag for flag in given if flag.startswith("--config.")]
+    first, *_, last = points.product(axes)
+    assert len(points.resolve(path, fields, [first, last])) == 2
+
+
 @pytest.fixture
 def folder(repository, tmp_path):
     """A folder with all that the commands name."""
@@ -148,10 +167,11 @@ def test_every_command_runs(section, folder, monkeypatch):
     for command in commands(SECTIONS[section]):
         if start_of(command) not in AT_LENGTH:
             run(command, folder)
-        elif not command.startswith(JOIN):  # tests/experiments/test_join.py
+        elif command.startswith(TRAIN):
             check(command)
-    written = {"": "runs/demo/report.html", "Try it": "runs/try/report.html"}
-    assert section not in written or (folder / written[section]).exists()
+        elif command.startswith(SWEEP):
+            check_sweep(command)
+    assert section != "Try it" or (folder / "runs/try/report.html").exists()
 
 
 @pytest.mark.slow
@@ -163,6 +183,7 @@ def test_commands_that_are_built_run(start, folder):
         found = [c for c in commands(README) if "--workdir=runs/first" in c] + found
     for command in found:
         run(command, folder)
+    assert start != "make demo" or (folder / "runs/demo/report.html").exists()
 
 
 def test_the_example_of_an_own_network_runs(capsys):
@@ -193,6 +214,7 @@ def test_the_first_lines_run():
     assert names["run"].state.round == 4
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (cells,) = blocks(SECTIONS["In a notebook"], "python")

@@ -87,7 +87,9 @@ def two_rounds(alg):
     return jax.device_get(sim.run(ROOT, sim.init(ROOT), 0, 2)[0])
 
 
-@pytest.mark.parametrize("network", [lambda: tiny().model, normed])
+@pytest.mark.parametrize(
+    "network", [pytest.param(lambda: tiny().model, marks=pytest.mark.slow), normed]
+)
 def test_one_expert_is_fedavg(network):
     model, options = network(), dict(num_experts=1, top_k=1)
     alg = fedjets(model, local=make_local(), num_clients=NUM_CLIENTS, **options)

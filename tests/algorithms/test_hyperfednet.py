@@ -492,7 +492,9 @@ def overfit(model, source, num, epochs, **options) -> float:
     return float(run(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("regenerate", ["every_step", "per_round"])
+@pytest.mark.parametrize(
+    "regenerate", ["every_step", pytest.param("per_round", marks=pytest.mark.slow)]
+)
 def test_a_client_overfits(regenerate):
     source = load("synthetic", num_samples=12, num_classes=NUM_CLASSES, shape=(4, 4, 1))
     options = dict(SMALL, regenerate=regenerate)

@@ -190,7 +190,10 @@ def exchanged(alg, server, **ids):
 
 @pytest.mark.parametrize(
     "ids",
-    [dict(deep=(1,)), dict(line=(2, 0), norm=(1,), deep=(0,))],
+    [
+        pytest.param(dict(deep=(1,)), marks=pytest.mark.slow),
+        dict(line=(2, 0), norm=(1,), deep=(0,)),
+    ],
     ids=["one client", "several families"],
 )
 def test_one_plain_step_is_the_end_to_end_gradient(ids):
@@ -482,9 +485,15 @@ def test_statistics_stay_at_home():
     [
         ("mh_cnn", 239_856, 959_424),
         ("vgg8", 274_664, 1_098_656),
-        ("mh_resnet10", 353_028, 1_412_112),
-        ("mh_resnet12", 529_092, 2_116_368),
-        ("mh_resnet18", 571_236, 2_284_944),
+        # The others: tests/benchmarks/test_family_table.py.
+        *(
+            pytest.param(*costs, marks=pytest.mark.slow)
+            for costs in (
+                ("mh_resnet10", 353_028, 1_412_112),
+                ("mh_resnet12", 529_092, 2_116_368),
+                ("mh_resnet18", 571_236, 2_284_944),
+            )
+        ),
     ],
 )
 def test_published_costs(name, numbers, num_bytes):
@@ -498,7 +507,11 @@ def test_published_costs(name, numbers, num_bytes):
 
 
 @pytest.mark.parametrize(
-    "name", ["mh_cnn", "vgg8", "mh_resnet10", "mh_mlp", "squeezenet1_1"]
+    "name",
+    [
+        *("mh_cnn", "mh_resnet10", "mh_mlp"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg8", "squeezenet1_1")),
+    ],
 )
 def test_vectors_come_back_as_they_were(name):
     model = from_linen(ZOO[name](10), (32, 32, 3), 10)

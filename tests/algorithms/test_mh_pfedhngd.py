@@ -602,6 +602,7 @@ def test_rounds_are_those_of_the_official_loop():
     assert float(tree.norm(tree.sub(start, expected.values["extractor"]))) > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_resumed_between_rounds_has_the_same_bits():
     sim, states, _ = three_rounds()
     again, _ = sim.run(jax.random.key(0), sim.load(states[2]), 2, 1)

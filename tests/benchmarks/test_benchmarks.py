@@ -9,6 +9,9 @@ from launched import launch
 
 from benchmarks import generation, memory
 
+# One worker starts the processes of all files.
+pytestmark = pytest.mark.xdist_group("launcher")
+
 
 def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     """Runs a benchmark in a process of its own and returns its records."""
@@ -20,6 +23,7 @@ def _run(repository, tmp_path, module: str, *arguments: str) -> list[dict]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_round_time_reports_every_plan(repository, tmp_path):
     sizes = ("--clients=2", "--cohort=2", "--samples=5", "--batch=4", "--epochs=1")
     plans = ("--models=mlp,lenet", "--mappers=map", "--devices=1", "--rounds=1")
@@ -47,6 +51,7 @@ def test_round_time_reports_every_plan(repository, tmp_path):
         assert record["machine"]["cores"] > 0
 
 
+@pytest.mark.slow
 def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
     small = ("--method=fedavg", "--seeds=2", "--rounds=1", "--plans=sequence")
     alone, together = _run(repository, tmp_path, "seeds", *small)
@@ -59,6 +64,7 @@ def test_seeds_together_have_the_states_of_seeds_alone(repository, tmp_path):
         assert whole == pytest.approx(record["seconds"])
 
 
+@pytest.mark.slow
 def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp_path):
     sizes = ("--clients=4,400", "--cohort=2", "--samples=5", "--exchanges=1")
     records = _run(repository, tmp_path, "memory", *sizes)
@@ -78,6 +84,7 @@ def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp
             assert record[name] > 0, name
 
 
+@pytest.mark.slow
 def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     sizes = ("--networks=mlp", "--cohorts=20", "--samples=2", "--batch=2")
     kept, summed = _run(repository, tmp_path, "cohort", *sizes)
@@ -86,6 +93,7 @@ def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     assert kept["temporary_mb"] > kept["stack_mb"] > 2 * summed["temporary_mb"]
 
 
+@pytest.mark.slow
 def test_generation_reports_every_plan(repository, tmp_path):
     sizes = ("--parameters=3000", "--chunk_batches=0,2", "--calls=1")
     records = _run(repository, tmp_path, "generation", *sizes)
@@ -131,6 +139,7 @@ def test_generation_refuses(argument, message, monkeypatch):
         generation.main()
 
 
+@pytest.mark.slow
 def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
     few, many = _run(repository, tmp_path, "scaling", *sizes, "--checkpoint")
@@ -150,6 +159,7 @@ def test_a_step_of_a_hypernetwork_method_beside_fedavg(repository, tmp_path):
     assert "bar" not in record  # PyTorch was not given
 
 
+@pytest.mark.slow
 def test_an_accelerator_is_asked_for_and_tried_without_one(repository, tmp_path):
     narrow = ("--networks=mlp", "--plans=vmap", "--precisions=highest")
     said = launch(tmp_path / "listed", "benchmarks.gpu", narrow, repository).result()

@@ -51,16 +51,30 @@ def on_cifar10():
     [
         # 2 phi; + 2 (stem + shortcuts); + 2 scales and biases; + 2 means and variances.
         ("mnist", (151_840, 157_248, 158_208, 159_168)),
-        ("fashion_mnist", (565_536, 570_944, 576_384, 581_824)),
-        ("cifar10", (565_536, 571_520, 576_960, 582_400)),
-        ("cifar100", (565_536, 587_744, 598_624, 609_504)),
+        pytest.param(
+            *("fashion_mnist", (565_536, 570_944, 576_384, 581_824)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("cifar10", (565_536, 571_520, 576_960, 582_400)), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("cifar100", (565_536, 587_744, 598_624, 609_504)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hyperfednet_with_everything_it_may_share(network, counts):
     assert tuple(round_trips(network, HYPER).values()) == counts
 
 
-@pytest.mark.parametrize("network, full", [("mnist", 155_124), ("cifar100", 4_519_432)])
+@pytest.mark.parametrize(
+    "network, full",
+    [
+        ("mnist", 155_124),
+        pytest.param("cifar100", 4_519_432, marks=pytest.mark.slow),
+    ],
+)
 def test_two_models_a_round_trip(network, full):
     lines = [Row("fedavg", "fedavg", {}), Row("scaffold", "scaffold", {})]
     counts = round_trips(network, lines)
@@ -151,7 +165,13 @@ def test_methods_that_are_missing_or_refuse_are_said_to():
         comm_table.measure("cifar11")
 
 
-@pytest.mark.parametrize("method", ["fedavg", "hyperfednet", "moon", "opt1"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("hyperfednet", "opt1"),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("fedavg", "moon")),
+    ],
+)
 def test_a_hollow_model_is_counted_as_the_model(method):
     network = comm_table.NETWORKS["mnist"]
     real = comm_table.make_model(network)

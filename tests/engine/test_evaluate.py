@@ -164,10 +164,15 @@ SWAPPED = ("accuracy_swapped", "distance_swapped")
     "options",
     [
         dict(batch_size=1),
-        dict(batch_size=64),
         dict(clients_per_call=3),
-        dict(clients_per_call=1),
-        dict(devices=4),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                dict(batch_size=64),
+                dict(clients_per_call=1),
+                dict(devices=4),
+            )
+        ),
         dict(clients_per_call=5, devices=4, batch_size=3),
     ],
     ids=str,
@@ -186,7 +191,9 @@ def test_calls_of_few_clients_swap_with_the_same_neighbours():
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "bad", [np.nan, np.inf, pytest.param(-np.inf, marks=pytest.mark.slow)]
+)
 def test_outputs_that_are_not_finite_have_no_accuracy(bad):
     """One sample is enough; padding and other clients do not matter."""
     alg, pool, table = method("fedavg"), tiny().pool, tiny().table

@@ -486,9 +486,13 @@ def drawn(number, sequential):
 in_either_mode = pytest.mark.parametrize("sequential", [False, True])
 
 
-@pytest.mark.parametrize(
+# One after another: tests/engine/test_sequential.py.
+at_once = pytest.mark.parametrize(
     "sequential", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
+
+
+@at_once
 def test_device_store_host_store_and_files_agree(sequential, tmp_path):
     on_host = whole(sequential, "host")
     chex.assert_trees_all_close(whole(sequential), on_host, **CLOSE)
@@ -498,7 +502,7 @@ def test_device_store_host_store_and_files_agree(sequential, tmp_path):
 
 
 @pytest.mark.parametrize("store", ["device", "host"])
-@in_either_mode
+@at_once
 def test_a_resumed_run_has_the_same_bits(sequential, store, tmp_path):
     sim = simulator(sequential, store)
     half, _ = rounds(sim, 0, 2)

@@ -14,8 +14,8 @@ from hyperjax.runs.experiment import Settings, experiment
 
 PLATFORMS = ("cuda", "tpu")
 PROGRAMS = {"init", "rounds", "evaluate", "tune"}
-# A mean, and a hypernetwork on clients whose network has convolutions and norms.
-QUICK = ("fedavg", "hyperfednet")
+# A mean and a hypernetwork on clients whose network has convolutions and norms.
+QUICK = ("hyperfednet",)
 
 
 @functools.cache

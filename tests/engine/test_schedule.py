@@ -40,7 +40,9 @@ def digest(carry):
     return tree.sha256(jax.device_get(carry))
 
 
-@pytest.mark.parametrize("kind", ["device", "mesh", "host"])
+@pytest.mark.parametrize(
+    "kind", ["device", pytest.param("mesh", marks=pytest.mark.slow), "host"]
+)
 def test_a_cell_may_be_run_twice(kind):
     sim = simulator(kind)
     start = sim.init(ROOT)

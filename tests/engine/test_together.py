@@ -1,5 +1,7 @@
 """Runs of one program side by side are the runs that they are alone."""
 
+import functools
+
 import chex
 import federated
 import jax
@@ -42,18 +44,20 @@ def simulators(seeds=3, **options):
     return found, [jax.random.key(seed) for seed in range(seeds)]
 
 
-def alone(sims, roots):
+@functools.cache
+def alone():
+    """Three simulators, their roots, how they start and how each ends alone."""
+    sims, roots = simulators()
     carries = [sim.init(root) for sim, root in zip(sims, roots, strict=True)]
     done = [
         sim.run(root, carry, 0, ROUNDS)
         for sim, root, carry in zip(sims, roots, carries, strict=True)
     ]
-    return carries, jax.device_get(done)
+    return sims, roots, carries, jax.device_get(done)
 
 
 def test_a_point_of_a_map_has_the_bits_it_has_alone_and_of_a_vmap_nearly():
-    sims, roots = simulators()
-    carries, expected = alone(sims, roots)
+    sims, roots, carries, expected = alone()
     assert tree.sha256(expected[0]) != tree.sha256(expected[1])
     for plan in together.PLANS:
         side = together.Together(sims, plan)
@@ -70,8 +74,7 @@ def test_a_point_of_a_map_has_the_bits_it_has_alone_and_of_a_vmap_nearly():
 def test_points_over_devices_have_the_bits_they_have_on_one():
     if len(jax.local_devices()) < 2:
         pytest.skip("one device")
-    sims, roots = simulators()
-    carries, expected = alone(sims, roots)
+    sims, roots, carries, expected = alone()
     mesh = together.point_mesh(3)
     side = together.Together(sims, "map", mesh)
     assert side.size == 4 if mesh.size == 2 else 3
@@ -80,8 +83,7 @@ def test_points_over_devices_have_the_bits_they_have_on_one():
 
 
 def test_fewer_points_are_in_a_call_where_memory_is_short():
-    sims, roots = simulators()
-    carries, expected = alone(sims, roots)
+    sims, roots, carries, expected = alone()
     side = together.Together(sims, "vmap", limit=1)
     found = side.run(range(3), roots, carries, 0, ROUNDS)
     assert side.size == side.at_once == 1

@@ -333,8 +333,8 @@ def test_options_that_are_handed_on_are_known_by_name():
 
 
 def test_bases_and_corrections_are_parsed():
-    found = personalised.get_config("data=cifar10")
-    model = build.make_model(found, (8, 8, 3), 10)
+    found = personalised.get_config("data=mnist5k")
+    model = build.make_model(found, (8, 8, 1), 10)
     numbers = {}
     for base in ("fedprox(mu=0.1)", "scaffold", "fedfomo(num_models=2)"):
         found.method.base = base

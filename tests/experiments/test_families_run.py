@@ -51,7 +51,11 @@ def built_once(monkeypatch):
     monkeypatch.setattr(build, "make_experiment", _build)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "averaged"])
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["in turn", "averaged"],
+)
 def finished(request, tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("finished") / "run"

@@ -19,7 +19,7 @@ SMALL = study.Scale(images=3, steps=2, restarts=2, embedding_size=8)
 )
 def test_what_hyperfednet_sends(n, shape, numbers):
     model = study.network("hyperfednet", shape, 10, n)
-    params = model.init(jax.random.key(0))["params"]
+    params = jax.jit(model.init)(jax.random.key(0))["params"]
     sent, kept = attacks.victim(model, study.GENERATOR).split(params)
     assert tree.count(sent) == numbers
     plain = study.network("fedavg", shape, 10, n)
@@ -54,12 +54,17 @@ def test_one_step_of_several_is_the_gradient():
     """The mean gradient of one step, by way of the parameters that it leads to."""
     model = study.network("hyperfednet", SHAPE, CLASSES, 8)
     victim = attacks.victim(model, study.GENERATOR)
-    parts = victim.split(model.init(jax.random.key(0))["params"])
     target = jax.nn.one_hot(1, CLASSES)
     x = keys_and_images(1)[1][0]
-    after, _ = victim.step(*parts, x, target, study.RATE)
-    moved = jax.tree.map(lambda a, b: (a - b) / study.RATE, parts[0], after)
-    gradient = victim.gradient(*parts, x, target)
+
+    @jax.jit
+    def both(key):
+        parts = victim.split(model.init(key)["params"])
+        after, _ = victim.step(*parts, x, target, study.RATE)
+        moved = jax.tree.map(lambda a, b: (a - b) / study.RATE, parts[0], after)
+        return moved, victim.gradient(*parts, x, target)
+
+    moved, gradient = both(jax.random.key(0))
     for path, leaf in gradient.items():
         np.testing.assert_allclose(moved[path], leaf, rtol=1e-3, atol=1e-5)
 

@@ -33,7 +33,7 @@ def small(config, **fields):
 def finished(tmp_path_factory):
     """MH-pFedHN over two sizes of network, with samples for validation."""
     config = families_experiment.get_config("data=digits,clients=4,smoke")
-    config.families = ("mlp", "attack_lenet")
+    config.families = ("mlp", "mh_mlp")
     config = small(
         config,
         method__output_size=8192,
@@ -47,6 +47,14 @@ def finished(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def untrained(finished, tmp_path_factory):
+    """Its two newcomers, before their first round."""
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    train.train(join.joining(finished, rounds=0), str(folder))
+    return str(folder)
+
+
 def phi(path):
     """{path: array} of a run's hypernetwork."""
     return tree.by_path(saved.load(path).restored.carry.server.phi)
@@ -56,26 +64,22 @@ def tables(path):
     return jax.tree.leaves(saved.load(path).restored.carry.server.tables)
 
 
-def test_newcomers_with_known_networks_learn_their_embeddings_alone(finished, tmp_path):
+def test_newcomers_with_known_networks_learn_their_embeddings_alone(
+    finished, untrained, tmp_path
+):
     config = join.joining(finished, rounds=2)
     summary = train.train(config, str(tmp_path / "joined"))
     before, after = phi(finished), phi(str(tmp_path / "joined"))
     assert before.keys() == after.keys()
     for name, x in before.items():
         np.testing.assert_array_equal(x, after[name])
-    untouched = small(config, rounds=0)
-    train.train(untouched, str(tmp_path / "untouched"))
-    pairs = zip(
-        tables(str(tmp_path / "untouched")),
-        tables(str(tmp_path / "joined")),
-        strict=True,
-    )
+    pairs = zip(tables(untrained), tables(str(tmp_path / "joined")), strict=True)
     for x, y in pairs:
         assert x.shape[0] == 1 and np.any(x != y)
     # They are drawn anew: none is where a participant's was.
     old = saved.load_config(finished, "run")
     train.train(small(old, rounds=0), str(tmp_path / "old"))
-    paths = (str(tmp_path / name) for name in ("untouched", "old"))
+    paths = untrained, str(tmp_path / "old")
     for x, y in zip(*map(tables, paths), strict=True):
         assert not np.any(np.all(x == y, axis=(1, 2)))
     # The two newcomers are the two unseen clients of the run.
@@ -88,7 +92,7 @@ def test_newcomers_with_known_networks_learn_their_embeddings_alone(finished, tm
 
 
 def test_heads_of_new_sizes_are_trained_beside_the_embeddings(finished, tmp_path):
-    config = join.joining(finished, families=["mlp", "mh_mlp"], rounds=1)
+    config = join.joining(finished, families=["mlp", "attack_lenet"], rounds=1)
     path = str(tmp_path / "joined")
     train.train(config, path)
     before, after = phi(finished), phi(path)
@@ -144,11 +148,11 @@ def test_the_best_round_is_that_of_validation(finished):
     assert summary["pacc"] == records[-1]["pacc"]  # of the last round
 
 
-def test_what_cannot_be_joined_is_refused(finished, tmp_path):
+def test_what_cannot_be_joined_is_refused(finished, untrained, tmp_path):
     with pytest.raises(ValueError, match=r"run='nowhere' holds no run"):
         join.joining("nowhere")
-    config = zero_shot.get_config("fedavg")
-    config.data.name, config.rounds, config.tensorboard = "digits", 0, False
+    fields = dict(data__name="digits", model__hidden=(4,), rounds=0)
+    config = small(zero_shot.get_config("fedavg"), **fields)
     train.train(config, str(tmp_path / "fedavg"))
     with pytest.raises(
         ValueError, match=r"'fedavg', whose server has no hypernet.*pfedhn"
@@ -156,12 +160,10 @@ def test_what_cannot_be_joined_is_refused(finished, tmp_path):
         join.joining(str(tmp_path / "fedavg"))
     with pytest.raises(ValueError, match=r"families.*'nonsense'"):
         join.joining(finished, families=["nonsense"])
-    joined = str(tmp_path / "joined")
     config = join.joining(finished, rounds=0)
-    train.train(config, joined)
     with pytest.raises(ValueError, match="itself one of newcomers"):
-        join.joining(joined)
-    assert join.continued(joined, [], None).to_dict() == config.to_dict()
+        join.joining(untrained)
+    assert join.continued(untrained, [], None).to_dict() == config.to_dict()
     assert join.continued(str(tmp_path / "new"), [], None) is None
     config = join.joining(finished)
     mistakes = [

@@ -66,7 +66,7 @@ def seen(page: Path, width: int) -> tuple[str, int, int, int]:
     return drawn, *map(int, numbers)
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [400, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_page_is_drawn_and_fits(tmp_path, width):
     for seed in range(2):
         for method in ("fedavg", "hyperfedzero"):

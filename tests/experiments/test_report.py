@@ -7,8 +7,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launched import launch
 from made_runs import make_run, write_json, write_lines
 
 from experiments import demo
 from hyperjax.launch import charts, origin, pages, report
 from hyperjax.protocols import zero_shot
 from hyperjax.sweeps import long
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -379,19 +380,17 @@ def test_the_launcher_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.html"))
 
 
+@pytest.mark.xdist_group("launcher")
 def test_the_launcher_takes_folders_from_the_command_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "experiments.report"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 2 and done.stderr.startswith("error: give the folder")
-    done = subprocess.run(
-        [*command, run, f"--out={tmp_path / 'x.html'}"],
-        capture_output=True,
-        text=True,
-        cwd=root,
-    )
-    assert done.returncode == 0 and (tmp_path / "x.html").exists(), done.stderr
+    given = [(), (run, f"--out={tmp_path / 'x.html'}")]
+    started = [
+        launch(tmp_path / f"said{i}", "experiments.report", argv, ROOT)
+        for i, argv in enumerate(given)
+    ]
+    nothing, done = (process.result() for process in started)
+    assert nothing.code == 2 and nothing.err.startswith("error: give the folder")
+    assert done.code == 0 and (tmp_path / "x.html").exists(), done.err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Networks with normalisation or dropout: published sizes, paths, and one step each."""
 
+import functools
 import re
 
 import chex
@@ -28,6 +29,7 @@ MNIST, CIFAR, TINY_IMAGENET = (28, 28, 1), (32, 32, 3), (64, 64, 3)
 MH_IMAGES = ((CIFAR, 10), (CIFAR, 100), (CIFAR, 200), ((32, 32, 1), 62))
 
 
+@functools.cache
 def shapes(name, input_shape, num_classes):
     """Returns path -> shape of all variables."""
     tokens = {"vocabulary": 4} if len(input_shape) == 1 else {}
@@ -175,8 +177,7 @@ def test_features_are_rows_of_the_heads_inputs(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_last_layer_is_the_head(name):
-    shape = {"zenkenet": CIFAR, "gru": (8,)}.get(name, MNIST)
-    found = shapes(name, shape, 10)
+    found = shapes(name, (8,) if name == "gru" else CIFAR, 10)
     assert found["params/head/kernel"][1:] == found["params/head/bias"] == (10,)
 
 
@@ -217,7 +218,10 @@ def stepper(model):
     return step
 
 
-@pytest.mark.parametrize(("shortcut", "conv_bias"), [("conv", False), ("pad", True)])
+@pytest.mark.parametrize(
+    ("shortcut", "conv_bias"),
+    [("conv", False), pytest.param("pad", True, marks=pytest.mark.slow)],
+)
 def test_resnet_trains_on_real_samples_only(shortcut, conv_bias):
     # 9 rows become 5 and 3; the rules of convolution take one side each.
     networks = [

@@ -153,6 +153,7 @@ print(*run.predict(4, numpy.load(sys.argv[1] + "/x.npy")))
         hj.load_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_several_networks(data):
     run = train(data, "local_only", {"small": Net(), "zoo": "mlp"}, rounds=0)
     assert run.experiment.members.names == ("small", "zoo")

@@ -125,7 +125,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 9])
+@pytest.mark.parametrize("n", [2, 9])
 def test_slices_part_the_points(trainer, tmp_path, n):
     for i in range(n):
         assert sweep.main(asked(tmp_path, part=f"{i}/{n}")) in (0, 1)
@@ -307,6 +307,7 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
     folder = tmp_path / "abl"
     arguments = ("--config.rounds=1", "--config.tensorboard=False")
+    arguments += ("--config.model.hidden=(4,)", "--config.local.steps=1")
     given = asked(folder, "seed=0..1", "data.alpha=0.5,1", arguments=arguments)
     given = given._replace(baseline="data.alpha=1")
     assert sweep.main(given) == 0
