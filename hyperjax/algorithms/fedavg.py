@@ -174,6 +174,8 @@ def _server(
     aggregator: aggregators.Aggregator,
 ) -> ServerSide:
     """Feeds an optimizer the mean change of what is shared."""
+    add: Any = aggregator.sums
+    finish: Any = aggregator.of_sums
 
     def init(common):
         theta = whole.shared(common)
@@ -192,7 +194,7 @@ def _server(
         weight = cohort.weight * cohort.active
         if isinstance(uplink, Sums):
             combined, plain = uplink.of
-            (mean, _), aggregate = aggregator.of_sums(combined), server.aggregator
+            (mean, _), aggregate = finish(combined), server.aggregator
             mean = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, server.theta)
             means = _means(aggregators.over(plain, jnp.sum(cohort.active)), cohort)
         else:
@@ -217,7 +219,7 @@ def _server(
     def sums(uplink, cohort):
         weight = cohort.weight * cohort.active
         return (
-            aggregator.sums((uplink.delta, uplink.extra), weight),
+            add((uplink.delta, uplink.extra), weight),
             # Nobody reads them unless the correction learns from them.
             aggregators.sum_over_clients(_plainly(uplink), cohort.active),
         )
@@ -228,7 +230,7 @@ def _server(
         downlink,
         update,
         mean_only=mean_only,
-        sums=None if aggregator.sums is None else sums,
+        sums=None if add is None else sums,
     )
 
 
@@ -312,7 +314,9 @@ def _plainly(uplink: Uplink) -> PyTree:
 
 def _means(plain: PyTree, cohort) -> corrections.Means:
     """Means over the participants that ignore their weights."""
-    return corrections.Means(*plain, jnp.sum(cohort.active) / cohort.population)
+    delta, extra = plain
+    participation = jnp.sum(cohort.active) / cohort.population
+    return corrections.Means(delta, extra, participation)
 
 
 def _where(condition, a: PyTree, b: PyTree) -> PyTree:

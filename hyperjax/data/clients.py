@@ -121,7 +121,7 @@ def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
     rows, places = np.unique(every, return_inverse=True)
     width = room or 1 << max(0, len(rows) - 1).bit_length()
     rows = np.pad(rows, (0, width - len(rows)), mode="edge")
-    take = lambda x: np.take(x, rows, axis=0)  # noqa: E731
+    take: Callable[[Any], Any] = lambda x: np.take(x, rows, axis=0)  # noqa: E731
     owner = pool.owner if isinstance(pool.owner, tuple) else take(pool.owner)
     found, start = [], 0
     for table in tables:

@@ -295,7 +295,7 @@ def _read(path: Path, template: Carry) -> Restored:
         raise _Older
     with _orbax() as checkpointer:
         named = checkpointer.restore(path / "carry")
-    index = {"arrays": {}, "blocks": {}}
+    index: dict[str, dict] = {"arrays": {}, "blocks": {}}
     said = ""
     if in_blocks:
         said = (path / INDEX).read_text(encoding="utf-8")
