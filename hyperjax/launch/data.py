@@ -55,7 +55,10 @@ def facts(
         found["test part"] = f"{int(source.test.sum()):,} samples, the set's own"
     if source.client_ids is not None:
         ids, sizes = np.unique(source.client_ids, return_counts=True)
-        found["ids"] = f"{len(ids):,} whose samples are {_range(sizes)} each"
+        kept = data.partition == "by_client_id" and not data.client_ids
+        found["ids"] = f"{len(ids):,} whose samples are {_range(sizes)} each" + (
+            "" if kept else "; the partition does not look at them"
+        )
     if x.shape[1:] != source.x.shape[1:]:
         found["networks see"] = f"{described(x)}, {_range(x)}"
     options = {k: data[k] for k in fields.PARTITIONS[data.partition]}
