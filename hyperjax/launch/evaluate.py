@@ -166,12 +166,10 @@ def write(
     arrays = jax.tree.leaves(served.classifier)
     named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
     np.savez(str(out / "classifier.npz"), **named)
-    np.savez(
-        str(out / "predictions.npz"),
-        label=served.label,
-        probability=served.probability,
-        **({} if files is None else {"file": files}),
-    )
+    said: dict[str, Any] = dict(label=served.label, probability=served.probability)
+    if files is not None:
+        said["file"] = files
+    np.savez(str(out / "predictions.npz"), **said)
     counts = np.bincount(served.label, minlength=len(run.facts["label_names"]))
     result: dict[str, Any] = dict(
         samples=len(served.label),
