@@ -89,6 +89,14 @@ def test_labels_are_optional_and_change_nothing_but_the_score(run_folder, tmp_pa
         for name in ("plain", "scored")
     ]
     np.testing.assert_array_equal(predictions[0]["label"], predictions[1]["label"])
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(pictures / f"{i:03}.png")
+    evaluate.main(str(run_folder), str(pictures), None, str(tmp_path / "seen"))
+    seen = dict(np.load(tmp_path / "seen/predictions.npz"))
+    assert seen["name"].tolist() == [f"{i:03}.png" for i in range(len(images))]
+    np.testing.assert_array_equal(seen["probability"], predictions[0]["probability"])
     assert "zacc" not in json.loads((tmp_path / "plain/result.json").read_text())
     assert "zacc" in json.loads((tmp_path / "scored/result.json").read_text())
 
@@ -326,7 +334,7 @@ def test_a_folder_of_images_is_a_client(tmp_path):
     for name, mode, size in (("b.png", "L", (9, 7)), ("a.png", "RGB", (4, 4))):
         Image.new(mode, size, 7 if mode == "L" else (1, 2, 3)).save(folder / name)
     found = read("new")
-    assert found["file"].tolist() == ["a.png", "b.png"]
+    assert found["name"].tolist() == ["a.png", "b.png"]
     assert found["x"][:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]]
     with pytest.raises(ValueError, match="has images of 2 sizes"):
         reads(tmp_path, "ab", (4, 4, 3))("new")
