@@ -553,7 +553,7 @@ def _use_table(latest: Row, size: int) -> str:
             rows.append((name, *shown, meaning))
     if not rows:
         return ""
-    table = pages.table(("quantity", *sides, "meaning"), rows)
+    table = pages.tabular("embeddings", ("quantity", *sides, "meaning"), rows)
     return f'<div class="words">{table}</div>'
 
 

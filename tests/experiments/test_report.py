@@ -427,7 +427,24 @@ def test_almost_collapsed_embedding_is_said(tmp_path: Path) -> None:
     write_json(tmp_path / "run/summary.json", summary)
     text, _ = _read(report.run_report(folder))
     assert "all but collapsed" in text and "component 1" not in text
+    assert '<div class="tabular" data-name="embeddings">' in text  # it scrolls
     assert "all but collapsed" not in plain
+
+
+def test_series_of_one_colour_differ_and_bars_stay_off_the_axes() -> None:
+    series = [charts.Series("a", "red"), charts.Series("b", "red", "--")]
+    rows = [dict(series=s.name, x=1, y=2, name="n", low=1, high=3) for s in series]
+    spec = json.loads(charts.places(rows, series, "x", "y"))
+    (shape,) = [e["shape"] for e in _encodings(spec) if "shape" in e]
+    assert shape["scale"] == {"domain": ["a", "b"], "range": ["circle", "square"]}
+    spec = json.loads(charts.lines(rows, series, "y", ("x", "x"), bars=True))
+    assert {e["x"]["scale"]["padding"] for e in _encodings(spec)} == {8}
+    (dash,) = [e["strokeDash"] for e in _encodings(spec) if "strokeDash" in e]
+    assert dash["scale"]["range"] == [[1, 0], [6, 3]]
+
+
+def _encodings(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [layer["encoding"] for layer in spec["layer"]]
 
 
 def test_without_embeddings_no_section(tmp_path: Path) -> None:
