@@ -53,6 +53,7 @@ _QUANTITIES = {
     "gradient_norm": ("2-norm", "what reaches the hypernetwork"),
     "samples": ("samples a round", "what clients went through"),
     "steps": ("steps a round", "minibatches, all clients"),
+    "flops": ("FLOPs a round", "multiplications and additions of products"),
 }
 _FILES = (
     *(workdir.SUMMARY, log.METRICS, log.TRAINING, log.TIMING),

@@ -218,7 +218,7 @@ def _train(
                 error.args = (_advice(error, checkpoints),)
                 raise
             rate = call.samples / call.seconds if call.seconds else None
-            recorder.rounds(state.round, call.info, rate)
+            recorder.rounds(state.round, call.info | _flops(experiment, call), rate)
             rounds = state.round, call.state.round - state.round
             state = call.state
             shown.trained(call)
@@ -242,7 +242,7 @@ def _train(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
         compile_seconds=_compiling(experiment) - shared,
-        flops=_flops(folder, experiment),
+        flops=_flops_of_all(folder),
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
@@ -267,14 +267,20 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
         recorder.picture("partition", figure)
 
 
-def _flops(folder: Path, experiment: Experiment) -> float | None:
-    """Arithmetic of all rounds; None if no program of rounds was made here."""
+def _flops(experiment: Experiment, call: loop.Call) -> dict[str, np.ndarray]:
+    """Arithmetic of each round of a call; {} if it was not counted."""
     work = experiment.simulator.program.work
     if work is None:
-        return None
-    rounds = log.read_lines(folder / log.TRAINING)
-    steps = sum(row.get(k) or 0 for row in rounds for k in ("steps", "opening_steps"))
-    return len(rounds) * work.round + steps * work.step
+        return {}
+    kinds = ("steps", "opening_steps")
+    steps = sum(np.asarray(call.info[k], float) for k in kinds if k in call.info)
+    return {"flops": np.rint(work.round + steps * work.step)}
+
+
+def _flops_of_all(folder: Path) -> float | None:
+    """Arithmetic of all rounds, before and after a stop; None if it is not known."""
+    found = [row.get("flops") for row in log.read_lines(folder / log.TRAINING)]
+    return None if None in found else sum(found)
 
 
 def _compiling(experiment: Experiment) -> float:

@@ -208,7 +208,8 @@ def _final(run: Run) -> dict[str, Any]:
     """What is known at the end alone."""
     found = {k: v for k, v in run.summary.items() if k not in _NO_SCORES}
     # The whole run's, and not those of the last round.
-    found["run_seconds"] = found.pop("seconds", None)
+    for name in ("seconds", "flops"):
+        found[f"run_{name}"] = found.pop(name, None)
     kinds = ("numbers", "bytes")
     sent: dict[str, list[Any]]
     sent = {k: [run.summary.get(f"{way}_{k}") for way in ("up", "down")] for k in kinds}

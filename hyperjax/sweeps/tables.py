@@ -392,7 +392,7 @@ def _costs(
     if set(ways) <= set(done):
         done["bytes_total"] = done[ways].sum(axis=1, min_count=2)
     columns["bytes in all"] = ("bytes_total", log.size)
-    columns["FLOPs"] = ("flops", "{:.2e}".format)
+    columns["FLOPs"] = ("run_flops", "{:.2e}".format)
     columns["seconds"] = ("run_seconds", "{:,.1f}".format)
     columns["of it compiling"] = ("compile_seconds", "{:,.1f}".format)
     found = []
