@@ -17,8 +17,7 @@ from hyperjax.launch.finished import Run
 from hyperjax.launch.report_sections import METRICS
 from hyperjax.sweeps import figures, long, statistics, tables
 
-# Names of so many runs, or of so many letters, are listed; others are counted.
-_FEW, _LONG = 6, 40
+_FEW = 6  # names are listed; more are counted
 # So many clients of two groups are compared by a dot each.
 _MAX_PAIRS, _MAX_CHARTS = 2000, 6
 _FILES = ("points.csv", "clients.csv", "table.md", "table.tex", "table.csv", "figures")
@@ -125,20 +124,30 @@ def _differing(results: Results) -> str:
     heading = "Settings that differ beside the method"
     if not found:
         return pages.section(heading, pages.text("They share every other setting."))
-    names = [head["point"] for head, _ in results.points]
-    rows = []
-    for field, values in found.items():
-        texts = [tables.setting(value) for value in values]
-        several = []
-        for text in dict.fromkeys(texts):
-            who = [n for n, t in zip(names, texts, strict=True) if t == text]
-            said = ", ".join(who)
-            if len(said) > _LONG:
-                said = f"{len(who)} runs"
-            several.append(f"{text} ({said})")
-        rows.append((pages.code(field), "; ".join(several)))
+    methods = [head["method"] for head, _ in results.points]
+    rows = [
+        (
+            pages.code(field),
+            "; ".join(_whose(list(map(tables.setting, values)), methods)),
+        )
+        for field, values in found.items()
+    ]
     table = pages.table(("field", "values"), rows)
     return pages.section(heading, f'<div class="words">{table}</div>')
+
+
+def _whose(values: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """Says each value of a setting, and of which methods it is, or of how many runs."""
+    pairs = list(zip(values, methods, strict=True))
+    found = []
+    for value in dict.fromkeys(values):
+        own = dict.fromkeys(m for v, m in pairs if v == value)
+        whole = all(v == value for v, m in pairs if m in own)
+        num = values.count(value)
+        told = whole and 1 < len(set(methods)) > len(own) <= _FEW
+        who = ", ".join(own) if told else f"{num} run{'s' * (num != 1)}"
+        found.append(f"{value} ({who})")
+    return found
 
 
 def _results(results: Results) -> str:
