@@ -28,6 +28,7 @@ AXES = {
     "seconds": "seconds, compiling included",
 }
 DASHES = {"-": [1, 0], "--": [6, 3], ":": [2, 3], "-.": [7, 3, 2, 3]}
+SHAPES = {"-": "circle", "--": "square", ":": "triangle-up", "-.": "diamond"}
 HEIGHT = 250
 _MOST_MARKS = 300
 
@@ -94,8 +95,11 @@ def lines(
     import altair as alt
 
     hidden, zoom = _switches()
+    edge = 14 if bars else 0  # pixels, for bars at the ends
     scale = (
-        alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=False)
+        alt.Scale(type="log", nice=False, padding=edge)
+        if log
+        else alt.Scale(nice=False, zero=False, padding=edge)
     )
     ticks = sorted({row[x[0]] for row in rows}) if log else alt.Undefined
     axis = alt.Axis(values=ticks, format="~g") if log else alt.Axis(format="~s")
@@ -170,6 +174,7 @@ def places(
         shown.mark_point(filled=True)
         .encode(
             color=_colors(rows, series),
+            shape=_shapes(rows, series),
             opacity=_unless(hidden, 0.75),
             size=big,
             tooltip=tips,
@@ -346,6 +351,17 @@ def _dashes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> Any:
     )
     legend: Any = {} if len(there) > 1 else {"legend": None}
     return alt.StrokeDash("series:N", scale=scale, title=None, **legend)
+
+
+def _shapes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> Any:
+    """Marks by what are dashes in lines, in the legend of the colours."""
+    import altair as alt
+
+    there = _there(rows, series)
+    marks = [SHAPES[s.line] for s in there]
+    scale = alt.Scale(domain=[s.name for s in there], range=marks)
+    legend: Any = {} if len(there) > 1 else {"legend": None}
+    return alt.Shape("series:N", scale=scale, title=None, **legend)
 
 
 def _data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:

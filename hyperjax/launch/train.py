@@ -26,7 +26,7 @@ from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress, Silent
-from hyperjax.launch import cli, origin, pages, report, saved, workdir
+from hyperjax.launch import cli, embedding_maps, origin, pages, report, saved, workdir
 from hyperjax.launch.report_sections import MANY_CLIENTS
 from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
@@ -174,9 +174,11 @@ def _train(
     else:
         logging.info("Continuing %s after round %d.", folder, done)
         state = loop.State(done, experiment.simulator.load(restored.carry))
+    kept = -1 if restored is None else done
+    embedding_maps.begin(folder, kept)
     recorder = log.Recorder(
         folder,
-        -1 if restored is None else done,
+        kept,
         resolved.tensorboard,
         resolved.tracker,
         common.flat(resolved.config),
@@ -195,6 +197,8 @@ def _train(
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
         accuracy = {k: v["accuracy"] for k, v in values.items() if k != "gacc"}
         recorder.evaluation(record, time.perf_counter() - began, accuracy)
+        num_clients = experiment.federation.num_clients
+        embedding_maps.keep(folder, state.round, values, num_clients, experiment.whom)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
         shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values

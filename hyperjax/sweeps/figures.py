@@ -129,13 +129,24 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
         kind %= len(_LINES)
         found[tables.label(group)] = Look(colors[name], _LINES[kind], _MARKERS[kind])
     if not lined:
-        return Looks(found, list(found.items()))
-    legend = [(name, Look(colors[name], "-", "o")) for name in words]
+        return Looks(found, list(zip(_telling(words), found.values(), strict=True)))
+    legend = [
+        (told, Look(colors[name], "-", "o"))
+        for name, told in zip(words, _telling(words), strict=True)
+    ]
     legend += [
         (f"{tables.short(lined, names)}={tables.setting(value)}", Look(MUTED, *kind))
         for value, kind in zip(values, zip(_LINES, _MARKERS, strict=True), strict=False)
     ]
     return Looks(found, legend)
+
+
+def _telling(labels: Sequence[str]) -> list[str]:
+    """Returns labels without the method where there is one, and settings tell them."""
+    parts = [label.partition(", ") for label in labels]
+    if len(parts) < 2 or len({method for method, *_ in parts}) > 1:
+        return list(labels)
+    return [rest or method for method, _, rest in parts]
 
 
 def _is_crossed(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -237,7 +248,7 @@ def curves(
         axis.set(title=f"{tables.metric_name(metric)}, %", xlabel=AXES[against])
         if against == "bytes":
             _bytes_axis(axis)
-    _legend(figure, look, _over_seeds(long, "band"))
+    _legend(figure, look, _over_seeds(long, "band"), marks=False)
     return figure
 
 
@@ -253,7 +264,7 @@ def against_field(
     values = numbers_of(done, field)
     figure, axes = _panels(len(metrics))
     for axis, metric in zip(axes, metrics, strict=True):
-        for group in groups:
+        for i, group in enumerate(groups):
             own = statistics.members(done, group)
             points = [
                 (v, statistics.spread(list(seeds.values())))
@@ -270,6 +281,7 @@ def against_field(
                 marker=one.marker,
                 capsize=2,
                 elinewidth=0.8,
+                transform=axis.transData + _beside(figure, i, len(groups)),
             )
         if is_geometric(values):
             axis.set_xscale("log")
@@ -317,7 +329,7 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
             if len(values) <= _MAX_DOTS:
                 heights = at + rng.uniform(-0.2, 0.2, len(values))
                 axis.scatter(values, heights, s=3, color=color, alpha=0.5, linewidths=0)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.set_yticks(range(len(names)), _telling(names) if axis is axes[0] else [])
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set(title=f"{'participants' if kind else 'unseen clients'}, accuracy in %")
     figure.supxlabel(
@@ -399,14 +411,16 @@ def _panels(
     return figure, list(figure.subplots(1, num, squeeze=False)[0])
 
 
-def _legend(figure: Figure, look: Looks, title: str) -> None:
+def _legend(figure: Figure, look: Looks, title: str, marks: bool = True) -> None:
     from matplotlib.lines import Line2D
 
     entries = look.legend
     lines = [
-        Line2D([], [], color=o.color, linestyle=o.line, marker=o.marker, label=words)
+        Line2D([], [], color=o.color, linestyle=o.line, label=words)
         for words, o in entries
     ]
+    for line, (_, one) in zip(lines, entries, strict=True):
+        line.set_marker(one.marker if marks else "")
     longest = max((len(words) for words, _ in entries), default=1)
     # About 19 letters an inch, and the line before them.
     columns = int(figure.get_figwidth() * 19 // (longest + 8))
@@ -423,6 +437,14 @@ def _over_seeds(rows: pd.DataFrame, what: str) -> str:
     if seeds < 2:
         return "one seed"
     return f"mean over up to {seeds} seeds; {what}: ± sample deviation (n - 1)"
+
+
+def _beside(figure: Figure, i: int, num: int) -> Any:
+    """Moves the i-th of some groups sideways, so that bars at one value do not hide."""
+    from matplotlib.transforms import ScaledTranslation
+
+    points = min(3.0, 12 / num) * (i - (num - 1) / 2)
+    return ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
 
 
 def _bytes_axis(axis: Axes) -> None:

@@ -750,7 +750,11 @@ def test_what_fails_after_the_last_round_is_repaired(
     assert (run / "report.html").exists()
 
 
-def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
+def test_a_lost_record_of_the_last_round_is_written_again(run, finished, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train.embedding_maps, "keep", lambda folder, *rest: seen.append(rest)
+    )
     (run / "summary.json").unlink()
     path = run / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # cut off in the middle of a line
@@ -760,6 +764,9 @@ def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
     there, here = (log.read_lines(p / "metrics.jsonl") for p in (finished, run))
     assert [r["round"] for r in here] == [r["round"] for r in there] == [0, 2, 3]
     assert here[-1]["pacc"] == there[-1]["pacc"]
+    ((round, values, num, whom),) = seen  # of embeddings
+    assert round == 3 and {"pacc", "zacc"} <= values.keys() and whom is None
+    assert num == len(values["pacc"]["accuracy"])
 
 
 def test_a_summary_that_is_none_and_clients_that_cannot_be_read(run, finished):
