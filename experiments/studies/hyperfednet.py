@@ -107,6 +107,10 @@ UNFUSED = {
     "HFN+pFedLA": "pFedLA",
     "HFN+FedFomo": "FedFomo",
 }
+SIZES: Rows = {
+    f"n = {n}": {**HFN, "method.embedding_size": n}
+    for n in (1, 2, 4, 8, 16, 32, 64, 128)
+}
 PARTITIONS = ("dirichlet", "iid")
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -162,6 +166,11 @@ _COSTS = {
     "pFedLA": (0.00, 16.92, 27.07, 46.24, 91.36, None, None),
     "FedFomo": (0.00, 15.79, 35.53, 221.06, 307.91, None, None),
 }
+
+
+# Numbers per round trip by n, of the 8-layer network: in the text on figure 7, and from
+# table III.
+_ROUND_TRIPS = {1: 640, 128: 565_536}
 
 
 def by_set(metric: str, rows: dict[str, tuple]) -> dict[Place, Values]:
@@ -239,8 +248,7 @@ def sweep_similarity(add):
 def sweep_embedding_size(add, partition=None):
     """n, dealt out unevenly and evenly."""
     for name in [partition] if partition else PARTITIONS:
-        for n in (1, 2, 4, 8, 16, 32, 64, 128):
-            add({**HFN, "method.embedding_size": n, "data.partition": name})
+        add_rows(add, SIZES, **{"data.partition": name})
 
 
 # What runs do not say themselves ----------------------------------------------------
@@ -465,6 +473,12 @@ STUDIES = {
     "embedding_size": Study(
         "How good is how large an embedding, and what does it cost?",
         SCORES,
+        SIZES,
+        published={
+            (*place, f"n = {n}"): {"round_trip": numbers}
+            for place in (("cifar10", name) for name in PARTITIONS)
+            for n, numbers in _ROUND_TRIPS.items()
+        },
         measure=spent,
     ),
 }
