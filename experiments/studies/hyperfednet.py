@@ -7,10 +7,12 @@ hyperjax sweep --config=experiments/studies/hyperfednet.py:scale=paper,data=cifa
     --config.data.data_dir=... --workdir=runs/table_ii --sweep=table_ii \
     --sweep='seed=0..2'
 
-Figure 6 is `studies.gradient_inversion`. The small scale has 20 users and 5 unseen ones
-on images shrunk by two, the 8-layer network for all sets, 5 users a round and 30
-rounds; of sets larger than `mnist5k` 2,500 images. Every method has the same budget and
-the same search of its learning rate.
+Figure 4 is `figures/curves_round` and `curves_bytes` of table_ii's folder, figure 5 the
+picture beside the record of `similarity`, figure 6 `studies.gradient_inversion`, and
+figure 7 `figures/by_method_embedding_size` of embedding_size's folder. The small scale
+has 20 users and 5 unseen ones on images shrunk by two, the 8-layer network for all
+sets, 5 users a round and 30 rounds; of sets larger than `mnist5k` 2,500 images. Every
+method has the same budget and the same search of its learning rate.
 """
 
 from collections.abc import Sequence
