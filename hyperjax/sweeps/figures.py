@@ -256,9 +256,12 @@ def curves(
 ) -> Figure:
     """Draws accuracies against rounds, bytes or seconds, with bands over seeds."""
     shown = [(*part, m) for part in look.panels(long) for m in metrics]
+    wide_apart = against == "bytes" and _spans_decades(long)
     figure, axes = _panels(len(shown), min(len(metrics), _COLUMNS))
     for axis, (more, rows, metric) in zip(axes, shown, strict=True):
         for name, frame in by_round(rows, by, metric):
+            if wide_apart:
+                frame = frame[frame["bytes"] > 0]
             if frame.empty:
                 continue
             one = look.of[name]
@@ -269,7 +272,7 @@ def curves(
             )
         axis.set(title=f"{tables.metric_name(metric)}, %{more}", xlabel=AXES[against])
         if against == "bytes":
-            _bytes_axis(axis)
+            _bytes_axis(axis, wide_apart)
     _legend(figure, look, _over_seeds(long, "band"), marks=False)
     return figure
 
@@ -492,11 +495,21 @@ def _beside(
     return [v + (high - low) * share for v in at]
 
 
-def _bytes_axis(axis: Axes) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+def _spans_decades(long: pd.DataFrame) -> bool:
+    """Whether runs end so far apart in bytes that the short ones would be specks."""
+    ends = long.groupby("point")["bytes"].max()
+    ends = ends[ends > 0]
+    return len(ends) > 0 and bool(ends.max() > 50 * ends.min())
 
+
+def _bytes_axis(axis: Axes, log: bool) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if log:
+        axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(numticks=5) if log else MaxNLocator(4))
     axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _rgb(color: Any) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ import pytest
 from made_runs import make_run
 from PIL import Image
 
-from hyperjax.sweeps import figures, long
+from hyperjax.sweeps import figures, long, statistics
 
 BY = ["method", "data.alpha"]
 
@@ -64,6 +64,18 @@ def test_curves_are_means_with_the_deviation_over_seeds(drawn, results):
     assert "band: ± sample deviation" in legend.get_title().get_text()
     words = [text.get_text() for text in legend.get_texts()]
     assert words == ["fedavg", "hyperfedzero", "alpha=0.1", "alpha=1", "alpha=10"]
+
+
+def test_bytes_that_lie_decades_apart_have_a_logarithmic_axis(drawn, results):
+    assert drawn["curves_bytes"].axes[0].get_xscale() == "linear"
+    table, wide, _ = results
+    table = table.copy()
+    table.loc[table["method"] == "hyperfedzero", "bytes"] *= 100
+    look = figures.looks(statistics.groups_of(wide, BY))
+    figure = figures.curves(table, BY, ["pacc"], "bytes", look)
+    axis = figure.axes[0]
+    assert axis.get_xscale() == "log"
+    assert min(axis.get_lines()[0].get_xdata()) == 48000  # not 0
 
 
 def test_a_swept_number_has_a_logarithmic_axis_where_its_values_say_so(drawn):
