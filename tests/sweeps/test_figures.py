@@ -134,9 +134,9 @@ def test_a_swept_number_is_shown_beside_what_is_sent(results):
         *("pACC, %", "numbers per client and round"),
     ]
     lines = [line for line in axes[1].get_lines() if len(line.get_xdata()) == 3]
-    np.testing.assert_allclose(lines[0].get_ydata(), [1010, 1100, 2000])
+    np.testing.assert_allclose(lines[0].get_ydata(orig=False), [1010, 1100, 2000])
     # Two methods stand side by side at a value.
-    a, b = (np.array(bars.lines[0].get_xdata()) for bars in axes[0].containers)
+    a, b = (bars.lines[0].get_xdata(orig=False) for bars in axes[0].containers)
     assert np.all(a < b) and np.all(b < 1.1 * a)
 
 
