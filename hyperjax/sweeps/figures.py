@@ -320,6 +320,8 @@ def against_field(
         axis.minorticks_off()
         axis.set(title=title, xlabel=field)
         if metric == "sent":
+            if done["sent"].min() > 0 and done["sent"].max() > 50 * done["sent"].min():
+                axis.set_yscale("log")
             axis.yaxis.set_major_formatter(EngFormatter())
     _legend(figure, look, _over_seeds(done, "bars"))
     return figure
