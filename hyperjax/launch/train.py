@@ -283,8 +283,9 @@ def _flops(experiment: Experiment, call: loop.Call) -> dict[str, np.ndarray]:
 
 def _flops_of_all(folder: Path) -> float | None:
     """Arithmetic of all rounds, before and after a stop; None if it is not known."""
-    found = [row.get("flops") for row in log.read_lines(folder / log.TRAINING)]
-    return None if None in found else sum(found)
+    rows = log.read_lines(folder / log.TRAINING)
+    known = all("flops" in row for row in rows)
+    return sum(float(row["flops"]) for row in rows) if known else None
 
 
 def _compiling(experiment: Experiment) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,6 +63,7 @@ _NO_DATES: dict[str, dict[str, None]] = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
+_LABEL = 36  # letters of a line
 # Up to so many clients of a group are shown each by a dot.
 _MAX_DOTS = 200
 
@@ -260,7 +262,7 @@ def curves(
     figure, axes = _panels(len(shown), min(len(metrics), _COLUMNS))
     for axis, (more, rows, metric) in zip(axes, shown, strict=True):
         for name, frame in by_round(rows, by, metric):
-            if wide_apart:
+            if wide_apart or (against == "bytes" and not frame["bytes"].any()):
                 frame = frame[frame["bytes"] > 0]
             if frame.empty:
                 continue
@@ -333,8 +335,10 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
     rows = clients[clients["metric"] == "accuracy"]
     groups = statistics.groups_of(rows, by)
     kinds = sorted(rows["participating"].unique(), reverse=True)
-    figure, axes = _panels(len(kinds), height=0.7 + 0.24 * len(groups))
     names = [tables.label(group) for group in groups]
+    shown = [textwrap.fill(name, _LABEL) for name in _telling(names)]
+    row = 0.24 if not any("\n" in name for name in shown) else 0.34
+    figure, axes = _panels(len(kinds), height=0.7 + row * len(groups))
     rng = np.random.default_rng(0)  # of the dots' height alone
     for axis, kind in zip(axes, kinds, strict=True):
         chosen = rows[rows["participating"] == kind]
@@ -364,11 +368,12 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
             if len(values) <= _MAX_DOTS:
                 heights = at + rng.uniform(-0.2, 0.2, len(values))
                 axis.scatter(values, heights, s=3, color=color, alpha=0.5, linewidths=0)
-        axis.set_yticks(range(len(names)), _telling(names) if axis is axes[0] else [])
+        axis.set_yticks(range(len(names)), shown if axis is axes[0] else [])
         axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set(title=f"{'participants' if kind else 'unseen clients'}, accuracy in %")
+        axis.set(title=f"{'participants' if kind else 'unseen clients'}, %")
     figure.supxlabel(
-        "box: quartiles and median, clients of all seeds; whiskers: 10 and 90 %",
+        "accuracy of clients of all seeds; box: quartiles and median; whiskers: 10 and "
+        "90 %",
         fontsize=7,
     )
     return figure
@@ -501,7 +506,7 @@ def _spans_decades(long: pd.DataFrame) -> bool:
     """Whether runs end so far apart in bytes that the short ones would be specks."""
     ends = long.groupby("point")["bytes"].max()
     ends = ends[ends > 0]
-    return len(ends) > 0 and bool(ends.max() > 50 * ends.min())
+    return len(ends) > 0 and bool(ends.max() > 10 * ends.min())
 
 
 def _bytes_axis(axis: Axes, log: bool) -> None:

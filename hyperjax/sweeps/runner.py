@@ -60,7 +60,8 @@ def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
     groups = []
     for point in points:
         values = {field: flat(point.config).get(field) for field in fields}
-        groups.append({"method": point.config.method.name, **values})
+        method = point.fields.get("method.name", point.config.method.name)
+        groups.append({"method": method, **values})
     statistics.parse_baseline(baseline, groups)
 
 
