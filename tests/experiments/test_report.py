@@ -91,7 +91,7 @@ def test_run_report_shows_everything(tmp_path: Path) -> None:
     text, links = _read(path)
     for part in (
         "hyperfednet on digits",
-        "seed 0 · 40 rounds · finished",
+        "seed 0 · 40 rounds · started 2026-11-26 14:05 UTC · finished",
         "<small>clients never trained on</small>",
         "mean over clients 79.20 ± 4.20",
         "up 4 kB · down 8 kB",
@@ -185,7 +185,7 @@ def test_pages_stand_alone(tmp_path: Path) -> None:
 def test_what_draws_charts_is_packed_once(tmp_path, monkeypatch, drawing) -> None:
     monkeypatch.undo()  # the fixture's
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pages, "_packed", lambda: "packed")
+    monkeypatch.setattr(pages, "_bundle", lambda: "packed")
     pages.drawing.cache_clear()
     assert pages.drawing() == "packed"
     (kept,) = (tmp_path / "hyperjax").iterdir()

@@ -458,8 +458,8 @@ def kill_at(monkeypatch, owner, name: str, call: int = 1):
     ("owner", "name", "call"),
     [
         (origin, "describe", 1),
-        (checkpoint, "save", 1),
-        (checkpoint, "save", 2),
+        (checkpoint.Saver, "save", 1),
+        (checkpoint.Saver, "save", 2),
         (train.log.Recorder, "evaluation", 2),
         (train.results, "per_client", 1),
     ],
@@ -491,7 +491,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
 def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     config = small(engine__precision="bfloat16")
     train.train(config, str(tmp_path / "whole"))
-    with kill_at(monkeypatch, checkpoint, "save", 2):
+    with kill_at(monkeypatch, checkpoint.Saver, "save", 2):
         train.train(config, str(tmp_path / "broken"))
     train.train(config, str(tmp_path / "broken"))
     same_result(tmp_path / "broken", tmp_path / "whole")
