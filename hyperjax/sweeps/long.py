@@ -157,7 +157,7 @@ def _methods(
         with contextlib.suppress(FileNotFoundError):
             sweep = read_json(folder / finished.SWEEP, "start the sweep again")
             for entry in sweep.get("points", ()):
-                if name := entry["fields"].get("method.name"):
+                if name := entry.get("fields", {}).get("method.name"):
                     known[folder / entry["name"]] = name
     pairs = zip(found, flat, strict=True)
     return [known.get(path, config.get("method.name")) for path, config in pairs]
