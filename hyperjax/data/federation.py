@@ -311,9 +311,9 @@ def federate(
         named = shifts.relabelled(source.y, parts, drawn, seed, source.num_classes)
         source = source._replace(y=named)
     counts = partitions.class_counts(source.y, parts, source.num_classes)
-    known = np.zeros(total, bool)
-    known[np.concatenate(parts)] = True
-    unassigned = len(rest) - int(known.sum())
+    dealt = np.zeros(total, bool)
+    dealt[np.concatenate(parts)] = True
+    unassigned = len(rest) - int(dealt.sum())
     asked = options.get("samples_per_client")  # whoever caps it knows
     if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
