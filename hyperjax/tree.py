@@ -74,7 +74,8 @@ def sha256(a: PyTree) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(a):
         array = np.asarray(leaf)
         digest.update(f"{_join(path)}|{array.dtype.str}|{array.shape}|".encode())
-        digest.update(array.tobytes())
+        # In place: rows of many clients may be larger than what memory is left.
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -172,6 +172,28 @@ def test_blocks_of_three_agree(stack):
     )
 
 
+def test_blocks_are_of_clients_of_about_a_size(monkeypatch):
+    sizes = []
+
+    def untrained(fn, *_):
+        def run(mapped, shared):
+            sizes.append(mapped.size.tolist())
+            like = jax.eval_shape(jax.vmap(fn, (0, None)), mapped, shared)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+        return run
+
+    monkeypatch.setattr(sharding, "map_clients", untrained)
+    ids, of_two = range(NUM_CLIENTS), sharding.client_mesh(NUM_CLIENTS, 2)
+    for plan in (("map", None), (3, None), (3, of_two)):
+        run = exchange.make_exchange(method("fedavg"), *plan)
+        one_exchange("fedavg", tuple(ids), run=run)
+    drawn, ordered, dealt = sizes
+    assert drawn == tiny().table.size.tolist() != ordered
+    assert ordered == sorted(drawn, reverse=True)
+    assert dealt == ordered[::2] + ordered[1::2]
+
+
 @stacks(("fedavg", "hyperfedzero", "scaffold", "fednova"))
 @pytest.mark.parametrize("mapper", ["map", 2])
 def test_summing_up_as_clients_finish_agrees(stack, mapper):

@@ -8,6 +8,9 @@ authors' earlier harness). Theirs are split in the same way too, to measure what
 novel client gains by fine-tuning. Of what is left to train on, a participant may set
 `validation_fraction` aside to choose a round by. There may be no test set, no
 validation and no novel clients.
+
+Where clients have samples in common ("bootstrap"), a random `eval_fraction` of all
+samples is what any of them holds out, and nobody trains on these.
 """
 
 import os
@@ -199,7 +202,8 @@ def federate(
       test_fraction: share of the global test set, in [0, 1); 0 for none. A source's
         own test part takes its place.
       eval_fraction: share each client holds out, in (0, 1). By "by_client_id" it is the
-        client's own test part where clients have one; then there is no global one.
+        client's own test part where clients have one; then there is no global one. By
+        "bootstrap" that share of all samples is for clients to hold out.
       validation_fraction: share of the rest that participants set aside to choose a
         round by, in [0, 1); 0 for none.
       stratified: whether a client holds out the same share of each of its classes. Of
@@ -239,6 +243,15 @@ def federate(
     check_choice("standardise", standardise, clients.STANDARDISE)
     shift = shifts.shift(shift) if isinstance(shift, str) else shift
     _check_possible(source, shift.kind, standardise)
+    if partition in partitions.SHARED:
+        _check_shared(
+            partition,
+            num_novel=num_novel,
+            validation_fraction=validation_fraction,
+            stratified=stratified,
+            shift=shift.kind,
+            standardise=standardise,
+        )
     check_number(
         test_fraction=test_fraction,
         eval_fraction=eval_fraction,
@@ -273,6 +286,10 @@ def federate(
         rest = order if theirs else order[~source.test[order]]
     if ids is not None:
         options = {**options, "client_ids": ids[rest]}
+    if partition in partitions.SHARED:
+        marked = np.zeros(total, bool)
+        marked[rest[: max(1, round(eval_fraction * len(rest)))]] = True
+        options = {**options, "apart": marked[rest]}
     if num_clients is None:
         num_clients = _everybody(options.get("client_ids"), num_novel)
     check_at_least(1, num_clients=num_clients)
@@ -294,7 +311,9 @@ def federate(
         named = shifts.relabelled(source.y, parts, drawn, seed, source.num_classes)
         source = source._replace(y=named)
     counts = partitions.class_counts(source.y, parts, source.num_classes)
-    unassigned = len(rest) - int(counts.sum())
+    dealt = np.zeros(total, bool)
+    dealt[np.concatenate(parts)] = True
+    unassigned = len(rest) - int(dealt.sum())
     asked = options.get("samples_per_client")  # whoever caps it knows
     if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
@@ -363,6 +382,28 @@ def _check_possible(source: Source, shift: str, standardise: str) -> None:
             f"standardise='client': {source.name!r} has {described(source.x)}, which "
             "have no moments; accepted: pool, none (tokens are left as they are)"
         )
+
+
+# What has a meaning where clients have samples in common: nobody is unseen, and a
+# sample has no owner.
+_OF_SHARED: dict[str, tuple[Any, ...]] = {
+    "num_novel": (0,),
+    "validation_fraction": (0,),
+    "stratified": (False,),
+    "shift": ("none",),
+    "standardise": ("pool", "none"),
+}
+
+
+def _check_shared(partition: str, **given: Any) -> None:
+    """Refuses the rest of it."""
+    for name, value in given.items():
+        if value not in _OF_SHARED[name]:
+            raise ValueError(
+                f"{name}={value!r} does not go with partition={partition!r}, whose "
+                "clients have samples in common; accepted: "
+                + " or ".join(map(repr, _OF_SHARED[name]))
+            )
 
 
 def _everybody(client_ids: np.ndarray | None, num_novel: int) -> int:

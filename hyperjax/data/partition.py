@@ -1,10 +1,10 @@
 """Splits of a labelled set over clients.
 
 Every partitioner takes `(rng, y, num_clients, **options)` and returns one index array
-per client: int64, disjoint, never empty, in an order drawn from `rng`. Equal generators
-give equal partitions. "iid" (unless it is capped) and "dirichlet" deal out every
-sample; the others may leave some to nobody, which whoever asks for a partition should
-say (`federate` does).
+per client: int64, disjoint but for those of `SHARED`, never empty, in an order drawn
+from `rng`. Equal generators give equal partitions. "iid" (unless it is capped) and
+"dirichlet" deal out every sample; the others may leave some to nobody, which whoever
+asks for a partition should say (`federate` does).
 
 References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per-class
 form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
@@ -435,6 +435,73 @@ def by_client_id(
     return _gather(rng, kept, np.searchsorted(chosen, owner[kept]), num_clients)
 
 
+def bootstrap(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    alpha: float,
+    samples_per_client: int,
+    apart: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Draws every client's samples with replacement, whatever the others have drawn.
+
+    So there may be more clients than samples, a million of them over a small data set.
+    Each client draws its shares of the classes from a symmetric Dirichlet distribution,
+    as by `mixtures`, then the class of each of its samples by those shares, then a
+    sample of that class. A client may have a sample several times.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N.
+      alpha: concentration; small values give clients of few classes.
+      samples_per_client: m, how many each client draws.
+      apart: [n] bool, samples that are not trained on; of its m each client draws the
+        same share of these, m times their share of all, but one and m - 1 at least and
+        at most. `federate` says which, so that nobody trains on what others hold out.
+
+    Returns:
+      N arrays of m indices into `y`, int64, those apart at the end.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, or all samples of a
+        class are apart, or none.
+    """
+    y = _labels(y)
+    check_at_least(1, num_clients=num_clients)
+    check_number(above=0, alpha=alpha)
+    check_at_least(1 if apart is None else 2, samples_per_client=samples_per_client)
+    classes, position = np.unique(y, return_inverse=True)
+    groups, nums = [np.ones(len(y), bool)], [samples_per_client]
+    if apart is not None:
+        share = round(apart.mean() * samples_per_client)
+        num = min(max(1, share), samples_per_client - 1)
+        groups, nums = [~apart, apart], [samples_per_client - num, num]
+    # Where in [0, 1) the shares of the classes end, [K, N].
+    ends = rng.dirichlet(np.full(len(classes), alpha), num_clients).cumsum(axis=1).T
+    drawn = []
+    for group, num in zip(groups, nums, strict=True):
+        places = np.flatnonzero(group)
+        places = places[np.argsort(position[places], kind="stable")]
+        sizes = np.bincount(position[places], minlength=len(classes))
+        if not sizes.all():
+            k = np.argmin(sizes)
+            raise ValueError(
+                f"class {classes[k]} has {np.sum(position == k)} sample(s); clients "
+                "need one to train on and another to hold out"
+            )
+        at = rng.random((num_clients, num))
+        # The last class ends at 1, whatever its shares sum to in floating point.
+        which = np.zeros(at.shape, np.int64)
+        for end in ends[:-1]:
+            which += at >= end[:, None]
+        first = sizes.cumsum() - sizes
+        among = rng.random(at.shape) * sizes[which]
+        drawn.append(places[first[which] + among.astype(np.int64)])
+    return list(np.concatenate(drawn, axis=1))
+
+
 PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "iid": iid,
     "dirichlet": dirichlet,
@@ -444,7 +511,9 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "class_draws": class_draws,
     "groups": groups,
     "by_client_id": by_client_id,
+    "bootstrap": bootstrap,
 }
+SHARED = ("bootstrap",)  # clients may have samples in common
 
 
 def check_ids(client_ids: Any, num: int) -> np.ndarray:
@@ -496,11 +565,17 @@ def class_counts(
     return np.array(counts, np.int64).reshape(len(parts), num_classes)
 
 
-def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
-    """Returns `y` as an array of labels that are enough for one each."""
+def _labels(y: np.ndarray) -> np.ndarray:
+    """Returns `y` as an array of labels."""
     y = np.asarray(y)
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"y must be integer labels [n], got {y.dtype} {y.shape}")
+    return y
+
+
+def _check(y: np.ndarray, num_clients: int) -> np.ndarray:
+    """Returns `y` as an array of labels that are enough for one each."""
+    y = _labels(y)
     check_number(whole=True, num_clients=num_clients)
     if not 1 <= num_clients <= len(y):
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hyperjax import calls
 from hyperjax.data import own
 from hyperjax.data.arrays import (
     Keys,
@@ -59,7 +60,7 @@ def load(
         "sklearn:wine" (features), "pydoc" (the Python reference's topics, to be
         continued: 32 characters, tokens, and the next one, a class; clients are
         topics; it comes with Python, a version of its own with each version of Python),
-        "synthetic"; one of your own, "mine.npz",
+        "synthetic", or "synthetic(num_samples=10000)"; one of your own, "mine.npz",
         "folder/" or "package.module:function", see `own.load`; or a TFDS name such as
         "cifar10", "emnist/byclass", "mnist:3.0.1" or "huggingface:mnist"; a set that
         TFDS does not know is found by its folder in `data_dir`. With braces, several:
@@ -104,14 +105,19 @@ def load(
             raise FileNotFoundError(f"data_dir={data_dir!r} is not an existing folder")
     if name.startswith(_SKLEARN):
         check_choice("data.name", name, _EMBEDDED)
-    if name in _EMBEDDED:
+    called = name.startswith(_SYNTHETIC)
+    base, options = calls.parse("data.name", name) if called else (name, {})
+    if base in _EMBEDDED:
         if split not in WHOLE:
             raise ValueError(
                 f"split={split!r}: the embedded set {name!r} has the split 'train' "
                 "alone"
             )
         _refuse_keys(name, keys, test_split)
-        return _EMBEDDED[name].load(**kwargs)
+        make = _EMBEDDED[base].load
+        if called:
+            return calls.call("data.name", make, **options | kwargs)
+        return make(**kwargs)
     if kwargs:
         raise TypeError(
             f"{name!r} takes no options, got {', '.join(kwargs)}; "
@@ -295,7 +301,7 @@ def _synthetic(
     return _source("synthetic", x, y, range(num_classes))
 
 
-_SKLEARN = "sklearn:"
+_SKLEARN, _SYNTHETIC = "sklearn:", "synthetic("
 
 
 def _sklearn(file: str) -> Source:

@@ -105,7 +105,9 @@ def make_joint_exchange(
 
     Rows, seen, data and cohort are mappings by family, for all or some of them; with
     `alone` for the single family of the single client. Exchanges of one round that
-    differ in `stage` draw from different keys. With `streaming` uplinks are summed up
+    differ in `stage` draw from different keys. Blocks are of clients of about a size,
+    see `sharding.by_size`, and all else is in the cohort's order, but for the sums of
+    `streaming`: with it uplinks are summed up
     as clients finish, and no more of them are in memory than train at a time; it is for
     servers that are `mean_only` or have `sums`.
     """
@@ -132,19 +134,31 @@ def make_joint_exchange(
         size = jnp.where(alive, data.size, 0)  # the dead take no step
         visitors = _Visitor(keys, down.own, start, data.rows, size)
         shared = _Shared(down.shared, down.round, data.pool)
+        who, back = cohort, None
+        if isinstance(mapper, int):
+            # A block takes the steps of its largest client.
+            devices = 1 if mesh is None or streaming else mesh.size
+            order = sharding.by_size(size, devices)
+            visitors = jax.tree.map(lambda x: x[order], visitors)
+            who, back = _in_order(cohort, order), jnp.argsort(order)
         if streaming:
             per_device = 1 if isinstance(mapper, str) else mapper
             at_a_time = per_device * (1 if mesh is None else mesh.size)
-            up, new, info = _streamed(
-                updates[name], at_a_time, visitors, shared, cohort, summed
+            up, *rest = _streamed(
+                updates[name], at_a_time, visitors, shared, who, summed
             )
             if server_side.mean_only:
                 up = jax.tree.map(lambda x: x[None], up)  # of one that stands for all
             else:
                 up = Sums(up)
         else:
-            up, new, info = updates[name](visitors, shared)
+            up, *rest = updates[name](visitors, shared)
+            if back is not None:
+                up = jax.tree.map(lambda x: x[back], up)
             up = tree.where_rows(alive, up, tree.zeros_like(up))
+        if back is not None:
+            rest = jax.tree.map(lambda x: x[back], rest)
+        new, info = rest
         return up, tree.where_rows(alive, new, rows), info
 
     def exchange(root, server, rows, seen, data, cohorts: dict[str, Cohort]):
@@ -231,6 +245,15 @@ def _streamed(
         sums = jax.tree.map(lambda x, one: x.astype(one.dtype), sums, like)
     new, info = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], out)
     return sums, new, info
+
+
+def _in_order(cohort: Cohort, order: Array) -> Cohort:
+    """A cohort whose clients come in another order."""
+    return cohort._replace(
+        ids=cohort.ids[order],
+        active=cohort.active[order],
+        weight=cohort.weight[order],
+    )
 
 
 def _as_one(cohort: Cohort) -> Cohort:

@@ -1,25 +1,40 @@
 """Maps a function over clients: one after another, batched, on one device or many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from hyperjax import hosts
 from hyperjax.errors import check_at_least, check_choice
-from hyperjax.types import PyTree
+from hyperjax.types import Array, PyTree
 
 CLIENTS = "clients"
 MAPPERS = ("auto", "map", "vmap", "block")
+RAGGED = 1.5  # times the mean; see `resolve_mapper`
 
 
-def resolve_mapper(mapper: str, block_size: int, backend: str) -> str | int:
+def resolve_mapper(
+    mapper: str,
+    block_size: int,
+    backend: str,
+    sizes: Sequence[int] | np.ndarray = (1,),
+) -> str | int:
     """Turns a config's mapper into "map", "vmap" or a block size.
 
     "auto" is "map" on the CPU, where a batch of 32 already fills a core and batched
-    per-client kernels are slow, and "vmap" on accelerators, which want large products
-    (`benchmarks/round_time.py` compares them).
+    per-client kernels are slow (`benchmarks/round_time.py` compares them). Accelerators
+    want large products: "vmap", where all clients take the steps of the largest one;
+    or, if that has more than `RAGGED` times the mean of their sizes, blocks of clients
+    of about a size, see `by_size` (`benchmarks/cohort.py` counts their steps).
+
+    Args:
+      mapper: one of `MAPPERS`.
+      block_size: of "block".
+      backend: JAX's name of it.
+      sizes: [N] samples of the clients who train.
 
     Raises:
       ValueError: unknown mapper, or a block size below 1.
@@ -27,7 +42,9 @@ def resolve_mapper(mapper: str, block_size: int, backend: str) -> str | int:
     check_choice("mapper", mapper, MAPPERS)
     check_at_least(1, block_size=block_size)
     if mapper == "auto":
-        return "map" if backend == "cpu" else "vmap"
+        if backend == "cpu":
+            return "map"
+        mapper = "block" if np.max(sizes) > RAGGED * np.mean(sizes) else "vmap"
     return block_size if mapper == "block" else mapper
 
 
@@ -104,6 +121,23 @@ def map_clients(fn: Callable, mapper: str | int, mesh: Mesh | None) -> Callable:
         out_specs=along,
         check_vma=False,
     )
+
+
+def by_size(size: Array, devices: int = 1) -> Array:
+    """Returns an order of clients in which neighbours have about as many samples.
+
+    Clients of a block take as many steps as the largest of them. The largest come
+    first, dealt out to devices in turn.
+
+    Args:
+      size: [C] int.
+      devices: how many have equal parts of the order; C is a multiple of it.
+
+    Returns:
+      [C] int32, a permutation.
+    """
+    order = jnp.argsort(-size, stable=True)
+    return order.reshape(-1, devices).T.reshape(-1)
 
 
 def everywhere(mesh: Mesh) -> jax.sharding.NamedSharding:

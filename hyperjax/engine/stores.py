@@ -61,11 +61,23 @@ def unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
     NumPy asks for huge pages where an array has more than 4 MB, and then the first row
     that is written in each of them costs 2 MB.
+
+    Raises:
+      ValueError: the system has no room for so many.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < 2**22 or not hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux alone has it
         return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, size)
+    # Private: what was never written is the system's one page of zeros when it is read.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise ValueError(
+            f"state of {shape[0]:,} clients, {size / 2**30:.1f} GB, has no room in "
+            "host memory; accepted: fewer clients, a smaller network, or files for it "
+            "(engine.memory_map=True, store_dir)"
+        ) from error
     with contextlib.suppress(OSError):  # of a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

@@ -148,7 +148,7 @@ def nearest(data: str, presets: Mapping[str, Any], other: str) -> str:
     if any(map(own.is_own, own.expand(data))):
         return "mnist5k"
     base = data.partition("/")[0]
-    if base == "synthetic":  # of the digits' size
+    if base.partition("(")[0] == "synthetic":  # of the digits' size
         return "digits"
     return max((name for name in presets if name in base), key=len, default=other)
 

@@ -50,8 +50,11 @@ FIELDS: dict[str, tuple[Any, str]] = {
         "dirichlet",
         "who has which samples: iid, dirichlet, ..., by_client_id; see Partitions",
     ),
-    "data.alpha": (1.0, "dirichlet, mixtures: concentration; small is skewed"),
-    "data.samples_per_client": (0, "iid, mixtures: of each client; 0: all there are"),
+    "data.alpha": (1.0, "dirichlet, mixtures, bootstrap: small is skewed"),
+    "data.samples_per_client": (
+        0,
+        "iid, mixtures, bootstrap: of each client; 0: all there are, but for bootstrap",
+    ),
     "data.min_size": (10, "dirichlet, by_client_id: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
     "data.classes_per_client": (2, "pathological, class_shares, class_draws, groups"),

@@ -162,10 +162,11 @@ def experiment(
     backend = jax.default_backend()
     if streaming and mapper == "auto" and backend != "cpu":
         mapper = "block"  # all at once there would be nothing to sum up
-    resolved = sharding.resolve_mapper(mapper, block_size, backend)
+    sizes = federation.trainers.size
+    resolved = sharding.resolve_mapper(mapper, block_size, backend, sizes)
+    resolved = like.plan["mapper"] if like else resolved  # it has the programs
     # One client at a time needs one device.
     mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
-    sizes = federation.trainers.size
     wide = federation.widened(widths or {})
     simulator = schedule.simulator(
         algorithm,

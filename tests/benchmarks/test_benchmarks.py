@@ -87,10 +87,13 @@ def test_device_memory_does_not_grow_with_state_kept_on_the_host(repository, tmp
 @pytest.mark.slow
 def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     sizes = ("--networks=mlp", "--cohorts=20", "--samples=2", "--batch=2")
-    kept, summed = _run(repository, tmp_path, "cohort", *sizes)
+    kept, summed, *counts = _run(repository, tmp_path, "cohort", *sizes)
     assert (kept["streaming"], summed["streaming"]) == (False, True)
     assert kept["stack_mb"] == summed["stack_mb"] > 10
     assert kept["temporary_mb"] > kept["stack_mb"] > 2 * summed["temporary_mb"]
+    assert [(r["alpha"], r["batch"]) for r in counts[::2]] == [(0.5, 32), (0.1, 32)]
+    for record in counts:
+        assert 1 < record["block"] < 1.5 < record["as_drawn"] < record["vmap"]
 
 
 @pytest.mark.slow

@@ -263,7 +263,36 @@ def test_given_ids_make_the_clients():
 SKEWED = dict(num_clients=2, num_novel=0, partition="class_draws")
 
 
-@pytest.mark.parametrize("name", sorted(federations.partitions.PARTITIONERS))
+DEALT = {*federations.partitions.PARTITIONERS} - {*federations.partitions.SHARED}
+SHARED = dict(partition="bootstrap", alpha=0.5, samples_per_client=5, num_novel=0)
+
+
+def test_nobody_trains_on_what_others_hold_out():
+    found = deal(**SHARED, num_clients=2000)
+    kept = [set(everything(getattr(found, x))) for x in ("train", "held_out", "test")]
+    assert len(set.union(*kept)) == sum(map(len, kept)) == 600 == 600 - found.unassigned
+    assert len(kept[1]) == 96  # a fifth of what is not the test set
+    assert set(found.train.size) == {4} and set(found.held_out.size) == {1}
+    assert found.counts.sum() == 5 * 2000
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(num_novel=1), "num_novel=1 does not go with .* accepted: 0"),
+        (dict(validation_fraction=0.2), "validation_fraction=0.2 does not go"),
+        (dict(stratified=True), "stratified=True does not go"),
+        (dict(shift="rotation"), "shift='rotation' does not go"),
+        (dict(standardise="client"), "'client' does not .* accepted: 'pool' or 'none'"),
+        (dict(samples_per_client=1), "samples_per_client=1 must be at least 2"),
+    ],
+)
+def test_what_has_no_meaning_for_samples_in_common(options, match):
+    with pytest.raises(ValueError, match=match):
+        deal(**SHARED | options, num_clients=2000)
+
+
+@pytest.mark.parametrize("name", sorted(DEALT))
 def test_what_belongs_to_nobody_is_counted(name):
     options = {
         "dirichlet": dict(alpha=0.5),

@@ -53,8 +53,57 @@ def test_mixtures_are_drawn_from_the_dirichlet_distribution():
     np.testing.assert_allclose(shares.mean(0), 0.2, atol=0.06)
 
 
+BOOTSTRAP = dict(alpha=0.3, samples_per_client=20)
+
+
+def test_there_may_be_more_clients_than_samples():
+    first, again, other = (
+        partition.partition("bootstrap", rng(seed), Y, 1000, **BOOTSTRAP)
+        for seed in (0, 0, 1)
+    )
+    assert all(part.dtype == np.int64 and len(part) == 20 for part in first)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.array_equal(np.unique(first), np.arange(200))
+    # As by `mixtures`: 0.16 / 2.5 + (0.16 - 0.064) / 20.
+    shares = partition.class_counts(Y, first, 5) / 20
+    np.testing.assert_allclose(shares.var(0), 0.0688, rtol=0.1)
+    np.testing.assert_allclose(shares.mean(0), 0.2, atol=0.03)
+    # All samples of a class alike.
+    times = np.bincount(np.concatenate(first), minlength=200)
+    assert times.min() > 60 and times.max() < 150
+
+
+def test_what_is_apart_is_drawn_apart():
+    apart = np.arange(200) % 4 == 0
+    parts = np.stack(partition.bootstrap(rng(), Y, 300, **BOOTSTRAP, apart=apart))
+    assert not apart[parts[:, :15]].any() and apart[parts[:, 15:]].all()
+    # Both by the same shares of the classes.
+    train, held_out = (
+        partition.class_counts(Y, x, 5) / x.shape[1]
+        for x in (parts[:, :15], parts[:, 15:])
+    )
+    assert np.corrcoef(train.ravel(), held_out.ravel())[0, 1] > 0.8
+    with pytest.raises(ValueError, match=r"class 0 has 40 .* another to hold out"):
+        partition.bootstrap(rng(), Y, 3, **BOOTSTRAP, apart=Y == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(samples_per_client=0), "samples_per_client=0 must be at least 1"),
+        (dict(alpha=0), "alpha=0 must be positive"),
+        (dict(num_clients=0), "num_clients=0 must be at least 1"),
+        (dict(y=Y * 1.0), "integer labels"),
+    ],
+)
+def test_samples_must_be_drawn_of_something(options, match):
+    given = dict(y=Y, num_clients=3) | BOOTSTRAP | options
+    with pytest.raises(ValueError, match=match):
+        partition.bootstrap(rng(), given.pop("y"), given.pop("num_clients"), **given)
+
+
 def test_every_partitioner_is_tested():
-    assert set(OPTIONS) == set(partition.PARTITIONERS)
+    assert set(OPTIONS) == set(partition.PARTITIONERS) - {"bootstrap"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -250,6 +250,20 @@ def test_synthetic_is_balanced_and_set_by_its_seed():
     assert not np.array_equal(first.x, other.x)
 
 
+def test_synthetic_is_made_as_its_name_says():
+    text = "synthetic(num_samples=30, shape=(4, 4), num_classes=3)"
+    check(sources.load(text), (30, 4, 4, 1), 3)
+    for text, match in (
+        ("synthetic(num_sample=3)", "option of data.name='num_sample' is unknown"),
+        ("synthetic(num_samples=0.5)", "data.name.num_samples=0.5 must be a whole"),
+        ("synthetic(num_samples=0)", "data.name.num_samples=0 must be at least 1"),
+        ("synthetic(3)", "not of the form"),
+        ("synthetic(num_samples=3", "not of the form"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sources.load(text)
+
+
 def test_synthetic_adds_the_channel_axis():
     check(sources.load("synthetic", shape=(4, 4)), (1000, 4, 4, 1), 10)
 

@@ -19,11 +19,20 @@ QUICK = ("hyperfednet",)
 
 
 @functools.cache
-def federation():
+def federation(partition="iid", **options):
     source = load("synthetic", num_samples=96, num_classes=NUM_CLASSES, shape=(4, 4, 1))
-    return federate(
-        source, num_clients=NUM_CLIENTS, num_novel=2, partition="iid", seed=0
-    )
+    who = dict(num_clients=NUM_CLIENTS, num_novel=2, partition=partition, seed=0)
+    return federate(source, **who, **options)
+
+
+def test_clients_of_uneven_sizes_are_planned_in_blocks(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    uneven = federation("dirichlet", alpha=0.5, min_size=2)
+    run = experiment(uneven, method("fedavg"), Settings(), block_size=3)
+    assert run.plan["mapper"] == 3
+    # What was compiled for it serves another partition.
+    other = experiment(federation(), method("fedavg"), Settings(), like=run)
+    assert other.plan["mapper"] == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The simulator as a notebook uses it: nothing of the caller's is destroyed."""
 
 import functools
+import hashlib
+import mmap
+import pathlib
 
 import chex
 import jax
@@ -288,6 +291,35 @@ def test_a_large_host_store_takes_memory_as_it_is_written():
     assert seen.nonzero()[0].tolist() == [5, 1999]
     assert rows["x"].sum(1).nonzero()[0].tolist() == [5, 1999]
     assert stores.host_gather(rows, seen, ids[:2])[0]["x"].min() == 1
+
+
+def resident():
+    """MB of the process's memory."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE / 2**20
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="Linux counts so")
+def test_a_large_host_store_takes_no_memory_as_it_is_read():
+    spec = {"x": jax.ShapeDtypeStruct((2**15,), jnp.float32)}
+    rows, seen = stores.host_zeros(spec, 1000)  # 125 MB
+    rows["x"][7], seen[7], before = 1, True, resident()
+    tree.sha256((rows, seen))
+    assert resident() - before < 30
+    # As it is of bytes copied.
+    small = {"x": rows["x"][6:9]}
+    whole = hashlib.sha256(b"x|<f4|(3, 32768)|" + small["x"].tobytes())
+    assert tree.sha256(small) == whole.hexdigest()
+
+
+def test_a_host_store_without_room_is_refused(monkeypatch):
+    def full(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    spec = {"x": jax.ShapeDtypeStruct((2**15,), jnp.float32)}
+    with pytest.raises(ValueError, match=r"1,000 clients, 0\.1 GB.*memory_map=True"):
+        stores.host_zeros(spec, 1000)
 
 
 # Samples on the host -----------------------------------------------------------------

@@ -57,6 +57,19 @@ def test_mappers_by_name(mapper, backend, found):
     assert sharding.resolve_mapper(mapper, 3, backend) == found
 
 
+def test_ragged_clients_come_in_blocks_on_accelerators():
+    for sizes, found in (([8, 8, 9], "vmap"), ([1, 2, 9], 3)):
+        assert sharding.resolve_mapper("auto", 3, "gpu", sizes) == found
+        assert sharding.resolve_mapper("auto", 3, "cpu", sizes) == "map"
+
+
+def test_neighbours_are_of_about_a_size():
+    size = jnp.array([3, 0, 7, 5, 7, 0])
+    assert sharding.by_size(size).tolist() == [2, 4, 3, 0, 1, 5]
+    # Each of two devices has half of the largest.
+    assert sharding.by_size(size, 2).tolist() == [2, 3, 1, 4, 0, 5]
+
+
 def test_unknown_mappers_and_empty_blocks_are_refused():
     with pytest.raises(ValueError, match="did you mean 'vmap'"):
         sharding.resolve_mapper("vmapp", 3, "cpu")

@@ -250,6 +250,7 @@ def test_partitions_take_the_fields_named_after_their_options():
         "class_draws": ("classes_per_client",),
         "groups": ("num_groups", "classes_per_client"),
         "by_client_id": ("client_ids", "min_size"),
+        "bootstrap": ("alpha", "samples_per_client"),
     }
 
 

@@ -595,8 +595,13 @@ def test_a_comparison_says_first_what_differs(tmp_path: Path) -> None:
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
     assert text.index(heading) < text.index("<h2>Results</h2>")
-    assert "<td><code>rounds</code></td><td>40 (a, b); 20 (c)</td>" in text
-    assert "<td>0 (a, b); 7 (c)</td>" in text
+    # The Runs table says which run has which.
+    assert "<td><code>rounds</code></td><td>40 (2 runs); 20 (1 run)</td>" in text
+    clipped = {"local.clip_norm": 10.0}
+    folders.append(make_run(tmp_path / "d", method="fedprox", settings=clipped))
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
+    text, _ = _read(path)
+    assert "<td>– (hyperfednet, fedavg); 10 (fedprox)</td>" in text
 
 
 def test_comparison_with_other_partitions(tmp_path: Path) -> None:

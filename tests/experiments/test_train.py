@@ -143,7 +143,7 @@ def test_broken_and_whole_run_have_the_same_bits(story):
     assert whole["state_sha256"] == broken["state_sha256"]
     for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
-    timed = {"seconds", "samples_per_second", "compile_seconds", "flops"}
+    timed = {"seconds", "samples_per_second", "compile_seconds"}
     assert without(whole, timed) == without(broken, timed)
     tables = [np.load(path / "partition.npz") for path in (story.whole, story.broken)]
     assert tables[0].files == tables[1].files
@@ -386,8 +386,10 @@ def test_runs_of_several_seeds_share_an_experiment(finished, tmp_path, monkeypat
 def test_a_run_killed_before_its_summary_gets_one(run, finished):
     for name in ("summary.json", "clients.json", "report.html"):
         (run / name).unlink()
-    train.train(small(), str(run))
+    summary = train.train(small(), str(run))
     same_result(run, finished)
+    # No program of rounds was made for it.
+    assert summary["flops"] == read(finished, "summary.json")["flops"] > 0
     assert read(run, "clients.json") == read(finished, "clients.json")
     assert (run / "report.html").exists()
 
@@ -748,7 +750,11 @@ def test_what_fails_after_the_last_round_is_repaired(
     assert (run / "report.html").exists()
 
 
-def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
+def test_a_lost_record_of_the_last_round_is_written_again(run, finished, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train.embedding_maps, "keep", lambda folder, *rest: seen.append(rest)
+    )
     (run / "summary.json").unlink()
     path = run / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # cut off in the middle of a line
@@ -758,6 +764,9 @@ def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
     there, here = (log.read_lines(p / "metrics.jsonl") for p in (finished, run))
     assert [r["round"] for r in here] == [r["round"] for r in there] == [0, 2, 3]
     assert here[-1]["pacc"] == there[-1]["pacc"]
+    ((round, values, num, whom),) = seen  # of embeddings
+    assert round == 3 and {"pacc", "zacc"} <= values.keys()
+    assert num == 4 and [*whom["pacc"]] == [0, 1, 2, 3] and [*whom["zacc"]] == [0, 1]
 
 
 def test_a_summary_that_is_none_and_clients_that_cannot_be_read(run, finished):
