@@ -134,7 +134,8 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"client={client}: this run has no unseen clients")
     if not first <= client <= last:
         raise ValueError(
-            f"client={client}: unseen clients of this run: {first}..{last}"
+            f"client={client}: unseen clients of this run: {first}..{last}; `hyperjax "
+            "export` writes a participant's network"
         )
     source = build.load_source(run.config.data)
     images = source.x
