@@ -138,9 +138,10 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
             "export` writes a participant's network"
         )
     source = build.load_source(run.config.data)
-    images = source.x
-    if run.config.data.shift != "none":
-        images = np.asarray(build.federate(source, run.config).pool.x)
+    images, labels = source.x, source.y
+    if run.config.data.shift != "none":  # which may be of labels too
+        pool = build.federate(source, run.config).pool
+        images, labels = np.asarray(pool.x), np.asarray(pool.y)
     if (
         tuple(run.facts["sample_shape"]) != images.shape[1:]
         or run.facts["novel_rows"].max() >= len(source.y)
@@ -152,7 +153,7 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
         )
     size = run.facts["novel_size"][client - first]
     rows = run.facts["novel_rows"][client - first, :size]
-    return images[rows], source.y[rows]
+    return images[rows], labels[rows]
 
 
 def write(

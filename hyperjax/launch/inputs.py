@@ -47,8 +47,9 @@ def read(
     else:
         found, key = _arrays(path, f"{'x' if kind else 'image'}={dtype} array")
         x = found.pop(key)
-    if kind:
-        x = sources.check_samples(sources.as_samples(x, key, kind), key)
+    given_as = sources.kind_like(x, shape, dtype)
+    if given_as:
+        x = sources.check_samples(sources.as_samples(x, key, given_as), key)
     elif x.ndim == len(shape) and shape[-1] == 1:
         x = x[..., None]
     if x.dtype.kind == dtype.kind == "f":

@@ -59,6 +59,16 @@ def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
         assert found == pytest.approx(float(expected))
 
 
+def test_labels_of_a_shift_are_the_runs(tmp_path):
+    config = zero_shot.get_config("fedavg,data=digits,smoke")
+    config.data.shift, config.rounds = "label_swap", 0
+    train.train(config, str(tmp_path / "run"))
+    run = evaluate.load_run(str(tmp_path / "run"))
+    _, labels = evaluate.own_client(run, 10)
+    counts = run.facts["counts"]
+    np.testing.assert_array_equal(np.bincount(labels, minlength=10), counts[10])
+
+
 def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_path):
     run = evaluate.load_run(str(run_folder))
     images, labels = evaluate.own_client(run, 11)
