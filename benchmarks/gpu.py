@@ -6,8 +6,9 @@ Whatever accelerator JAX finds runs rounds of FedAvg (plain SGD, uniform samplin
 and data on the device): each network with each plan of the clients and each precision
 of products. On an NVIDIA card "default" is TF32, "highest" is float32, and "bfloat16"
 networks that compute in it; parameters are float32 always; programs are those of
-`engine.deterministic=True`. Each row is measured in a process of its own, and checked
-there:
+`engine.deterministic=True`. The plan "patches" is vmap with convolutions as products of
+patches, which stay one product for all clients where XLA's become grouped. Each row is
+measured in a process of its own, and checked there:
 
   equal     two runs of the same rounds ended with the same bits
   distance  of the trained network to that of the plan "map" at "highest", relative to
@@ -45,9 +46,11 @@ NETWORKS = {
     "lenet": Workload("lenet", 32, 480, 25, 4, 5),
     "resnet20": Workload("resnet20", 128, 480, 25, 4, 5),
 }
-PLANS = ("vmap", "block", "map")
+PLANS = ("vmap", "patches", "block", "map")
+MAPPERS = {"patches": "vmap"}  # of plans that are more than one
 PRECISIONS = ("highest", "default", compiling.BFLOAT16)
 WAYS = ("eager", "compiled", "graphs")
+CONVOLUTIONAL = ("lenet", "resnet20")
 TORCH = ("mlp", "lenet")  # networks that PyTorch's side has too
 COLUMNS = (
     ("network", "network"),
@@ -70,12 +73,11 @@ def tiny(work: Workload) -> Workload:
 def measure(work: Workload, plan: str, precision: str, block: int) -> dict[str, Any]:
     """Times rounds twice over; for a process of its own."""
     backend, device = jax.default_backend(), jax.local_devices()[0].device_kind
-    if work.network == "resnet20":
-        shape, network = (32, 32, 3), models.ZOO["resnet20"](10)
-        model = models.from_linen(network, shape, 10, precision=precision)
-    else:
-        shape = round_time.SHAPE
-        model = round_time.make_model(work.network, True, precision)
+    shape = (32, 32, 3) if work.network == "resnet20" else round_time.SHAPE
+    network = round_time.make_network(work.network, True)
+    if plan == "patches":
+        network = network.clone(conv_rule="patches")
+    model = models.from_linen(network, shape, 10, precision=precision)
     random = np.random.default_rng(0)
     y = random.integers(0, 10, (work.clients, work.samples), np.int32)
     x = random.integers(0, 256, (y.size, *shape), np.uint8)
@@ -94,7 +96,7 @@ def measure(work: Workload, plan: str, precision: str, block: int) -> dict[str, 
         weight=np.ones(work.clients),
         cohort_size=work.cohort,
         sampler="uniform",
-        mapper=sharding.resolve_mapper(plan, block, backend),
+        mapper=sharding.resolve_mapper(MAPPERS.get(plan, plan), block, backend),
         program=compiled.Compiled(None, compiling.Numerics(precision, True)),
     )
 
@@ -181,7 +183,13 @@ def main() -> int:
     # The reference is always measured, and first.
     plans = dict.fromkeys(("map", *f.plans))
     precisions = dict.fromkeys(("highest", *f.precisions))
-    rows = [(n, p, q) for n in f.networks for q in precisions for p in plans]
+    rows = [
+        (n, p, q)
+        for n in f.networks
+        for q in precisions
+        for p in plans
+        if p != "patches" or n in CONVOLUTIONAL
+    ]
     sides = [n for n in f.networks if n in TORCH and f.torch]
     loops = [(n, w, q) for n in sides for q in precisions for w in WAYS]
     backend, _ = round_time.fresh(round_time.backend_and_devices)

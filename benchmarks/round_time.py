@@ -129,13 +129,18 @@ def backend_and_devices() -> tuple[str, int]:
     return jax.default_backend(), jax.local_device_count()
 
 
-def make_model(name: str, peer_lenet: bool, precision: str = "") -> Model:
-    """Returns a network on 28x28x1 images; `precision` as `models.from_linen`'s."""
+def make_model(name: str, peer_lenet: bool) -> Model:
+    """Returns a network on 28x28x1 images."""
     check_choice("model", name, ("mlp", "lenet"))
-    network: Any = models.ZOO[name](NUM_CLASSES)
+    network = make_network(name, peer_lenet)
+    return models.from_linen(network, SHAPE, NUM_CLASSES)
+
+
+def make_network(name: str, peer_lenet: bool) -> Any:
+    """Returns a linen module; of LeNet's, perhaps that of the peers."""
     if name == "lenet" and peer_lenet:
-        network = models.LeNet(NUM_CLASSES, channels=(6, 16), hidden=(120, 84))
-    return models.from_linen(network, SHAPE, NUM_CLASSES, precision=precision)
+        return models.LeNet(NUM_CLASSES, channels=(6, 16), hidden=(120, 84))
+    return models.ZOO[name](NUM_CLASSES)
 
 
 def make_pool(num_samples: int):

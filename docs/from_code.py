@@ -124,11 +124,12 @@ def shifts() -> str:
     rows = (
         (
             code(kind),
+            shift.WORDS[kind],
             ", ".join(f"{name} {_range(law)}" for name, law in laws.items()),
         )
         for kind, laws in shift.KINDS.items()
     )
-    return table(("shift", "drawn for each client"), rows)
+    return table(("shift", "what differs", "drawn for each client"), rows)
 
 
 def adaptations() -> str:

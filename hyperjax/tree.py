@@ -75,7 +75,7 @@ def sha256(a: PyTree) -> str:
         array = np.asarray(leaf)
         digest.update(f"{_join(path)}|{array.dtype.str}|{array.shape}|".encode())
         # In place: rows of many clients may be larger than what memory is left.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

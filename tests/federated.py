@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -99,7 +100,9 @@ EXTRA = {
 }
 # Stacks that every law is tested on by default, one of each kind. For the others laws
 # that need programs of their own are slow tests, as all laws are for those in SLOW.
-THOROUGH = ("fedavg", "fedfomo")
+# YOURS is a method of another package, which the environment names.
+YOURS = [name for name in [os.environ.get("METHOD")] if name]  # package.module:function
+THOROUGH = ("fedavg", "fedfomo", *YOURS)
 SLOW = (
     *("hyperfednet+feddyn", "hyperfednet+ditto", "hyperfednet+per_round"),
     *("pefll+opening", "pefll+closing"),
@@ -107,7 +110,14 @@ SLOW = (
 # What opens or closes a round is a method of its own, under the same laws.
 BESIDE = ("+opening", "+closing")
 METHODS = registry.methods()
-STACKS = [*METHODS, *EXTRA, "mh_pfedhngd+opening", "pefll+opening", "pefll+closing"]
+STACKS = [
+    *METHODS,
+    *EXTRA,
+    *YOURS,
+    "mh_pfedhngd+opening",
+    "pefll+opening",
+    "pefll+closing",
+]
 
 
 def make_local(**options):

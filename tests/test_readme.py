@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -238,3 +239,19 @@ def test_a_wheel_holds_the_package_and_nothing_else(repository, tmp_path):
     assert "hyperjax/engine/exchange.py" in listing
     assert "hyperjax/py.typed" in listing
     assert "experiments/" not in listing and "tests/" not in listing
+
+
+@pytest.mark.slow
+def test_an_sdist_holds_all_files_but_those_of_the_hosting(repository, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, repository],
+        check=True,
+        capture_output=True,
+    )
+    (sdist,) = tmp_path.glob("hyperjax-*.tar.gz")
+    with tarfile.open(sdist) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=repository, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {name for name in tracked if not name.startswith(".")} <= held

@@ -7,10 +7,12 @@ hyperjax sweep --config=experiments/studies/hyperfednet.py:scale=paper,data=cifa
     --config.data.data_dir=... --workdir=runs/table_ii --sweep=table_ii \
     --sweep='seed=0..2'
 
-Figure 6 is `studies.gradient_inversion`. The small scale has 20 users and 5 unseen ones
-on images shrunk by two, the 8-layer network for all sets, 5 users a round and 30
-rounds; of sets larger than `mnist5k` 2,500 images. Every method has the same budget and
-the same search of its learning rate.
+Figure 4 is `figures/curves_round` and `curves_bytes` of table_ii's folder, figure 5 the
+picture beside the record of `similarity`, figure 6 `studies.gradient_inversion`, and
+figure 7 `figures/by_method_embedding_size` of embedding_size's folder. The small scale
+has 20 users and 5 unseen ones on images shrunk by two, the 8-layer network for all
+sets, 5 users a round and 30 rounds; of sets larger than `mnist5k` 2,500 images. Every
+method has the same budget and the same search of its learning rate.
 """
 
 from collections.abc import Sequence
@@ -107,6 +109,10 @@ UNFUSED = {
     "HFN+pFedLA": "pFedLA",
     "HFN+FedFomo": "FedFomo",
 }
+SIZES: Rows = {
+    f"n = {n}": {**HFN, "method.embedding_size": n}
+    for n in (1, 2, 4, 8, 16, 32, 64, 128)
+}
 PARTITIONS = ("dirichlet", "iid")
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -162,6 +168,11 @@ _COSTS = {
     "pFedLA": (0.00, 16.92, 27.07, 46.24, 91.36, None, None),
     "FedFomo": (0.00, 15.79, 35.53, 221.06, 307.91, None, None),
 }
+
+
+# Numbers per round trip by n, of the 8-layer network: in the text on figure 7, and from
+# table III.
+_ROUND_TRIPS = {1: 640, 128: 565_536}
 
 
 def by_set(metric: str, rows: dict[str, tuple]) -> dict[Place, Values]:
@@ -239,8 +250,7 @@ def sweep_similarity(add):
 def sweep_embedding_size(add, partition=None):
     """n, dealt out unevenly and evenly."""
     for name in [partition] if partition else PARTITIONS:
-        for n in (1, 2, 4, 8, 16, 32, 64, 128):
-            add({**HFN, "method.embedding_size": n, "data.partition": name})
+        add_rows(add, SIZES, **{"data.partition": name})
 
 
 # What runs do not say themselves ----------------------------------------------------
@@ -465,6 +475,12 @@ STUDIES = {
     "embedding_size": Study(
         "How good is how large an embedding, and what does it cost?",
         SCORES,
+        SIZES,
+        published={
+            (*place, f"n = {n}"): {"round_trip": numbers}
+            for place in (("cifar10", name) for name in PARTITIONS)
+            for n, numbers in _ROUND_TRIPS.items()
+        },
         measure=spent,
     ),
 }

@@ -17,9 +17,14 @@ What the paper leaves open is listed in `algorithms.hyperfedzero`; of the number
 tables only zACC of three methods could be established.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import ml_collections
 
 from experiments.studies.study import Study, add_rows, scale_of, with_default
+from hyperjax.data import picture
+from hyperjax.launch import embedding_maps
 from hyperjax.protocols import common, zero_shot
 
 RESNET = {
@@ -144,6 +149,18 @@ def sweep_clients(add):
         add_rows(add, TABLE_1, THREE, **{"data.num_clients": num})
 
 
+def embeddings(folders: Sequence[Path]) -> str:
+    """Returns the clients' embeddings over rounds of the first run, as SVG text.
+
+    Raises:
+      ValueError: no run has any.
+    """
+    for folder in folders:
+        if records := embedding_maps.read(folder):
+            return picture.figure_svg(embedding_maps.picture(records))
+    raise ValueError("no run has embeddings of clients: there is nothing to be drawn")
+
+
 def _ablation(asks: str) -> Study:
     return Study(asks, COLUMNS, compared="zacc_mean")
 
@@ -156,6 +173,7 @@ STUDIES = {
         baseline="FedAvg",
         compared="zacc_mean",
         published=PUBLISHED,
+        picture=embeddings,
     ),
     "noise_and_penalty": _ablation("Do NoisyEmbed and the penalty prevent a collapse?"),
     "penalty": _ablation("How much of either term of the penalty?"),

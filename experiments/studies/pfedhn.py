@@ -79,11 +79,16 @@ def sweep_clients(add):
         add_rows(add, TABLE_1, **own)
 
 
-def published(num_clients: int) -> dict[Place, Values]:
-    """Returns table 1's column of so many clients for both data sets."""
+def published(num_clients: int, more: str = "") -> dict[Place, Values]:
+    """Returns table 1's column of so many clients for both data sets.
+
+    Args:
+      num_clients: one of `CLIENTS`.
+      more: what follows labels, where the number of clients is a setting.
+    """
     at = CLIENTS.index(num_clients)
     return {
-        (data, "class_shares", label): {"pacc": values[at + 3 * i]}
+        (data, "class_shares", label + more): {"pacc": values[at + 3 * i]}
         for i, data in enumerate(("cifar10", "cifar100"))
         for label, values in ACCURACIES.items()
     }
@@ -102,5 +107,10 @@ STUDIES = {
         COLUMNS,
         TABLE_1,
         baseline="Local",
+        published={
+            place: values
+            for num in CLIENTS
+            for place, values in published(num, f", num_clients={num}").items()
+        },
     ),
 }

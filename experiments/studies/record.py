@@ -231,8 +231,11 @@ def rows_of(runs: Sequence[Run], study: Study) -> list[dict[str, Any]]:
                 row[metric] = statistics.spread(list(seeds.values()))._asdict()
                 row[metric]["per_seed"] = seeds
         data = config["data"]
-        place = data["name"].removesuffix("5k"), data["partition"], group[0]
-        row["published"] = dict(study.published.get(place, {}))
+        where = data["name"].removesuffix("5k"), data["partition"]
+        # Of a label, or of one with its settings.
+        places = ((*where, name) for name in (group[0], ", ".join(group)))
+        found = (study.published[place] for place in places if place in study.published)
+        row["published"] = dict(next(found, {}))
         if study.baseline not in (None, group[0]):
             other = by_seed((study.baseline, group[1]), study.compared)
             pair = statistics.paired(by_seed(group, study.compared), other)

@@ -72,6 +72,11 @@ RIVALS: Rows = {
     "HyperFedShift": _SHIFT,
 }
 THREE = ("FedAvg", "FedAvg, hidden 196", "HyperFedShift")
+EVERY = (
+    *("none", "rotation", "rotation360", "contrast", "contrast_off_zero", "blur"),
+    *("noise", "labels", "hybrid", "hybrid360", "contrast_hybrid", "everything"),
+    "outside",
+)
 MAIN = (*THREE, "control: constant e", "BN-adapt")
 REST = ("FedAvg", "FedAvg, hidden 560", "HyperFedShift, full", "control: true shift")
 COLUMNS = {
@@ -141,6 +146,13 @@ def sweep_recipe(add):
         for balanced in (False, True):
             parts = {"data.standardise": standardise, "local.balanced": balanced}
             add_rows(add, ROWS, THREE, **_fields("everything"), **parts)
+
+
+def sweep_every_shift(add):
+    """Each shift, with both label-free parts."""
+    parts = {"data.standardise": "client", "local.balanced": True}
+    for kind in EVERY:
+        add_rows(add, ROWS, THREE, **_fields(kind), **parts)
 
 
 def sweep_rivals(add):
@@ -219,6 +231,9 @@ STUDIES = {
     ),
     "kinds": _study("Which shifts can be followed from inputs alone?", "zacc_mean"),
     "writers": _study("And where clients are people?", "zacc_mean"),
+    "every_shift": _study(
+        "Where does a condition pay, beside parts that need none?", "zacc_em"
+    ),
     "recipe": _study(
         "What do label-free parts give that need no condition?", "zacc_em"
     ),

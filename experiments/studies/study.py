@@ -39,7 +39,8 @@ class Study(NamedTuple):
       baseline: the label that others are compared with, seed by seed.
       compared: the metric that they are compared by.
       published: {(data set, partition, label): {metric: value}} of the paper's tables.
-        Runs on "mnist5k" are compared with "mnist".
+        Runs on "mnist5k" are compared with "mnist". Where other settings tell points
+        too it is "label, settings", such as "FedAvg, num_clients=50".
       measure: `(folder of a run) -> values`, beyond what the run says itself.
       derive: changes the values of all groups, {group: {seed: values}}, in place.
       picture: `(folders of all runs) -> SVG text`, which is kept beside the record.

@@ -5,6 +5,7 @@ table; or tokens [n, L], int32 numbers of words or characters.
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from hyperjax.data import partition
 from hyperjax.errors import check_at_least, check_choice, first_line
 
 _MOST = 10_000  # classes; labels that are larger are names, ids perhaps
-KINDS = ("features", "tokens")  # of samples without height and width
+KINDS = ("features", "tokens", "images")  # what samples [n, d] may be
 
 
 class Keys(NamedTuple):
@@ -138,16 +139,17 @@ def from_arrays(
 
     Args:
       x: [n, H, W] or [n, H, W, C] images, uint8 or float; [n, d] features, floats;
-        [n, L] tokens, integers with `kind`; or [n] texts, whose tokens are their bytes
-        in UTF-8, with zeros behind shorter ones.
+        [n, L] tokens, integers with `kind`; [n, H * H] grey images, row by row, with
+        `kind`; or [n] texts, whose tokens are their bytes in UTF-8, with zeros behind
+        shorter ones.
       y: [n] or [n, 1] labels. Integers from 0 on are classes as they are; other
         integers, and names, are numbered in sorted order.
       label_names: of the classes; by default the labels themselves.
       name: of the set.
       test: bool [n], what is of its test part; None: it has none.
       client_ids: [n] integers or names, whose each sample is; None: nobody's.
-      kind: of samples [n, d]: "features" or "tokens"; "": floats are features, and
-        integers, which may be either, are refused.
+      kind: of samples [n, d]: "features", "tokens" or "images"; "": floats are
+        features, and integers, which may be any of them, are refused.
 
     Raises:
       ValueError: arrays that are no labelled samples, naming what is wrong.
@@ -196,15 +198,26 @@ def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
         )
     if kind == "features" and x.dtype.kind in "biuf":
         return x.astype(np.float32)
+    if kind == "images":
+        side = math.isqrt(x.shape[1])
+        if side**2 != x.shape[1]:
+            raise ValueError(
+                f"kind='images': {name} has the shape {x.shape}; flat images are grey "
+                f"and square, and {x.shape[1]} is no square number"
+            )
+        x = x.reshape(-1, side, side, 1)
+        # JSON has no bytes.
+        whole = x.dtype.kind in "iu" and x.size and x.min() >= 0 and x.max() <= 255
+        return x.astype(np.uint8) if whole else x
     if kind == "tokens" and x.dtype.kind == "f":
         raise ValueError(f"{name} is {x.dtype}: floats are no tokens")
     if kind == "tokens" and x.dtype.kind in "iu" and x.size and x.max() < 2**31:
         return x.astype(np.int32)
     if x.ndim == 2 and x.dtype.kind in "biu":
         raise ValueError(
-            f"{name} is {x.dtype} of shape {x.shape}, which may be tokens or features: "
-            "say kind='tokens' or kind='features' (data.kind in a config); or, if "
-            "these are flattened images, x.reshape(n, height, width)"
+            f"{name} is {x.dtype} of shape {x.shape}, which may be tokens, features or "
+            "images: say kind='tokens', 'features' or 'images', in a config data.kind; "
+            "images that are not grey and square are x.reshape(n, H, W, channels)"
         )
     return x[..., None] if x.ndim == 3 else x
 

@@ -197,7 +197,7 @@ def federate(
       num_clients: N; None: all whom the source names.
       num_novel: M; 0 for none.
       partition: a key of `data.partition.PARTITIONERS`. By default "by_client_id" for
-        what is already divided, and "iid" for others.
+        what is already divided, or has ids, and "iid" for others.
       seed: of the splits and the partition; independent of the model's seed.
       test_fraction: share of the global test set, in [0, 1); 0 for none. A source's
         own test part takes its place.
@@ -219,7 +219,8 @@ def federate(
       standardise: inputs by the moments of all participants' training pixels ("pool"),
         by each client's own ("client"), or as they are ("none", bytes in [0, 1]).
         Columns of features are scaled each by its own; tokens are left as they are.
-      kind: of samples [n, d]: "features" or "tokens", see `sources.from_arrays`.
+      kind: of samples [n, d]: "features", "tokens" or "images", see
+        `sources.from_arrays`.
       pool: where samples are kept, "device" or "host", see `clients.make_pool`.
       **options: of the partitioner.
 
@@ -233,8 +234,9 @@ def federate(
         check_choice(f"kind of {source!r}", kind, ("",))
     if isinstance(source, Mapping):
         source = own.from_clients(source, kind=kind)
-        partition = partition or "by_client_id"
-    source, partition = sources.checked(source), partition or "iid"
+    source = sources.checked(source)
+    known = client_ids is not None or source.client_ids is not None
+    partition = partition or ("by_client_id" if known else "iid")
     if client_ids is None and partition == "by_client_id":
         client_ids = source.client_ids
     check_at_least(0, num_novel=num_novel, seed=seed)
@@ -309,9 +311,9 @@ def federate(
         named = shifts.relabelled(source.y, parts, drawn, seed, source.num_classes)
         source = source._replace(y=named)
     counts = partitions.class_counts(source.y, parts, source.num_classes)
-    known = np.zeros(total, bool)
-    known[np.concatenate(parts)] = True
-    unassigned = len(rest) - int(known.sum())
+    dealt = np.zeros(total, bool)
+    dealt[np.concatenate(parts)] = True
+    unassigned = len(rest) - int(dealt.sum())
     asked = options.get("samples_per_client")  # whoever caps it knows
     if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)

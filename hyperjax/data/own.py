@@ -386,23 +386,55 @@ def _from_pictures(name: str, folder: Path, size: int) -> Source:
             f"data.name={name!r} has neither folders of images, one for each class "
             f"({', '.join(PICTURES)}), nor .npz or .json files, one for each client"
         )
-    images = [_picture(path) for path, _, _ in found]
-    colours = max(image.shape[2] for image in images)
+    x = _stacked(name, [path for path, _, _ in found], size)
+    y = np.array([cls for _, cls, _ in found])
+    test = np.array([is_test for _, _, is_test in found])
+    return from_arrays(x, y, name=name, test=test if test.any() else None)
+
+
+def pictures(
+    name: str, size: int = 0, colours: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the images in a folder, in the order of their names.
+
+    Args:
+      name: of the folder.
+      size: they are scaled to size x size pixels; 0: they must be of one size.
+      colours: least number of channels.
+
+    Returns:
+      Images [n, H, W, C] uint8, and the names of their files [n].
+
+    Raises:
+      ValueError: there are none, they cannot be read, or they differ in size.
+    """
+    require("PIL", needed_for=f"reading the images of {name!r}")
+    folder = Path(name).expanduser()
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise ValueError(f"{name!r} has no images in it ({', '.join(PICTURES)})")
+    return _stacked(name, paths, size, colours), np.array([p.name for p in paths])
+
+
+def _stacked(
+    name: str, paths: Sequence[Path], size: int, colours: int = 1
+) -> np.ndarray:
+    """Images of files as one array [n, H, W, C] uint8."""
+    images = [_picture(path) for path in paths]
+    colours = max(colours, *(image.shape[2] for image in images))
     shapes = {image.shape[:2] for image in images}
     if not size and len(shapes) > 1:
         (a, b), (c, d) = sorted(shapes)[0], sorted(shapes)[-1]
         raise ValueError(
-            f"data.name={name!r} has images of {len(shapes)} sizes, from {a}x{b} to "
+            f"{name!r} has images of {len(shapes)} sizes, from {a}x{b} to "
             f"{c}x{d}: data.resize=32 (with data.shrink=1) makes them 32x32"
         )
     first = (size, size) if size else shapes.pop()
-    x = np.empty((len(found), *first, colours), np.uint8)
+    x = np.empty((len(images), *first, colours), np.uint8)
     for i, image in enumerate(images):
         # Grey images among coloured ones have three equal channels.
         x[i] = scaled(image, size) if size else image
-    y = np.array([cls for _, cls, _ in found])
-    test = np.array([is_test for _, _, is_test in found])
-    return from_arrays(x, y, name=name, test=test if test.any() else None)
+    return x
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -427,7 +459,7 @@ def _picture(path: Path) -> np.ndarray:
             image = np.asarray(opened.convert("L" if grey else "RGB"))
     except Exception as error:  # decoders raise what they like
         raise ValueError(
-            f"data.name: {str(path)!r} cannot be read: {first_line(error)}"
+            f"{str(path)!r} cannot be read: {first_line(error)}"
         ) from error
     return image[..., None] if grey else image
 

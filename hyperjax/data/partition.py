@@ -427,8 +427,8 @@ def by_client_id(
     if len(able) < num_clients:
         few = f", of which {len(able)} have {min_size} samples or more"
         raise ValueError(
-            f"num_clients={num_clients}, but client_ids has only {len(distinct)} "
-            f"distinct ids{few if len(able) < len(distinct) else ''}"
+            f"num_clients={num_clients}, unseen ones included, but client_ids has only "
+            f"{len(distinct)} distinct ids{few if len(able) < len(distinct) else ''}"
         )
     chosen = np.sort(rng.choice(able, num_clients, replace=False))
     kept = np.flatnonzero(np.isin(owner, chosen))

@@ -82,7 +82,9 @@ def partition_picture(
     if 0 < num_participating < num_clients:
         axes.axvline(num_participating - 0.5, color=INK, linewidth=1, zorder=3)
     if title is not None:
-        axes.set_title(title, loc="left", color=INK, fontsize=11, weight="bold", pad=9)
+        # Of the figure: with few clients the axes are narrower than words.
+        words = dict(color=INK, fontsize=11, weight="bold")
+        figure.suptitle(title, x=0.01, ha="left", **words)
     # Laid out anew at each drawing, a figure would never give the same file twice.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

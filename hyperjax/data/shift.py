@@ -120,6 +120,24 @@ KINDS: dict[str, dict[str, Range]] = {
     },
     "label_swap": {"swapped": Range(0.2, 0.8), "order": _ANY_ORDER},
 }
+# Kind -> what differs between clients.
+WORDS: dict[str, str] = {
+    "none": "nothing",
+    "rotation": "images are turned by 0 to 180 degrees",
+    "rotation360": "images are turned by any angle",
+    "contrast": "anything from the negative, by grey, to the image as it is",
+    "contrast_off_zero": "the same without what is almost grey",
+    "inversion": "half of all clients have negatives",
+    "blur": "images are more or less out of focus",
+    "noise": "pixels have more or less noise",
+    "colour": "channels are darkened, each for itself",
+    "permutation": "blocks of images change places",
+    "everything": "images are turned, blurred, and of other contrast",
+    "corruptions": "a client has noise, blur, low contrast or brightness; outside: "
+    "turned or tinted images",
+    "class_rotation": "images of some classes, a client's own, are turned",
+    "label_swap": "some classes, a client's own, have each other's label",
+}
 # Kinds of which a client has one: those of everybody, and those of whoever is outside.
 _ONE_OF: dict[str, tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]] = {
     "corruptions": (

@@ -299,6 +299,12 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
     options = {name: data[name] for name in fields.PARTITIONS[data.partition]}
     if "client_ids" in options:
         options["client_ids"] = _load_ids(data.client_ids, source)
+    elif source.client_ids is not None:
+        logging.warning(
+            "%r says whose each sample is (%d ids), and data.partition=%r deals them "
+            "out anew; data.partition=by_client_id leaves them whose they are.",
+            *(source.name, len(np.unique(source.client_ids)), data.partition),
+        )
     federation = federations.federate(
         source,
         num_clients=data.num_clients,

@@ -28,6 +28,7 @@ AXES = {
     "seconds": "seconds, compiling included",
 }
 DASHES = {"-": [1, 0], "--": [6, 3], ":": [2, 3], "-.": [7, 3, 2, 3]}
+SHAPES = {"-": "circle", "--": "square", ":": "triangle-up", "-.": "diamond"}
 HEIGHT = 250
 _MOST_MARKS = 300
 
@@ -94,14 +95,15 @@ def lines(
     import altair as alt
 
     hidden, zoom = _switches()
-    scale = (
-        alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False, zero=False)
-    )
+    aside = 8 if bars else 0  # pixels, so that no bar lies on an axis
+    kind = {"type": "log"} if log else {"zero": False}
+    scale = alt.Scale(nice=False, padding=aside, **kind)
     ticks = sorted({row[x[0]] for row in rows}) if log else alt.Undefined
     axis = alt.Axis(values=ticks, format="~g") if log else alt.Axis(format="~s")
     across = alt.X(f"{x[0]}:Q", title=x[1], scale=scale, axis=axis)
     up = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False))
-    color, dash = _colors(rows, series, "stroke"), _dashes(rows, series)
+    color = _colors(rows, series, "stroke")
+    dash = _by_line(alt.StrokeDash, DASHES, rows, series)
     shown = alt.Chart().encode(x=across, y=up, color=color)
     names = [x[0], "y", *(k for k in ("low", "high", "n") if any(k in r for r in rows))]
     tips = [
@@ -170,6 +172,7 @@ def places(
         shown.mark_point(filled=True)
         .encode(
             color=_colors(rows, series),
+            shape=_by_line(alt.Shape, SHAPES, rows, series),
             opacity=_unless(hidden, 0.75),
             size=big,
             tooltip=tips,
@@ -337,15 +340,21 @@ def _shared(series: Sequence[Series]) -> int:
     return 0
 
 
-def _dashes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> Any:
+def _by_line(
+    channel: Any,
+    looks: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    series: Sequence[Series],
+) -> Any:
+    """What tells series of one colour apart, in a legend with their colours."""
     import altair as alt
 
     there = _there(rows, series)
     scale = alt.Scale(
-        domain=[s.name for s in there], range=[DASHES[s.line] for s in there]
+        domain=[s.name for s in there], range=[looks[s.line] for s in there]
     )
     legend: Any = {} if len(there) > 1 else {"legend": None}
-    return alt.StrokeDash("series:N", scale=scale, title=None, **legend)
+    return channel("series:N", scale=scale, title=None, **legend)
 
 
 def _data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:

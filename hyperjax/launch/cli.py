@@ -103,16 +103,16 @@ class _Processes:
 
     def __init__(self) -> None:
         self.coordinator = flags.DEFINE_string(
-            "coordinator", None, "HOST:PORT of process 0 of a run with several."
+            "coordinator", None, "HOST:PORT of process 0, of several processes."
         )
         self.num_processes = flags.DEFINE_integer(
-            "num_processes", None, "How many processes it has."
+            "num_processes", None, "How many processes there are."
         )
         self.process_id = flags.DEFINE_integer(
             "process_id", None, "Which of them this is, from 0."
         )
         self.distributed = flags.DEFINE_bool(
-            "distributed", False, "Find these out from SLURM, Open MPI, a TPU, ..."
+            "distributed", False, "Ask SLURM, Open MPI, a TPU, ... for these."
         )
 
     def given(self) -> tuple[str | None, int | None, int | None]:

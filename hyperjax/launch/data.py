@@ -8,6 +8,7 @@ some samples as clients see them. Nothing is written but with `--out`, a folder,
 then has partition.png, samples.png of images, and data.json, the table.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from hyperjax.data import picture, shift
+from hyperjax.data import own, picture, shift
 from hyperjax.data.arrays import described, is_tokens
 from hyperjax.data.clients import Table
 from hyperjax.data.federation import Federation
@@ -55,7 +56,10 @@ def facts(
         found["test part"] = f"{int(source.test.sum()):,} samples, the set's own"
     if source.client_ids is not None:
         ids, sizes = np.unique(source.client_ids, return_counts=True)
-        found["ids"] = f"{len(ids):,} whose samples are {_range(sizes)} each"
+        kept = data.partition == "by_client_id" and not data.client_ids
+        found["ids"] = f"{len(ids):,} whose samples are {_range(sizes)} each" + (
+            "" if kept else "; the partition does not look at them"
+        )
     if x.shape[1:] != source.x.shape[1:]:
         found["networks see"] = f"{described(x)}, {_range(x)}"
     options = {k: data[k] for k in fields.PARTITIONS[data.partition]}
@@ -154,9 +158,8 @@ def _samples(federation: Federation, width: int, levels: str) -> list[str]:
         wide = min(side, 2 * tall)
         low, high = float(x.min()), float(x.max())
         grey = (x.mean(-1, dtype=np.float64) - low) / max(high - low, 1e-12)
-        down = np.arange(tall) * x.shape[1] // tall
-        across = np.arange(wide) * x.shape[2] // wide
-        level = np.rint(grey[:, down][:, :, across] * (len(levels) - 1)).astype(int)
+        grey = _averaged(_averaged(grey, tall, 1), wide, 2)
+        level = np.rint(grey * (len(levels) - 1)).astype(int)
         heads = [f"client {k}: {c}"[:wide].ljust(wide) for k, c in enumerate(labels)]
         lines = ["  ".join(heads).rstrip()]
         for i in range(tall):
@@ -166,8 +169,7 @@ def _samples(federation: Federation, width: int, levels: str) -> list[str]:
     if is_tokens(x):
         lines = ["A sample of each of the first clients, and its class"]
         for k, (tokens, label) in enumerate(zip(x, labels, strict=True)):
-            is_text = all(0 <= t < 128 for t in tokens)
-            said = repr(bytes(tokens.tolist()).decode() if is_text else tokens.tolist())
+            said = _read(tokens.tolist())
             lines.append(f"client {k}: {said}"[: width - 12] + f" -> {label}")
         return lines
     every = np.asarray(pool.x)
@@ -179,6 +181,26 @@ def _samples(federation: Federation, width: int, levels: str) -> list[str]:
     if every.shape[1] > 10:
         lines.append(f"     ... and {every.shape[1] - 10:,} more")
     return lines
+
+
+def _read(tokens: list[int]) -> str:
+    """Tokens as the text whose bytes they are, or else as numbers."""
+    with contextlib.suppress(ValueError):  # larger than a byte, or not of UTF-8
+        text = bytes(tokens).rstrip(b"\0").decode()
+        if text and text.replace("\n", " ").replace("\t", " ").isprintable():
+            return repr(text)
+    return str(tokens)
+
+
+def _averaged(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Means over equal parts of an axis; where they are too few, values repeat."""
+    length = x.shape[axis]
+    starts = np.arange(size) * length // size
+    if size > length:
+        return x.take(starts, axis)
+    found = np.add.reduceat(x, starts, axis)
+    widths = np.diff(np.append(starts, length)).reshape((-1,) + (1,) * (2 - axis))
+    return found / widths
 
 
 # In files ----------------------------------------------------------------------------
@@ -227,10 +249,14 @@ def write(folder: Path, rows: dict[str, str], federation: Federation) -> list[Pa
     """Writes the pictures and the table; returns their paths."""
     found = [folder / "partition.png"]
     takes_part = np.arange(len(federation.counts)) < federation.num_clients
-    names = [name.replace("$", r"\$") for name in federation.label_names]
+    name = rows["data set"]
+    title = Path(name).name if any(map(own.is_path, own.expand(name))) else name
+    title, *names = (
+        text.replace("$", r"\$") for text in (title, *federation.label_names)
+    )
     changes = {} if federation.shift is None else shift.varying(federation.shift)
     figure = picture.partition_picture(
-        federation.counts, takes_part, names, rows["data set"], changes
+        federation.counts, takes_part, names, title, changes
     )
     picture.figure_png(figure, found[0])
     if federation.pool.x.ndim == 4:

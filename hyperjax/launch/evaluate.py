@@ -3,11 +3,12 @@
 python -m experiments.evaluate --workdir=runs/x --data=new_client.npz [--out=folder]
 python -m experiments.evaluate --workdir=runs/x --client=12
 
-The .npz file holds `image`, [n, H, W] or [n, H, W, c], or for a run on features or
-tokens `x`, [n, d]; and it may hold `label`, int [n], which is used for scoring only.
-`--client` takes an unseen client of the run itself. In the output folder:
-classifier.npz (path -> array: what would run on the client), predictions.npz (label,
-probability) and result.json.
+The .npz file holds `image` or `x`, [n, H, W] or [n, H, W, c], or for a run on features
+or tokens [n, d]; and it may hold `label` [n], integers or names, which are used for
+scoring only. A folder of images does too. Images of other sizes than the run's are
+scaled as its own were. `--client` takes an unseen client of the run itself. In the
+output folder: classifier.npz (path -> array: what would run on the client),
+predictions.npz (label, probability, and of a folder each file's name) and result.json.
 """
 
 import json
@@ -17,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from hyperjax import registry, tree
-from hyperjax.data import clients, sources
+from hyperjax.data import clients
 from hyperjax.engine import checkpoint, deploy, log, scoring
-from hyperjax.launch import build, cli, origin, outputs, saved
+from hyperjax.launch import build, cli, inputs, origin, outputs, saved
 from hyperjax.launch.saved import Run
 from hyperjax.types import ClientData, PyTree
 
@@ -94,48 +95,35 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     return Served(deployed.network, probability, label)
 
 
-def read_images(path: str, run: Run) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads a client's file.
+def read_inputs(path: str, run: Run) -> dict[str, np.ndarray]:
+    """Reads a client's file or folder, see `inputs.read`; labels are classes, int32.
+
+    Labels that are all names of classes, as numbers may be, are these; other integers
+    are places among them.
 
     Raises:
       ValueError, FileNotFoundError: not such a file, or not what the run was made for.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"data={path!r}: there is no such file")
     shape = tuple(int(n) for n in run.facts["sample_shape"])
     dtype = np.dtype(str(run.facts.get("sample_dtype", "uint8")))
-    kind = sources.kind_of(shape, dtype)
-    key = "x" if kind else "image"
-    what = f"save a client's inputs as numpy.savez(file, {key}={dtype} array) does"
-    content = checkpoint.read_npz(path, what, (key, "label"), (key,))
-    with np.load(path) as file:
-        ignored = sorted({*file.files} - {*content})
-    if ignored:
-        logging.warning(
-            "%s has arrays that are not looked at: %s (%s and label are).",
-            *(path, ", ".join(ignored), key),
-        )
-    images = content[key]
-    if kind:
-        images = sources.check_samples(sources.as_samples(images, key, kind), key)
-    elif images.ndim == len(shape) and shape[-1] == 1:
-        images = images[..., None]
-    if images.dtype != dtype or images.shape[1:] != shape or not len(images):
+    found = inputs.read(path, shape, dtype, run.config.data)
+    if "label" not in found:
+        return found
+    labels, names = found["label"], [str(n) for n in run.facts["label_names"]]
+    place = {name: k for k, name in enumerate(names)}
+    if labels.shape != (len(found["x"]),) or labels.dtype.kind not in "iuU":
         raise ValueError(
-            f"data={path!r}: `{key}` is {images.dtype}{images.shape}; this run takes "
-            f"{dtype}(n, {', '.join(map(str, shape))}) with n of at least 1"
+            f"data={path!r}: `label` is {labels.dtype}{labels.shape}; one integer or "
+            "name per input is expected"
         )
-    if "label" not in content:
-        return images, None
-    labels, num_classes = content["label"], len(run.facts["label_names"])
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    if all(str(label) in place for label in labels):
+        labels = np.array([place[str(label)] for label in labels])
+    elif labels.dtype.kind == "U" or labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
-            f"data={path!r}: `label` is {labels.dtype}{labels.shape}; one integer per "
-            "input is expected"
+            f"data={path!r}: labels must lie in 0..{len(names) - 1}, or be the run's: "
+            f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}"
         )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"data={path!r}: labels must lie in 0..{num_classes - 1}")
-    return images, labels
+    return {**found, "label": labels.astype(np.int32)}
 
 
 def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,17 +154,22 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
     return images[rows], source.y[rows]
 
 
-def write(out: Path, served: Served, labels: np.ndarray | None, run: Run) -> dict:
+def write(
+    out: Path,
+    served: Served,
+    labels: np.ndarray | None,
+    run: Run,
+    files: np.ndarray | None = None,
+) -> dict:
     """Writes the three files; returns the content of result.json."""
     out.mkdir(parents=True, exist_ok=True)
     arrays = jax.tree.leaves(served.classifier)
     named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
     np.savez(str(out / "classifier.npz"), **named)
-    np.savez(
-        str(out / "predictions.npz"),
-        label=served.label,
-        probability=served.probability,
-    )
+    said: dict[str, Any] = dict(label=served.label, probability=served.probability)
+    if files is not None:
+        said["file"] = files
+    np.savez(str(out / "predictions.npz"), **said)
     counts = np.bincount(served.label, minlength=len(run.facts["label_names"]))
     result: dict[str, Any] = dict(
         samples=len(served.label),
@@ -198,15 +191,17 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
     if (data is None) == (client is None):
         raise ValueError("give either --data=file.npz or --client=number")
     run = load_run(path)
-    labels: np.ndarray | None
     if data is not None:
         name = Path(data).stem
-        images, labels = read_images(data, run)
+        found = read_inputs(data, run)
     else:
         name = f"client_{client}"
-        images, labels = own_client(run, int(client or 0))
+        found = dict(
+            zip(("x", "label"), own_client(run, int(client or 0)), strict=True)
+        )
+    labels, files = found.get("label"), found.get("file")
     with outputs.room("out", out or run.folder / "served" / name) as folder:
-        result = write(folder, serve(run, images, client), labels, run)
+        result = write(folder, serve(run, found["x"], client), labels, run, files)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "
@@ -218,7 +213,9 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
 def launch() -> None:
     """Runs the command with what the command line says."""
     workdir = cli.define_path("workdir", None, "Folder of a run.")
-    data = cli.define_path("data", None, "A client's file.npz: image, label.")
+    data = cli.define_path(
+        "data", None, "A client's file.npz (image, label), or a folder."
+    )
     client = flags.DEFINE_integer("client", None, "An unseen client of the run.")
     out = cli.define_path("out", None, "Folder to write to.")
     cli.run(

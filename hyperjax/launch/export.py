@@ -7,7 +7,7 @@ python -m experiments.export --workdir=runs/x --all
 
 Clients are numbers: participants first, then those that were never seen in training,
 each as it is scored. `shared` is what somebody who is none of them gets, and with
-`--data` (array `image` or `x`, as of `evaluate`) that from these inputs. Formats are
+`--data` (a file or folder, as of `evaluate`) that from these inputs. Formats are
 flax, npz, safetensors (variables by path, with a header that says what is done to
 inputs) and stablehlo (the whole prediction, by jax.export: images in, probabilities
 out). Files are in the run's folder, exports/client_3.npz; their paths are printed, one
@@ -18,9 +18,8 @@ from pathlib import Path
 
 from absl import flags
 
-from hyperjax.data import files
 from hyperjax.errors import check_choice
-from hyperjax.launch import cli, notebook, outputs
+from hyperjax.launch import cli, inputs, notebook, outputs
 from hyperjax.runs import export
 from hyperjax.runs.run import Run
 
@@ -60,14 +59,18 @@ def main(
         raise ValueError(
             "give one of --client=number, --client=shared, --data=file.npz and --all"
         )
+    if data is not None and not Path(data).exists():
+        raise FileNotFoundError(f"data={data!r}: there is no such file or folder")
     x = None
-    if data is not None:
-        arrays = files.read_npz(data, "data")
-        key = "x" if "x" in arrays else "image"
-        check_choice(f"data={data!r}: array", key, arrays)
-        x = arrays[key]
     run = notebook.load_run(path)
     if data is not None:
+        pool, config = (
+            run.experiment.federation.pool,
+            getattr(run.recipe, "config", None),
+        )
+        x = inputs.read(data, pool.x.shape[1:], pool.x.dtype, config and config.data)[
+            "x"
+        ]
         wanted: dict[str, int | None] = {Path(data).stem: None}
     else:
         wanted = numbers(client, everybody, run)
@@ -82,7 +85,7 @@ def launch() -> None:
     workdir = cli.define_path("workdir", None, "Folder of a run.")
     client = flags.DEFINE_string("client", None, "A client's number, or shared.")
     everybody = flags.DEFINE_bool("all", False, "Every client's, and the shared one.")
-    data = cli.define_path("data", None, "Inputs of somebody new: file.npz.")
+    data = cli.define_path("data", None, "Inputs of somebody new: file.npz or folder/.")
     format = flags.DEFINE_enum("format", "npz", list(export.ENDINGS), "Of the files.")
     cli.run(
         lambda: main(

@@ -14,7 +14,7 @@ import numpy as np
 from hyperjax.data.shift import varying
 from hyperjax.engine.checkpoint import read_json, read_npz
 from hyperjax.engine.log import METRICS, TIMING, TRAINING, read_lines
-from hyperjax.launch import origin, workdir
+from hyperjax.launch import embedding_maps, origin, workdir
 
 Row = Mapping[str, Any]
 
@@ -33,6 +33,7 @@ class Run(NamedTuple):
     unassigned: int = 0  # samples that the partition left to no client
     training: Sequence[Row] = ()  # quantities of every round
     shift: Mapping[str, np.ndarray] = MappingProxyType({})  # of images, by parameter
+    embeddings: Sequence[Row] = ()  # of clients, by evaluated round
 
 
 def read(folder: str) -> Run:
@@ -77,6 +78,7 @@ def read(folder: str) -> Run:
         unassigned,
         training,
         shift,
+        embedding_maps.read(Path(folder)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Lets the unseen clients of a run join it: only what is new is trained.
+r"""Lets the unseen clients of a run join it: only what is new is trained.
 
 python -m experiments.join --run=runs/x --workdir=runs/joined [--families=mh_mlp,...] \
     [--rounds=50] [--data_dir=...]

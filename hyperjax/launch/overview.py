@@ -88,6 +88,11 @@ def overview(width: int = WIDTH) -> str:
             "Data sets",
             [
                 *sources.EMBEDDED.items(),
+                (
+                    "mine.npz",
+                    "arrays; a folder/, LEAF's file.json, package.module:function",
+                ),
+                ("{a,b}.npz", "several sets, each a domain"),
                 ("any other name", "of an image set of TensorFlow Datasets"),
             ],
         ),
@@ -100,7 +105,7 @@ def overview(width: int = WIDTH) -> str:
         ),
         (
             "Shifts: --config.data.shift=KIND",
-            [("of images", ", ".join(shift.KINDS))],
+            shift.WORDS.items(),
         ),
         ("Fields: --config.FIELD=VALUE, and their defaults", fields),
     ]

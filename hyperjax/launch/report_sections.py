@@ -14,7 +14,7 @@ import numpy as np
 from hyperjax import protocols
 from hyperjax.data import picture
 from hyperjax.engine import log
-from hyperjax.launch import charts, origin, pages, workdir
+from hyperjax.launch import charts, embedding_maps, origin, pages, workdir
 from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Row, Run
 from hyperjax.protocols import common
@@ -53,10 +53,11 @@ _QUANTITIES = {
     "gradient_norm": ("2-norm", "what reaches the hypernetwork"),
     "samples": ("samples a round", "what clients went through"),
     "steps": ("steps a round", "minibatches, all clients"),
+    "flops": ("FLOPs a round", "multiplications and additions of products"),
 }
 _FILES = (
     *(workdir.SUMMARY, log.METRICS, log.TRAINING, log.TIMING),
-    *(workdir.CLIENTS, workdir.PARTITION, workdir.CONFIG),
+    *(workdir.CLIENTS, workdir.EMBEDDINGS, workdir.PARTITION, workdir.CONFIG),
 )
 # Embeddings that differ by less are one embedding in float32.
 _SAME = 1e-6
@@ -455,10 +456,11 @@ def _client_table(rows: Sequence[Row]) -> str:
 
 
 def embeddings(run: Run, latest: Row) -> pages.Html:
-    """A map of clients' embeddings, and what they are good for."""
+    """A map of clients' embeddings, how they moved, and what they are good for."""
     known = [client for client in run.clients if client.get("embedding")]
+    moved = _embeddings_by_round(run)
     if not known:
-        return pages.Html("")
+        return pages.section("Embeddings", moved)
     values = np.array([client["embedding"] for client in known], float)
     use = _use_table(latest, values.shape[1])
     centred = values - values.mean(0)
@@ -469,7 +471,7 @@ def embeddings(run: Run, latest: Row) -> pages.Html:
             "through it.",
             note=True,
         )
-        return pages.section("Embeddings", note, use)
+        return pages.section("Embeddings", note, use, moved)
     reach = float(np.linalg.norm(centred, axis=1).max())
     uses = [latest.get(f"collapse_{side}") for side in ("participating", "novel")]
     there = [value for value in uses if value is not None]
@@ -481,7 +483,7 @@ def embeddings(run: Run, latest: Row) -> pages.Html:
             f"{reach:.2g} from the mean. A map would show what means nothing.",
             note=True,
         )
-        return pages.section("Embeddings", note, use)
+        return pages.section("Embeddings", note, use, moved)
     left, spread, _ = np.linalg.svd(centred, full_matrices=False)
     at = np.zeros((len(known), 2))
     shares = np.zeros(2)
@@ -508,7 +510,24 @@ def embeddings(run: Run, latest: Row) -> pages.Html:
     )
     if step > 1:
         said += f" One client in {step} is drawn."
-    return pages.section("Embeddings", use, pages.grid(pages.chart(name, spec, said)))
+    chart = pages.grid(pages.chart(name, spec, said))
+    return pages.section("Embeddings", use, chart, moved)
+
+
+def _embeddings_by_round(run: Run) -> str:
+    """Maps of several rounds, unless clients never had different embeddings."""
+    records = run.embeddings
+    if len(records) < 2 or embedding_maps.spread(records) <= _SAME:
+        return ""
+    said = (
+        "Every client's embedding after several rounds, on the two main components of "
+        "all rounds together: a colour is a client throughout, triangles are unseen "
+        "ones. In brackets the share of variance. No client was ever further than "
+        f"{embedding_maps.spread(records):.2g} from the mean of its round."
+    )
+    svg = picture.figure_svg(embedding_maps.picture(records))
+    shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
+    return f"<h3>Embeddings over rounds</h3>{pages.text(said)}{shown}"
 
 
 def _use_table(latest: Row, size: int) -> str:
@@ -553,7 +572,7 @@ def _use_table(latest: Row, size: int) -> str:
             rows.append((name, *shown, meaning))
     if not rows:
         return ""
-    table = pages.table(("quantity", *sides, "meaning"), rows)
+    table = pages.tabular("embeddings", ("quantity", *sides, "meaning"), rows)
     return f'<div class="words">{table}</div>'
 
 

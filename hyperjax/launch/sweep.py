@@ -33,7 +33,17 @@ from ml_collections import ConfigDict
 
 from hyperjax import protocols
 from hyperjax.launch import cli, overview, train
-from hyperjax.sweeps import live, lockstep, page, points, record, results, runner, tune
+from hyperjax.sweeps import (
+    group,
+    live,
+    lockstep,
+    page,
+    points,
+    record,
+    results,
+    runner,
+    tune,
+)
 from hyperjax.sweeps.points import Point
 from hyperjax.sweeps.record import Record
 from hyperjax.sweeps.tune import Setting
@@ -124,8 +134,8 @@ def make_plan(asked: Asked) -> Plan:
     trials = [trial for setting in settings for trial in setting.trials]
     devices = [point.config.engine.devices for point in given]
     cli.use_cores(max(devices) if all(devices) else 0)
-    for group in runner.grouped(given):
-        lockstep.plan(asked.plan, group)
+    for members in runner.grouped(given):
+        lockstep.plan(asked.plan, members)
     runner.check([*given, *trials])
     return Plan(
         there,
@@ -142,7 +152,8 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     there = plan.record
     about = dict(command=asked.command, baseline=asked.baseline, tune=plan.tuned)
     record.begin(there, plan.points, plan.first, plan.trials, **about)
-    show = live.Shown(sum(len(s.points) + len(s.trials) for s in plan.mine))
+    every = [point for s in plan.mine for point in (*s.trials, *s.points)]
+    show = live.Shown({point.name: group.key(point.config) for point in every})
     statuses: dict[str, str] = {}
     pages = page.Page(there, show)
     for setting in plan.mine:
@@ -201,13 +212,13 @@ def listed(plan: Plan, how: str = "auto") -> str:
         )
     devices = jax.devices()
     lines.append(f"on {len(devices)} x {devices[0].device_kind}")
-    for group in runner.grouped(mine):
-        order = lockstep.plan(how, group)
+    for members in runner.grouped(mine):
+        order = lockstep.plan(how, members)
         order = "one after another" if order == lockstep.SEQUENCE else order
-        alike = points.alike(group).items() - points.alike(mine).items()
+        alike = points.alike(members).items() - points.alike(mine).items()
         said = f" ({points.shown(dict(sorted(alike)))})" if alike else ""
-        lines.append(f"one program for {len(group)}, {order}{said}:")
-        lines += [f"  {p.name}  {known.get(p.name, '')}".rstrip() for p in group]
+        lines.append(f"one program for {len(members)}, {order}{said}:")
+        lines += [f"  {p.name}  {known.get(p.name, '')}".rstrip() for p in members]
     return "\n".join(lines)
 
 

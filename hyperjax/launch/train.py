@@ -26,7 +26,7 @@ from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress, Silent
-from hyperjax.launch import cli, origin, pages, report, saved, workdir
+from hyperjax.launch import cli, embedding_maps, origin, pages, report, saved, workdir
 from hyperjax.launch.report_sections import MANY_CLIENTS
 from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
@@ -174,9 +174,11 @@ def _train(
     else:
         logging.info("Continuing %s after round %d.", folder, done)
         state = loop.State(done, experiment.simulator.load(restored.carry))
+    kept = -1 if restored is None else done
+    embedding_maps.begin(folder, kept)
     recorder = log.Recorder(
         folder,
-        -1 if restored is None else done,
+        kept,
         resolved.tensorboard,
         resolved.tracker,
         common.flat(resolved.config),
@@ -195,6 +197,8 @@ def _train(
         record |= {k: v for k, v in info.items() if k != "loss" and np.ndim(v) == 0}
         accuracy = {k: v["accuracy"] for k, v in values.items() if k != "gacc"}
         recorder.evaluation(record, time.perf_counter() - began, accuracy)
+        num_clients = experiment.federation.num_clients
+        embedding_maps.keep(folder, state.round, values, num_clients, experiment.whom)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
         shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
         return values
@@ -218,7 +222,7 @@ def _train(
                 error.args = (_advice(error, checkpoints),)
                 raise
             rate = call.samples / call.seconds if call.seconds else None
-            recorder.rounds(state.round, call.info, rate)
+            recorder.rounds(state.round, call.info | _flops(experiment, call), rate)
             rounds = state.round, call.state.round - state.round
             state = call.state
             shown.trained(call)
@@ -242,7 +246,7 @@ def _train(
         seconds=time.perf_counter() - began,
         samples_per_second=shown.rate,
         compile_seconds=_compiling(experiment) - shared,
-        flops=_flops(folder, experiment),
+        flops=_flops_of_all(folder),
     )
     if not shown.seconds:  # nothing was trained: how long that took is known
         spent |= {name: before[name] for name in spent if name in before}
@@ -267,14 +271,21 @@ def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
         recorder.picture("partition", figure)
 
 
-def _flops(folder: Path, experiment: Experiment) -> float | None:
-    """Arithmetic of all rounds; None if no program of rounds was made here."""
+def _flops(experiment: Experiment, call: loop.Call) -> dict[str, np.ndarray]:
+    """Arithmetic of each round of a call; {} if it was not counted."""
     work = experiment.simulator.program.work
     if work is None:
-        return None
-    rounds = log.read_lines(folder / log.TRAINING)
-    steps = sum(row.get(k) or 0 for row in rounds for k in ("steps", "opening_steps"))
-    return len(rounds) * work.round + steps * work.step
+        return {}
+    kinds = ("steps", "opening_steps")
+    steps = sum(np.asarray(call.info[k], float) for k in kinds if k in call.info)
+    return {"flops": np.rint(work.round + steps * work.step)}
+
+
+def _flops_of_all(folder: Path) -> float | None:
+    """Arithmetic of all rounds, before and after a stop; None if it is not known."""
+    rows = log.read_lines(folder / log.TRAINING)
+    known = all("flops" in row for row in rows)
+    return sum(float(row["flops"]) for row in rows) if known else None
 
 
 def _compiling(experiment: Experiment) -> float:

@@ -25,6 +25,7 @@ except ImportError:  # not on Windows
 CONFIG, SUMMARY, CLIENTS = "config.json", "summary.json", "clients.json"
 PARTITION, REPORT, STORE, LOCK = "partition.npz", "report.html", "store", ".lock"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
+EMBEDDINGS = "embeddings.jsonl"
 AGAIN = "remove it: the command that made the run writes it anew"
 
 # What a folder holds before its first checkpoint, none of it worth keeping.
@@ -35,6 +36,7 @@ _BEGINNINGS = (
     log.TIMING,
     log.TRAINING,
     log.EVENTS,
+    EMBEDDINGS,
     STORE,
     CHECKPOINTS,
 )

@@ -30,7 +30,10 @@ FIELDS: dict[str, tuple[Any, str]] = {
     ),
     "data.image_key": ("", "array or feature with the images; '': the usual one"),
     "data.label_key": ("", "array or feature with the labels"),
-    "data.kind": ("", "of samples [n, d]: features or tokens; '': floats, features"),
+    "data.kind": (
+        "",
+        "of samples [n, d]: features, tokens, images; '': floats, features",
+    ),
     "data.client_key": ("", "by_client_id: array or feature of whose a sample is"),
     "data.data_dir": (str, "folder of prepared TFDS sets; None: TFDS's own"),
     "data.split": ("train", "of a TFDS set: train, train+test, train[:5000], ..."),

@@ -43,9 +43,10 @@ class Diverged(FloatingPointError):
     """A loss or the state is not finite; `last_good` rounds were."""
 
     def __init__(self, round: int, what: str, last_good: int):
+        are = "are" if ", " in what else "is"
         super().__init__(
-            f"round {round}: {what} is not finite. A smaller local learning rate, or "
-            "clip_norm=1.0, often helps"
+            f"round {round}: {what} {are} not finite. A smaller local learning rate, "
+            "or clip_norm=1.0, often helps"
         )
         self.last_good = last_good
 

@@ -17,8 +17,7 @@ from hyperjax.launch.finished import Run
 from hyperjax.launch.report_sections import METRICS
 from hyperjax.sweeps import figures, long, statistics, tables
 
-# Names of so many runs, or of so many letters, are listed; others are counted.
-_FEW, _LONG = 6, 40
+_FEW = 6  # names are listed; more are counted
 # So many clients of two groups are compared by a dot each.
 _MAX_PAIRS, _MAX_CHARTS = 2000, 6
 _FILES = ("points.csv", "clients.csv", "table.md", "table.tex", "table.csv", "figures")
@@ -93,9 +92,9 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
         *_failed(path.parent),
         _differing(results),
         _results(results),
-        _curves(results, series),
+        _curves(results, series, look),
         _swept(results),
-        _places(results, series),
+        _places(results, series, look),
         _clients(results, series),
         _partitions(results),
         _runs(results, path),
@@ -125,20 +124,30 @@ def _differing(results: Results) -> str:
     heading = "Settings that differ beside the method"
     if not found:
         return pages.section(heading, pages.text("They share every other setting."))
-    names = [head["point"] for head, _ in results.points]
-    rows = []
-    for field, values in found.items():
-        texts = [tables.setting(value) for value in values]
-        several = []
-        for text in dict.fromkeys(texts):
-            who = [n for n, t in zip(names, texts, strict=True) if t == text]
-            said = ", ".join(who)
-            if len(said) > _LONG:
-                said = f"{len(who)} runs"
-            several.append(f"{text} ({said})")
-        rows.append((pages.code(field), "; ".join(several)))
+    methods = [head["method"] for head, _ in results.points]
+    rows = [
+        (
+            pages.code(field),
+            "; ".join(_whose(list(map(tables.setting, values)), methods)),
+        )
+        for field, values in found.items()
+    ]
     table = pages.table(("field", "values"), rows)
     return pages.section(heading, f'<div class="words">{table}</div>')
+
+
+def _whose(values: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """Says each value of a setting, and of which methods it is, or of how many runs."""
+    pairs = list(zip(values, methods, strict=True))
+    found = []
+    for value in dict.fromkeys(values):
+        own = dict.fromkeys(m for v, m in pairs if v == value)
+        whole = all(v == value for v, m in pairs if m in own)
+        num = values.count(value)
+        told = whole and 1 < len(set(methods)) > len(own) <= _FEW
+        who = ", ".join(own) if told else f"{num} run{'s' * (num != 1)}"
+        found.append(f"{value} ({who})")
+    return found
 
 
 def _results(results: Results) -> str:
@@ -156,19 +165,19 @@ def _results(results: Results) -> str:
     return pages.section("Results", *parts)
 
 
-def _curves(results: Results, series: Sequence[Series]) -> str:
+def _curves(results: Results, series: Sequence[Series], look: figures.Looks) -> str:
     axes = {k: v for k, v in charts.AXES.items() if results.table[k].nunique() > 1}
     found = []
     for metric, name in METRICS.items():
-        rows = [
-            {"series": group, **_point(row)}
-            for group, frame in figures.by_round(results.table, results.by, metric)
-            for row in frame.to_dict("records")
-        ]
-        if rows:
-            found.append(
-                pages.chart(f"{name}, %", charts.lines(rows, series, f"{name}, %"))
-            )
+        for more, table in look.panels(results.table):
+            rows = [
+                {"series": group, **_point(row)}
+                for group, frame in figures.by_round(table, results.by, metric)
+                for row in frame.to_dict("records")
+            ]
+            if rows:
+                spec = charts.lines(rows, series, f"{name}, %")
+                found.append(pages.chart(f"{name}, %{more}", spec))
     if not found or not axes:
         return pages.section("Curves", pages.text("No evaluation yet."))
     said = pages.text(
@@ -227,32 +236,32 @@ def _swept(results: Results) -> str:
     return pages.section("Swept numbers", *(found and [said, pages.grid(*found)]))
 
 
-def _places(results: Results, series: Sequence[Series]) -> str:
+def _places(results: Results, series: Sequence[Series], look: figures.Looks) -> str:
     """zACC against pACC."""
     done = results.wide[results.wide["finished"].astype(bool)]
     if not {"pacc", "zacc"} <= set(done) or done.empty:
         return ""
-    rows = []
-    for group in statistics.groups_of(done, results.by):
-        own = statistics.members(done, group).dropna(subset=["pacc", "zacc"])
-        name = tables.label(group)
-        rows += [
-            {"series": name, "x": r.pacc, "y": r.zacc, "name": r.point, "mean": False}
-            for r in own.itertuples()
-        ]
-        if len(own) > 1:
-            mean = {"x": own["pacc"].mean(), "y": own["zacc"].mean()}
-            rows.append(
-                {"series": name, **mean, "name": f"mean of {name}", "mean": True}
-            )
-    if not rows:
-        return ""
-    spec = charts.places(rows, series, "pACC, % (participants)", "zACC, % (unseen)")
-    title = "Unseen clients against participants"
+    found = []
     note = "A small mark is a run, a large one the mean of its group."
-    return pages.section(
-        title, pages.grid(pages.chart("zACC against pACC", spec, note))
-    )
+    for more, part in look.panels(done):
+        rows: list[dict[str, Any]] = []
+        for group in statistics.groups_of(part, results.by):
+            own = statistics.members(part, group).dropna(subset=["pacc", "zacc"])
+            name = tables.label(group)
+            rows += [
+                dict(series=name, x=r.pacc, y=r.zacc, name=r.point, mean=False)
+                for r in own.itertuples()
+            ]
+            if len(own) > 1:
+                mean = {"x": own["pacc"].mean(), "y": own["zacc"].mean()}
+                rows.append(
+                    {"series": name, **mean, "name": f"mean of {name}", "mean": True}
+                )
+        if rows:
+            axes = "pACC, % (participants)", "zACC, % (unseen)"
+            spec = charts.places(rows, series, *axes)
+            found.append(pages.chart(f"zACC against pACC{more}", spec, note))
+    return pages.section("Unseen clients against participants", pages.grid(*found))
 
 
 def _clients(results: Results, series: Sequence[Series]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 FORMATS = ("pdf", "svg", "png")
 # Inches, of a page of two columns: the text's width.
 WIDTH, PANEL_HEIGHT = 6.9, 2.1
+_COLUMNS = 3  # of panels, at most
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -61,6 +63,7 @@ _NO_DATES: dict[str, dict[str, None]] = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
+_LABEL = 36  # letters of a line
 # Up to so many clients of a group are shown each by a dot.
 _MAX_DOTS = 200
 
@@ -96,17 +99,32 @@ class Look(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """How groups are drawn, and the legend of it: (words, look) in order."""
+    """How groups are drawn, and the legend of it: (words, look) in order.
+
+    Too many for one panel have a panel for each value of the setting `apart`.
+    """
 
     of: dict[str, Look]
     legend: list[tuple[str, Look]]
+    apart: str | None = None
+
+    def panels(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+        """Returns the rows of each panel, and what to add to its title."""
+        if self.apart is None:
+            return [("", rows)]
+        name = tables.short(self.apart, list(rows))
+        return [
+            (f", {name}={tables.setting(value)}", rows[rows[self.apart] == value])
+            for value in rows[self.apart].unique()
+        ]
 
 
 def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     """Returns a line for each value of one setting, and colours for all else.
 
-    The setting is one that has few values, the same for all else. Numbers that nothing
-    else varies with have colours in their order.
+    The setting is one that has few values, the same for all else; if there are more
+    others than colours, each value has a panel instead. Numbers that nothing else
+    varies with have colours in their order.
     """
     names = list(groups[0]) if groups else []
     varying = [n for n in names if len({group[n] for group in groups}) > 1]
@@ -116,9 +134,11 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     values = list(dict.fromkeys(group[lined] for group in groups)) if lined else []
     rest = [{k: v for k, v in g.items() if k != lined} for g in groups]
     words = list(dict.fromkeys(tables.label(group) for group in rest))
-    colors = _shades(rest, [n for n in varying if n != lined]) or {
-        name: PALETTE[i % len(PALETTE)] for i, name in enumerate(words)
-    }
+    shades = _shades(rest, [n for n in varying if n != lined])
+    colors = shades or {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(words)}
+    apart = None
+    if lined and not shades and len(words) > len(PALETTE):
+        apart, lined = lined, None
     found = {}
     for group, other in zip(groups, rest, strict=True):
         name = tables.label(other)
@@ -129,13 +149,26 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
         kind %= len(_LINES)
         found[tables.label(group)] = Look(colors[name], _LINES[kind], _MARKERS[kind])
     if not lined:
-        return Looks(found, list(found.items()))
-    legend = [(name, Look(colors[name], "-", "o")) for name in words]
+        pairs = zip(map(tables.label, rest), found.values(), strict=True)
+        legend = list(zip(_telling(words), dict(pairs).values(), strict=True))
+        return Looks(found, legend, apart)
+    legend = [
+        (told, Look(colors[name], "-", "o"))
+        for name, told in zip(words, _telling(words), strict=True)
+    ]
     legend += [
         (f"{tables.short(lined, names)}={tables.setting(value)}", Look(MUTED, *kind))
         for value, kind in zip(values, zip(_LINES, _MARKERS, strict=True), strict=False)
     ]
     return Looks(found, legend)
+
+
+def _telling(labels: Sequence[str]) -> list[str]:
+    """Returns labels without the method where there is one, and settings tell them."""
+    parts = [label.partition(", ") for label in labels]
+    if len(parts) < 2 or len({method for method, *_ in parts}) > 1:
+        return list(labels)
+    return [rest or method for method, _, rest in parts]
 
 
 def _is_crossed(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -182,7 +215,8 @@ def all_of(
     for field in by:
         if field != "method" and metrics and len(numbers_of(done, field)) > 1:
             name = f"by_{field.replace('.', '_')}"
-            yield name, against_field(done, by, metrics, field)
+            last = [m for m in tables.accuracies(done) if m not in metrics][-2:]
+            yield name, against_field(done, by, [*metrics, *last], field)
     if len(clients):
         yield "clients", distributions(clients, by, look)
     if {"pacc", "zacc"} <= set(done) and len(done):
@@ -223,9 +257,13 @@ def curves(
     look: Looks,
 ) -> Figure:
     """Draws accuracies against rounds, bytes or seconds, with bands over seeds."""
-    figure, axes = _panels(len(metrics))
-    for axis, metric in zip(axes, metrics, strict=True):
-        for name, frame in by_round(long, by, metric):
+    shown = [(*part, m) for part in look.panels(long) for m in metrics]
+    wide_apart = against == "bytes" and _spans_decades(long)
+    figure, axes = _panels(len(shown), min(len(metrics), _COLUMNS))
+    for axis, (more, rows, metric) in zip(axes, shown, strict=True):
+        for name, frame in by_round(rows, by, metric):
+            if wide_apart or (against == "bytes" and not frame["bytes"].any()):
+                frame = frame[frame["bytes"] > 0]
             if frame.empty:
                 continue
             one = look.of[name]
@@ -234,10 +272,10 @@ def curves(
             axis.fill_between(
                 x, mean - std, mean + std, color=one.color, alpha=0.18, linewidth=0
             )
-        axis.set(title=f"{tables.metric_name(metric)}, %", xlabel=AXES[against])
+        axis.set(title=f"{tables.metric_name(metric)}, %{more}", xlabel=AXES[against])
         if against == "bytes":
-            _bytes_axis(axis)
-    _legend(figure, look, _over_seeds(long, "band"))
+            _bytes_axis(axis, wide_apart)
+    _legend(figure, look, _over_seeds(long, "band"), marks=False)
     return figure
 
 
@@ -245,15 +283,22 @@ def curves(
 def against_field(
     done: pd.DataFrame, by: Sequence[str], metrics: Sequence[str], field: str
 ) -> Figure:
-    """Draws accuracies after the last round against a swept number."""
+    """Draws accuracies after the last round, and what is sent, against a number."""
+    from matplotlib.ticker import EngFormatter
+
     rest = [name for name in by if name != field]
     done = done[done[field].notna()]
     groups = statistics.groups_of(done, rest)
     look = looks(groups)
     values = numbers_of(done, field)
-    figure, axes = _panels(len(metrics))
-    for axis, metric in zip(axes, metrics, strict=True):
-        for group in groups:
+    titles = {metric: f"{tables.metric_name(metric)}, %" for metric in metrics}
+    if {"up_numbers", "down_numbers"} <= set(done):
+        done = done.assign(sent=done["up_numbers"] + done["down_numbers"])
+        if done["sent"].nunique() > 1:
+            titles["sent"] = "numbers per client and round"
+    figure, axes = _panels(len(titles))
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        for i, group in enumerate(groups):
             own = statistics.members(done, group)
             points = [
                 (v, statistics.spread(list(seeds.values())))
@@ -262,7 +307,7 @@ def against_field(
             ]
             one = look.of[tables.label(group)]
             axis.errorbar(
-                [v for v, _ in points],
+                _beside([v for v, _ in points], values, i, len(groups)),
                 [s.mean for _, s in points],
                 [s.std or 0 for _, s in points],
                 color=one.color,
@@ -275,7 +320,11 @@ def against_field(
             axis.set_xscale("log")
         axis.set_xticks(values, [f"{v:g}" for v in values])
         axis.minorticks_off()
-        axis.set(title=f"{tables.metric_name(metric)}, %", xlabel=field)
+        axis.set(title=title, xlabel=field)
+        if metric == "sent":
+            if done["sent"].min() > 0 and done["sent"].max() > 50 * done["sent"].min():
+                axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(EngFormatter())
     _legend(figure, look, _over_seeds(done, "bars"))
     return figure
 
@@ -286,8 +335,10 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
     rows = clients[clients["metric"] == "accuracy"]
     groups = statistics.groups_of(rows, by)
     kinds = sorted(rows["participating"].unique(), reverse=True)
-    figure, axes = _panels(len(kinds), height=0.7 + 0.24 * len(groups))
     names = [tables.label(group) for group in groups]
+    shown = [textwrap.fill(name, _LABEL) for name in _telling(names)]
+    row = 0.24 if not any("\n" in name for name in shown) else 0.34
+    figure, axes = _panels(len(kinds), height=0.7 + row * len(groups))
     rng = np.random.default_rng(0)  # of the dots' height alone
     for axis, kind in zip(axes, kinds, strict=True):
         chosen = rows[rows["participating"] == kind]
@@ -317,11 +368,12 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
             if len(values) <= _MAX_DOTS:
                 heights = at + rng.uniform(-0.2, 0.2, len(values))
                 axis.scatter(values, heights, s=3, color=color, alpha=0.5, linewidths=0)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.set_yticks(range(len(names)), shown if axis is axes[0] else [])
         axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set(title=f"{'participants' if kind else 'unseen clients'}, accuracy in %")
+        axis.set(title=f"{'participants' if kind else 'unseen clients'}, %")
     figure.supxlabel(
-        "box: quartiles and median, clients of all seeds; whiskers: 10 and 90 %",
+        "accuracy of clients of all seeds; box: quartiles and median; whiskers: 10 and "
+        "90 %",
         fontsize=7,
     )
     return figure
@@ -332,28 +384,31 @@ def participants_and_unseen(
     done: pd.DataFrame, by: Sequence[str], look: Looks
 ) -> Figure:
     """Draws zACC against pACC: a small mark per run, a large one per group's mean."""
-    figure, (axis,) = _panels(1, width=WIDTH / 2, height=2.6)
-    for group in statistics.groups_of(done, by):
-        own = statistics.members(done, group).dropna(subset=["pacc", "zacc"])
-        if own.empty:
-            continue
-        one = look.of[tables.label(group)]
-        marked = {"color": one.color, "marker": one.marker, "linestyle": ""}
-        axis.plot(own["pacc"], own["zacc"], alpha=0.35, markersize=2.5, **marked)
-        pacc, zacc = (
-            statistics.spread(list(statistics.by_seed(own, m).values()))
-            for m in ("pacc", "zacc")
-        )
-        axis.errorbar(
-            pacc.mean,
-            zacc.mean,
-            xerr=pacc.std or 0,
-            yerr=zacc.std or 0,
-            elinewidth=0.8,
-            markersize=5,
-            **marked,
-        )
-    axis.set(xlabel="pACC, % (participants)", ylabel="zACC, % (unseen clients)")
+    shown = look.panels(done)
+    figure, axes = _panels(len(shown), width=WIDTH / 2 * min(2, len(shown)), height=2.6)
+    for axis, (more, rows) in zip(axes, shown, strict=True):
+        for group in statistics.groups_of(rows, by):
+            own = statistics.members(rows, group).dropna(subset=["pacc", "zacc"])
+            if own.empty:
+                continue
+            one = look.of[tables.label(group)]
+            marked = {"color": one.color, "marker": one.marker, "linestyle": ""}
+            axis.plot(own["pacc"], own["zacc"], alpha=0.35, markersize=2.5, **marked)
+            pacc, zacc = (
+                statistics.spread(list(statistics.by_seed(own, m).values()))
+                for m in ("pacc", "zacc")
+            )
+            axis.errorbar(
+                pacc.mean,
+                zacc.mean,
+                xerr=pacc.std or 0,
+                yerr=zacc.std or 0,
+                elinewidth=0.8,
+                markersize=5,
+                **marked,
+            )
+        axis.set(xlabel="pACC, % (participants)", ylabel="zACC, % (unseen clients)")
+        axis.set(title=more.removeprefix(", "))
     _legend(figure, look, _over_seeds(done, "bars"))
     return figure
 
@@ -389,24 +444,35 @@ def is_geometric(values: Sequence[float]) -> bool:
 
 
 def _panels(
-    num: int, width: float = WIDTH, height: float = PANEL_HEIGHT
+    num: int,
+    columns: int = _COLUMNS,
+    width: float = WIDTH,
+    height: float = PANEL_HEIGHT,
 ) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, row by row, of a height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height + 0.6), layout="constrained")
+    columns = 2 if num == 4 == columns + 1 else min(num, columns)
+    rows = -(-num // columns)
+    figure = Figure(figsize=(width, rows * height + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, num, squeeze=False)[0])
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[num:]:
+        axis.remove()
+    return figure, list(axes[:num])
 
 
-def _legend(figure: Figure, look: Looks, title: str) -> None:
+def _legend(figure: Figure, look: Looks, title: str, marks: bool = True) -> None:
     from matplotlib.lines import Line2D
 
     entries = look.legend
     lines = [
-        Line2D([], [], color=o.color, linestyle=o.line, marker=o.marker, label=words)
+        Line2D([], [], color=o.color, linestyle=o.line, label=words)
         for words, o in entries
     ]
+    for line, (_, one) in zip(lines, entries, strict=True):
+        line.set_marker(one.marker if marks else "")
     longest = max((len(words) for words, _ in entries), default=1)
     # About 19 letters an inch, and the line before them.
     columns = int(figure.get_figwidth() * 19 // (longest + 8))
@@ -425,11 +491,32 @@ def _over_seeds(rows: pd.DataFrame, what: str) -> str:
     return f"mean over up to {seeds} seeds; {what}: ± sample deviation (n - 1)"
 
 
-def _bytes_axis(axis: Axes) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+def _beside(
+    at: Sequence[float], values: Sequence[float], i: int, num: int
+) -> list[float]:
+    """Moves the i-th of some groups sideways, so that bars at one value do not hide."""
+    share = min(0.012, 0.06 / num) * (i - (num - 1) / 2)  # of the axis
+    low, high = min(values), max(values)
+    if is_geometric(values):
+        return [v * (high / low) ** share for v in at]
+    return [v + (high - low) * share for v in at]
 
+
+def _spans_decades(long: pd.DataFrame) -> bool:
+    """Whether runs end so far apart in bytes that the short ones would be specks."""
+    ends = long.groupby("point")["bytes"].max()
+    ends = ends[ends > 0]
+    return len(ends) > 0 and bool(ends.max() > 10 * ends.min())
+
+
+def _bytes_axis(axis: Axes, log: bool) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if log:
+        axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(numticks=5) if log else MaxNLocator(4))
     axis.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _rgb(color: Any) -> tuple[float, float, float]:

@@ -43,11 +43,11 @@ def experiments(
     """Builds the experiments of configs with one key, with programs in common.
 
     What is read of the data is read once, and is on the device once; of shifted images
-        every federation has its own. With `one_device` clients are all on one, whatever
-        `engine.devices` is.
+    every federation has its own. With `one_device` clients are all on one, whatever
+    `engine.devices` is.
 
-        Raises:
-          ValueError and others: as `build.build`; or the keys differ.
+    Raises:
+      ValueError and others: as `build.build`; or the keys differ.
     """
     configs = [common.filled(config) for config in configs]
     _check_alike(configs)

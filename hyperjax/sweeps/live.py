@@ -3,7 +3,8 @@
 import collections
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from statistics import mean
 from typing import Any, TextIO
 
 from hyperjax.engine.log import duration
@@ -15,25 +16,28 @@ class Shown:
 
     def __init__(
         self,
-        total: int,
+        programs: Mapping[str, Hashable],
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Shows nothing yet.
 
         Args:
-          total: points in all.
+          programs: {name of a point: what it shares with others of its program}, of all
+            points.
           stream: of the lines of points; standard output by default.
           clock: seconds.
         """
-        self.total, self.done = total, 0
+        self.total, self.done = len(programs), 0
         self._stream, self._clock = stream, clock
-        self._since, self._at_once = clock(), 1
-        self._spent: collections.deque[float] = collections.deque(maxlen=8)
+        self._since, self._at_work = clock(), list[str]()
+        self._waiting = dict(programs)  # or at work
+        # Seconds of points by program, in their order: the first has it compiled.
+        self._spent: dict[Hashable, list[float]] = {}
 
-    def begin(self, at_once: int = 1) -> None:
+    def begin(self, *names: str) -> None:
         """A point begins, or several side by side."""
-        self._since, self._at_once = self._clock(), at_once
+        self._since, self._at_work = self._clock(), list(names)
 
     def point(self, name: str, rounds: int) -> Progress:
         """Returns the progress lines of a point, for `train`."""
@@ -42,10 +46,12 @@ class Shown:
     def ended(self, name: str, outcome: str, ran: bool = True) -> None:
         """Writes the line of a point; `ran`: it took time, and others will."""
         self.done += 1
+        program = self._waiting.pop(name, None)
         line = f"{self.count()} {name}: {outcome}"
         if ran:
             seconds = self._clock() - self._since
-            self._spent.append(seconds / self._at_once)
+            each = seconds / max(1, len(self._at_work))
+            self._spent.setdefault(program, []).append(each)
             line += f" ({duration(seconds)})"
         print(line, file=self._stream or sys.stdout, flush=True)
 
@@ -54,18 +60,32 @@ class Shown:
         return f"{self.done:>{len(str(self.total))}}/{self.total}"
 
     def left(self) -> str | None:
-        """Returns the time left by the points of late; None if unknown."""
+        """Returns the time left; None before any point has taken some.
+
+        Points cost what others of their program did, and where there are none yet, what
+        those of the other programs did on average.
+        """
         if not self._spent:
             return None
-        each = sum(self._spent) / len(self._spent)
-        passed = self._clock() - self._since
-        waiting = self.total - self.done - 1
-        return duration(max(0, waiting) * each + max(0.0, each - passed))
+        at_work = self._expected(n for n in self._at_work if n in self._waiting)
+        passed = min(self._clock() - self._since, at_work)
+        return duration(self._expected(self._waiting) - passed)
+
+    def _expected(self, names: Iterable[str]) -> float:
+        """Seconds that points will take."""
+        firsts = [own[0] for own in self._spent.values()]
+        others = [each for own in self._spent.values() for each in own[1:]] or firsts
+        found = 0.0
+        for program, num in collections.Counter(map(self._waiting.get, names)).items():
+            if own := self._spent.get(program):
+                found += num * mean(own[1:] or own)
+            else:
+                found += mean(firsts) + (num - 1) * mean(others)
+        return found
 
     def line(self) -> tuple[str, float, str]:
         """Returns text, the share that is done, and text."""
-        left = self.left()
-        rest = f"{self.done}/{self.total}" + (f", {left} left" if left else "")
+        rest = f"{self.done}/{self.total}, {self.left() or '?'} left"
         return "points", self.done / self.total, rest
 
 

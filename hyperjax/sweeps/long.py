@@ -6,6 +6,7 @@ averaged here: what is made of the table, a reader can make anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import numbers
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from hyperjax.engine.checkpoint import read_json
 from hyperjax.launch import finished
 from hyperjax.launch.finished import Run
 from hyperjax.protocols import common
@@ -42,12 +44,12 @@ def table(folders: Folders, fields: Sequence[str] = ()) -> pd.DataFrame:
         those in which runs of one method differ. What a run does not have is None.
 
     Returns:
-      Columns: point (the folder's name, told apart), method, seed, finished, the
-      settings, round, seconds and bytes (of all clients, both ways, since the start;
-      NaN between evaluations), metric, value. Metrics are those of metrics.jsonl and
-      training.jsonl; those of summary.json alone stand at the last round, as do
-      numbers_to_<X> and bytes_to_<X>: what one client had sent and received when
-      pACC first met X %.
+      Columns: point (the folder's name, told apart), method (as the sweep names it,
+      if the run is of one), seed, finished, the settings, round, seconds and bytes (of
+      all clients, both ways, since the start; NaN between evaluations), metric, value.
+      Metrics are those of metrics.jsonl and training.jsonl; those of summary.json alone
+      stand at the last round, as do numbers_to_<X> and bytes_to_<X>: what one client
+      had sent and received when pACC first met X %.
 
     Raises:
       FileNotFoundError: there is no run.
@@ -95,19 +97,23 @@ def points(
     runs = [finished.read(str(folder)) for folder in found]
     configs = [run.about.get("config", {}) for run in runs]
     flat = [common.flat(config) for config in configs]
+    methods = _methods(found, flat)
     chosen = [field for field in fields if field not in (*SEEDS, "method.name")]
     if not fields:
-        chosen = [f for f, v in differing(configs).items() if _beside_method(flat, v)]
+        several = differing(configs).items()
+        chosen = [field for field, values in several if _beside_method(methods, values)]
         chosen = [field for field in chosen if field not in SEEDS]
     heads = [
         {
             "point": name,
-            "method": config.get("method.name"),
+            "method": method,
             "seed": config.get("seed"),
             "finished": run.summary.get("finished") is True,
             **{field: _scalar(config.get(field)) for field in chosen},
         }
-        for name, config, run in zip(names(found), flat, runs, strict=True)
+        for name, method, config, run in zip(
+            names(found), methods, flat, runs, strict=True
+        )
     ]
     return list(zip(heads, runs, strict=True))
 
@@ -142,11 +148,26 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return found
 
 
-def _beside_method(flat: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> bool:
+def _methods(
+    found: Sequence[Path], flat: Sequence[Mapping[str, Any]]
+) -> list[str | None]:
+    """Methods of runs, by a sweep's word for a variant: pfedhn_pc, and not pfedhn."""
+    known: dict[Path, str] = {}
+    for folder in {path.parent for path in found}:
+        with contextlib.suppress(FileNotFoundError):
+            sweep = read_json(folder / finished.SWEEP, "start the sweep again")
+            for entry in sweep.get("points", ()):
+                if name := entry.get("fields", {}).get("method.name"):
+                    known[folder / entry["name"]] = name
+    pairs = zip(found, flat, strict=True)
+    return [known.get(path, config.get("method.name")) for path, config in pairs]
+
+
+def _beside_method(methods: Sequence[str | None], values: Sequence[Any]) -> bool:
     """Whether runs of one method have several values of a setting."""
-    seen: dict[str, set[str]] = {}
-    for config, value in zip(flat, values, strict=True):
-        seen.setdefault(config["method.name"], set()).add(json.dumps(value))
+    seen: dict[str | None, set[str]] = {}
+    for method, value in zip(methods, values, strict=True):
+        seen.setdefault(method, set()).add(json.dumps(value))
     return any(len(of_one) > 1 for of_one in seen.values())
 
 
@@ -208,7 +229,8 @@ def _final(run: Run) -> dict[str, Any]:
     """What is known at the end alone."""
     found = {k: v for k, v in run.summary.items() if k not in _NO_SCORES}
     # The whole run's, and not those of the last round.
-    found["run_seconds"] = found.pop("seconds", None)
+    for name in ("seconds", "flops"):
+        found[f"run_{name}"] = found.pop(name, None)
     kinds = ("numbers", "bytes")
     sent: dict[str, list[Any]]
     sent = {k: [run.summary.get(f"{way}_{k}") for way in ("up", "down")] for k in kinds}

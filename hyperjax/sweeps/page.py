@@ -43,14 +43,14 @@ def draw(folder: Path, found: Mapping[str, Any], left: str | None) -> None:
     Args:
       folder: of the sweep.
       found: what `sweep.json` holds.
-      left: the time left; None if unknown.
+      left: the time left; None if it is not known yet.
     """
     entries = [*found.get("trials", ()), *found["points"]]
     statuses = [entry["status"] for entry in entries]
     counts = ", ".join(
         f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)
     )
-    rest = f"; about {left} left" if left else ""
+    rest = "" if set(statuses) <= set(ENDED) else f"; about {left or '?'} left"
     rows = [_row(folder, entry) for entry in entries]
     headings = ("run", "status", *(f"{name} %" for name in SHOWN.values()))
     body = [

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hyperjax.launch import origin, workdir
-from hyperjax.protocols import common
+from hyperjax.launch import workdir
 from hyperjax.sweeps import points
 from hyperjax.sweeps.record import ENDED, Record
 
@@ -29,7 +28,7 @@ def write(there: Record, baseline: str | None = None) -> list[Path]:
         runs = [there.folder / entry["name"] for entry in found["points"]]
         runs = [run for run in runs if (run / workdir.CONFIG).exists()]
         live = not has_ended(found)
-        fields = telling(there.folder, found)
+        fields = [field for field in found["fields"] if field not in points.SEEDS]
         if not runs:
             return []
         baseline = baseline or found["baseline"]
@@ -39,26 +38,3 @@ def write(there: Record, baseline: str | None = None) -> list[Path]:
 def has_ended(found: Mapping[str, Any]) -> bool:
     """Whether nothing of what `sweep.json` holds is left to be run."""
     return all(entry["status"] in ENDED for entry in found["points"])
-
-
-def telling(folder: Path, found: Mapping[str, Any]) -> list[str]:
-    """Returns the fields by which a sweep's settings are told apart in its runs.
-
-    Those that it changes, and where variants have one method's name, such as pfedhn and
-    pfedhn_pc, those in which they differ.
-    """
-    swept = [field for field in found["fields"] if field not in points.SEEDS]
-    more: dict[str, None] = {}
-    seen: dict[str, tuple[str, dict[str, Any]]] = {}
-    for entry in found["points"]:
-        if not (folder / entry["name"] / workdir.CONFIG).exists():
-            continue
-        config = common.flat(origin.read(folder / entry["name"])["config"])
-        setting = points.key({f: entry["fields"].get(f) for f in swept})
-        values = points.key({field: config.get(field) for field in swept})
-        other, there = seen.setdefault(values, (setting, config))
-        if other != setting:
-            fields = sorted(there.keys() | config.keys())
-            differing = (f for f in fields if there.get(f) != config.get(f))
-            more |= dict.fromkeys(f for f in differing if f not in points.SEEDS)
-    return [*swept, *more]

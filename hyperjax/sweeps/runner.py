@@ -60,7 +60,8 @@ def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
     groups = []
     for point in points:
         values = {field: flat(point.config).get(field) for field in fields}
-        groups.append({"method": point.config.method.name, **values})
+        method = point.fields.get("method.name", point.config.method.name)
+        groups.append({"method": method, **values})
     statistics.parse_baseline(baseline, groups)
 
 
@@ -155,7 +156,7 @@ def _together(
         found[point.name] = _ended(record, point, show, result)
         each()
 
-    show.begin(len(points))
+    show.begin(*(point.name for point in points))
     for point in points:
         record.set_status(point.name, records.RUNNING)
     name, rounds = f"{len(points)} points, {how}", points[0].config.rounds
@@ -194,7 +195,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
         # The same config gives the same bits.
         show.ended(point.name, _said(before["status"], before["message"]), ran=False)
         return records.DIVERGED
-    show.begin()
+    show.begin(point.name)
     ran = not (folder / workdir.SUMMARY).exists()
     record.set_status(point.name, records.RUNNING)
     result: dict[str, Any] | Exception

@@ -297,7 +297,7 @@ def markdown(found: Content) -> str:
 
 
 def latex(found: Content) -> str:
-    """Returns a `table*` for each part; needs the package booktabs."""
+    """Returns a `table*` for each part; needs booktabs, and graphicx for wide ones."""
     return "\n".join(_latex(part, len(found.by)) for part in parts(found))
 
 
@@ -323,12 +323,16 @@ def _latex(part: Part, settings: int) -> str:
             position_float="centering",
         )
     )
-    # A size in which more columns fit.
-    begin, size = (
-        r"\begin{tabular}",
-        "\\footnotesize\n\\setlength{\\tabcolsep}{2.8pt}\n",
+    # A size in which more columns fit; what is wider yet is made as wide as the text.
+    begin, end = r"\begin{tabular}", r"\end{tabular}"
+    size = (
+        r"\footnotesize",
+        r"\setlength{\tabcolsep}{2.8pt}",
+        r"\providecommand{\resizebox}[3]{#3}% of graphicx",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        begin,
     )
-    return text.replace(begin, size + begin)
+    return text.replace(begin, "\n".join(size)).replace(end, end + "}")
 
 
 def _folded(heading: str) -> list[str]:
@@ -392,7 +396,7 @@ def _costs(
     if set(ways) <= set(done):
         done["bytes_total"] = done[ways].sum(axis=1, min_count=2)
     columns["bytes in all"] = ("bytes_total", log.size)
-    columns["FLOPs"] = ("flops", "{:.2e}".format)
+    columns["FLOPs"] = ("run_flops", "{:.2e}".format)
     columns["seconds"] = ("run_seconds", "{:,.1f}".format)
     columns["of it compiling"] = ("compile_seconds", "{:,.1f}".format)
     found = []

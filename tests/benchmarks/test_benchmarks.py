@@ -164,12 +164,12 @@ def test_a_step_of_a_hypernetwork_method_beside_fedavg(repository, tmp_path):
 
 @pytest.mark.slow
 def test_an_accelerator_is_asked_for_and_tried_without_one(repository, tmp_path):
-    narrow = ("--networks=mlp", "--plans=vmap", "--precisions=highest")
+    narrow = ("--networks=lenet", "--plans=patches", "--precisions=highest")
     said = launch(tmp_path / "listed", "benchmarks.gpu", narrow, repository).result()
     assert said.code == 0 and "no accelerator" in said.out
-    assert "mlp, map, highest" in said.out and "mlp, vmap, highest" in said.out
+    assert "lenet, map, highest" in said.out and "lenet, patches, h" in said.out
     reference, other = _run(repository, tmp_path, "gpu", *narrow, "--smoke")
-    assert (reference["plan"], other["plan"]) == ("map", "vmap")
+    assert (reference["plan"], other["plan"]) == ("map", "patches")
     assert float(reference["distance"]) == 0 and float(other["distance"]) < 1e-3
     for record in (reference, other):
         assert record["equal"] == "yes" and record["samples_per_second"] > 0

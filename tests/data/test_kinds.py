@@ -102,7 +102,7 @@ def test_a_client_may_be_scaled_by_its_own_columns():
 
 def test_whole_numbers_are_what_one_says_they_are():
     for given in (TOKENS, TOKENS.astype(np.uint8), TOKENS > 3):
-        with pytest.raises(ValueError, match="kind='tokens' or kind='features'"):
+        with pytest.raises(ValueError, match="kind='tokens', 'features' or 'images'"):
             hj.federate(given, Y, num_clients=3)
     tokens = hj.federate(TOKENS, Y, num_clients=3, kind="tokens")
     assert tokens.pool.x.dtype == jnp.int32 and tokens.vocabulary == 9
@@ -114,6 +114,15 @@ def test_whole_numbers_are_what_one_says_they_are():
     assert columns.pool.x.dtype == jnp.float32 and columns.vocabulary == 0
     by_id = from_clients({"a": (TOKENS, Y), "b": (TOKENS, Y)}, kind="tokens")
     assert by_id.x.shape == (120, 5) and by_id.x.dtype == np.int32
+
+
+def test_flat_images_are_square_again():
+    x = DRAW.integers(0, 256, (60, 36)).astype(np.uint8)
+    for given in (x, x.tolist(), x / 255):
+        found = from_clients({"a": (given, Y)}, kind="images").x
+        assert found.shape == (60, 6, 6, 1)
+        assert found.dtype == (np.float32 if found.max() <= 1 else np.uint8)
+        np.testing.assert_allclose(found.reshape(60, 36), given, rtol=1e-6)
 
 
 def test_texts_are_their_bytes():
@@ -132,6 +141,7 @@ def test_texts_are_their_bytes():
         (np.full((3, 2), np.nan), "", "not finite"),
         (np.full((3, 2), -1), "tokens", "holds the token -1"),
         (np.zeros((3, 0)), "", "nothing in it"),
+        (np.zeros((3, 5)), "images", "and square, and 5 is no square number"),
     ],
 )
 def test_what_is_neither_is_refused(x, kind, words):

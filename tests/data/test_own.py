@@ -146,7 +146,7 @@ def rows(table):
     return [set(r[:n]) for r, n in zip(table.rows, table.size, strict=True)]
 
 
-def test_an_id_of_every_sample_makes_the_clients(here):
+def test_an_id_of_every_sample_makes_the_clients(here, monkeypatch):
     np.savez("mine.npz", image=X, label=Y, user=USERS)
     config = protocols.find("zero_shot").get_config("fedavg,data=mine.npz")
     config.data.update(
@@ -160,7 +160,14 @@ def test_an_id_of_every_sample_makes_the_clients(here):
     assert dealt.num_clients == 4
     for own_rows in rows(dealt.train) + rows(dealt.novel):
         assert len({USERS[row] for row in own_rows}) == 1
-    config.data.client_key = ""
+    assert federate(build.load_source(config.data)).num_clients == 6  # by ids
+    said = []
+    monkeypatch.setattr(build.logging, "warning", lambda *text: said.append(text))
+    config.data.update(partition="iid")
+    build.federate(build.load_source(config.data), config)
+    ((text, _, ids, name),) = said
+    assert "by_client_id leaves them" in text and (ids, name) == (6, "iid")
+    config.data.update(client_key="", partition="by_client_id")
     with pytest.raises(ValueError, match=r"needs data.client_ids.*or data.client_key"):
         build.federate(build.load_source(config.data), config)
 

@@ -476,7 +476,7 @@ def test_client_ids_are_drawn_if_there_are_more():
 @pytest.mark.parametrize(
     ("ids", "match"),
     [
-        (np.zeros(200, int), "num_clients=2, but client_ids has only 1"),
+        (np.zeros(200, int), "num_clients=2, unseen ones .* has only 1 distinct"),
         (np.zeros(199, int), "199 client ids given for the 200 samples"),
         (np.zeros((200, 1), int), r"client_ids has the shape \(200, 1\)"),
         (np.zeros(200), r"client_ids is float64.*ids.astype\(int\)"),

@@ -153,7 +153,7 @@ def test_a_diverging_run_stops_and_names_where(tmp_path, monkeypatch):
             train.train(diverging, str(folder))
         message = str(error.value)
         assert re.match(
-            r"round [12]: .*(loss|update_norm|state).* is not finite\.", message
+            r"round [12]: .*(loss|update_norm|state).* (is|are) not finite\.", message
         )
         assert f"after round 0 in {folder / 'checkpoints'}" in message
         assert "local.learning_rate" in message

@@ -54,6 +54,21 @@ def test_no_more_shades_than_the_terminal_has(monkeypatch):
     assert data._levels().isascii()
 
 
+def test_large_images_are_averaged_and_narrow_ones_repeat():
+    x = np.arange(24.0).reshape(1, 4, 6)
+    found = data._averaged(data._averaged(x, 2, 1), 3, 2)
+    np.testing.assert_array_equal(found, [[[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]]])
+    assert data._averaged(x, 12, 2)[0, 0, :4].tolist() == [0, 0, 1, 1]
+
+
+def test_tokens_are_read_where_they_are_text():
+    for text in ("a line\n", "né", ""):
+        tokens = [*text.encode(), 0, 0]
+        assert data._read(tokens) == (repr(text) if text else str(tokens))
+    for tokens in ([1, 2, 3], [300, 65], [0xC3]):
+        assert data._read(tokens) == str(tokens)
+
+
 def test_features_have_columns_and_texts_are_read(look):
     text = look("sklearn:wine", num_clients=3, num_novel=1)
     assert "178 rows of 13 features, float32, 0.13 to 1680" in text

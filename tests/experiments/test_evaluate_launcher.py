@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from hyperjax import rng
 from hyperjax.launch import build, evaluate, train
@@ -110,7 +111,7 @@ def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
     run = evaluate.load_run(str(run_folder))
     np.savez(tmp_path / "client.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        evaluate.read_images(str(tmp_path / "client.npz"), run)
+        evaluate.read_inputs(str(tmp_path / "client.npz"), run)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,10 @@ def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
         (dict(image=np.zeros((2, 8, 8, 3), np.uint8)), r"uint8\(2, 8, 8, 3\)"),
         (dict(image=np.uint8(3)), r"uint8\(\)"),
         (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros(2)), "float64"),
-        (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.array(["a", "b"])), "<U1"),
+        (
+            dict(image=np.zeros((2, 8, 8), np.uint8), label=np.array(["a", "b"])),
+            "the run's",
+        ),
         (
             dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros((2, 1), int)),
             "label",
@@ -142,7 +146,7 @@ def test_files_of_another_kind_are_named(run_folder, tmp_path, content, message)
     else:
         np.savez(path, **content)
     with pytest.raises(ValueError, match=f"client.npz'.*{message}"):
-        evaluate.read_images(str(path), run)
+        evaluate.read_inputs(str(path), run)
 
 
 def test_an_unseen_client_is_not_looked_for_in_other_data(run_folder, monkeypatch):
@@ -208,7 +212,7 @@ def test_mistakes_are_named(run_folder, tmp_path):
     with pytest.raises(ValueError, match=r"10\.\.14"):
         evaluate.own_client(run, 3)
     with pytest.raises(FileNotFoundError, match="absent"):
-        evaluate.read_images(str(tmp_path / "absent.npz"), run)
+        evaluate.read_inputs(str(tmp_path / "absent.npz"), run)
     with pytest.raises(ValueError, match="either --data"):
         evaluate.main(str(run_folder), None, None, None)
 
@@ -262,12 +266,71 @@ def test_a_run_on_tokens_is_saved_and_serves_texts_it_never_saw(tmp_path):
 )
 def test_a_run_on_rows_takes_rows(dtype, x, message, tmp_path):
     facts = dict(sample_shape=np.array([2]), sample_dtype=np.array(dtype))
-    run = SimpleNamespace(facts=facts)
+    run = SimpleNamespace(facts=facts, config=SimpleNamespace(data=None))
     path = str(tmp_path / "new.npz")
     np.savez(path, x=np.array(x))
     if message is None:
-        found, labels = evaluate.read_images(path, run)
-        assert found.dtype == dtype and found.tolist() == x and labels is None
+        found = evaluate.read_inputs(path, run)
+        assert found["x"].dtype == dtype and found["x"].tolist() == x
+        assert set(found) == {"x"}
     else:
         with pytest.raises(ValueError, match=message):
-            evaluate.read_images(path, run)
+            evaluate.read_inputs(path, run)
+
+
+def reads(tmp_path, names, shape=(4, 4, 1), dtype="uint8", **fields):
+    """What a run of such classes and samples reads of files there."""
+    facts = dict(sample_shape=np.array(shape), sample_dtype=np.array(dtype))
+    data = SimpleNamespace(**{"shrink": 1, "resize": 0, **fields})
+    config = SimpleNamespace(data=data)
+    run = SimpleNamespace(
+        facts={**facts, "label_names": np.array(names)}, config=config
+    )
+    return lambda name: evaluate.read_inputs(str(tmp_path / name), run)
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "classes"),
+    [
+        (["cat", "dog"], ["dog", "cat", "dog"], [1, 0, 1]),
+        (["cat", "dog"], [1, 0, 1], [1, 0, 1]),
+        (["1", "2", "10"], [10, 1, 2], [2, 0, 1]),  # as they were numbered
+        (["0", "1"], [1, 0, 1], [1, 0, 1]),
+    ],
+)
+def test_labels_are_what_they_were_in_training(names, label, classes, tmp_path):
+    x = np.zeros((3, 4, 4), np.uint8)
+    np.savez(tmp_path / "new.npz", x=x, label=np.array(label))
+    found = reads(tmp_path, names)("new.npz")
+    assert found["label"].tolist() == classes and found["label"].dtype == np.int32
+
+
+def test_images_of_other_sizes_are_scaled_as_the_runs_were(tmp_path):
+    x = np.arange(128, dtype=np.uint8).reshape(2, 8, 8)
+    np.savez(tmp_path / "new.npz", image=x)
+    found = reads(tmp_path, "ab", shrink=2)("new.npz")["x"]
+    means = x.reshape(2, 4, 2, 4, 2).mean((2, 4))
+    np.testing.assert_array_equal(found[..., 0], np.rint(means))
+    assert reads(tmp_path, "ab", resize=4)("new.npz")["x"].shape == (2, 4, 4, 1)
+    np.savez(tmp_path / "floats.npz", image=x / 255)
+    floats = reads(tmp_path, "ab", dtype="float32", shrink=2)("floats.npz")["x"]
+    np.testing.assert_allclose(floats[..., 0], means / 255, rtol=1e-5)
+
+
+def test_a_folder_of_images_is_a_client(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    read = reads(tmp_path, "ab", (4, 4, 3), resize=4)
+    with pytest.raises(ValueError, match="new' has no images in it"):
+        read("new")
+    for name, mode, size in (("b.png", "L", (9, 7)), ("a.png", "RGB", (4, 4))):
+        Image.new(mode, size, 7 if mode == "L" else (1, 2, 3)).save(folder / name)
+    found = read("new")
+    assert found["file"].tolist() == ["a.png", "b.png"]
+    assert found["x"][:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]]
+    with pytest.raises(ValueError, match="has images of 2 sizes"):
+        reads(tmp_path, "ab", (4, 4, 3))("new")
+    with pytest.raises(ValueError, match=r"uint8\(2, 4, 4, 3\); this run takes"):
+        reads(tmp_path, "ab", (4, 4, 1), resize=4)("new")
+    with pytest.raises(ValueError, match="is a folder; this run takes features"):
+        reads(tmp_path, "ab", (4,), "float32")("new")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from hyperjax import models, protocols, registry
-from hyperjax.data import partition, sources
+from hyperjax.data import partition, shift, sources
 from hyperjax.launch import overview
 from hyperjax.protocols import arguments, common, methods, zero_shot
 
@@ -30,6 +30,7 @@ def listed(text):
         models.ZOO,
         sources.EMBEDDED,
         partition.PARTITIONERS,
+        shift.KINDS,
         set(arguments.WORDS),
     ],
 )

@@ -91,7 +91,7 @@ def test_run_report_shows_everything(tmp_path: Path) -> None:
     text, links = _read(path)
     for part in (
         "hyperfednet on digits",
-        "seed 0 · 40 rounds · finished",
+        "seed 0 · 40 rounds · started 2026-11-26 14:05 UTC · finished",
         "<small>clients never trained on</small>",
         "mean over clients 79.20 ± 4.20",
         "up 4 kB · down 8 kB",
@@ -185,7 +185,7 @@ def test_pages_stand_alone(tmp_path: Path) -> None:
 def test_what_draws_charts_is_packed_once(tmp_path, monkeypatch, drawing) -> None:
     monkeypatch.undo()  # the fixture's
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(pages, "_packed", lambda: "packed")
+    monkeypatch.setattr(pages, "_bundle", lambda: "packed")
     pages.drawing.cache_clear()
     assert pages.drawing() == "packed"
     (kept,) = (tmp_path / "hyperjax").iterdir()
@@ -427,7 +427,24 @@ def test_almost_collapsed_embedding_is_said(tmp_path: Path) -> None:
     write_json(tmp_path / "run/summary.json", summary)
     text, _ = _read(report.run_report(folder))
     assert "all but collapsed" in text and "component 1" not in text
+    assert '<div class="tabular" data-name="embeddings">' in text  # it scrolls
     assert "all but collapsed" not in plain
+
+
+def test_series_of_one_colour_differ_and_bars_stay_off_the_axes() -> None:
+    series = [charts.Series("a", "red"), charts.Series("b", "red", "--")]
+    rows = [dict(series=s.name, x=1, y=2, name="n", low=1, high=3) for s in series]
+    spec = json.loads(charts.places(rows, series, "x", "y"))
+    (shape,) = [e["shape"] for e in _encodings(spec) if "shape" in e]
+    assert shape["scale"] == {"domain": ["a", "b"], "range": ["circle", "square"]}
+    spec = json.loads(charts.lines(rows, series, "y", ("x", "x"), bars=True))
+    assert {e["x"]["scale"]["padding"] for e in _encodings(spec)} == {8}
+    (dash,) = [e["strokeDash"] for e in _encodings(spec) if "strokeDash" in e]
+    assert dash["scale"]["range"] == [[1, 0], [6, 3]]
+
+
+def _encodings(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [layer["encoding"] for layer in spec["layer"]]
 
 
 def test_without_embeddings_no_section(tmp_path: Path) -> None:
@@ -578,8 +595,13 @@ def test_a_comparison_says_first_what_differs(tmp_path: Path) -> None:
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
     assert text.index(heading) < text.index("<h2>Results</h2>")
-    assert "<td><code>rounds</code></td><td>40 (a, b); 20 (c)</td>" in text
-    assert "<td>0 (a, b); 7 (c)</td>" in text
+    # The Runs table says which run has which.
+    assert "<td><code>rounds</code></td><td>40 (2 runs); 20 (1 run)</td>" in text
+    clipped = {"local.clip_norm": 10.0}
+    folders.append(make_run(tmp_path / "d", method="fedprox", settings=clipped))
+    path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
+    text, _ = _read(path)
+    assert "<td>– (hyperfednet, fedavg); 10 (fedprox)</td>" in text
 
 
 def test_comparison_with_other_partitions(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_broken_and_whole_run_have_the_same_bits(story):
     assert whole["state_sha256"] == broken["state_sha256"]
     for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
         assert (story.whole / name).read_bytes() == (story.broken / name).read_bytes()
-    timed = {"seconds", "samples_per_second", "compile_seconds", "flops"}
+    timed = {"seconds", "samples_per_second", "compile_seconds"}
     assert without(whole, timed) == without(broken, timed)
     tables = [np.load(path / "partition.npz") for path in (story.whole, story.broken)]
     assert tables[0].files == tables[1].files
@@ -386,8 +386,10 @@ def test_runs_of_several_seeds_share_an_experiment(finished, tmp_path, monkeypat
 def test_a_run_killed_before_its_summary_gets_one(run, finished):
     for name in ("summary.json", "clients.json", "report.html"):
         (run / name).unlink()
-    train.train(small(), str(run))
+    summary = train.train(small(), str(run))
     same_result(run, finished)
+    # No program of rounds was made for it.
+    assert summary["flops"] == read(finished, "summary.json")["flops"] > 0
     assert read(run, "clients.json") == read(finished, "clients.json")
     assert (run / "report.html").exists()
 
@@ -456,8 +458,8 @@ def kill_at(monkeypatch, owner, name: str, call: int = 1):
     ("owner", "name", "call"),
     [
         (origin, "describe", 1),
-        (checkpoint, "save", 1),
-        (checkpoint, "save", 2),
+        (checkpoint.Saver, "save", 1),
+        (checkpoint.Saver, "save", 2),
         (train.log.Recorder, "evaluation", 2),
         (train.results, "per_client", 1),
     ],
@@ -489,7 +491,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
 def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     config = small(engine__precision="bfloat16")
     train.train(config, str(tmp_path / "whole"))
-    with kill_at(monkeypatch, checkpoint, "save", 2):
+    with kill_at(monkeypatch, checkpoint.Saver, "save", 2):
         train.train(config, str(tmp_path / "broken"))
     train.train(config, str(tmp_path / "broken"))
     same_result(tmp_path / "broken", tmp_path / "whole")
@@ -761,7 +763,11 @@ def test_what_fails_after_the_last_round_is_repaired(
     assert (run / "report.html").exists()
 
 
-def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
+def test_a_lost_record_of_the_last_round_is_written_again(run, finished, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train.embedding_maps, "keep", lambda folder, *rest: seen.append(rest)
+    )
     (run / "summary.json").unlink()
     path = run / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-20])  # cut off in the middle of a line
@@ -771,6 +777,9 @@ def test_a_lost_record_of_the_last_round_is_written_again(run, finished):
     there, here = (log.read_lines(p / "metrics.jsonl") for p in (finished, run))
     assert [r["round"] for r in here] == [r["round"] for r in there] == [0, 2, 3]
     assert here[-1]["pacc"] == there[-1]["pacc"]
+    ((round, values, num, whom),) = seen  # of embeddings
+    assert round == 3 and {"pacc", "zacc"} <= values.keys()
+    assert num == 4 and [*whom["pacc"]] == [0, 1, 2, 3] and [*whom["zacc"]] == [0, 1]
 
 
 def test_a_summary_that_is_none_and_clients_that_cannot_be_read(run, finished):

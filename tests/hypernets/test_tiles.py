@@ -260,7 +260,7 @@ def test_normal_initialisation_is_cut_off_and_far_too_large():
     "options, message",
     [
         (dict(tile=5), "no kernel of the model is made of tiles 3x3x5x5"),
-        (dict(size=5), "tiles 5x5x16x16; leaves are a/kernel"),
+        (dict(size=5), "tiles 5x5x16x16, .*leaves are a/kernel"),
         (dict(init="he"), "init='he'"),
         (dict(slices="in"), "slices='in'"),
         (dict(embedding_size=0), "embedding_size=0 must be at least 1"),

@@ -202,7 +202,7 @@ def test_the_command_takes_somebodys_inputs(folder, tmp_path, capsys):
         (("3", False, None, "onnx"), "format='onnx' is unknown.*'stablehlo'"),
         ((None, False, None, "npz"), "give one of --client=number"),
         (("3", True, None, "npz"), "give one of --client=number"),
-        ((None, False, "nowhere.npz", "npz"), "there is no file 'nowhere.npz'"),
+        ((None, False, "nowhere.npz", "npz"), "'nowhere.npz': there is no such file"),
     ],
 )
 def test_the_command_refuses_by_name(arguments, match, folder, tmp_path, monkeypatch):

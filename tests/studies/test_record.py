@@ -93,6 +93,23 @@ def test_a_record_and_its_table(tmp_path):
     assert "seeds 0, 1, 2" in source and COMMIT[:9] in source
 
 
+def test_what_is_published_may_be_of_settings_too():
+    of = Study(
+        "How many?",
+        {"pacc": "pACC"},
+        published={
+            ("mnist", "dirichlet", "A"): {"pacc": 1.0},
+            ("mnist", "dirichlet", "B, num_clients=50"): {"pacc": 2.0},
+        },
+    )
+    runs = [
+        record.Run(group, {}, dict(config=config("a", 0)), dict(pacc=9.0, seconds=1.0))
+        for group in (("A", "num_clients=10"), ("B", "num_clients=50"), ("B", ""))
+    ]
+    rows = record.rows_of(runs, of)
+    assert [row["published"] for row in rows] == [{"pacc": 1.0}, {"pacc": 2.0}, {}]
+
+
 def test_what_diverged_is_counted_and_has_no_mean(tmp_path):
     runs = {"fedavg": [90.0, 91.0], "fedprox": [91.0, None]}
     folder = sweep(tmp_path / "s", runs, fedavg_1="diverged")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_runs import make_run
 from PIL import Image
 
-from hyperjax.sweeps import figures, long
+from hyperjax.sweeps import figures, long, statistics
 
 BY = ["method", "data.alpha"]
 
@@ -65,6 +66,18 @@ def test_curves_are_means_with_the_deviation_over_seeds(drawn, results):
     assert words == ["fedavg", "hyperfedzero", "alpha=0.1", "alpha=1", "alpha=10"]
 
 
+def test_bytes_that_lie_decades_apart_have_a_logarithmic_axis(drawn, results):
+    assert drawn["curves_bytes"].axes[0].get_xscale() == "linear"
+    table, wide, _ = results
+    table = table.copy()
+    table.loc[table["method"] == "hyperfedzero", "bytes"] *= 100
+    look = figures.looks(statistics.groups_of(wide, BY))
+    figure = figures.curves(table, BY, ["pacc"], "bytes", look)
+    axis = figure.axes[0]
+    assert axis.get_xscale() == "log"
+    assert min(axis.get_lines()[0].get_xdata()) == 48000  # not 0
+
+
 def test_a_swept_number_has_a_logarithmic_axis_where_its_values_say_so(drawn):
     axis = drawn["by_data_alpha"].axes[0]
     assert axis.get_xscale() == "log" and axis.get_xlabel() == "data.alpha"
@@ -88,6 +101,43 @@ def test_groups_look_different():
     assert len(set(many.of.values())) == 20
     uneven = [{"method": m, "size": v} for m, v in (("a", None), ("b", 1), ("b", 2))]
     assert len(set(figures.looks(uneven).of.values())) == 3
+
+
+def test_more_groups_than_colours_have_panels_by_a_setting():
+    methods = [f"m{i}" for i in range(9)]
+    groups = [{"method": m, "split": v} for v in ("iid", "skewed") for m in methods]
+    look = figures.looks(groups)
+    assert look.apart == "split" and len(look.legend) == 9
+    for value in ("iid", "skewed"):
+        own = {look.of[f"{m}, split={value}"] for m in methods}
+        assert len(own) == 9  # told apart in their panel
+    rows = pd.DataFrame(groups)
+    parts = look.panels(rows)
+    assert [title for title, _ in parts] == [", split=iid", ", split=skewed"]
+    assert all(len(part) == 9 for _, part in parts)
+    few = figures.looks([g for g in groups if g["method"] < "m7"])
+    assert few.apart is None and [title for title, _ in few.panels(rows)] == [""]
+
+
+def test_the_method_of_all_is_left_out_of_the_legend():
+    look = figures.looks([{"method": "a", "size": v} for v in (2, 4)])
+    assert [words for words, _ in look.legend] == ["size=2", "size=4"]
+    look = figures.looks([{"method": "a", "size": 2}, {"method": "b", "size": 2}])
+    assert [words for words, _ in look.legend] == ["a, size=2", "b, size=2"]
+
+
+def test_a_swept_number_is_shown_beside_what_is_sent(results):
+    done = results[1].copy()
+    done["down_numbers"] = 100 * done["data.alpha"].astype(float)
+    axes = figures.against_field(done, BY, ["pacc"], "data.alpha").axes
+    assert [axis.get_title() for axis in axes] == [
+        *("pACC, %", "numbers per client and round"),
+    ]
+    lines = [line for line in axes[1].get_lines() if len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(lines[0].get_ydata(orig=False), [1010, 1100, 2000])
+    # Two methods stand side by side at a value.
+    a, b = (bars.lines[0].get_xdata(orig=False) for bars in axes[0].containers)
+    assert np.all(a < b) and np.all(b < 1.1 * a)
 
 
 def test_equal_results_give_equal_files_without_a_date(results, drawn):

@@ -146,10 +146,11 @@ def test_numbers_and_signs_survive_latex():
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
-def test_the_latex_table_compiles(written, tmp_path):
+@pytest.mark.parametrize("packages", ["booktabs", "booktabs,graphicx"])
+def test_the_latex_table_compiles_and_fits_the_text(written, tmp_path, packages):
     (tmp_path / "paper.tex").write_text(
-        r"\documentclass[twocolumn]{article}\usepackage{booktabs}\begin{document}"
-        rf"\input{{{written / 'table.tex'}}}\end{{document}}"
+        rf"\documentclass[twocolumn]{{article}}\usepackage{{{packages}}}"
+        rf"\begin{{document}}\input{{{written / 'table.tex'}}}\end{{document}}"
     )
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
@@ -159,6 +160,8 @@ def test_the_latex_table_compiles(written, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").exists()
+    if "graphicx" in packages:
+        assert "Overfull" not in done.stdout
 
 
 def test_everything_is_written_of_runs_that_have_ended(tmp_path, monkeypatch):

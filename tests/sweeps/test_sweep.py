@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hyperjax.launch import finished, origin, report, sweep, train, workdir
-from hyperjax.sweeps import live, points, record, results, runner, tune
+from hyperjax.sweeps import live, long, points, record, runner, tune
 from hyperjax.sweeps.points import Point
 
 FEDAVG = "zero_shot:fedavg,data=digits"
@@ -251,17 +251,43 @@ def test_without_a_choice_a_setting_fails(trainer, tmp_path, tried, message, cap
 # What is shown ----------------------------------------------------------------------
 
 
-def test_time_left_is_that_of_the_points_of_late(capsys):
+def test_time_left_is_by_points_of_the_same_program(capsys):
     now = [0.0]
-    show = live.Shown(4, clock=lambda: now[0])
-    assert show.left() is None and show.line()[2] == "0/4"
-    show.begin()
+    programs = {"a0": "a", "a1": "a", "a2": "a", "b0": "b", "b1": "b"}
+    show = live.Shown(programs, clock=lambda: now[0])
+
+    def run(name: str, seconds: float):
+        show.begin(name)
+        now[0] += seconds
+        show.ended(name, "gACC 1.00")
+
+    assert show.left() is None and show.line() == ("points", 0.0, "0/5, ? left")
+    run("a0", 60.0)  # and compiles
+    assert capsys.readouterr().out == "1/5 a0: gACC 1.00 (1m00s)\n"
+    run("a1", 10.0)
+    assert show.left() == "1m20s"  # 10 of this program, 60 and 10 of the other
+    run("a2", 12.0)
+    show.begin("b0")
+    now[0] += 40.0
+    assert show.line() == ("points", 0.6, "3/5, 31s left")  # 20, and 11
+    now[0] += 1000.0
+    assert show.left() == "11s"  # nobody knows how much of this one
+    show.ended("b0", "gACC 1.00")
+    assert show.left() == "17m20s"  # as the only one of its program
+
+
+def test_points_side_by_side_share_their_time(capsys):
+    now = [0.0]
+    show = live.Shown(dict.fromkeys("abcd", 0), clock=lambda: now[0])
+    show.begin("a", "b")
     now[0] = 60.0
-    show.ended("seed=0", "gACC 1.00")
-    show.begin()
-    now[0] = 80.0  # 40 of this one, and two more
-    assert show.line() == ("points", 0.25, "1/4, 2m40s left")
-    assert capsys.readouterr().out == "1/4 seed=0: gACC 1.00 (1m00s)\n"
+    for name in "ab":
+        show.ended(name, "gACC 1.00")
+    show.begin("c", "d")
+    assert show.left() == "1m00s"
+    show.ended("c", "failed", ran=False)
+    assert show.left() == "30s"
+    assert "(1m00s)" in capsys.readouterr().out
 
 
 def test_neighbours_share_a_program():
@@ -287,20 +313,20 @@ def test_trials_are_no_results(tmp_path):
     assert len(finished.find([tmp_path / "tune"])) == 1
 
 
-def test_variants_of_one_method_are_told_apart_by_what_they_change(trainer, tmp_path):
-    flags = ("method.name=pfedhn,pfedhn_pc", "seed=0..1")
-    assert sweep.main(asked(tmp_path, *flags)) == 0
-    there = record.Record(str(tmp_path))
-    configs = {
-        p.name: p.config for p in sweep.make_plan(asked(tmp_path, *flags)).points
-    }
+def test_variants_of_one_method_are_told_apart_by_their_names(trainer, tmp_path):
+    given = asked(tmp_path, "method.name=pfedhn,pfedhn_pc", "seed=0..1")
+    given = given._replace(baseline="pfedhn_pc")
+    assert sweep.main(given) == 0
+    configs = {p.name: p.config for p in sweep.make_plan(given).points}
     for name, config in configs.items():
+        assert config.method.name == "pfedhn"
         about = dict(config=origin.as_json(config), format=origin.FORMAT)
         (tmp_path / name / workdir.CONFIG).write_text(json.dumps(about))
-    assert results.telling(tmp_path, there.read()) == [
-        *("method.name", "method.keep", "method.persist_optimizer"),
-        "server.learning_rate",
-    ]
+    for fields in (["method.name"], []):
+        heads = [head for head, _ in long.points(tmp_path, fields)]
+        found = [(head["method"], head["seed"]) for head in heads]
+        assert found == [(m, s) for m in ("pfedhn", "pfedhn_pc") for s in (0, 1)]
+        assert all(set(head) == {*long.POINT} for head in heads)
 
 
 def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsys):
