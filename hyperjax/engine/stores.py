@@ -53,12 +53,9 @@ def taken(x: Array, ids: Array, owners: Any = None) -> Array:
 
     def own(x, ids):
         place, mine = _own_places(x, jnp.minimum(ids, last))
-        found = x.at[place].get(mode="clip")
-        found = found.astype(jnp.uint8) if found.dtype == bool else found
-        # What -0.0 is added to keeps its bits, of 0.0 and -0.0 too.
-        mine = mine.reshape(-1, *[1] * (found.ndim - 1))
-        found = jnp.where(mine, found, jnp.array(-0.0).astype(found.dtype))
-        return jax.lax.psum(found, sharding.CLIENTS).astype(x.dtype)
+        found = _bits(x.at[place].get(mode="clip"))
+        found = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), found, 0)
+        return _bits(jax.lax.psum(found, sharding.CLIENTS), x.dtype)
 
     along, whole = PartitionSpec(sharding.CLIENTS), PartitionSpec()
     specs = dict(in_specs=(along, whole), out_specs=whole)
@@ -95,6 +92,17 @@ def scatter(
         check_vma=False,
     )
     return run(rows, seen, ids, new, alive)
+
+
+def _bits(x: Array, dtype: Any = None) -> Array:
+    """Whole numbers of the same bits, or those of whole numbers as another type.
+
+    Sums with 0 leave them as they are; a sum of numbers would make 0.0 of -0.0.
+    """
+    if bool in (x.dtype, dtype):
+        return x.astype(dtype or jnp.uint8)
+    dtype = dtype or f"uint{8 * x.dtype.itemsize}"
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(dtype))
 
 
 def _own_places(x: Array, ids: Array) -> tuple[Array, Array]:

@@ -503,7 +503,7 @@ def test_a_killed_run_with_samples_on_the_host_goes_on(tmp_path, monkeypatch):
     train.train(near, str(tmp_path / "near"))
     config = near.copy_and_resolve_references()
     config.engine.pool, config.engine.pool_mb = "host", 1
-    with kill_at(monkeypatch, checkpoint, "save", 2):
+    with kill_at(monkeypatch, checkpoint.Saver, "save", 2):
         train.train(config, str(tmp_path / "broken"))
     train.train(config, str(tmp_path / "broken"))
     same_result(tmp_path / "broken", tmp_path / "near")
