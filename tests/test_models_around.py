@@ -17,7 +17,7 @@ from hyperjax.types import Batch, ClientData, Model, Visit
 
 KEY = jax.random.key(0)
 # Whose predictions are not those of one plain network.
-NO_SINGLE_NETWORK = ("fedjets", "hyperfedzero+sample", "opt1")
+NO_SINGLE_NETWORK = ("fedjets", "fedthe", "hyperfedzero+sample", "opt1")
 
 
 def base(stack) -> Model:

@@ -62,6 +62,7 @@ RIVALS: Rows = {
     "BN-adapt": _BN,
     "Tent": {**_BN, "evaluation.adapt": "tent"},
     "FedRoD": {"method.name": "fedrod"},
+    "FedTHE": {"method.name": "fedthe"},
     "FLUX": {"method.name": "flux"},
     "FEROMA": {"method.name": "feroma"},
     "FLowDUP": {"method.name": "flowdup"},
