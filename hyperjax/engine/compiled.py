@@ -85,7 +85,8 @@ class Compiled:
     """Compiles functions on first use and keeps the seconds that took.
 
     Calls with the same name, family, structure and shapes reuse the program. With a
-    mesh, every output is replicated, so that it can be the next call's input. Under
+    mesh, every output is replicated, so that it can be the next call's input, but for
+    what `places` puts elsewhere: a prefix of the output, of shardings. Under
     JAX_DISABLE_JIT nothing is compiled: functions run operation by operation.
     `times` says how often a program runs, see `compiling`, as it does of `numerics`.
     `work` is the arithmetic of a round once a program of rounds was compiled.
@@ -116,6 +117,7 @@ class Compiled:
         donate: tuple = (),
         family: str = ALONE,
         times: int = compiling.OFTEN,
+        places: Any = None,
     ) -> Callable:
         """Returns the program of a call, which is not called."""
         if setting("jax_disable_jit"):
@@ -130,7 +132,7 @@ class Compiled:
                 chosen["compiler_options"] = chosen.get("compiler_options", {}) | more
             options = {"donate_argnums": donate, **chosen}
             if self.mesh is not None:
-                options["out_shardings"] = sharding.everywhere(self.mesh)
+                options["out_shardings"] = places or sharding.everywhere(self.mesh)
             try:
                 traced: Any = self._trace(jax.jit(fn, **options), args)
                 self._programs[key] = traced.lower().compile()

@@ -80,6 +80,7 @@ def evaluator(
     batch_size: int = 256,
     clients_per_call: int = 64,
     mesh: Any = None,
+    pool_mb: int = 0,
     program: Compiled | None = None,
     hyper: Hyper | None = None,
 ) -> Evaluator:
@@ -98,6 +99,8 @@ def evaluator(
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
       mesh: devices to spread clients over.
+      pool_mb: how many MB of 2^20 bytes the samples of a call may take on a device, of
+        a pool on the host; 0: no limit.
       program: the compiler, that of an evaluator of the same method and arguments but
         for pool, populations, prior and values of hyper-parameters, whose programs then
         serve this one too; None for one of its own.
@@ -105,7 +108,8 @@ def evaluator(
 
     Raises:
       ValueError: the members are not the method's families, somebody who is to be
-        evaluated belongs to none, or nobody has samples for what the method fits.
+        evaluated belongs to none, nobody has samples for what the method fits, or those
+        of a call do not fit.
     """
     groups, program = families.check(alg, members), program or Compiled(mesh)
     hyper = hyper or Hyper.none(alg)
@@ -134,6 +138,13 @@ def evaluator(
     }
     scored = _by_family(groups, novel, populations)
     fine_tuned = _by_family(groups, novel, tuned or {})
+    if pool_mb and is_on_host(pool):
+        parts = [part for whom in (scored, fine_tuned) for part in whom.values()]
+        for population in (each.of for part in parts for each in part.values()):
+            num = _most(pool, population, max(2, clients_per_call))
+            what = f"samples of {len(population.ids)} clients who are evaluated, "
+            what += f"clients_per_call={clients_per_call} of them at a time"
+            schedule.check_room(pool, num, pool_mb, what, "fewer at a time")
     sides = families.clients(alg)
     fits = [name for name in groups.names if sides[name].fit is not None]
     if fits and fitting is None:
@@ -422,6 +433,13 @@ def _lanes(num: int, width: int) -> Iterator[tuple[np.ndarray, int, int]]:
         real = min(stride, num - start)
         lanes = num if num <= width else real + 1
         yield (start + np.arange(width)) % num, real, lanes
+
+
+def _most(pool: Pool, population: Population, width: int) -> int:
+    """How many samples `clients.some` takes for so many of a population, at most."""
+    each = np.sort(population.train.size + population.inputs.size)
+    num = min(len(pool.x), int(each[-width:].sum()))
+    return 1 << max(0, num - 1).bit_length()
 
 
 def _some(

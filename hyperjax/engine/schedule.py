@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import compiling, rng
+from hyperjax import compiling, hosts, rng
 from hyperjax.data import clients
 from hyperjax.data.clients import Table, is_on_host
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
@@ -171,7 +171,8 @@ def simulator(
       mapper: see `sharding.map_clients`.
       mesh: see `sharding.client_mesh`.
       store: "device" keeps the state and the row numbers of all clients on the
-        device, and runs all rounds of a call as one program; "host" keeps both in
+        device, of several on that of their `sharding.owners`, and runs all rounds of a
+        call as one program; "host" keeps both in
         host memory, or in files under `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
       pool_mb: how many MB of 2^20 bytes samples may take on a device: all of them, or,
@@ -356,6 +357,15 @@ def _check_room(
     if is_on_host(pool):
         num = 2 * _room(pool, table, cohort_size)  # trained on, and on their way
         what, instead = f"samples of two cohorts of {cohort_size}", "smaller cohorts"
+    check_room(pool, num, limit_mb, what, instead)
+
+
+def check_room(pool: Pool, num: int, limit_mb: int, what: str, instead: str) -> None:
+    """Refuses so many samples on the device.
+
+    Raises:
+      ValueError: they take more than the limit, if there is one, in MB of 2^20 bytes.
+    """
     needed = num * (pool.x.nbytes // max(1, len(pool.x))) / 2**20
     if limit_mb and needed > limit_mb:
         raise ValueError(
@@ -529,17 +539,36 @@ def _round_info(opened: dict, info: dict, closed: dict) -> dict:
 
 def _on_device(parts: _Parts) -> Simulator:
     """All rounds of a call are one program; client state is part of its carry."""
-    program, groups = parts.program, parts.groups
-    table = sharding.replicate(Table(*map(jnp.asarray, parts.table)), parts.mesh)
+    program, groups, mesh = parts.program, parts.groups, parts.mesh
+    owners = {name: sharding.owners(groups.size(name), mesh) for name in groups.names}
+    of_all = sharding.owners(len(parts.table.size), mesh)
+
+    def place(owners):
+        """Where arrays [N, ...] are; None: where JAX puts them."""
+        if mesh is None:
+            return None
+        return sharding.in_parts(owners) if owners else sharding.everywhere(mesh)
+
+    def put(x, owners):
+        return x if mesh is None else hosts.put(x, place(owners))
+
+    places = {name: place(owners[name]) for name in groups.names}
+    table = jax.tree.map(jnp.asarray, put(parts.table, of_all))
 
     def init(root):
-        carry = Carry(parts.init_server(root), {}, {})
+        carry = Carry(sharding.replicate(parts.init_server(root), mesh), {}, {})
         for name, spec in parts.rows().items():
-            carry.rows[name], carry.seen[name] = stores.zeros(spec, groups.size(name))
-        return sharding.replicate(carry, parts.mesh)
+            zeros = stores.zeros(spec, groups.size(name), places[name])
+            carry.rows[name], carry.seen[name] = zeros
+        return carry
 
     def load(arrays):
-        return sharding.replicate(jax.tree.map(jnp.asarray, arrays), parts.mesh)
+        server = sharding.replicate(jax.tree.map(jnp.asarray, arrays.server), mesh)
+        rows, seen = (
+            {name: put(x, owners[name]) for name, x in kept.items()}
+            for kept in (arrays.rows, arrays.seen)
+        )
+        return Carry(server, *jax.tree.map(jnp.asarray, (rows, seen)))
 
     def many_rounds(root, carry, rounds, table, pool, weight, values):
         trained = parts.exchange(values)
@@ -549,16 +578,22 @@ def _on_device(parts: _Parts) -> Simulator:
         def one_exchange(carry: Carry, cohorts, run=trained):
             server, rows, seen = carry
             data, state, was_seen = {}, {}, {}
-            for name, places in parts.members(cohorts).items():
-                data[name] = ClientData(table.rows[places], table.size[places], pool)
+            for name, members in parts.members(cohorts).items():
+                mine = (stores.taken(x, members, of_all) for x in table)
+                data[name] = ClientData(*mine, pool)
                 state[name], was_seen[name] = stores.gather(
-                    rows[name], seen[name], cohorts[name].ids
+                    rows[name], seen[name], cohorts[name].ids, owners[name]
                 )
             server, state, info = run(root, server, state, was_seen, data, cohorts)
             rows, seen = dict(rows), dict(seen)
             for name, cohort in cohorts.items():
                 rows[name], seen[name] = stores.scatter(
-                    rows[name], seen[name], cohort.ids, state[name], cohort.active > 0
+                    rows[name],
+                    seen[name],
+                    cohort.ids,
+                    state[name],
+                    cohort.active > 0,
+                    owners[name],
                 )
             return Carry(server, rows, seen), info
 
@@ -594,9 +629,11 @@ def _on_device(parts: _Parts) -> Simulator:
 
     def run(root, carry, start, num_rounds):
         rounds = jnp.arange(start, start + num_rounds, dtype=jnp.int32)
-        root = sharding.replicate(root, parts.mesh)
+        root = sharding.replicate(root, mesh)
         args = (root, carry, rounds, *given)
-        found = program("rounds", many_rounds, args, donate=(1,))
+        whole = mesh and sharding.everywhere(mesh)
+        outputs = mesh and (Carry(whole, places, places), whole)
+        found = program("rounds", many_rounds, args, donate=(1,), places=outputs)
         program.keep_work("rounds", num_rounds, width)
         return found
 

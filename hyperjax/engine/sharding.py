@@ -74,6 +74,17 @@ def client_mesh(cohort_size: int, max_devices: int = 0) -> Mesh | None:
     )
 
 
+def owners(num_clients: int, mesh: Mesh | None) -> Mesh | None:
+    """Returns a mesh whose devices own equal parts of so many clients, or None.
+
+    Device d owns the d-th part of them, in the order of their numbers. There are none
+    where parts would not be equal, or where several processes would have to be asked
+    for them; then what is kept of all clients is on every device.
+    """
+    alone = mesh is None or hosts.several() or num_clients % mesh.size
+    return None if alone else mesh
+
+
 def padded_size(cohort_size: int, mesh: Mesh | None) -> int:
     """Returns the cohort size rounded up to a multiple of the device count."""
     devices = 1 if mesh is None else mesh.size
@@ -143,6 +154,11 @@ def by_size(size: Array, devices: int = 1) -> Array:
 def everywhere(mesh: Mesh) -> jax.sharding.NamedSharding:
     """Returns the sharding that puts a copy on every device of the mesh."""
     return jax.sharding.NamedSharding(mesh, PartitionSpec())
+
+
+def in_parts(mesh: Mesh) -> jax.sharding.NamedSharding:
+    """Returns the sharding of arrays [N, ...] whose rows are with their `owners`."""
+    return jax.sharding.NamedSharding(mesh, PartitionSpec(CLIENTS))
 
 
 def replicate(a: PyTree, mesh: Mesh | None) -> PyTree:

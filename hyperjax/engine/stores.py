@@ -3,39 +3,112 @@
 Both stores allocate zeros and a `seen` flag per client; a client's real initial state
 is computed on its first visit, so a million clients cost no initialisation. Rows of
 clients that do not take part come back bitwise equal.
+
+On several devices each may own the rows of some clients, see `sharding.owners`: then a
+cohort's rows travel and nobody else's, and a device has room for its part alone.
 """
 
 import contextlib
+import functools
 import math
 import mmap
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from hyperjax.engine import sharding
 from hyperjax.types import Array, PyTree
 
 
-def zeros(spec: PyTree, num_clients: int) -> tuple[PyTree, Array]:
-    """Returns device rows [N, ...] of zeros and seen [N] false."""
-    rows = jax.tree.map(lambda s: jnp.zeros((num_clients, *s.shape), s.dtype), spec)
-    return rows, jnp.zeros(num_clients, bool)
+def zeros(spec: PyTree, num_clients: int, place: Any = None) -> tuple[PyTree, Array]:
+    """Returns device rows [N, ...] of zeros and seen [N] false.
+
+    `place` is a device or sharding for them.
+    """
+    empty = functools.partial(jnp.zeros, device=place)
+    rows = jax.tree.map(lambda s: empty((num_clients, *s.shape), s.dtype), spec)
+    return rows, empty(num_clients, bool)
 
 
-def gather(rows: PyTree, seen: Array, ids: Array) -> tuple[PyTree, Array]:
+def gather(
+    rows: PyTree, seen: Array, ids: Array, owners: Any = None
+) -> tuple[PyTree, Array]:
     """Returns the rows of a cohort; padding ids show the last client."""
-    take = lambda x: x.at[ids].get(mode="clip")  # noqa: E731
+    take = functools.partial(taken, ids=ids, owners=owners)
     return jax.tree.map(take, rows), take(seen)
 
 
+def taken(x: Array, ids: Array, owners: Any = None) -> Array:
+    """Returns rows of an array [N, ...], those of ids beyond it the last.
+
+    With `owners`, see `sharding.owners`, each sends the rows it has, and no others.
+    """
+    if owners is None:
+        return x.at[ids].get(mode="clip")
+    last = x.shape[0] - 1
+
+    def own(x, ids):
+        place, mine = _own_places(x, jnp.minimum(ids, last))
+        found = _bits(x.at[place].get(mode="clip"))
+        found = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), found, 0)
+        return _bits(jax.lax.psum(found, sharding.CLIENTS), x.dtype)
+
+    along, whole = PartitionSpec(sharding.CLIENTS), PartitionSpec()
+    specs = dict(in_specs=(along, whole), out_specs=whole)
+    return jax.shard_map(own, mesh=owners, check_vma=False, **specs)(x, ids)
+
+
 def scatter(
-    rows: PyTree, seen: Array, ids: Array, new: PyTree, alive: Array
+    rows: PyTree,
+    seen: Array,
+    ids: Array,
+    new: PyTree,
+    alive: Array,
+    owners: Any = None,
 ) -> tuple[PyTree, Array]:
     """Writes a cohort back; padding ids are dropped."""
-    rows = jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), rows, new)
-    # The larger of both: whoever was seen once stays so when it drops out.
-    return rows, seen.at[ids].max(alive, mode="drop")
+
+    def written(rows, seen, ids, new, alive):
+        rows = jax.tree.map(lambda x, y: x.at[ids].set(y, mode="drop"), rows, new)
+        # The larger of both: whoever was seen once stays so when it drops out.
+        return rows, seen.at[ids].max(alive, mode="drop")
+
+    def own(rows, seen, ids, new, alive):
+        place, mine = _own_places(seen, ids)
+        return written(rows, seen, jnp.where(mine, place, len(seen)), new, alive)
+
+    if owners is None:
+        return written(rows, seen, ids, new, alive)
+    along, whole = PartitionSpec(sharding.CLIENTS), PartitionSpec()
+    run = jax.shard_map(
+        own,
+        mesh=owners,
+        in_specs=(along, along, whole, whole, whole),
+        out_specs=along,
+        check_vma=False,
+    )
+    return run(rows, seen, ids, new, alive)
+
+
+def _bits(x: Array, dtype: Any = None) -> Array:
+    """Whole numbers of the same bits, or those of whole numbers as another type.
+
+    Sums with 0 leave them as they are; a sum of numbers would make 0.0 of -0.0.
+    """
+    if bool in (x.dtype, dtype):
+        return x.astype(dtype or jnp.uint8)
+    dtype = dtype or f"uint{8 * x.dtype.itemsize}"
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(dtype))
+
+
+def _own_places(x: Array, ids: Array) -> tuple[Array, Array]:
+    """Where a device's part of an array has clients, and whether it has them."""
+    place = ids - jax.lax.axis_index(sharding.CLIENTS) * x.shape[0]
+    return place, (place >= 0) & (place < x.shape[0])
 
 
 def host_zeros(

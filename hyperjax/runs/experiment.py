@@ -199,6 +199,7 @@ def experiment(
         numerics=numerics,
         hyper=hyper,
         balanced=balanced,
+        pool_mb=pool_mb,
     )
     plan = dict(
         backend=backend,
@@ -326,6 +327,7 @@ def make_evaluator(
     numerics: compiling.Numerics = compiling.Numerics(),
     hyper: Hyper | None = None,
     balanced: bool = False,
+    pool_mb: int = 0,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     clients_per_call = min(clients_per_call, max(map(len, whom.values())))
@@ -352,6 +354,7 @@ def make_evaluator(
         batch_size=batch_size,
         clients_per_call=clients_per_call,
         mesh=mesh,
+        pool_mb=pool_mb,
         program=program or Compiled(mesh, numerics),
         hyper=hyper,
     )

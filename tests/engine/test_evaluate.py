@@ -256,6 +256,26 @@ def test_all_predictions_in_stored_order_and_once():
 # Fine-tuning -------------------------------------------------------------------------
 
 
+def test_samples_on_the_host_that_do_not_fit_are_refused():
+    pool = jax.tree.map(np.asarray, tiny().pool)
+    x = np.broadcast_to(np.uint8(0), (2000, 400, 400, 1))  # 0.15 MB each
+    far = pool._replace(x=x)
+
+    def build(limit, at_a_time):
+        evaluate.evaluator(
+            *(method(KEPT), far, populations()),
+            source_prior=SOURCE,
+            clients_per_call=at_a_time,
+            pool_mb=limit,
+        )
+
+    build(0, 64)
+    build(100, 64)
+    build(12, 1)
+    with pytest.raises(ValueError, match=r"pool_mb=12 .* clients_per_call=64 of them"):
+        build(12, 64)
+
+
 @functools.cache
 def tuner():
     return evaluate.evaluator(

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import mmap
 import pathlib
+import re
 
 import chex
 import jax
@@ -291,6 +292,74 @@ def test_a_large_host_store_takes_memory_as_it_is_written():
     assert seen.nonzero()[0].tolist() == [5, 1999]
     assert rows["x"].sum(1).nonzero()[0].tolist() == [5, 1999]
     assert stores.host_gather(rows, seen, ids[:2])[0]["x"].min() == 1
+
+
+STATE = "scaffold"  # a table of parameters for every client
+
+
+@functools.cache
+def population(devices, num=5004):
+    """A simulator of many clients, cohorts of four."""
+    rows, size = tiny().table
+    table = Table(np.resize(rows, (num, rows.shape[1])), np.resize(size, num))
+    return schedule.simulator(
+        *(method(STATE), table, tiny().pool),
+        weight=np.ones(num),
+        cohort_size=4,
+        sampler="uniform",
+        mesh=sharding.client_mesh(4, devices),
+    )
+
+
+def test_of_clients_state_the_cohorts_travels_alone():
+    sim = population(2)
+    start, kept = sim.init(ROOT), families.ALONE
+    for x in jax.tree.leaves((start.rows, start.seen, sim.given[0])):
+        assert [shard.data.shape[0] for shard in x.addressable_shards] == [2502, 2502]
+    args = ROOT, start, jnp.arange(2), *sim.given
+    args = sharding.replicate(args[0], sim.program.mesh), *args[1:]
+    text = jax.jit(sim.function, donate_argnums=(1,)).lower(*args).compile().as_text()
+    sent = re.findall(r"= (.*?) (?:all-|reduce-scatter|collective-)[a-z-]*\(", text)
+    assert any("[4,16,4]" in shapes for shapes in sent)  # rows of a kernel
+    assert not [shapes for shapes in sent if re.search(r"\[(5004|2502)\b", shapes)]
+    # And stays where it is from call to call.
+    end, _ = sim.run(ROOT, start, 0, 3)
+    end, _ = sim.run(ROOT, end, 3, 1)
+    assert end.seen[kept].sharding == start.seen[kept].sharding
+    again, _ = sim.run(ROOT, sim.load(jax.device_get(end)), 4, 1)
+    end, _ = sim.run(ROOT, end, 4, 1)
+    assert digest(again) == digest(end)
+    # On one device the results are the same.
+    alone, _ = population(1).run(ROOT, population(1).init(ROOT), 0, 5)
+    chex.assert_trees_all_close(jax.device_get(end), jax.device_get(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [8, 9])
+def test_rows_of_owners_come_and_go_bit_by_bit(num):
+    mesh = sharding.client_mesh(8, 4)
+    owners = sharding.owners(num, mesh)
+    assert (owners is None) == (num == 9)
+    x = np.arange(3.0 * num, dtype=np.float32).reshape(num, 3)
+    x[1], x[2, 1] = -0.0, np.nan
+    rows, seen = {"x": x, "n": np.arange(num)}, np.arange(num) % 2 == 0
+    ids = jnp.array([1, 2, 7, num, 0])
+    if owners is not None:
+        rows, seen = jax.device_put((rows, seen), sharding.in_parts(owners))
+    rows, seen = jax.tree.map(jnp.asarray, (rows, seen))
+    found = jax.jit(functools.partial(stores.gather, owners=owners))(rows, seen, ids)
+    assert digest(found) == digest(
+        jax.tree.map(lambda x: np.asarray(x)[[1, 2, 7, num - 1, 0]], (rows, seen))
+    )
+    new = jax.tree.map(lambda x: x + 1, found[0])
+    alive = jnp.array([True, True, False, False, False])
+    scatter = jax.jit(functools.partial(stores.scatter, owners=owners))
+    written = scatter(rows, seen, ids, new, alive)
+    expected = stores.scatter(
+        *jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x)), (rows, seen, ids, new, alive)
+        )
+    )
+    assert digest(written) == digest(expected)
 
 
 def resident():

@@ -498,6 +498,19 @@ def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypat
     assert read(tmp_path / "whole", "summary.json")["plan"]["precision"] == "bfloat16"
 
 
+def test_a_killed_run_with_samples_on_the_host_goes_on(tmp_path, monkeypatch):
+    near = small(engine__store="host", server__sampler="uniform", server__cohort_size=2)
+    train.train(near, str(tmp_path / "near"))
+    config = near.copy_and_resolve_references()
+    config.engine.pool, config.engine.pool_mb = "host", 1
+    with kill_at(monkeypatch, checkpoint.Saver, "save", 2):
+        train.train(config, str(tmp_path / "broken"))
+    train.train(config, str(tmp_path / "broken"))
+    same_result(tmp_path / "broken", tmp_path / "near")
+    plan = read(tmp_path / "broken", "summary.json")["plan"]
+    assert (plan["pool"], plan["store"]) == ("host", "host")
+
+
 def test_stops_between_evaluations_keep_the_bits(tmp_path, monkeypatch):
     config = small(engine__rounds_per_call=1)
     train.train(config, str(tmp_path / "whole"))
