@@ -235,12 +235,15 @@ def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -
 def varying(parameters: np.ndarray) -> dict[str, np.ndarray]:
     """Returns {parameter: [N]} of those that are not the identity's for everybody.
 
-    "order" says nothing by itself, and is left out.
+    "order" says nothing by itself, and is left out. Runs from before there were all
+    parameters have the first of them.
     """
     return {
-        name: parameters[:, i]
-        for i, name in enumerate(PARAMETERS)
-        if name != "order" and np.any(parameters[:, i] != IDENTITY[i])
+        name: column
+        for (name, identity), column in zip(
+            PARAMETERS.items(), parameters.T, strict=False
+        )
+        if name != "order" and np.any(column != np.float32(identity))
     }
 
 

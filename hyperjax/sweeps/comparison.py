@@ -78,8 +78,10 @@ def read(
 
 def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     """Returns the page, with links as of a file at `path`."""
-    look = figures.looks(statistics.groups_of(results.wide, results.by))
-    series = [Series(n, _hex(o.color), o.line) for n, o in look.of.items()]
+    each = statistics.groups_of(results.wide, results.by)
+    look, told = figures.looks(each), tables.telling(each)
+    names = dict(zip(map(tables.label, each), told, strict=True))
+    series = [Series(names[n], _hex(o.color), o.line) for n, o in look.of.items()]
     done = int(results.wide["finished"].sum())
     num = len(results.points)
     groups = len(series)
@@ -92,10 +94,10 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
         *_failed(path.parent),
         _differing(results),
         _results(results),
-        _curves(results, series, look),
+        _curves(results, series, look, names),
         _swept(results),
-        _places(results, series, look),
-        _clients(results, series),
+        _places(results, series, look, names),
+        _clients(results, series, names),
         _partitions(results),
         _runs(results, path),
         _files(path.parent),
@@ -165,13 +167,18 @@ def _results(results: Results) -> str:
     return pages.section("Results", *parts)
 
 
-def _curves(results: Results, series: Sequence[Series], look: figures.Looks) -> str:
+def _curves(
+    results: Results,
+    series: Sequence[Series],
+    look: figures.Looks,
+    names: Mapping[str, str],
+) -> str:
     axes = {k: v for k, v in charts.AXES.items() if results.table[k].nunique() > 1}
     found = []
     for metric, name in METRICS.items():
         for more, table in look.panels(results.table):
             rows = [
-                {"series": group, **_point(row)}
+                {"series": names[group], **_point(row)}
                 for group, frame in figures.by_round(table, results.by, metric)
                 for row in frame.to_dict("records")
             ]
@@ -236,7 +243,12 @@ def _swept(results: Results) -> str:
     return pages.section("Swept numbers", *(found and [said, pages.grid(*found)]))
 
 
-def _places(results: Results, series: Sequence[Series], look: figures.Looks) -> str:
+def _places(
+    results: Results,
+    series: Sequence[Series],
+    look: figures.Looks,
+    names: Mapping[str, str],
+) -> str:
     """zACC against pACC."""
     done = results.wide[results.wide["finished"].astype(bool)]
     if not {"pacc", "zacc"} <= set(done) or done.empty:
@@ -247,7 +259,7 @@ def _places(results: Results, series: Sequence[Series], look: figures.Looks) -> 
         rows: list[dict[str, Any]] = []
         for group in statistics.groups_of(part, results.by):
             own = statistics.members(part, group).dropna(subset=["pacc", "zacc"])
-            name = tables.label(group)
+            name = names[tables.label(group)]
             rows += [
                 dict(series=name, x=r.pacc, y=r.zacc, name=r.point, mean=False)
                 for r in own.itertuples()
@@ -264,7 +276,9 @@ def _places(results: Results, series: Sequence[Series], look: figures.Looks) -> 
     return pages.section("Unseen clients against participants", pages.grid(*found))
 
 
-def _clients(results: Results, series: Sequence[Series]) -> str:
+def _clients(
+    results: Results, series: Sequence[Series], names: Mapping[str, str]
+) -> str:
     """Quantiles of clients by group, and each client under two groups."""
     rows = results.clients[results.clients["metric"] == "accuracy"]
     if rows.empty:
@@ -273,7 +287,7 @@ def _clients(results: Results, series: Sequence[Series]) -> str:
     for side in (True, False):
         chosen = rows[rows["participating"] == side]
         quantiles = [
-            {"series": tables.label(group), **_quantiles(own)}
+            {"series": names[tables.label(group)], **_quantiles(own)}
             for group in statistics.groups_of(chosen, results.by)
             if len(own := statistics.members(chosen, group)["value"])
         ]

@@ -63,6 +63,7 @@ _NO_DATES: dict[str, dict[str, None]] = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
+_LEGEND_LINES, _LINE_HEIGHT = 3, 0.17  # that figures have room for; inches
 _LABEL = 36  # letters of a line
 # Up to so many clients of a group are shown each by a dot.
 _MAX_DOTS = 200
@@ -133,7 +134,8 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     lined = crossed[0] if len(varying) > 1 and crossed else None
     values = list(dict.fromkeys(group[lined] for group in groups)) if lined else []
     rest = [{k: v for k, v in g.items() if k != lined} for g in groups]
-    words = list(dict.fromkeys(tables.label(group) for group in rest))
+    others = {tables.label(group): group for group in rest}
+    words, told = list(others), tables.telling(list(others.values()))
     shades = _shades(rest, [n for n in varying if n != lined])
     colors = shades or {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(words)}
     apart = None
@@ -150,25 +152,17 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
         found[tables.label(group)] = Look(colors[name], _LINES[kind], _MARKERS[kind])
     if not lined:
         pairs = zip(map(tables.label, rest), found.values(), strict=True)
-        legend = list(zip(_telling(words), dict(pairs).values(), strict=True))
+        legend = list(zip(told, dict(pairs).values(), strict=True))
         return Looks(found, legend, apart)
     legend = [
-        (told, Look(colors[name], "-", "o"))
-        for name, told in zip(words, _telling(words), strict=True)
+        (short, Look(colors[name], "-", "o"))
+        for name, short in zip(words, told, strict=True)
     ]
     legend += [
         (f"{tables.short(lined, names)}={tables.setting(value)}", Look(MUTED, *kind))
         for value, kind in zip(values, zip(_LINES, _MARKERS, strict=True), strict=False)
     ]
     return Looks(found, legend)
-
-
-def _telling(labels: Sequence[str]) -> list[str]:
-    """Returns labels without the method where there is one, and settings tell them."""
-    parts = [label.partition(", ") for label in labels]
-    if len(parts) < 2 or len({method for method, *_ in parts}) > 1:
-        return list(labels)
-    return [rest or method for method, _, rest in parts]
 
 
 def _is_crossed(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -268,14 +262,18 @@ def curves(
                 continue
             one = look.of[name]
             x, mean, std = frame[against], frame["mean"], frame["std"].fillna(0)
-            axis.plot(x, mean, color=one.color, linestyle=one.line)
+            alone = one.marker if len(x) == 1 else ""  # of one point there is no line
+            axis.plot(
+                x, mean, color=one.color, linestyle=one.line, marker=alone, markersize=4
+            )
             axis.fill_between(
                 x, mean - std, mean + std, color=one.color, alpha=0.18, linewidth=0
             )
         axis.set(title=f"{tables.metric_name(metric)}, %{more}", xlabel=AXES[against])
         if against == "bytes":
             _bytes_axis(axis, wide_apart)
-    _legend(figure, look, _over_seeds(long, "band"), marks=False)
+    marks = any(line.get_marker() for axis in axes for line in axis.get_lines())
+    _legend(figure, look, _over_seeds(long, "band"), marks=marks)
     return figure
 
 
@@ -336,7 +334,7 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
     groups = statistics.groups_of(rows, by)
     kinds = sorted(rows["participating"].unique(), reverse=True)
     names = [tables.label(group) for group in groups]
-    shown = [textwrap.fill(name, _LABEL) for name in _telling(names)]
+    shown = [textwrap.fill(name, _LABEL) for name in tables.telling(groups)]
     row = 0.24 if not any("\n" in name for name in shown) else 0.34
     figure, axes = _panels(len(kinds), height=0.7 + row * len(groups))
     rng = np.random.default_rng(0)  # of the dots' height alone
@@ -476,10 +474,13 @@ def _legend(figure: Figure, look: Looks, title: str, marks: bool = True) -> None
     longest = max((len(words) for words, _ in entries), default=1)
     # About 19 letters an inch, and the line before them.
     columns = int(figure.get_figwidth() * 19 // (longest + 8))
+    columns = max(1, min(len(entries), columns))
+    more = max(0, -(-len(entries) // columns) - _LEGEND_LINES)
+    figure.set_figheight(figure.get_figheight() + more * _LINE_HEIGHT)
     figure.legend(
         handles=lines,
         loc="outside lower center",
-        ncols=max(1, min(len(entries), columns)),
+        ncols=columns,
         title=title,
     )
 

@@ -21,6 +21,7 @@ _FURTHER = re.compile(
 )
 NOTHING = "–"
 _VERDICTS = {"better": "↑", "worse": "↓", "level": "=", None: ""}
+_LONG = 40  # letters of a name
 
 
 class Content(NamedTuple):
@@ -137,6 +138,39 @@ def label(group: Mapping[str, Any]) -> str:
         if field != "method" and value is not None
     ]
     return ", ".join(part for part in parts if part)
+
+
+def telling(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns names of groups for where there is little room, each another one.
+
+    Where the groups' own are long they lose what says little: settings that all share,
+    and values that more than half of the groups have. And the method, if there is one.
+
+    Example:
+      >>> telling([{"method": "fedavg", "rate": x} for x in (0.1, 0.3)])
+      ['rate=0.1', 'rate=0.3']
+    """
+    names = [label(group) for group in groups]
+    if max(map(len, names), default=0) > _LONG:
+        common = {}
+        for field in groups[0]:
+            values = [setting(group[field]) for group in groups]
+            most = max(set(values), key=values.count)
+            if values.count(most) > len(values) / 2:
+                common[field] = most
+        fewer = [
+            label({k: v for k, v in g.items() if setting(v) != common.get(k)} | method)
+            for g in groups
+            for method in [{"method": g["method"]} if "method" in g else {}]
+        ]
+        names = [
+            short if fewer.count(short) == 1 else whole
+            for short, whole in zip(fewer, names, strict=True)
+        ]
+    parts = [name.partition(", ") for name in names]
+    if len(parts) < 2 or len({method for method, *_ in parts}) > 1:
+        return names
+    return [rest or method for method, _, rest in parts]
 
 
 def frame(found: Content) -> pd.DataFrame:

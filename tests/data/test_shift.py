@@ -118,6 +118,11 @@ def test_a_client_has_one_corruption_and_outside_is_another():
         assert set.union(*names[60:]) == (seen if novel == "inside" else unseen)
 
 
+def test_runs_from_before_a_parameter_can_be_read():
+    rows = own(angle=90)[:, :8]
+    assert list(shift.varying(rows)) == ["angle"]
+
+
 # Classes -----------------------------------------------------------------------------
 
 

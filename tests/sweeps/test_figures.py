@@ -10,7 +10,7 @@ import pytest
 from made_runs import make_run
 from PIL import Image
 
-from hyperjax.sweeps import figures, long, statistics
+from hyperjax.sweeps import figures, long, statistics, tables
 
 BY = ["method", "data.alpha"]
 
@@ -149,3 +149,34 @@ def test_equal_results_give_equal_files_without_a_date(results, drawn):
         assert b"CreationDate" not in content and b"<dc:date>" not in content
     width = Image.open(io.BytesIO(content)).width
     assert width == pytest.approx(figures.WIDTH / 2 * 220, abs=1)
+
+
+def test_long_names_lose_what_says_little():
+    rest = {"data.shift": "rotation", "data.validation_fraction": 0.2}
+    own = [("fedavg", ""), ("fedavg", "em"), ("flux", ""), ("feroma", "")]
+    groups = [{"method": m, **rest, "evaluation.adapt": a} for m, a in own]
+    names = ["fedavg", "fedavg, adapt=em", "flux", "feroma"]
+    assert tables.telling(groups) == names
+    # Two that would be called alike keep what they are.
+    groups.append({**groups[2], "method.num": 3})
+    groups = [{"method.num": None, **group} for group in groups]
+    assert len(set(tables.telling(groups))) == 5
+
+
+def test_a_long_legend_has_room_below_the_panel():
+    tall = figures.participants_and_unseen(*many_methods(30))
+    low = figures.participants_and_unseen(*many_methods(3))
+    assert tall.get_figheight() > low.get_figheight() + 2
+
+
+def many_methods(num):
+    rows = [
+        dict(
+            method=f"one_of_a_long_name_{i}", seed=seed, pacc=80.0 + i, zacc=70.0 + seed
+        )
+        for i in range(num)
+        for seed in (0, 1)
+    ]
+    done = pd.DataFrame(rows)
+    groups = statistics.groups_of(done, ["method"])
+    return done, ["method"], figures.looks(groups)
