@@ -95,7 +95,8 @@ def fedthe(
 
     def mean_features(variables: PyTree, data: ClientData) -> Array:
         mask, seen = outputs_of(model, generic(variables), data)
-        return mask @ seen.features / jnp.maximum(jnp.sum(mask), 1.0)
+        total = mask @ jnp.asarray(seen.features)
+        return total / jnp.maximum(jnp.sum(mask), 1.0)
 
     def context(variables, data):
         return clients.class_shares(data, num_classes), mean_features(variables, data)
@@ -118,13 +119,13 @@ def fedthe(
     def apply(variables, x):
         seen = model.apply(generic(variables), x)
         kernel = variables["params"]["personal"]["kernel"]
-        own = seen.features @ kernel
+        own = jnp.asarray(seen.features) @ kernel
         inputs = memory.get(variables, "condition")
         inputs = seen.features if isinstance(inputs, tuple) else inputs
         at = beta * seen.features + (1 - beta) * inputs
         means = variables["stats"]["features"], memory.get(variables, OWN)
-        gaps = [jnp.linalg.norm(at - mean, axis=-1) for mean in means]
-        share = personal_share(seen.logits, own, *gaps, weight_steps, weight_rate)
+        far, near = (jnp.linalg.norm(at - mean, axis=-1) for mean in means)
+        share = personal_share(seen.logits, own, far, near, weight_steps, weight_rate)
         share = jnp.where(jnp.any(kernel != 0), share, 0.0)[:, None]
         return Outputs((1 - share) * seen.logits + share * own, seen.features)
 

@@ -79,6 +79,12 @@ def kind_of(shape: tuple[int, ...], dtype: Any) -> str:
     return "tokens" if np.dtype(dtype).kind == "i" else "features"
 
 
+def kind_like(x: np.ndarray, shape: tuple[int, ...], dtype: Any) -> str:
+    """Returns the kind of samples given as those of a shape and type once were."""
+    flat = len(shape) == 3 and np.ndim(x) == 2
+    return "images" if flat else kind_of(shape, dtype)
+
+
 def vocabulary(x: Any) -> int:
     """Returns how many different tokens there may be, the largest and 1; else 0."""
     return int(x.max()) + 1 if is_tokens(x) else 0

@@ -112,7 +112,7 @@ def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
       pool: of n samples.
       *tables: rows [C, .] of the pool.
       room: how many samples the new pool has, at least as many as the tables name; 0:
-        the next power of two. What is left over repeats its first sample.
+        the next power of two. What is left over repeats the last of them.
 
     Returns:
       A pool on the host, and the tables with rows of it.

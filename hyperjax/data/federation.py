@@ -288,7 +288,9 @@ def federate(
         options = {**options, "client_ids": ids[rest]}
     if partition in partitions.SHARED:
         marked = np.zeros(total, bool)
-        marked[rest[: max(1, round(eval_fraction * len(rest)))]] = True
+        for k in np.unique(source.y[rest]):  # clients need both of every class
+            mine = rest[source.y[rest] == k]
+            marked[mine[: max(1, round(eval_fraction * len(mine)))]] = True
         options = {**options, "apart": marked[rest]}
     if num_clients is None:
         num_clients = _everybody(options.get("client_ids"), num_novel)
@@ -342,7 +344,7 @@ def federate(
         validation = clients.table(apart, _WIDTH)
     own_train = clients.table(train[mine], _WIDTH)
     if drawn is not None:
-        shown = shifts.apply(source.x, parts, drawn, seed, source.y)
+        shown = shifts.apply(source.x, parts, drawn, seed, source.y, source.num_classes)
         source = after_shift(source._replace(x=shown))
     samples = clients.make_pool(
         source.x,

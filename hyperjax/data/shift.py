@@ -57,6 +57,7 @@ NOVEL = ("inside", "edge", "outside")
 _EDGE, _BEYOND = 0.1, 0.5  # shares of a range
 _AT_ONCE = 2048  # images shifted at a time
 _STREAM = 0x5417F7  # apart from the draws of the partition, which thus stays as it is
+_WHICH, _ORDERS = 97, 98  # of its draws; those of PARAMETERS have their places there
 
 
 class Range(NamedTuple):
@@ -195,7 +196,7 @@ class Shift(NamedTuple):
         which = [
             rng.integers(len(of), size=num) + start
             for rng, num, of, start in zip(
-                _draws(seed, len(PARAMETERS)),
+                _draws(seed, _WHICH),
                 sizes,
                 (everybody, others if outside else everybody),
                 (0, len(everybody) if outside else 0),
@@ -275,10 +276,14 @@ def relabelled(
 
 
 def _touched(
-    y: np.ndarray, parts: Sequence[np.ndarray], parameters: np.ndarray, seed: int
+    y: np.ndarray,
+    parts: Sequence[np.ndarray],
+    parameters: np.ndarray,
+    seed: int,
+    num_classes: int,
 ) -> np.ndarray:
     """Whether the images of the samples of all parts are shifted, one after another."""
-    num_classes, found = int(y.max()) + 1, []
+    found = []
     for part, row in zip(parts, parameters, strict=True):
         num = max(1, int(np.rint(row[_place("classes")] * num_classes)))
         found.append(np.isin(y[part], _order(seed, row, num_classes)[:num]))
@@ -286,7 +291,7 @@ def _touched(
 
 
 def _order(seed: int, row: np.ndarray, num_classes: int) -> np.ndarray:
-    draw = np.random.default_rng([seed, _STREAM, 98, int(row[_place("order")])])
+    draw = np.random.default_rng([seed, _STREAM, _ORDERS, int(row[_place("order")])])
     return draw.permutation(num_classes)
 
 
@@ -299,6 +304,7 @@ def apply(
     parameters: np.ndarray,
     seed: int,
     y: np.ndarray | None = None,
+    num_classes: int = 0,
 ) -> np.ndarray:
     """Returns images as their clients see them.
 
@@ -309,6 +315,7 @@ def apply(
       parameters: [N, S].
       seed: of the noise, which is a sample's own for good.
       y: [n] integer labels, for shifts of some classes.
+      num_classes: K, with `y`.
 
     Returns:
       [n, H, W, c] of the same type. Samples of nobody, and of clients whose parameters
@@ -335,7 +342,7 @@ def apply(
     rows = np.concatenate([np.asarray(part) for part in parts])
     moving = np.any(parameters != IDENTITY, axis=1)[owner]
     if "classes" in changed and y is not None:
-        moving &= _touched(y, parts, parameters, seed)
+        moving &= _touched(y, parts, parameters, seed, num_classes)
     owner, rows = owner[moving], rows[moving]
     names = tuple(sorted(set(changed) - set(BY_CLASS)))
     for start in range(0, len(rows), _AT_ONCE):

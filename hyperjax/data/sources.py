@@ -32,6 +32,7 @@ from hyperjax.data.arrays import (
 from hyperjax.data.arrays import check_images as check_images
 from hyperjax.data.arrays import check_labels as check_labels
 from hyperjax.data.arrays import check_samples as check_samples
+from hyperjax.data.arrays import kind_like as kind_like
 from hyperjax.data.arrays import kind_of as kind_of
 from hyperjax.data.arrays import shown_shape as shown_shape
 from hyperjax.data.arrays import vocabulary as vocabulary

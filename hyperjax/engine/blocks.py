@@ -7,10 +7,12 @@ client was ever seen are zeros (see `stores`), and have no file.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 import numpy as np
@@ -58,11 +60,27 @@ def contents(
         yield int(place), hashlib.sha256(content).hexdigest(), content
 
 
+# What a file system says that has no such operation.
+_NOT_THERE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def sync(file: IO) -> None:
+    """Has what was written to an open file outlast a loss of power, where that goes."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+
+
 def write(folder: Path, digest: str, content: bytes) -> None:
     """Writes a block, which others may share, as a whole or not at all."""
     folder.mkdir(exist_ok=True)
     part = folder / f".{digest}.part"
-    part.write_bytes(content)
+    with open(part, "wb") as file:
+        file.write(content)
+        sync(file)  # before the digest that will name it
     os.replace(part, folder / digest)
 
 

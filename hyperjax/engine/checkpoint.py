@@ -14,7 +14,6 @@ their paths, so that orbax alone can open one:
   arrays["server/theta/params/head/kernel"]
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -59,17 +58,8 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     # Bytes of a path that are no text ("surrogates") must not cost a report.
     with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
-        file.flush()
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
+        blocks.sync(file)
     os.replace(part, path)
-
-
-# What a file system says that has no such operation.
-_NOT_THERE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def read_json(path: str | os.PathLike, remedy: str, kind: type = dict) -> Any:

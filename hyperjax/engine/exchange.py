@@ -107,9 +107,9 @@ def make_joint_exchange(
     `alone` for the single family of the single client. Exchanges of one round that
     differ in `stage` draw from different keys. Blocks are of clients of about a size,
     see `sharding.by_size`, and all else is in the cohort's order, but for the sums of
-    `streaming`: with it uplinks are summed up
-    as clients finish, and no more of them are in memory than train at a time; it is for
-    servers that are `mean_only` or have `sums`.
+    `streaming`: with it uplinks are summed up as clients finish, and no more of them
+    are in memory than train at a time; it is for servers that are `mean_only` or have
+    `sums`.
     """
 
     def mapped_update(client):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
+from hyperjax import native
+
 
 class Work(NamedTuple):
     """The arithmetic of a traced program."""
@@ -45,6 +47,8 @@ def work(jaxpr: core.Jaxpr, times: float = 1.0) -> Work:
             outside += times * _product(equation)
         elif kind == "conv_general_dilated":
             outside += times * _convolution(equation)
+        elif kind == "ffi_call" and native.is_convolution(params["target_name"]):
+            outside += times * _native_convolution(equation)
         elif kind == "while":
             body = work(params["body_jaxpr"].jaxpr)
             once = body.outside or body.inside
@@ -86,6 +90,13 @@ def _product(equation: Any) -> float:
     shape = equation.invars[0].aval.shape
     summed = math.prod(shape[axis] for axis in contracted)
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
+
+
+def _native_convolution(equation: Any) -> float:
+    """Of two of x, kernel and y, which has the positions, and the third."""
+    shapes = [each.aval.shape for each in (*equation.invars, *equation.outvars)]
+    _, kernel, y = native.roles(equation.params["target_name"], *shapes)
+    return 2.0 * math.prod(y[:3]) * math.prod(kernel)
 
 
 def _convolution(equation: Any) -> float:

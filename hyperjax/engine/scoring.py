@@ -92,7 +92,7 @@ def own(exam: Exam, model: Model, variables: PyTree) -> dict[str, Array]:
     """Returns a client's accuracy, those of the two controls, and its loss, all [].
 
     And two means over its inputs that need no label: how sure the outputs are, as the
-    largest probability ("confidence") and as log sum exp ("energy").
+    largest probability ("confidence") and as minus log sum exp ("energy").
     """
     logits, source = exam.logits(model, variables), exam.source
     count = jnp.maximum(exam.data.size, 1)
@@ -104,7 +104,7 @@ def own(exam: Exam, model: Model, variables: PyTree) -> dict[str, Array]:
         "accuracy_oracle": exam.accuracy(logits, truth),
         "loss": exam.loss(logits),
         "confidence": exam.mean(jnp.max(jax.nn.softmax(logits), -1), logits),
-        "energy": exam.mean(jax.nn.logsumexp(logits, -1), logits),
+        "energy": exam.mean(-jax.nn.logsumexp(logits, -1), logits),
     }
 
 

@@ -8,7 +8,7 @@ or tokens [n, d]; and it may hold `label` [n], integers or names, which are used
 scoring only. A folder of images does too. Images of other sizes than the run's are
 scaled as its own were. `--client` takes an unseen client of the run itself. In the
 output folder: classifier.npz (path -> array: what would run on the client),
-predictions.npz (label, probability, and of a folder each file's name) and result.json.
+predictions.npz (label, probability, and of a folder each image's name) and result.json.
 """
 
 import json
@@ -134,12 +134,14 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"client={client}: this run has no unseen clients")
     if not first <= client <= last:
         raise ValueError(
-            f"client={client}: unseen clients of this run: {first}..{last}"
+            f"client={client}: unseen clients of this run: {first}..{last}; `hyperjax "
+            "export` writes a participant's network"
         )
     source = build.load_source(run.config.data)
-    images = source.x
-    if run.config.data.shift != "none":
-        images = np.asarray(build.federate(source, run.config).pool.x)
+    images, labels = source.x, source.y
+    if run.config.data.shift != "none":  # which may be of labels too
+        pool = build.federate(source, run.config).pool
+        images, labels = np.asarray(pool.x), np.asarray(pool.y)
     if (
         tuple(run.facts["sample_shape"]) != images.shape[1:]
         or run.facts["novel_rows"].max() >= len(source.y)
@@ -151,7 +153,7 @@ def own_client(run: Run, client: int) -> tuple[np.ndarray, np.ndarray]:
         )
     size = run.facts["novel_size"][client - first]
     rows = run.facts["novel_rows"][client - first, :size]
-    return images[rows], source.y[rows]
+    return images[rows], labels[rows]
 
 
 def write(
@@ -159,7 +161,7 @@ def write(
     served: Served,
     labels: np.ndarray | None,
     run: Run,
-    files: np.ndarray | None = None,
+    names: np.ndarray | None = None,
 ) -> dict:
     """Writes the three files; returns the content of result.json."""
     out.mkdir(parents=True, exist_ok=True)
@@ -167,8 +169,8 @@ def write(
     named = dict(zip(tree.paths(served.classifier), arrays, strict=True))
     np.savez(str(out / "classifier.npz"), **named)
     said: dict[str, Any] = dict(label=served.label, probability=served.probability)
-    if files is not None:
-        said["file"] = files
+    if names is not None:
+        said["name"] = names
     np.savez(str(out / "predictions.npz"), **said)
     counts = np.bincount(served.label, minlength=len(run.facts["label_names"]))
     result: dict[str, Any] = dict(
@@ -199,9 +201,9 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
         found = dict(
             zip(("x", "label"), own_client(run, int(client or 0)), strict=True)
         )
-    labels, files = found.get("label"), found.get("file")
+    labels, names = found.get("label"), found.get("name")
     with outputs.room("out", out or run.folder / "served" / name) as folder:
-        result = write(folder, serve(run, found["x"], client), labels, run, files)
+        result = write(folder, serve(run, found["x"], client), labels, run, names)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "

@@ -238,7 +238,13 @@ def unknown(field: str, known: list[str]) -> ValueError:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     others = near[1:5] or [k for k in known if k.rpartition(".")[0] == group][:5]
     more = f" (near it: {', '.join(others)})" if others else ""
+    if field.startswith("data.") and field.rpartition(".")[2] in _PLACES:
+        hint, more = "; data of your own are data.name=mine.npz, folder/, ...", ""
     return ValueError(f"config field={field!r} is unknown{hint}{more}")
+
+
+# What people call the field that says where their data are.
+_PLACES = ("dataset", "dir", "file", "folder", "path", "root", "source")
 
 
 def _check_names(expected: Any, given: Any, prefix: str) -> None:

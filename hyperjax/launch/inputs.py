@@ -31,8 +31,8 @@ def read(
         `resize`, as the run's own did.
 
     Returns:
-      `x` [n, *shape] of that type, and `label` [n] or the names `file` [n] if there are
-      any.
+      `x` [n, *shape] of that type, and `label` [n] or `name` [n], of an image's file,
+      if there are any.
 
     Raises:
       ValueError, FileNotFoundError: not such a file, or not what the run takes.
@@ -43,12 +43,13 @@ def read(
             raise ValueError(f"data={path!r} is a folder; this run takes {kind}, .npz")
         size = data.resize if data and data.shrink == 1 else 0
         x, names = own.pictures(path, size, shape[-1])
-        found, key = {"file": names}, "image"
+        found, key = {"name": names}, "image"
     else:
         found, key = _arrays(path, f"{'x' if kind else 'image'}={dtype} array")
         x = found.pop(key)
-    if kind:
-        x = sources.check_samples(sources.as_samples(x, key, kind), key)
+    given_as = sources.kind_like(x, shape, dtype)
+    if given_as:
+        x = sources.check_samples(sources.as_samples(x, key, given_as), key)
     elif x.ndim == len(shape) and shape[-1] == 1:
         x = x[..., None]
     if x.dtype.kind == dtype.kind == "f":

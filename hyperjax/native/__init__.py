@@ -73,6 +73,21 @@ def _target(name: str) -> str:
     return f"hyperjax_onednn_{name}"
 
 
+# Function -> the places of x, kernel and y among its two arguments and its result.
+_ROLES = {"Forward": (0, 1, 2), "InputGradient": (2, 1, 0), "KernelGradient": (0, 2, 1)}
+
+
+def is_convolution(target: str) -> bool:
+    """Whether a foreign function is one of these."""
+    return target in map(_target, _ROLES)
+
+
+def roles(target: str, *of: Any) -> tuple[Any, Any, Any]:
+    """Returns what is x, kernel and y among arguments and result of a function."""
+    x, kernel, y = _ROLES[target.removeprefix(_target(""))]
+    return of[x], of[kernel], of[y]
+
+
 def _call(name: str, shape: tuple[int, ...], geometry: Geometry, *of: Array) -> Array:
     numbers = (geometry.stride, *geometry.pads[0], *geometry.pads[1])
     result = jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -9,7 +9,6 @@
 
 #include <array>
 #include <map>
-#include <mutex>
 #include <oneapi/dnnl/dnnl.hpp>
 #include <utility>
 
@@ -88,13 +87,13 @@ Convolution Make(const Key& key) {
   return made;
 }
 
+// A primitive has one scratchpad, so each thread has primitives of its own: devices
+// compute at the same time.
 const Convolution& Made(const Key& key) {
-  static auto* made = new std::map<Key, Convolution>();
-  static auto* lock = new std::mutex();
-  std::lock_guard<std::mutex> hold(*lock);
-  auto found = made->find(key);
-  if (found == made->end()) found = made->emplace(key, Make(key)).first;
-  return found->second;  // a map's elements stay where they are
+  static thread_local std::map<Key, Convolution> made;
+  auto found = made.find(key);
+  if (found == made.end()) found = made.emplace(key, Make(key)).first;
+  return found->second;
 }
 
 void Run(Kind kind, void* x, void* kernel, void* y, const Key& key) {

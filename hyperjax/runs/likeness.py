@@ -27,7 +27,8 @@ def scores(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
     found = {}
     for name in ("confidence", "energy"):
         if name in ours:
-            found[name] = auroc(-ours[name], -theirs[name])
+            sign = -1 if name == "confidence" else 1
+            found[name] = auroc(sign * ours[name], sign * theirs[name])
     for name in EMBEDDINGS:
         if name in ours and len(ours[name]) > 2:
             found["embedding"] = auroc(*distances(ours[name], theirs[name]))
@@ -42,9 +43,9 @@ def auroc(ours: np.ndarray, theirs: np.ndarray) -> float:
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
     if np.isnan(ours).any() or np.isnan(theirs).any():
         return float("nan")
-    above = theirs[:, None] > ours[None, :]
-    equal = theirs[:, None] == ours[None, :]
-    return float(np.mean(above + 0.5 * equal))
+    ours = np.sort(ours)
+    above = [np.searchsorted(ours, theirs, side) for side in ("left", "right")]
+    return float(np.mean(above) / max(len(ours), 1))
 
 
 def distances(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,9 +57,14 @@ def distances(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
 
-    def away(x: np.ndarray, among: np.ndarray) -> np.ndarray:
-        deviation = np.maximum(among.std(0, ddof=1), _FLOOR)
-        return np.linalg.norm((x - among.mean(0)) / deviation, axis=-1)
+    n, mean = len(ours), ours.mean(0)
+    squares = np.sum((ours - mean) ** 2, 0)
 
-    among = [away(x, np.delete(ours, i, 0)) for i, x in enumerate(ours)]
-    return np.array(among), away(theirs, ours)
+    def away(gap: np.ndarray, squares: np.ndarray, num: int) -> np.ndarray:
+        deviation = np.sqrt(np.maximum(squares, 0.0) / (num - 1))
+        return np.linalg.norm(gap / np.maximum(deviation, _FLOOR), axis=-1)
+
+    # Of the n - 1 others: a mean that is further off, and squares without its own.
+    gap = (ours - mean) * n / (n - 1)
+    others = squares - (ours - mean) ** 2 * n / (n - 1)
+    return away(gap, others, n - 1), away(theirs - mean, squares, n)

@@ -132,6 +132,8 @@ def run(
             sequential=sequential,
             mapper=mapper,
             devices=devices,
+            # Where samples stay in host memory, clients' state does too.
+            **({"store": "host"} if clients.is_on_host(data.pool) else {}),
         ),
         adapt,
     )
@@ -402,7 +404,7 @@ class Run(NamedTuple):
     def _inputs(self, x: Any) -> ClientData:
         """Somebody's samples, as they were given to `federate`."""
         pool = self.experiment.federation.pool
-        kind = sources.kind_of(pool.x.shape[1:], pool.x.dtype)
+        kind = sources.kind_like(x, pool.x.shape[1:], pool.x.dtype)
         found = sources.check_samples(sources.as_samples(x, "x", kind), "x")
         if found.dtype != pool.x.dtype or found.shape[1:] != pool.x.shape[1:]:
             shape = ", ".join(map(str, pool.x.shape[1:]))

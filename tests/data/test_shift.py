@@ -75,7 +75,7 @@ def test_every_kind_keeps_bytes_bytes_and_nothing_else(kind):
     x = images(num=4, channels=3)
     parts = [np.array([2, 0]), np.array([1])]
     drawn = shift.shift(kind).draw(1, 2, 0)
-    found = shift.apply(x, parts, drawn, 1, np.zeros(4, np.int32))
+    found = shift.apply(x, parts, drawn, 1, np.zeros(4, np.int32), 1)
     assert found.dtype == np.uint8 and found.shape == x.shape
     np.testing.assert_array_equal(found[3], x[3])  # nobody's
     if kind != "class_rotation":  # whose client may have no image of its classes
@@ -125,12 +125,12 @@ def test_images_of_a_clients_own_classes_are_turned_alone():
     x, y = images(num=40), np.arange(40, dtype=np.int32) % 10
     parts = [np.arange(20), np.arange(20, 40)]
     rows = np.concatenate([own(angle=90, classes=0.3, order=n) for n in (5, 6)])
-    found = shift.apply(x, parts, rows, 0, y)
+    found = shift.apply(x, parts, rows, 0, y, 10)
     for part in parts:
         changed = (found[part] != x[part]).any(axis=(1, 2, 3))
         assert len(set(y[part][changed])) == 3
         assert not set(y[part][changed]) & set(y[part][~changed])
-    every = shift.apply(x, parts, np.concatenate([own(angle=90)] * 2), 0, y)
+    every = shift.apply(x, parts, np.concatenate([own(angle=90)] * 2), 0, y, 10)
     assert (every != x).any(axis=(1, 2, 3)).all()
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hyperjax import native
 from hyperjax.engine import flops
 
 
@@ -60,3 +61,16 @@ def test_what_is_in_loops_of_unknown_length_is_counted_by_the_turn():
     assert (cohort.outside, cohort.step, cohort.loops) == (5 * PRODUCT, PRODUCT, 5)
     nothing = work(lambda num: jax.lax.fori_loop(0, num, lambda _, c: c + 1, 0), 3)
     assert nothing == (0, 0, 0) and nothing.step == 0
+
+
+def test_convolutions_of_onednn_count_as_any():
+    pads = ((1, 1), (1, 1))
+    geometry = native.Geometry((2, 8, 8, 3), (3, 3, 3, 6), 1, pads)
+    x, kernel = np.ones(geometry.x, np.float32), np.ones(geometry.kernel, np.float32)
+    once = 2 * (2 * 8 * 8 * 6) * (3 * 3 * 3)
+
+    def loss(x, kernel):
+        return jnp.sum(native._forward(geometry, x, kernel))
+
+    assert work(jax.value_and_grad(loss, (0, 1)), x, kernel).outside == 3 * once
+    assert work(jax.vmap(loss), x[None], kernel[None]).outside == once

@@ -174,6 +174,10 @@ COMMANDS = {
         [DIGITS, "--config.local.momentum=1"],
         "local.momentum.*is unknown",
     ),
+    "place of data": (
+        [DIGITS, "--config.data.path=mine.npz"],
+        "data.path' is unknown; data of your own are data.name=mine.npz",
+    ),
     "type": ([DIGITS, "--config.rounds=abc"], "config.rounds=abc: invalid literal"),
     "no workdir": (None, "--workdir is required; see --help"),
     "no config": ([], "--config is required; see --help"),

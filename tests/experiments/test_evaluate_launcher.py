@@ -59,6 +59,16 @@ def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
         assert found == pytest.approx(float(expected))
 
 
+def test_labels_of_a_shift_are_the_runs(tmp_path):
+    config = zero_shot.get_config("fedavg,data=digits,smoke")
+    config.data.shift, config.rounds = "label_swap", 0
+    train.train(config, str(tmp_path / "run"))
+    run = evaluate.load_run(str(tmp_path / "run"))
+    _, labels = evaluate.own_client(run, 10)
+    counts = run.facts["counts"]
+    np.testing.assert_array_equal(np.bincount(labels, minlength=10), counts[10])
+
+
 def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_path):
     run = evaluate.load_run(str(run_folder))
     images, labels = evaluate.own_client(run, 11)
@@ -89,6 +99,14 @@ def test_labels_are_optional_and_change_nothing_but_the_score(run_folder, tmp_pa
         for name in ("plain", "scored")
     ]
     np.testing.assert_array_equal(predictions[0]["label"], predictions[1]["label"])
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(pictures / f"{i:03}.png")
+    evaluate.main(str(run_folder), str(pictures), None, str(tmp_path / "seen"))
+    seen = dict(np.load(tmp_path / "seen/predictions.npz"))
+    assert seen["name"].tolist() == [f"{i:03}.png" for i in range(len(images))]
+    np.testing.assert_array_equal(seen["probability"], predictions[0]["probability"])
     assert "zacc" not in json.loads((tmp_path / "plain/result.json").read_text())
     assert "zacc" in json.loads((tmp_path / "scored/result.json").read_text())
 
@@ -326,7 +344,7 @@ def test_a_folder_of_images_is_a_client(tmp_path):
     for name, mode, size in (("b.png", "L", (9, 7)), ("a.png", "RGB", (4, 4))):
         Image.new(mode, size, 7 if mode == "L" else (1, 2, 3)).save(folder / name)
     found = read("new")
-    assert found["file"].tolist() == ["a.png", "b.png"]
+    assert found["name"].tolist() == ["a.png", "b.png"]
     assert found["x"][:, 0, 0].tolist() == [[1, 2, 3], [7, 7, 7]]
     with pytest.raises(ValueError, match="has images of 2 sizes"):
         reads(tmp_path, "ab", (4, 4, 3))("new")

@@ -33,8 +33,11 @@ def test_clients_of_one_law_are_not_told_apart():
 
 
 def test_signs_are_scored_that_are_there():
-    one = {"confidence": np.array([0.9, 0.8, 0.9]), "energy": np.array([5.0, 6.0, 7.0])}
-    two = {"confidence": np.array([0.5]), "energy": np.array([8.0])}
+    one = {
+        "confidence": np.array([0.9, 0.8, 0.9]),
+        "energy": np.array([-5.0, -6.0, -7.0]),
+    }
+    two = {"confidence": np.array([0.5]), "energy": np.array([-8.0])}
     found = likeness.scores({"pacc": one, "zacc": two})
     assert found == {"auroc_confidence": 100.0, "auroc_energy": 0.0}
     one["shift_embedding"] = np.array([[0.0], [2.0], [4.0]])

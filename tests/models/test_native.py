@@ -84,6 +84,32 @@ def test_clients_with_kernels_of_their_own():
 
 
 @built
+def test_devices_that_compute_at_the_same_time_do_not_meet():
+    draw = np.random.default_rng(0)
+    x = np.float32(draw.normal(size=(2, 32, 16, 16, 16)))
+    kernels = np.float32(draw.normal(size=(2, 3, 3, 16, 16)) / 12)
+
+    def step(x, kernel):
+        def loss(kernel):
+            y = native.convolve(x, kernel, 1, ((1, 1), (1, 1)))
+            y = native.convolve(jnp.tanh(y), kernel, 1, ((1, 1), (1, 1)))
+            return jnp.mean(jnp.square(y))
+
+        return kernel - jax.grad(loss)(kernel)
+
+    def steps(x, kernel):
+        return jax.lax.fori_loop(0, 10, lambda _, k: step(x, k), kernel)
+
+    alone = [jax.jit(steps)(*of) for of in zip(x, kernels, strict=True)]
+    mesh = jax.make_mesh((2,), ("clients",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("clients")
+    own = jax.shard_map(
+        jax.vmap(steps), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    np.testing.assert_array_equal(jax.jit(own)(x, kernels), alone)
+
+
+@built
 def test_the_rule_is_for_float32_of_known_sizes():
     name = native._target("Forward")
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name)]

@@ -270,3 +270,13 @@ def test_every_method_is_an_attribute_of_the_package():
     assert {"digits", "pydoc"} < set(names)
     assert all(hj.load(name).num_classes > 1 for name in names)
     assert "fedprox" in dir(hj) and not hasattr(hj, "fedprx")
+
+
+def test_samples_may_stay_in_host_memory(data):
+    options = dict(method="fedavg", cohort_size=2)
+    there = hj.federate(*arrays(), num_clients=4, num_novel=2, seed=1, pool="host")
+    found = train(there, **options)
+    assert same_state(found, train(data, **options))
+    x = arrays()[0][:3]
+    flat = found.predict(5, x.reshape(3, -1))
+    np.testing.assert_array_equal(flat, found.predict(5, x))
