@@ -579,8 +579,8 @@ def _on_device(parts: _Parts) -> Simulator:
             server, rows, seen = carry
             data, state, was_seen = {}, {}, {}
             for name, members in parts.members(cohorts).items():
-                mine = (stores.taken(x, members, of_all) for x in table)
-                data[name] = ClientData(*mine, pool)
+                mine = Table(*(stores.taken(x, members, of_all) for x in table))
+                data[name] = ClientData(mine.rows, mine.size, pool)
                 state[name], was_seen[name] = stores.gather(
                     rows[name], seen[name], cohorts[name].ids, owners[name]
                 )

@@ -58,8 +58,10 @@ def taken(x: Array, ids: Array, owners: Any = None) -> Array:
         return _bits(jax.lax.psum(found, sharding.CLIENTS), x.dtype)
 
     along, whole = PartitionSpec(sharding.CLIENTS), PartitionSpec()
-    specs = dict(in_specs=(along, whole), out_specs=whole)
-    return jax.shard_map(own, mesh=owners, check_vma=False, **specs)(x, ids)
+    run = jax.shard_map(
+        own, mesh=owners, in_specs=(along, whole), out_specs=whole, check_vma=False
+    )
+    return run(x, ids)
 
 
 def scatter(
