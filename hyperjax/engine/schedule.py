@@ -672,6 +672,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
     together = bool(parts.alg.opening or parts.alg.closing or not parts.sequential)
+    is_a_round = not (parts.sequential or parts.alg.opening or parts.alg.closing)
 
     def drawn(root, round):
         """The cohort of a round, and by family if clients are together in one."""
@@ -738,6 +739,8 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             return getattr(parts, stage)(values)(*inputs)
 
         server, state, info = program(stage, run, inputs, donate=(2,))
+        if is_a_round:
+            program.keep_work(stage, 1, parts.width)
         for name, cohort in cohorts.items():
             ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0
             stores.host_scatter(rows[name], seen[name], ids, state[name], alive)

@@ -61,6 +61,16 @@ def test_a_cell_may_be_run_twice(kind):
     assert digest(once) == digest(again)
 
 
+def test_both_stores_count_the_same_arithmetic():
+    works = []
+    for kind in ("device", "host"):
+        sim = simulator(kind)
+        sim.run(ROOT, sim.init(ROOT), 0, 1)
+        works.append(sim.program.work)
+    assert works[0].step == works[1].step > 0
+    assert works[1].round == pytest.approx(works[0].round, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["device", "mesh", "host"])
 def test_clients_are_by_family_even_without_families(kind):
     carry = simulator(kind).init(ROOT)
