@@ -162,7 +162,7 @@ def test_files_hold_them_too(tmp_path):
     np.savez(path, x=FEATURES, y=Y)
     assert hj.load(path).x.dtype == np.float32
     np.savez(path, x=TOKENS, y=Y)
-    with pytest.raises(ValueError, match=r"data\.kind in a config"):
+    with pytest.raises(ValueError, match=r"in a config data\.kind"):
         hj.load(path)
     assert hj.load(path, keys=arrays.Keys(kind="tokens")).x.dtype == np.int32
 

@@ -257,7 +257,7 @@ def test_a_run_without_a_metric_beside_one_with_it(tmp_path: Path) -> None:
     _without(folders[1], "zacc", "gacc")
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
-    whole, part = "hyperfednet, novel=5", "hyperfednet, novel=0"
+    whole, part = "novel=5", "novel=0"
     found = _charts(text)
     assert _series(found["pACC, %"]) == [whole, part]
     assert _series(found["zACC, %"]) == [whole]
