@@ -105,6 +105,11 @@ def is_on_host(pool: Pool) -> bool:
     return isinstance(pool.x, np.ndarray)
 
 
+def room_for(num: int) -> int:
+    """Returns how many samples a pool has that is made for so many: a power of two."""
+    return 1 << max(0, num - 1).bit_length()
+
+
 def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
     """Returns the samples of some clients out of a pool on the host.
 
@@ -112,14 +117,14 @@ def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
       pool: of n samples.
       *tables: rows [C, .] of the pool.
       room: how many samples the new pool has, at least as many as the tables name; 0:
-        the next power of two. What is left over repeats the last of them.
+        as `room_for`. What is left over repeats the last of them.
 
     Returns:
       A pool on the host, and the tables with rows of it.
     """
     every = np.concatenate([np.asarray(table.rows).ravel() for table in tables])
     rows, places = np.unique(every, return_inverse=True)
-    width = room or 1 << max(0, len(rows) - 1).bit_length()
+    width = room or room_for(len(rows))
     rows = np.pad(rows, (0, width - len(rows)), mode="edge")
     take: Callable[[Any], Any] = lambda x: np.take(x, rows, axis=0)  # noqa: E731
     owner = pool.owner if isinstance(pool.owner, tuple) else take(pool.owner)

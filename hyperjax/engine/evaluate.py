@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import rng
-from hyperjax.data.clients import Table, is_on_host, some
+from hyperjax.data.clients import Table, is_on_host, room_for, some
 from hyperjax.engine import deploy, families, schedule, scoring, sharding
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
@@ -439,7 +439,7 @@ def _most(pool: Pool, population: Population, width: int) -> int:
     """How many samples `clients.some` takes for so many of a population, at most."""
     each = np.sort(population.train.size + population.inputs.size)
     num = min(len(pool.x), int(each[-width:].sum()))
-    return 1 << max(0, num - 1).bit_length()
+    return room_for(num)
 
 
 def _some(

@@ -172,8 +172,8 @@ def simulator(
       mesh: see `sharding.client_mesh`.
       store: "device" keeps the state and the row numbers of all clients on the
         device, of several on that of their `sharding.owners`, and runs all rounds of a
-        call as one program; "host" keeps both in
-        host memory, or in files under `store_dir`, and moves a cohort at a time.
+        call as one program; "host" keeps both in host memory, or in files under
+        `store_dir`, and moves a cohort at a time.
       store_dir: folder of the host store's memory-mapped files; None for memory.
       pool_mb: how many MB of 2^20 bytes samples may take on a device: all of them, or,
         where they travel, those of two cohorts; 0: no limit.
@@ -671,8 +671,8 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
                     x[some][known[some]] = y[some][known[some]]
         return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
-    together = bool(parts.alg.opening or parts.alg.closing or not parts.sequential)
-    is_a_round = not (parts.sequential or parts.alg.opening or parts.alg.closing)
+    staged = bool(parts.alg.opening or parts.alg.closing)
+    together = staged or not parts.sequential
 
     def drawn(root, round):
         """The cohort of a round, and by family if clients are together in one."""
@@ -739,7 +739,7 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             return getattr(parts, stage)(values)(*inputs)
 
         server, state, info = program(stage, run, inputs, donate=(2,))
-        if is_a_round:
+        if not (staged or parts.sequential):  # it is all there is of a round
             program.keep_work(stage, 1, parts.width)
         for name, cohort in cohorts.items():
             ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 EMBEDDINGS = ("shift_embedding", "embedding")  # what methods report of a client
+_SIGNS = {"confidence": -1, "energy": 1}  # which way a stranger's is
 _FLOOR = 1e-6  # of a deviation
 
 
@@ -25,9 +26,8 @@ def scores(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         return {}
     ours, theirs = values["pacc"], values["zacc"]
     found = {}
-    for name in ("confidence", "energy"):
+    for name, sign in _SIGNS.items():
         if name in ours:
-            sign = -1 if name == "confidence" else 1
             found[name] = auroc(sign * ours[name], sign * theirs[name])
     for name in EMBEDDINGS:
         if name in ours and len(ours[name]) > 2:

@@ -158,10 +158,10 @@ def telling(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             most = max(set(values), key=values.count)
             if values.count(most) > len(values) / 2:
                 common[field] = most
+        common.pop("method", None)
         fewer = [
-            label({k: v for k, v in g.items() if setting(v) != common.get(k)} | method)
-            for g in groups
-            for method in [{"method": g["method"]} if "method" in g else {}]
+            label({k: v for k, v in group.items() if setting(v) != common.get(k)})
+            for group in groups
         ]
         names = [
             short if fewer.count(short) == 1 else whole
