@@ -21,6 +21,7 @@ Several processes (--process_id=i --num_processes=n, with a --coordinator that i
 called) each run their slice of the points, as --index=i/n does.
 """
 
+import functools
 import re
 import shlex
 import sys
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     mine: list[Setting]  # those of this process
     first: ConfigDict  # of the first point, before anything is chosen for it
     tuned: dict[str, Any]  # fields, by and seed of what is chosen; {} if nothing
+    read: group.Reader
 
 
 def main(asked: Asked) -> int:
@@ -136,7 +138,9 @@ def make_plan(asked: Asked) -> Plan:
     cli.use_cores(max(devices) if all(devices) else 0)
     for members in runner.grouped(given):
         lockstep.plan(asked.plan, members)
-    runner.check([*given, *trials])
+    read, every = group.Reader(), [*given, *trials]
+    print(f"{len(every)} points: reading data, checking each.", file=sys.stderr)
+    runner.check(every, read)
     return Plan(
         there,
         given,
@@ -144,6 +148,7 @@ def make_plan(asked: Asked) -> Plan:
         runner.part(settings, asked.part) if others else settings,
         points.read(path, arguments, points.as_texts(given[0].fields)),
         tuned,
+        read,
     )
 
 
@@ -156,19 +161,20 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     show = live.Shown({point.name: group.key(point.config) for point in every})
     statuses: dict[str, str] = {}
     pages = page.Page(there, show)
+    go = functools.partial(
+        runner.run, there, show=show, each=pages.write, plan=asked.plan, read=plan.read
+    )
     for setting in plan.mine:
         members = setting.points
         if setting.trials:
-            tried = runner.run(
-                there, setting.trials, show, pages.write, plan=asked.plan
-            )
+            tried = go(points=setting.trials)
             members = with_values(plan, setting, tried, asked)
             for point in setting.points if not members else ():
                 message = tune.unknown(tried)
                 there.set_status(point.name, record.FAILED, message)
                 show.ended(point.name, f"failed: {message}", ran=False)
                 statuses[point.name] = record.FAILED
-        statuses |= runner.run(there, members, show, pages.write, plan=asked.plan)
+        statuses |= go(points=members)
     pages.write(last=True)
     return statuses
 

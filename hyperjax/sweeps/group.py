@@ -5,11 +5,12 @@ once and then take turns. Index tables are padded to one width, which changes no
 a run has the same states in a group as alone, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
 from hyperjax.data import federation as federations
+from hyperjax.data import sources
 from hyperjax.data.federation import Federation
 from hyperjax.launch import build, fields
 from hyperjax.protocols import common
@@ -27,6 +28,27 @@ _DEALT = (
 )
 FREE = ("seed", *(f"data.{name}" for name in _DEALT))
 _TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
+# What `build.load_source` goes by.
+_READ = (
+    *("name", "data_dir", "download", "split", "test_split", "shrink", "resize"),
+    *("image_key", "label_key", "client_key", "kind"),
+)
+
+
+class Reader:
+    """Reads the data sets of runs; neighbours that have one set read it once."""
+
+    def __init__(self) -> None:
+        self._last: tuple[object, sources.Source] | None = None
+
+    def __call__(self, data: ml_collections.ConfigDict) -> sources.Source:
+        """Returns what `build.load_source` does."""
+        scaled = data.shift == "none"  # or it is done after they are shifted
+        asked = (scaled, *(data[name] for name in _READ))
+        if self._last is None or self._last[0] != asked:
+            self._last = None  # before another is in memory
+            self._last = asked, build.load_source(data)
+        return self._last[1]
 
 
 def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
@@ -37,14 +59,23 @@ def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     )
 
 
+def setting(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
+    """Returns a config's fields and values but for who has which samples, and seeds."""
+    return tuple(
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
+    )
+
+
 def experiments(
-    configs: Sequence[ml_collections.ConfigDict], one_device: bool = False
+    configs: Sequence[ml_collections.ConfigDict],
+    one_device: bool = False,
+    read: Callable[[ml_collections.ConfigDict], sources.Source] | None = None,
 ) -> list[Experiment]:
     """Builds the experiments of configs with one key, with programs in common.
 
     What is read of the data is read once, and is on the device once; of shifted images
     every federation has its own. With `one_device` clients are all on one, whatever
-    `engine.devices` is.
+    `engine.devices` is. `read` is `build.load_source` by default, or a `Reader`.
 
     Raises:
       ValueError and others: as `build.build`; or the keys differ.
@@ -56,7 +87,7 @@ def experiments(
             config.engine.devices = 1
         build.check(config)
         build.warn_of_the_end(config)
-    source = build.load_source(configs[0].data)
+    source = (read or build.load_source)(configs[0].data)
     dealt: list[Federation] = []
     for config in configs:
         one = build.federate(source, config)

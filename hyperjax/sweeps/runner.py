@@ -24,26 +24,23 @@ from hyperjax.sweeps.record import Record
 Item = TypeVar("Item")
 
 
-def check(points: Sequence[Point]) -> None:
-    """Builds every point's network and method, once for each; nothing is compiled.
+def check(points: Sequence[Point], read: group.Reader) -> None:
+    """Builds every network and method that points have, once; nothing is compiled.
+
+    Args:
+      points: of a sweep, and trials.
+      read: reads their data sets.
 
     Raises:
       ValueError: it says which point cannot be, and why.
     """
-    read: dict[str, sources.Source] = {}
-    for point in points:
+    for point in {group.setting(point.config): point for point in points}.values():
         config = point.config
-        scale = ("shrink", "resize")
-        keys = ("image_key", "label_key", "client_key", "kind")
-        where = ("name", "data_dir", "split", "test_split", "shift", *scale, *keys)
-        data = str([config.data[k] for k in where])
         try:
-            if data not in read:
-                read[data] = build.load_source(config.data)
-            shape = build.sample_shape(read[data], config.data)
-            classes = read[data].num_classes
-            tokens = sources.vocabulary(read[data].x)
-            model = build.make_model(config, shape, classes, tokens)
+            source = read(config.data)
+            shape = build.sample_shape(source, config.data)
+            tokens = sources.vocabulary(source.x)
+            model = build.make_model(config, shape, source.num_classes, tokens)
             build.make_algorithm(config, model)
         except Exception as error:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
@@ -104,6 +101,7 @@ def run(
     each: Callable[[], object] = lambda: None,
     run_one: Callable[..., dict[str, Any]] = train.train,
     plan: str = "auto",
+    read: group.Reader | None = None,
 ) -> dict[str, str]:
     """Trains points, or reads what they gave.
 
@@ -114,6 +112,7 @@ def run(
       each: called after every point.
       run_one: `launch.train.train`, of points that take turns.
       plan: of points of one program, see `lockstep.plan`.
+      read: reads their data sets; what it has read is not read again.
 
     Returns:
       {name: status}; "running" where another process is at work on it.
@@ -122,10 +121,12 @@ def run(
       train.Stopped, KeyboardInterrupt: it was asked to stop.
     """
     found: dict[str, str] = {}
+    read = read or group.Reader()
     with _stops_at_once():
         for members in grouped(points):
             how = lockstep.plan(plan, members)
-            built = _built(record, members, show, one_device=how != lockstep.SEQUENCE)
+            alone = how != lockstep.SEQUENCE
+            built = _built(record, members, show, one_device=alone, read=read)
             if how != lockstep.SEQUENCE and built:
                 together = [point for point in members if point.name in built]
                 found |= _together(record, together, built, show, how, each)
@@ -166,7 +167,11 @@ def _together(
 
 
 def _built(
-    record: Record, members: Sequence[Point], show: Shown, one_device: bool
+    record: Record,
+    members: Sequence[Point],
+    show: Shown,
+    one_device: bool,
+    read: group.Reader,
 ) -> dict[str, Experiment]:
     """Builds runs of one program together; {} if each is to be built by itself."""
     left = [
@@ -176,12 +181,13 @@ def _built(
         and record.entry(point.name)["status"] != records.DIVERGED
     ]
     configs = [point.config for point in left]
-    if len(left) < 2 or configs[0].engine.memory_map:  # files lie in a run's folder
+    if not left or configs[0].engine.memory_map:  # files lie in a run's folder
         return {}
     with show.point(left[0].name, configs[0].rounds) as progress:
-        progress.stage(f"building {len(left)} runs of one program")
+        runs = "a run" if len(left) == 1 else f"{len(left)} runs of one program"
+        progress.stage(f"reading {configs[0].data.name}, building {runs}")
         try:
-            found = group.experiments(configs, one_device)
+            found = group.experiments(configs, one_device, read)
         except Exception:  # each then says what is wrong with it
             logging.debug("building a group", exc_info=True)
             return {}

@@ -84,6 +84,32 @@ def test_a_table_narrower_than_a_batch_stays_as_it_is():
         assert group._widths(one, dealt[1], dealt).get("train") == expected
 
 
+def test_neighbours_read_a_data_set_once(monkeypatch):
+    read, names = group.Reader(), []
+    load = build.load_source
+
+    def counted(data):
+        names.append(data.name)
+        return load(data)
+
+    monkeypatch.setattr(build, "load_source", counted)
+    shifts = [config(data__shift=kind).data for kind in ("rotation", "blur", "none")]
+    first, second, plain = map(read, shifts)
+    assert first is second and len(names) == 2  # unshifted images are scaled first
+    assert plain is read(config(seed=3, data__alpha=2.0).data)
+    read(config(data__shrink=2).data)
+    assert len(names) == 3
+    found = group.experiments([config()], read=read)
+    assert len(names) == 4 and len(found) == 1
+
+
+def test_what_is_checked_once_has_one_setting():
+    one = group.setting(config())
+    assert group.setting(config(seed=3, data__alpha=2.0)) == one
+    for field in ("rounds", "local__learning_rate", "local__batch_size"):
+        assert group.setting(config(**{field: 7})) != one, field
+
+
 def test_the_key_is_what_a_program_is_made_of():
     dealt = dict(data__seed=4, data__partition="iid", data__alpha=2.0)
     numbers = dict(local__learning_rate=0.2, server__learning_rate=0.5)

@@ -41,10 +41,10 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch):
     found = Trainer()
-    monkeypatch.setattr(runner, "check", lambda points: None)
-    monkeypatch.setattr(runner.group, "experiments", lambda configs, _: configs)
+    monkeypatch.setattr(runner, "check", lambda points, read: None)
+    monkeypatch.setattr(runner.group, "experiments", lambda configs, *_: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found, "auto"))
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found, "auto", None))
     return found
 
 
@@ -116,7 +116,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
             raise workdir.InUse("in use")
         return trainer(config, path, *args, **kwargs)
 
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy, "auto"))
+    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy, "auto", None))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
     assert statuses(tmp_path) == {
         "seed=0": "finished",
