@@ -46,13 +46,20 @@ def where_rows(mask: Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(pick, a, b)
 
 
-def finite(a: PyTree) -> Array:
-    """Returns whether every floating-point entry is finite, [] bool."""
-    checks = [
-        jnp.all(jnp.isfinite(x))
-        for x in jax.tree.leaves(a)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
+def finite(a: PyTree) -> bool:
+    """Returns whether every floating-point entry is finite; leaves are concrete.
+
+    Arrays of NumPy, of which there may be ever more, are looked at without compiling.
+    """
+    leaves = [x for x in jax.tree.leaves(a) if jnp.issubdtype(x.dtype, jnp.floating)]
+    here = [x for x in leaves if isinstance(x, np.ndarray)]
+    there = [x for x in leaves if not isinstance(x, np.ndarray)]
+    return all(np.isfinite(x).all() for x in here) and bool(_all_finite(there))
+
+
+@jax.jit
+def _all_finite(leaves: list[Array]) -> Array:
+    checks = [jnp.all(jnp.isfinite(x)) for x in leaves]
     return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 

@@ -121,7 +121,7 @@ def _check_finite(carry: Carry, info: dict[str, np.ndarray], round: int) -> None
         bad = [name for name, values in info.items() if not np.isfinite(values[i])]
         if bad:
             raise Diverged(round + i + 1, ", ".join(bad), round)
-    if not bool(tree.finite(_known(carry))):
+    if not tree.finite(_known(carry)):
         raise Diverged(round + len(info["samples"]), "the state", round)
 
 
