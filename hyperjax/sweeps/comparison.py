@@ -20,7 +20,10 @@ from hyperjax.sweeps import figures, long, statistics, tables
 _FEW = 6  # names are listed; more are counted
 # So many clients of two groups are compared by a dot each.
 _MAX_PAIRS, _MAX_CHARTS = 2000, 6
-_FILES = ("points.csv", "clients.csv", "table.md", "table.tex", "table.csv", "figures")
+_FILES = (
+    *("points.csv", "points.parquet", "clients.csv"),
+    *("table.md", "table.tex", "table.csv", "figures"),
+)
 
 
 class Results(NamedTuple):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.sweeps import comparison, figures, tables
 
-POINTS, CLIENTS = "points.csv", "clients.csv"
+POINTS, CLIENTS, PARQUET = "points.csv", "clients.csv", "points.parquet"
 FIGURES, PAGE = "figures", "report.html"
 
 
@@ -33,7 +36,7 @@ def write(
       paper: published values, {label of a group: {metric: value}}.
 
     Returns:
-      The files: points.csv, clients.csv, table.md, table.tex,
+      The files: points.csv, points.parquet, clients.csv, table.md, table.tex,
       table.csv, figures/*.{pdf,svg,png} and report.html.
 
     Raises:
@@ -52,16 +55,31 @@ def write(
     for name, text in texts.items():
         write_atomically(folder / name, text)
         written.append(folder / name)
+    contents = {folder / PARQUET: parquet(results.table)}
     if not live:
         (folder / FIGURES).mkdir(exist_ok=True)
         for name, figure in figures.all_of(*results[1:5]):
             for form in figures.FORMATS:
                 path = folder / FIGURES / f"{name}.{form}"
-                part = path.with_name(f".{path.name}.part")
-                part.write_bytes(figures.rendered(figure, form))
-                part.replace(path)
-                written.append(path)
+                contents[path] = figures.rendered(figure, form)
+    for path, content in contents.items():
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+        written.append(path)
     # Last, with links to what is there.
     page = comparison.page(results, folder / PAGE, folder.resolve().name, live)
     write_atomically(folder / PAGE, page)
     return [*written, folder / PAGE]
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    """Returns a table as a Parquet file; a column of several types becomes text."""
+    table = table.copy()
+    for name, column in table.items():
+        there = column.dropna()
+        if column.dtype == object and len({type(value) for value in there}) > 1:
+            table[name] = there.map(str).reindex(table.index)
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -95,12 +96,22 @@ def test_what_is_written_reads_back_exactly(sweep, written):
     table = long.table(sweep, ["data.alpha"])
     read = pd.read_csv(written / "points.csv")
     pd.testing.assert_frame_equal(read, table, check_dtype=False)
+    read = pd.read_parquet(written / "points.parquet")
+    pd.testing.assert_frame_equal(read, table, check_dtype=False)
     clients = pd.read_csv(written / "clients.csv")
     pd.testing.assert_frame_equal(
         clients, long.clients(sweep, ["data.alpha"]), check_dtype=False
     )
     one = clients[(clients.point == "p3") & (clients.metric == "accuracy")]
     assert list(one["client"]) == list(range(15)) and one["participating"].sum() == 10
+
+
+def test_values_of_several_types_are_text_in_parquet():
+    mixed = pd.DataFrame({"hidden": ["(64,)", 32, None], "seed": [0, 1, 2]})
+    read = pd.read_parquet(io.BytesIO(outputs.parquet(mixed)))
+    assert read["hidden"].dropna().tolist() == ["(64,)", "32"]
+    assert read["seed"].tolist() == [0, 1, 2]
+    assert mixed["hidden"].tolist()[1] == 32  # the table itself stays
 
 
 def test_the_table_has_a_row_per_group(written):
@@ -177,7 +188,8 @@ def test_everything_is_written_of_runs_that_have_ended(tmp_path, monkeypatch):
     there = {p for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(files) == there
     names = {p.relative_to(tmp_path / "out").as_posix() for p in there}
-    assert {"points.csv", "clients.csv", "table.tex", "report.html"} <= names
+    tables = {"points.csv", "points.parquet", "clients.csv", "table.tex"}
+    assert {*tables, "report.html"} <= names
     assert {f"figures/curves_bytes.{form}" for form in ("pdf", "svg", "png")} <= names
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "4 runs in 2 groups · 4 finished" in page
