@@ -1,13 +1,15 @@
-"""Gradient inversion of FedAvg and of HyperFedNet, under three attackers.
+"""Gradient inversion of FedAvg, HyperFedNet and HyperFL, under three attackers.
 
 python -m experiments.studies.gradient_inversion --workdir=runs/inversion \
-    [--data=mnist5k] [--images=50] [--embedding_size=64]
+    [--data=mnist5k] [--images=50] [--embedding_size=64] [--methods=hyperfl]
 
 HyperFedNet's figure 6 (arXiv:2402.18445) with the network of the published attacks, its
 parameters fresh draws, one image at a time. FedAvg sends the gradient of the whole
 network. HyperFedNet sends that of its generator, which makes the two 12x12x5x5 kernels
-from one tile each (with the variance of the plain ones); the rest stays home. What the
-paper's attacker knows of that rest is not said, so there are three:
+from one tile each (with the variance of the plain ones); the rest stays home. HyperFL
+sends that of a hypernetwork which makes all three (of that variance too); embedding and
+last layer stay home. What papers' attackers know of the rest is not said, so there are
+three:
 
   blind      private parameters are unknown; a random draw takes their place;
   joint      they are looked for together with the image, from a random draw;
@@ -23,7 +25,7 @@ import datetime
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +35,12 @@ import numpy as np
 from absl import flags
 
 from hyperjax import attacks, models, rng
+from hyperjax.algorithms import hyperfl
 from hyperjax.data import picture, sources
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import read_npz, write_atomically
 from hyperjax.engine.progress import Progress
-from hyperjax.errors import check_at_least
+from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import hypernetworked, tiles
 from hyperjax.launch import cli, origin, outputs
 from hyperjax.launch.pages import text_table
@@ -68,7 +71,15 @@ ATTACKS = {
     "HFN, joint, label known": Attack("hyperfednet", "looks", "known"),
     "HFN, white box": Attack("hyperfednet", "all", "soft"),
     "HFN, white box, label known": Attack("hyperfednet", "all", "known"),
+    "HyperFL, blind": Attack("hyperfl", "nothing", "soft"),
+    "HyperFL, blind, label known": Attack("hyperfl", "nothing", "known"),
+    "HyperFL, joint": Attack("hyperfl", "looks", "soft"),
+    "HyperFL, joint, label known": Attack("hyperfl", "looks", "known"),
+    "HyperFL, white box": Attack("hyperfl", "all", "soft"),
+    "HyperFL, white box, label known": Attack("hyperfl", "all", "known"),
 }
+# Of a network's parameters those that a method sends.
+SENT = {"fedavg": r".*", "hyperfednet": GENERATOR, "hyperfl": hyperfl.SHARED}
 
 
 class Scale(NamedTuple):
@@ -99,6 +110,8 @@ def network(method: str, shape: tuple[int, ...], num_classes: int, n: int) -> Mo
     plain = models.from_linen(module, shape, num_classes)
     if method == "fedavg":
         return plain
+    if method == "hyperfl":
+        return _with_usual_variance(hyperfl.generated(plain))
     template = jax.eval_shape(plain.init, jax.random.key(0))["params"]
     net = tiles.tile_net(template, embedding_size=n, tile=TILE, size=SIZE)
     usual = 2.0 / (SIZE * SIZE * TILE)
@@ -112,6 +125,24 @@ def network(method: str, shape: tuple[int, ...], num_classes: int, n: int) -> Mo
     return hypernetworked.hypernetworked(plain, wide)
 
 
+def _with_usual_variance(model: Model) -> Model:
+    """HyperFL's, whose hypernetwork makes parameters that vary as the plain ones do."""
+
+    def init(key: Key) -> PyTree:
+        variables = model.init(key)
+        made = dict(model.serve.export(variables)["params"])
+        del made["head"]
+        numbers = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(made)])
+        factor = jnp.sqrt(PLAIN_VARIANCE / jnp.var(numbers))
+        params = variables["params"]
+        # The numbers are linear in the parameters of these heads.
+        heads = jax.tree.map(lambda x: factor * x, params["hypernetwork"]["heads"])
+        phi = {**params["hypernetwork"], "heads": heads}
+        return {**variables, "params": {**params, "hypernetwork": phi}}
+
+    return model._replace(init=init)
+
+
 def attacker(
     attack: Attack, shape: tuple[int, ...], num_classes: int, scale: Scale
 ) -> Callable:
@@ -120,7 +151,7 @@ def attacker(
     All but the first are []; `key` draws the network and the guesses.
     """
     model = network(attack.method, shape, num_classes, scale.embedding_size)
-    victim = attacks.victim(model, r".*" if attack.method == "fedavg" else GENERATOR)
+    victim = attacks.victim(model, SENT[attack.method])
 
     def update(shared: PyTree, private: PyTree, x: Array, target: Array) -> PyTree:
         """What the server makes of the victim's message: its mean gradient."""
@@ -263,8 +294,16 @@ def gallery(results: dict[str, dict[str, np.ndarray]], num: int = 6) -> str:
     return picture.figure_svg(figure)
 
 
-def main(path: str, scale: Scale, data: str, data_dir: str | None) -> int:
-    """Runs the attacks; prints the table, writes record and picture."""
+def main(
+    path: str,
+    scale: Scale,
+    data: str,
+    data_dir: str | None,
+    methods: Sequence[str] = tuple(SENT),
+) -> int:
+    """Runs the attacks on `methods`; prints the table, writes record and picture."""
+    for method in methods:
+        check_choice("--methods", method, SENT)
     check_at_least(0, seed=scale.seed)
     check_at_least(1, **{k: v for k, v in scale._asdict().items() if k != "seed"})
     folder = outputs.folder("workdir", path)
@@ -272,7 +311,8 @@ def main(path: str, scale: Scale, data: str, data_dir: str | None) -> int:
     if scale.images > len(source.y):
         raise ValueError(f"images={scale.images}: {data!r} has only {len(source.y)}")
     folder.mkdir(parents=True, exist_ok=True)
-    results = {label: inverted(label, source, scale, folder) for label in ATTACKS}
+    labels = [label for label, attack in ATTACKS.items() if attack.method in methods]
+    results = {label: inverted(label, source, scale, folder) for label in labels}
     record = dict(
         settings={"data": data, **scale._asdict()},
         commit=origin.commit(),
@@ -295,6 +335,7 @@ if __name__ == "__main__":
     _WORKDIR = cli.define_path("workdir", "runs/inversion", "Folder of results.")
     _DATA = flags.DEFINE_string("data", "mnist5k", "Data set.")
     _DATA_DIR = cli.define_path("data_dir", None, "Folder of prepared TFDS sets.")
+    _METHODS = flags.DEFINE_list("methods", list(SENT), "Whose attacks are run.")
     _SCALE = {
         name: flags.DEFINE_integer(name, default, WORDS[name])
         for name, default in Scale()._asdict().items()
@@ -305,5 +346,6 @@ if __name__ == "__main__":
             Scale(*(int(flag.value or 0) for flag in _SCALE.values())),
             data=_DATA.value,
             data_dir=_DATA_DIR.value,
+            methods=_METHODS.value,
         )
     )

@@ -29,6 +29,7 @@ from hyperjax.types import (
 )
 
 PRIVATE = (r"params/embedding", r"params/head/.*")
+SHARED = r"hypernetwork/.*"  # of the parameters
 
 
 @has_traits(own_length=True)
@@ -58,9 +59,32 @@ def hyperfl(
       ValueError: a size or a number of epochs is out of range, or a model without such
         a head, with a condition or with hooks.
     """
-    check_at_least(1, embedding_size=embedding_size, hidden_size=hidden_size)
     check_at_least(0, head_epochs=head_epochs, body_epochs=body_epochs)
     model.check_without("hyperfl", *Visit._fields, "condition")
+    whole = generated(model, embedding_size, hidden_size)
+    phases = (
+        Phase(epochs=head_epochs, train=PRIVATE[1]),
+        Phase(epochs=body_epochs, freeze=PRIVATE[1]),
+    )
+    return fedavg(
+        whole, local=local._replace(phases=phases), keep=PRIVATE, **fedavg_options
+    )
+
+
+def generated(model: Model, embedding_size: int = 64, hidden_size: int = 128) -> Model:
+    """Returns a model whose extractor is h(v; phi), of the parameters phi, v and psi.
+
+    These are "hypernetwork", "embedding" and "head".
+
+    Args:
+      model: extractor and classifier, a last linear layer named "head".
+      embedding_size: of v.
+      hidden_size: of the hypernetwork's one hidden layer.
+
+    Raises:
+      ValueError: a size is out of range, or the model has no such head.
+    """
+    check_at_least(1, embedding_size=embedding_size, hidden_size=hidden_size)
     sizes(model)  # refuses a model without a head
     template = dict(jax.eval_shape(model.init, jax.random.key(0))["params"])
     del template["head"]
@@ -92,7 +116,7 @@ def hyperfl(
         whole = {**body, "head": params["head"]}
         return {"params": whole, "stats": variables["stats"]}
 
-    whole = model.around(
+    return model.around(
         "sample_shape",
         init=init,
         loss=lambda key, v, *args: model.loss(key, network(v), *args),
@@ -100,11 +124,4 @@ def hyperfl(
         visit=Visit(arrive=arrive),
         serve=Serve(export=network),
         with_shape=cannot_rebuild,
-    )
-    phases = (
-        Phase(epochs=head_epochs, train=PRIVATE[1]),
-        Phase(epochs=body_epochs, freeze=PRIVATE[1]),
-    )
-    return fedavg(
-        whole, local=local._replace(phases=phases), keep=PRIVATE, **fedavg_options
     )

@@ -33,6 +33,38 @@ def test_what_hyperfednet_sends(n, shape, numbers):
         np.testing.assert_allclose(kernel.std(), 12**-0.5, rtol=0.35)
 
 
+def test_what_hyperfl_sends():
+    model = study.network("hyperfl", (28, 28, 1), 10, 64)
+    params = jax.jit(model.init)(jax.random.key(0))["params"]
+    sent, kept = attacks.victim(model, study.SENT["hyperfl"]).split(params)
+    exported = model.serve.export({"params": params, "stats": {}})["params"]
+    head = exported.pop("head")
+    made = np.concatenate([np.ravel(x) for x in jax.tree.leaves(exported)])
+    assert made.size == 312 + 2 * 3_612
+    assert tree.count(sent) == 64 * 128 + 128 + 129 * made.size
+    assert tree.count(kept) == tree.count(head) + 64
+    np.testing.assert_allclose(made.std(), 12**-0.5, rtol=1e-4)
+
+
+def test_what_hyperfl_sends_holds_the_gradient_of_the_network_that_it_makes():
+    """The numbers made are linear in the last biases, one each."""
+    plain, model = (study.network(m, SHAPE, CLASSES, 8) for m in ("fedavg", "hyperfl"))
+    victims = attacks.victim(plain), attacks.victim(model, study.SENT["hyperfl"])
+    x, target = keys_and_images(1)[1][0], jax.nn.one_hot(1, CLASSES)
+
+    @jax.jit
+    def both(key):
+        params = model.init(key)["params"]
+        made = model.serve.export({"params": params, "stats": {}})["params"]
+        parts = victims[0].split(made), victims[1].split(params)
+        return [v.gradient(*p, x, target) for v, p in zip(victims, parts, strict=True)]
+
+    network, sent = both(jax.random.key(0))
+    for path in ("conv1/kernel", "conv2/bias", "conv3/kernel"):
+        own = sent[f"hypernetwork/heads/{path}/bias"].reshape(network[path].shape)
+        np.testing.assert_allclose(own, network[path], rtol=1e-5, atol=1e-7)
+
+
 def keys_and_images(num):
     keys = rng.client_keys(jax.random.key(5), jnp.arange(num))
     x = jax.random.uniform(jax.random.key(6), (num, *SHAPE))
