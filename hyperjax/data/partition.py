@@ -10,7 +10,8 @@ References: Dirichlet label skew, Hsu et al. 2019 (arXiv:1909.06335), in the per
 form of Yurochkin et al. 2019 (arXiv:1905.12022), with the cap of Li et al. 2022
 (arXiv:2102.02079); a few classes per client, McMahan et al. 2017 (arXiv:1602.05629);
 uneven shares of a few classes, the code of Shamsian et al. 2021 (arXiv:2103.04628);
-a few classes drawn by each client, the code of Zhang et al. 2025 (arXiv:2507.22330).
+a few classes drawn by each client, the code of Zhang et al. 2025 (arXiv:2507.22330);
+a few classes that are more frequent, Bao et al. 2023 (arXiv:2310.18816).
 """
 
 import inspect
@@ -122,13 +123,7 @@ def mixtures(
     left = np.unique(y, return_counts=True)[1]
     counts = np.zeros((num_clients, len(left)), np.int64)
     for own in counts:
-        shares = rng.dirichlet(np.full(len(left), alpha))
-        while missing := size - own.sum():
-            # Of classes that are used up nothing; 1e-12 if the others have no share.
-            open_ = np.where(left > 0, np.maximum(shares, 1e-12), 0.0)
-            more = np.minimum(rng.multinomial(missing, open_ / open_.sum()), left)
-            own += more
-            left -= more
+        _fill(rng, own, rng.dirichlet(np.full(len(left), alpha)), size, left)
     return _deal(rng, y, counts)
 
 
@@ -338,6 +333,53 @@ def class_draws(
     return _deal(rng, y, counts)
 
 
+def majors(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    num_clients: int,
+    *,
+    classes_per_client: int,
+    ratio: float = 16.0,
+    samples_per_client: int = 0,
+) -> list[np.ndarray]:
+    """Gives every client all classes, a few of its own much more often than the others.
+
+    Every class is among the frequent ones of as many clients as any other, but for one.
+    Clients have equally many samples; with 200, 2 classes of 10 and a ratio of 16 that
+    is 80 of two classes and 5 of each other. Where a class is used up, more of the
+    others are drawn.
+
+    Args:
+      rng: the only source of randomness.
+      y: [n] integer labels of K distinct values.
+      num_clients: number of clients, N.
+      classes_per_client: frequent classes of each client, 1 to K.
+      ratio: how many samples of these there are for one of any other.
+      samples_per_client: of each client; 0: n / N.
+
+    Returns:
+      N arrays of indices into `y`, int64.
+
+    Raises:
+      ValueError: `y` is no label array, an option is out of range, or there are fewer
+        samples than are asked for.
+    """
+    y, classes, sizes = _classes(y, num_clients, classes_per_client)
+    check_number(at_least=1, ratio=ratio)
+    size = _check_share(samples_per_client, num_clients, len(y))
+    each, more = divmod(num_clients * classes_per_client, len(classes))
+    places = each + (rng.permutation(len(classes)) < more)
+    held = _hold(rng, num_clients, places, classes_per_client)
+    counts, left = np.zeros(held.shape, np.int64), sizes.copy()
+    for own, often in zip(counts, held, strict=True):
+        shares = np.where(often, ratio, 1.0)
+        shares /= shares.sum()
+        own += np.minimum((size * shares + 1e-9).astype(np.int64), left)
+        left -= own
+        _fill(rng, own, shares, size, left)
+    return _deal(rng, y, counts)
+
+
 def groups(
     rng: np.random.Generator,
     y: np.ndarray,
@@ -509,6 +551,7 @@ PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
     "pathological": pathological,
     "class_shares": class_shares,
     "class_draws": class_draws,
+    "majors": majors,
     "groups": groups,
     "by_client_id": by_client_id,
     "bootstrap": bootstrap,
@@ -653,6 +696,22 @@ def _classes(
     classes, sizes = np.unique(y, return_counts=True)
     _check_classes(classes_per_client, len(classes))
     return y, classes, sizes
+
+
+def _fill(
+    rng: np.random.Generator,
+    own: np.ndarray,
+    shares: np.ndarray,
+    size: int,
+    left: np.ndarray,
+) -> None:
+    """Draws by `shares` [K] what `own` [K] lack of `size`, out of `left` [K]."""
+    while missing := size - own.sum():
+        # Of classes that are used up nothing; 1e-12 if the others have no share.
+        open_ = np.where(left > 0, np.maximum(shares, 1e-12), 0.0)
+        more = np.minimum(rng.multinomial(missing, open_ / open_.sum()), left)
+        own += more
+        left -= more
 
 
 def _hold(

@@ -57,6 +57,7 @@ NUMBERS: dict[str, Number] = {
     "data.samples_per_client": _count(0),
     "data.shift_strength": RATE,
     "data.classes_per_client": _count(0),
+    "data.ratio": Number(at_least=1),
     "data.num_groups": _count(1),
     "data.test_fraction": FRACTION,
     "data.eval_fraction": FRACTION,

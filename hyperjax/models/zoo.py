@@ -10,6 +10,7 @@ PFedHNCNN is pFedHN's target (arXiv:2103.04628); MHCNN, VGG8, MHMLP, the MHResNe
 32x32 images. GRU reads tokens (Cho et al. 2014, arXiv:1406.1078).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -135,6 +136,33 @@ class VGG8(nn.Module):
         return layers.Dense(self.num_classes, name="head")(x)
 
 
+class CNNBN(nn.Module):
+    """Three 3x3 convolutions, two linear layers: [B, H, W, c] -> [B, K].
+
+    Batch-norm before every ReLU and a pool after those of convolutions, which have no
+    bias; ATP's shallow network (arXiv:2310.18816) as far as that is described. 122,858
+    parameters for 32x32x3 and C = 10.
+    """
+
+    num_classes: int
+    channels: tuple[int, ...] = (32, 64, 64)
+    hidden: tuple[int, ...] = (64,)
+    conv_rule: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
+        conv = functools.partial(
+            layers.Conv, size=3, padding="SAME", rule=self.conv_rule, use_bias=False
+        )
+        for features in self.channels:
+            x = conv(features)(x)
+            x = layers.max_pool(nn.relu(layers.BatchNorm()(x, train, mask)))
+        x = x.reshape(x.shape[0], -1)
+        for size in self.hidden:
+            x = nn.relu(layers.BatchNorm()(layers.Dense(size)(x), train, mask))
+        return layers.Dense(self.num_classes, name="head")(x)
+
+
 class ZenkeNet(nn.Module):
     """Four convolutions, two linear layers: [B, 32, 32, 3] -> [B, K].
 
@@ -234,6 +262,7 @@ ZOO: dict[str, type[nn.Module]] = {
     "pfedhn_cnn": PFedHNCNN,
     "mh_cnn": MHCNN,
     "vgg8": VGG8,
+    "cnn_bn": CNNBN,
     "mh_resnet10": resnet.MHResNet10,
     "mh_resnet12": resnet.MHResNet12,
     "mh_resnet18": resnet.MHResNet18,

@@ -53,11 +53,13 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.alpha": (1.0, "dirichlet, mixtures, bootstrap: small is skewed"),
     "data.samples_per_client": (
         0,
-        "iid, mixtures, bootstrap: of each client; 0: all there are, but for bootstrap",
+        "iid, mixtures, majors, bootstrap: of each client; 0: all there are (not "
+        "bootstrap)",
     ),
     "data.min_size": (10, "dirichlet, by_client_id: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
-    "data.classes_per_client": (2, "pathological, class_shares, class_draws, groups"),
+    "data.classes_per_client": (2, "pathological, class_shares, ..., majors, groups"),
+    "data.ratio": (16.0, "majors: how often a frequent class is, beside another"),
     "data.num_groups": (5, "groups: how many, of clients with the same classes"),
     "data.client_ids": (str, "by_client_id: ids.npy, file.npz:key; None: the set's"),
     "data.test_fraction": (0.2, "of all samples, global test set (gACC); 0: none"),

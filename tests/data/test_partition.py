@@ -15,6 +15,7 @@ OPTIONS = {
     "pathological": dict(classes_per_client=2),
     "class_shares": dict(classes_per_client=2),
     "class_draws": dict(classes_per_client=2),
+    "majors": dict(classes_per_client=2),
     "groups": dict(num_groups=5, classes_per_client=1),
     "by_client_id": dict(client_ids=np.arange(200) % 10),
 }
@@ -420,6 +421,23 @@ def test_a_class_that_nobody_draws_is_nobodys():
         assert len(part) == 80
         missed += 0 not in Y[part]
     assert abs(missed / 400 - 3 / 5) < 0.1
+
+
+def test_majors_are_more_frequent_by_the_ratio():
+    y = np.repeat(np.arange(10), 600)
+    options = dict(classes_per_client=2, samples_per_client=200)
+    parts = partition.majors(rng(), y, 30, **options)
+    counts = partition.class_counts(y, parts, 10)
+    assert np.sort(counts, axis=1).tolist() == 30 * [8 * [5] + 2 * [80]]
+    assert ((counts == 80).sum(axis=0) == 6).all()
+    equal = partition.majors(rng(), y, 30, **options, ratio=1.0)
+    assert (partition.class_counts(y, equal, 10) == 20).all()
+    # Of what is used up nothing more is taken, and sizes stay.
+    few = np.concatenate([y, np.repeat(10, 7)])
+    parts = partition.majors(rng(), few, 30, classes_per_client=2)
+    assert {len(part) for part in parts} == {len(few) // 30}
+    with pytest.raises(ValueError, match=r"ratio=0\.5 must be at least 1"):
+        partition.majors(rng(), y, 30, **options, ratio=0.5)
 
 
 def test_class_draws_need_a_sample_in_every_share():

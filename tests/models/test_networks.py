@@ -59,6 +59,7 @@ def count(found, pattern):
         ("zenkenet", CIFAR, 100, 1_297_028),
         ("attack_lenet", MNIST, 10, 13_426),
         ("attack_lenet", CIFAR, 10, 15_826),
+        ("cnn_bn", CIFAR, 10, 122_858),
         ("attack_lenet", CIFAR, 100, 85_036),
     ],
 )

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.studies import hyperfednet, hyperfedzero, pfedhn, study
+from experiments.studies import hyperfednet, hyperfedzero, pfedhn, record, study
 from hyperjax.launch import build, embedding_maps
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 
-PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn", "shift")
+PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn", "shift", "atp")
 SWEEPS = [
     (paper, name)
     for paper in PAPERS
@@ -72,6 +72,12 @@ def as_values(texts, config):
     """What a point changes, as the sweep's record has it."""
     flat = common.flat(config)
     return {k: text if k.endswith(".name") else flat[k] for k, text in texts}
+
+
+def test_what_atp_published_is_of_the_settings_that_records_name():
+    of = module("atp").STUDIES["protocol"]
+    for fields in module("atp").SHIFTS.values():
+        assert ("cifar10", "majors", f"ATP, {record.words(fields)}") in of.published
 
 
 @pytest.mark.parametrize("paper", PAPERS)
