@@ -80,7 +80,7 @@ def lines(
     x: tuple[str, str] = (CHOSEN, CHOSEN_TITLE),
     *,
     bars: bool = False,
-    log: bool = False,
+    log: float | None = None,
 ) -> Any:
     """Draws lines with bands, or with error bars.
 
@@ -90,16 +90,20 @@ def lines(
       y: title of the vertical axis, with its unit.
       x: field and title of the horizontal axis.
       bars: error bars instead of bands.
-      log: the horizontal axis is logarithmic.
+      log: from this value on the horizontal axis is logarithmic; None: nowhere.
     """
     import altair as alt
 
     hidden, zoom = _switches()
     aside = 8 if bars else 0  # pixels, so that no bar lies on an axis
-    kind = {"type": "log"} if log else {"zero": False}
+    kind: dict[str, Any] = {"zero": False}
+    axis = alt.Axis(format="~s")
+    if log:
+        ticks = sorted({row[x[0]] for row in rows})
+        with_zero = {"type": "symlog", "constant": log}
+        kind = {"type": "log"} if ticks[0] > 0 else with_zero
+        axis = alt.Axis(values=ticks, format="~g")
     scale = alt.Scale(nice=False, padding=aside, **kind)
-    ticks = sorted({row[x[0]] for row in rows}) if log else alt.Undefined
-    axis = alt.Axis(values=ticks, format="~g") if log else alt.Axis(format="~s")
     across = alt.X(f"{x[0]}:Q", title=x[1], scale=scale, axis=axis)
     up = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False))
     color = _colors(rows, series, "stroke")

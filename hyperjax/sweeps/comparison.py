@@ -239,7 +239,7 @@ def _swept(results: Results) -> str:
                 f"{name}, %",
                 ("x", field),
                 bars=True,
-                log=figures.is_geometric(values),
+                log=figures.logarithmic_from(values),
             )
             found.append(pages.chart(f"{name} by {field}", spec))
     said = pages.text("After the last round; bars are the sample deviation over seeds.")

@@ -316,6 +316,8 @@ def against_field(
             )
         if is_geometric(values):
             axis.set_xscale("log")
+        else:
+            axis.set_xscale("function", functions=_axis_of(values))
         axis.set_xticks(values, [f"{v:g}" for v in values])
         axis.minorticks_off()
         axis.set(title=title, xlabel=field)
@@ -441,6 +443,33 @@ def is_geometric(values: Sequence[float]) -> bool:
     return bool(unevenness(np.log(values)) < unevenness(values))
 
 
+def logarithmic_from(values: Sequence[float]) -> float | None:
+    """Returns from where on an axis is better logarithmic; None: nowhere.
+
+    It is the least value. If that is 0 it is the next one, c, and places are those of
+    log(1 + value / c).
+
+    Example:
+      >>> logarithmic_from([0.01, 0.1, 1]), logarithmic_from([0, 0.01, 0.1, 1])
+      (0.01, 0.01)
+      >>> logarithmic_from([0, 1, 2])
+    """
+    others = [value for value in values if value != 0]
+    if len(others) < 2 or min(others) < 0 or not is_geometric(others):
+        return None
+    return min(others)
+
+
+def _axis_of(values: Sequence[float]) -> tuple[Callable, Callable]:
+    """Where values are on their axis, and the inverse."""
+    least = logarithmic_from(values)
+    if least is None:
+        return np.positive, np.positive
+    if min(values) > 0:
+        return np.log, np.exp
+    return lambda v: np.log1p(v / least), lambda place: least * np.expm1(place)
+
+
 def _panels(
     num: int,
     columns: int = _COLUMNS,
@@ -497,10 +526,9 @@ def _beside(
 ) -> list[float]:
     """Moves the i-th of some groups sideways, so that bars at one value do not hide."""
     share = min(0.012, 0.06 / num) * (i - (num - 1) / 2)  # of the axis
-    low, high = min(values), max(values)
-    if is_geometric(values):
-        return [v * (high / low) ** share for v in at]
-    return [v + (high - low) * share for v in at]
+    there, back = _axis_of(values)
+    aside = share * (there(max(values)) - there(min(values)))
+    return [float(back(there(v) + aside)) for v in at]
 
 
 def _spans_decades(long: pd.DataFrame) -> bool:

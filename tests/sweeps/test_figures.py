@@ -80,16 +80,32 @@ def test_bytes_that_lie_decades_apart_have_a_logarithmic_axis(drawn, results):
 
 def test_a_swept_number_has_a_logarithmic_axis_where_its_values_say_so(drawn):
     axis = drawn["by_data_alpha"].axes[0]
-    assert axis.get_xscale() == "log" and axis.get_xlabel() == "data.alpha"
+    places = axis.transData.transform([(v, 50.0) for v in (0.1, 1.0, 10.0)])[:, 0]
+    np.testing.assert_allclose(*np.diff(places), rtol=1e-6)
+    assert axis.get_xlabel() == "data.alpha"
     assert [t.get_text() for t in axis.get_xticklabels()] == ["0.1", "1", "10"]
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([0, 1, 10], False), ([1, 2], False), ([0.1, 10], True), ([10, 20, 30], False)],
+    [
+        ([0, 1, 10], 1),
+        ([0, 1, 2], None),
+        ([-1, 1, 10], None),
+        ([1, 2], None),
+        ([0.1, 10], 0.1),
+        ([10, 20, 30], None),
+        ([0], None),
+    ],
 )
-def test_which_values_are_geometric(values, expected):
-    assert figures.is_geometric(values) is expected
+def test_from_where_on_an_axis_is_logarithmic(values, expected):
+    assert figures.logarithmic_from(values) == expected
+
+
+def test_groups_stand_beside_each_other_at_every_value():
+    for values in ([0, 0.01, 0.1, 1], [0.01, 0.1, 1], [1, 2, 3]):
+        left, right = (figures._beside(values, values, i, 2) for i in (0, 1))
+        assert np.all(np.array(left) < values) and np.all(np.array(right) > values)
 
 
 def test_groups_look_different():
