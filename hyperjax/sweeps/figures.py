@@ -273,7 +273,7 @@ def curves(
         if against == "bytes":
             _bytes_axis(axis, wide_apart)
     marks = any(line.get_marker() for axis in axes for line in axis.get_lines())
-    _legend(figure, look, _over_seeds(long, "band"), marks=marks)
+    _legend(figure, look, _over_seeds(long, by, "band"), marks=marks)
     return figure
 
 
@@ -325,7 +325,7 @@ def against_field(
             if done["sent"].min() > 0 and done["sent"].max() > 50 * done["sent"].min():
                 axis.set_yscale("log")
             axis.yaxis.set_major_formatter(EngFormatter())
-    _legend(figure, look, _over_seeds(done, "bars"))
+    _legend(figure, look, _over_seeds(done, by, "bars"))
     return figure
 
 
@@ -409,7 +409,7 @@ def participants_and_unseen(
             )
         axis.set(xlabel="pACC, % (participants)", ylabel="zACC, % (unseen clients)")
         axis.set(title=more.removeprefix(", "))
-    _legend(figure, look, _over_seeds(done, "bars"))
+    _legend(figure, look, _over_seeds(done, by, "bars"))
     return figure
 
 
@@ -514,11 +514,12 @@ def _legend(figure: Figure, look: Looks, title: str, marks: bool = True) -> None
     )
 
 
-def _over_seeds(rows: pd.DataFrame, what: str) -> str:
-    seeds = rows["seed"].nunique()
-    if seeds < 2:
+def _over_seeds(rows: pd.DataFrame, by: Sequence[str], what: str) -> str:
+    each = rows.groupby(list(by), dropna=False)["seed"].nunique()
+    if each.max() < 2:
         return "one seed"
-    return f"mean over up to {seeds} seeds; {what}: ± sample deviation (n - 1)"
+    num = f"{each.max()}" if each.nunique() == 1 else f"{each.min()} to {each.max()}"
+    return f"mean over {num} seeds; {what}: ± sample deviation (n - 1)"
 
 
 def _beside(

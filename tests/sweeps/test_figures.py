@@ -61,9 +61,17 @@ def test_curves_are_means_with_the_deviation_over_seeds(drawn, results):
     top = band[band[:, 0] == 96000][:, 1].max()
     assert top == pytest.approx(first.mean() + np.std(first, ddof=1))
     (legend,) = drawn["curves_bytes"].legends
-    assert "band: ± sample deviation" in legend.get_title().get_text()
+    title = legend.get_title().get_text()
+    assert title == "mean over 2 seeds; band: ± sample deviation (n - 1)"
     words = [text.get_text() for text in legend.get_texts()]
     assert words == ["fedavg", "hyperfedzero", "alpha=0.1", "alpha=1", "alpha=10"]
+
+
+def test_groups_of_different_numbers_of_seeds_say_so(results):
+    wide = results[1].iloc[:-1]
+    said = figures._over_seeds(wide, BY, "bars")
+    assert said.startswith("mean over 1 to 2 seeds")
+    assert figures._over_seeds(wide[wide["seed"] == 0], BY, "bars") == "one seed"
 
 
 def test_bytes_that_lie_decades_apart_have_a_logarithmic_axis(drawn, results):
