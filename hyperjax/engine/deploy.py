@@ -87,12 +87,14 @@ class Deployed(NamedTuple):
 
     `variables` are those that its family's model predicts with. `network` is what would
     run on the client: variables of a plain network (`model.serve.export`), which for a
-    method with a classifier per sample is none of its own.
+    method with a classifier per sample is none of its own. `about` is what the method
+    reports of a client (`model.serve.inspect`), such as its embedding.
     """
 
     variables: PyTree
     network: PyTree
     logits: Array  # [n, K] float32, of its inputs in the order given
+    about: dict[str, Array]
 
 
 def moment(root: Key, carry: schedule.Carry, round: int, family: str) -> Moment:
@@ -297,7 +299,8 @@ def _program(method: Callable[..., Algorithm], name: str, batch_size: int) -> Ca
             x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
             num_classes = jax.eval_shape(model.predict, variables, x).shape[-1]
             logits = predict_all(model, variables, inputs, num_classes, width)
-            return Deployed(variables, model.serve.export(variables), logits)
+            about = model.serve.inspect(variables, data.inputs)
+            return Deployed(variables, model.serve.export(variables), logits, about)
 
         return jax.lax.map(deploy_one, arrivals)
 

@@ -9,9 +9,14 @@ scoring only. A folder of images does too. Images of other sizes than the run's 
 scaled as its own were. `--client` takes an unseen client of the run itself. In the
 output folder: classifier.npz (path -> array: what would run on the client),
 predictions.npz (label, probability, and of a folder each image's name) and result.json.
+
+Of a method that embeds clients it also says how far out the client is: which share of
+the participants is nearer to the others. Above all of them is a client of a kind that
+the run may never have met.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +28,10 @@ from absl import flags
 from hyperjax import registry, tree
 from hyperjax.data import clients
 from hyperjax.engine import checkpoint, deploy, log, scoring
-from hyperjax.launch import build, cli, inputs, origin, outputs, saved
+from hyperjax.launch import build, cli, finished, inputs, origin, outputs, saved
 from hyperjax.launch.saved import Run
-from hyperjax.types import ClientData, PyTree
+from hyperjax.runs import likeness
+from hyperjax.types import Array, ClientData, PyTree
 
 
 class Served(NamedTuple):
@@ -34,6 +40,7 @@ class Served(NamedTuple):
     classifier: PyTree  # variables of the network that runs on the client
     probability: np.ndarray  # [n, K] float32
     label: np.ndarray  # [n] int32
+    about: Mapping[str, Array]  # what the method reports of the client
 
 
 def load_run(path: str) -> Run:
@@ -92,7 +99,20 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
         )
     probability = np.asarray(jax.nn.softmax(deployed.logits))
     label = probability.argmax(-1).astype(np.int32)
-    return Served(deployed.network, probability, label)
+    return Served(deployed.network, probability, label, deployed.about)
+
+
+def strangeness(run: Run, about: Mapping[str, Array]) -> float | None:
+    """Returns which share of participants, %, is nearer to the others than a client.
+
+    None where the method embeds nobody, or the run has not ended.
+    """
+    rows = finished.read(str(run.folder)).clients
+    for name in likeness.EMBEDDINGS:
+        ours = [r[name] for r in rows if r["participating"] and r.get(name) is not None]
+        if name in about and len(ours) > 2:
+            return 100.0 * likeness.strangeness(np.array(ours), np.asarray(about[name]))
+    return None
 
 
 def read_inputs(path: str, run: Run) -> dict[str, np.ndarray]:
@@ -179,6 +199,8 @@ def write(
         predicted=dict(zip(map(str, run.facts["label_names"]), counts, strict=True)),
         classifier_numbers=tree.count(served.classifier),
     )
+    if (away := strangeness(run, served.about)) is not None:
+        result["farther_out_than"] = away
     if labels is not None:
         result["zacc"] = 100.0 * float(np.mean(served.label == labels))
     result = log.jsonable(result)
@@ -209,6 +231,9 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "
         f"classifier, predictions, result: {folder}"
     )
+    if (away := result.get("farther_out_than")) is not None:
+        unlike = ": it may be unlike anybody in training" if away == 100 else ""
+        print(f"By its embedding farther out than {away:.0f} % of participants{unlike}")
     return 0
 
 

@@ -68,3 +68,16 @@ def distances(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndar
     gap = (ours - mean) * n / (n - 1)
     others = squares - (ours - mean) ** 2 * n / (n - 1)
     return away(gap, others, n - 1), away(theirs - mean, squares, n)
+
+
+def strangeness(ours: np.ndarray, one: np.ndarray) -> float:
+    """Returns the share of participants that are nearer to the others than a client is.
+
+    1: no participant is as far out, and the client may be of a kind that nobody was.
+
+    Args:
+      ours: embeddings of participants, [n, E], of three or more.
+      one: the client's, [E].
+    """
+    among, away = distances(ours, np.asarray(one)[None])
+    return float(np.mean(among < away))

@@ -23,6 +23,13 @@ def test_a_participant_is_held_against_the_others():
     np.testing.assert_allclose(away, [2.0, 0.0])
 
 
+def test_how_far_out_a_client_is():
+    ours = np.array([[0.0], [1.0], [2.0], [4.0]])
+    assert likeness.strangeness(ours, np.array([1.8])) == 0.0
+    assert likeness.strangeness(ours, np.array([9.0])) == 1.0
+    assert likeness.strangeness(ours, np.array([2.5])) == 0.25  # but for that at 1
+
+
 def test_clients_of_one_law_are_not_told_apart():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(size=(400, 8)), rng.normal(size=(400, 8))
