@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
+_MOST, _FIRST = 100, 12  # names in a message, and how many of more than these
 
 
 def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
@@ -16,8 +16,16 @@ def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(str(value), accepted, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    known = ", ".join(map(repr, accepted))
+    known = some(map(repr, accepted))
     raise ValueError(f"{name}={value!r} is unknown{hint} (accepted: {known})")
+
+
+def some(names: Iterable[str]) -> str:
+    """Returns names for a message: all, or the first of the columns of a table."""
+    known = list(names)
+    if len(known) > _MOST:
+        known[_FIRST:] = [f"... ({len(known):,} in all)"]
+    return ", ".join(known)
 
 
 def check_number(
@@ -55,7 +63,7 @@ def check_number(
     given = [bound for bound in bounds if bound[0] is not None]
     accepted = " and ".join(text for _, _, text in given)
     for name, value in values.items():
-        if isinstance(value, jax.core.Tracer):
+        if _is_traced(value):
             continue
         if not _is_number(value, whole):
             kind = "a whole number" if whole else "a finite number"
@@ -72,12 +80,18 @@ def check_at_least(minimum: int, **values: Any) -> None:
 
 def surely(condition: Any) -> bool:
     """Returns whether a condition on numbers is met; not if they are traced."""
-    return not isinstance(condition, jax.core.Tracer) and bool(condition)
+    return not _is_traced(condition) and bool(condition)
 
 
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's text, or its name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_traced(value: Any) -> bool:
+    import jax  # here, as who misspells a command needs none
+
+    return isinstance(value, jax.core.Tracer)
 
 
 def _is_number(value: Any, whole: bool) -> bool:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperjax.errors import check_at_least, check_number
+from hyperjax.errors import check_at_least, check_choice, check_number
 
 INF, NAN = float("inf"), float("nan")
 
@@ -53,3 +53,11 @@ def test_a_number_of_things_is_whole(value):
 def test_bounds_are_named(bounds, value, message):
     with pytest.raises(ValueError, match=re.escape(message) + "$"):
         check_number(**bounds, x=value)
+
+
+def test_of_very_many_names_the_first_are_said():
+    with pytest.raises(ValueError) as raised:
+        check_choice("column", "pixel_7", [f"pixel{i}" for i in range(784)])
+    said = str(raised.value)
+    assert len(said) < 300 and "did you mean 'pixel7'" in said
+    assert said.endswith("'pixel11', ... (784 in all))")

@@ -43,7 +43,7 @@ LAYERS = (
     ("hyperjax.engine",),
     ("hyperjax.runs", "hyperjax.flower"),
     ("hyperjax.protocols",),
-    ("hyperjax.launch", "hyperjax.sweeps", "hyperjax.__main__"),
+    ("hyperjax.launch", "hyperjax.sweeps", "hyperjax.__main__", "hyperjax.api"),
 )
 # Nothing in the engine knows that there are methods.
 NEVER = {"hyperjax.engine": "hyperjax.algorithms"}
@@ -167,3 +167,28 @@ print("backends:", *xla_bridge._backends)
     light = [n for n in LIBRARY if not n.startswith(COMMANDS)]
     assert len(lines) == 3 + len(light)
     assert [line for line in lines if not line.endswith(":")] == []
+
+
+def test_a_command_speaks_before_jax_is_imported():
+    program = """
+import sys
+from hyperjax.launch import main
+sys.argv = ["hyperjax", "trian"]
+try:
+    main.main()
+except SystemExit as ended:
+    print(ended.code, "jax" in sys.modules)
+import hyperjax
+print(hyperjax.channels.__name__, hyperjax.federate.__name__, hyperjax.ditto.__name__)
+from hyperjax import *
+print(federate is hyperjax.federate, "jax" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.splitlines() == [
+        "2 False",
+        "hyperjax.channels federate ditto",
+        "True True",
+    ]
+    assert "did you mean 'train'?" in result.stderr

@@ -348,6 +348,7 @@ _PACKAGES = {
     "array_record": "array_record",
     "datasets": "datasets",
     "mlxtend": "mlxtend",
+    "pandas": "pandas",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "tensorflow": "tensorflow",

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hyperjax.data.arrays import require
 from hyperjax.errors import check_choice, first_line
 
 
@@ -50,6 +51,45 @@ def read_npz(path: str, field: str) -> dict[str, np.ndarray]:
             "numpy.savez(file, image=x, label=y)"
         )
     return found
+
+
+def read_table(path: str, field: str) -> dict[str, np.ndarray]:
+    """Reads the columns of a CSV file, by their names in its first line.
+
+    Returns:
+      Columns [n] of integers, floats, or text as objects.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no such file, a column has no name, or a value is missing.
+    """
+    require("pandas", needed_for=f"reading {path!r}")
+    import pandas
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"{field}={path!r}: there is no file {path!r}")
+    try:
+        table = pandas.read_csv(file)
+    except Exception as error:  # parsers and decoders raise what they like
+        raise ValueError(
+            f"{field}={path!r} cannot be read as CSV ({first_line(error)})"
+        ) from error
+    columns = {str(name): table[name].to_numpy() for name in table}
+    for number, name in enumerate(columns, 1):
+        if name.startswith("Unnamed: "):
+            raise ValueError(
+                f"{field}={path!r}: column {number} has no name; an index is left out "
+                "by table.to_csv(file, index=False)"
+            )
+        missing = np.flatnonzero(table[name].isna().to_numpy())
+        if len(missing):
+            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{field}={path!r}: column {name!r} has no value in row "
+                f"{missing[0] + 1}{others}"
+            )
+    return columns
 
 
 def _load(path: str, given: str, field: str, only: str | None = None) -> dict[str, Any]:

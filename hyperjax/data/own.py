@@ -7,6 +7,9 @@ What `load` reads, by the form of the name:
   which are tokens or features as `data.kind` says. Other usual names are found (x, y;
   x_train, y_train, ...), any by `Keys`. `image_test` and `label_test` (or x_test, ...)
   are the set's own test part.
+- `table.csv`: a column `label` (or another usual name, or `Keys`), and beside it, and
+  the column of clients, columns of numbers, which are features, or as `data.kind` says
+  the grey values of an image or tokens; or one column of text.
 - `folder/` with a folder of images for each class, or with `train/` and `test/` that
   have these.
 - `folder/` with an .npz file for each client, named by the client.
@@ -33,10 +36,10 @@ import numpy as np
 from hyperjax import registry
 from hyperjax.data import files
 from hyperjax.data.arrays import Keys, Source, checked, from_arrays, require
-from hyperjax.errors import check_choice, first_line
+from hyperjax.errors import check_choice, first_line, some
 
 ACCEPTED = (
-    "of your own: file.npz, folder/ (a folder of images for each class), "
+    "of your own: file.npz, table.csv, folder/ (a folder of images for each class), "
     "package.module:function"
 )
 # What people call images and labels, in the order in which they are looked for.
@@ -57,7 +60,7 @@ def is_own(name: str) -> bool:
 
 def is_path(name: str) -> bool:
     """Whether a name is that of a file or folder."""
-    ends = (".npz", ".npy", ".json", "/", os.sep)
+    ends = (".npz", ".npy", ".csv", ".json", "/", os.sep)
     return name.endswith(ends) or name.startswith(("/", "./", "../", "~"))
 
 
@@ -92,6 +95,8 @@ def load(name: str, split: str, test_split: str, keys: Keys, size: int) -> Sourc
         found = _from_function(name, keys)
     elif name.endswith(".npz"):
         found = _from_arrays(name, files.read_npz(name, "data.name"), keys)
+    elif name.endswith(".csv"):
+        found = _from_table(name, keys)
     elif name.endswith(".npy"):
         raise ValueError(
             f"data.name={name!r} is one array; write images and labels with "
@@ -148,6 +153,35 @@ def _from_arrays(name: str, arrays: Mapping[str, Any], keys: Keys) -> Source:
         raise ValueError(f"{named}: {error}") from error
 
 
+def _from_table(name: str, keys: Keys) -> Source:
+    """A table: a column of labels, perhaps one of clients, and all others."""
+    columns = files.read_table(name, "data.name")
+    label = _find(name, columns, keys.label, LABELS, "data.label_key", "labels")
+    for field, key in (("image", keys.image), ("client", keys.client)):
+        if key:
+            check_choice(f"data.{field}_key of {name!r}", key, list(columns))
+    given = [keys.image] if keys.image else [*columns]
+    given = [key for key in given if key not in (label, keys.client)]
+    if not given:
+        raise ValueError(f"data.name={name!r} has no column beside {label!r}")
+    text = [key for key in given if columns[key].dtype.kind not in "biuf"]
+    if text and len(given) > 1:
+        raise ValueError(
+            f"data.name={name!r}: the column {text[0]!r} is text among "
+            f"{len(given) - 1} others; make it numbers (pandas.get_dummies), or name "
+            "it by data.client_key if it says whose a row is, by data.image_key if it "
+            "alone is to be looked at"
+        )
+    found: Any = [columns[key] for key in given]
+    x = found[0] if text else np.stack(found, axis=1)
+    ids = columns[keys.client] if keys.client else None
+    kind = keys.kind if text else keys.kind or "features"
+    try:
+        return from_arrays(x, columns[label], name=name, client_ids=ids, kind=kind)
+    except ValueError as error:
+        raise ValueError(f"data.name={name!r}, y={label!r}: {error}") from error
+
+
 def _find(
     name: str,
     arrays: Mapping[str, Any],
@@ -164,7 +198,7 @@ def _find(
         raise ValueError(
             f"data.name={name!r} has no array of {what} by a usual name "
             f"({', '.join(usual)}); name one of its arrays by {field}: "
-            f"{', '.join(arrays) or 'there are none'}"
+            f"{some(arrays) or 'there are none'}"
         )
     return found
 

@@ -173,7 +173,8 @@ def dirichlet(
     if min_size * num_clients > len(y):
         raise ValueError(
             f"min_size={min_size} for each of {num_clients} clients takes "
-            f"{min_size * num_clients} samples; there are {len(y)}"
+            f"{min_size * num_clients} samples; there are {len(y)}: lower num_clients, "
+            "num_novel or min_size"
         )
     sizes = np.unique(y, return_counts=True)[1]
     best = 0
@@ -470,7 +471,8 @@ def by_client_id(
         few = f", of which {len(able)} have {min_size} samples or more"
         raise ValueError(
             f"num_clients={num_clients}, unseen ones included, but client_ids has only "
-            f"{len(distinct)} distinct ids{few if len(able) < len(distinct) else ''}"
+            f"{len(distinct)} distinct ids{few if len(able) < len(distinct) else ''}: "
+            "lower num_clients or num_novel"
         )
     chosen = np.sort(rng.choice(able, num_clients, replace=False))
     kept = np.flatnonzero(np.isin(owner, chosen))
@@ -574,6 +576,8 @@ def check_ids(client_ids: Any, num: int) -> np.ndarray:
         raise ValueError(
             f"client_ids: {len(ids)} client ids given for the {num} samples"
         )
+    if ids.dtype.kind == "O" and all(isinstance(i, str) for i in ids):  # pandas'
+        ids = ids.astype(str)
     if ids.dtype.kind not in "iuUS":
         hint = {"f": "ids.astype(int)", "O": "ids.astype(str)"}.get(ids.dtype.kind, "")
         raise ValueError(

@@ -372,7 +372,22 @@ def explain(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "Traceback (most recent call last)" in text:  # of a config file that failed
         text = text.splitlines()[-1]
+    if isinstance(error, flags.UnrecognizedFlagError):
+        text += _meant(error.flagname)
     return _unknown_field() or _several(text) or text
+
+
+def _meant(flag: str) -> str:
+    """Points to the flag or field that may be meant by an unknown flag."""
+    known = [name for name in flags.FLAGS if len(name) > 1]
+    if "config" in known:
+        if flag == "data":
+            return "; data of your own are --config.data.name=mine.npz, folder/, ..."
+        ours = [f for f in common.FIELDS if flag in (f, f.rpartition(".")[2])]
+        if ours:
+            return f"; did you mean {' or '.join(f'--config.{f}' for f in ours[:3])}?"
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"; did you mean --{near[0]}?" if near else "; see --help"
 
 
 def _several(text: str) -> str | None:

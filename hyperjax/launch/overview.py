@@ -90,7 +90,8 @@ def overview(width: int = WIDTH) -> str:
                 *sources.EMBEDDED.items(),
                 (
                     "mine.npz",
-                    "arrays; a folder/, LEAF's file.json, package.module:function",
+                    "arrays; table.csv, folder/, LEAF's file.json, "
+                    "package.module:function",
                 ),
                 ("{a,b}.npz", "several sets, each a domain"),
                 ("any other name", "of an image set of TensorFlow Datasets"),

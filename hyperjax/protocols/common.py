@@ -26,9 +26,9 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "rounds": (100, "of training; a finished run goes on with more"),
     "data.name": (
         "mnist5k",
-        "mnist5k, digits, pydoc, ...; mine.npz, folder/, package.module:function; TFDS",
+        "mnist5k, digits, ...; mine.npz, table.csv, folder/, package.module:load; TFDS",
     ),
-    "data.image_key": ("", "array or feature with the images; '': the usual one"),
+    "data.image_key": ("", "array, feature or column of images; '': the usual one"),
     "data.label_key": ("", "array or feature with the labels"),
     "data.kind": (
         "",

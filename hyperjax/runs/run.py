@@ -271,7 +271,8 @@ class Run(NamedTuple):
         Args:
           client: a number; None for somebody who is none of them.
           x: inputs as of `predict`, on which the network may be conditioned; None: the
-            client's own.
+            client's own; of somebody who is none of them the global test set, or if
+            there is none what all participants hold out.
 
         Raises:
           FloatingPointError: the network's outputs are not finite.
@@ -423,9 +424,11 @@ class Run(NamedTuple):
             table, row = data.held_out, client
         elif client is not None and n <= client < n + m and data.novel is not None:
             table, row = data.novel, client - n
+        elif data.test is not None:
+            table, row = data.test, 0
         else:
-            table, row = clients.table([np.zeros(0, np.int32)]), 0
-            table = data.test if data.test is not None else table
+            apart = zip(data.held_out.rows, data.held_out.size, strict=True)
+            table, row = clients.table([np.concatenate([r[:n] for r, n in apart])]), 0
         return ClientData(
             jnp.asarray(table.rows[row : row + 1]),
             jnp.asarray(table.size[row : row + 1]),

@@ -357,3 +357,55 @@ def test_networks_for_larger_images_say_what_helps():
     with pytest.raises(ValueError, match=r"data.resize=32 would make them 32x32"):
         build.make_model(config, (8, 8, 1), 3)
     build.make_model(config, (32, 32, 1), 3)
+
+
+def write_csv(path, **columns):
+    rows = zip(*columns.values(), strict=True)
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_a_csv_file_is_a_table(here):
+    width, height = RNG.normal(size=(2, 60)).astype(np.float32)
+    table = dict(width=width, farm=NAMES[Y], height=height, label=NAMES[Y])
+    write_csv(here / "mine.csv", **table)
+    found = sources.load("mine.csv", keys=sources.Keys(client="farm"))
+    np.testing.assert_allclose(found.x, np.stack([width, height], 1), rtol=1e-6)
+    assert found.x.dtype == np.float32 and found.label_names == tuple(NAMES)
+    np.testing.assert_array_equal(found.y, Y)
+    np.testing.assert_array_equal(found.client_ids, NAMES[Y])
+    with pytest.raises(ValueError, match=r"'farm' is text among 2 others.*client_key"):
+        sources.load("mine.csv")
+    texts = [f"{name} {i}" for i, name in enumerate(NAMES[Y])]
+    write_csv(here / "texts.csv", text=texts, y=Y)
+    found = sources.load("texts.csv")
+    assert bytes(found.x[0].tolist()).rstrip(b"\0").decode() == "ant 0"
+
+
+def test_images_may_be_rows_of_a_csv_file(here):
+    x = RNG.integers(0, 256, (60, 16))
+    columns = {f"pixel{i}": x[:, i] for i in range(16)}
+    write_csv(here / "mine.csv", label=Y, **columns)
+    found = sources.load("mine.csv", keys=sources.Keys(kind="images"))
+    assert found.x.dtype == np.uint8
+    np.testing.assert_array_equal(found.x, x.reshape(60, 4, 4, 1))
+    assert sources.load("mine.csv").x.dtype == np.float32  # features
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a,b\n1,2\n", "no array of labels by a usual name.*label_key: a, b"),
+        (",a,label\n0,1,2\n", "column 1 has no name.*index=False"),
+        ("a,label\n1,2\n,3\n,4\n", "column 'a' has no value in row 2 and 1 others"),
+        ("label\n1\n", "no column beside 'label'"),
+        ("", "cannot be read as CSV"),
+        ("a,label\n1,0.5\n", "y='label': y is float64; labels must be"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_name(text, match, here):
+    (here / "mine.csv").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        sources.load("mine.csv")
+    with pytest.raises(FileNotFoundError, match=r"no file 'other\.csv'"):
+        sources.load("other.csv")

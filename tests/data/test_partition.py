@@ -498,7 +498,10 @@ def test_client_ids_are_drawn_if_there_are_more():
         (np.zeros(199, int), "199 client ids given for the 200 samples"),
         (np.zeros((200, 1), int), r"client_ids has the shape \(200, 1\)"),
         (np.zeros(200), r"client_ids is float64.*ids.astype\(int\)"),
-        (np.array(["a"] * 200, object), r"client_ids is object.*ids.astype\(str\)"),
+        (
+            np.array([None, *["a"] * 199], object),
+            r"client_ids is object.*ids.astype\(str\)",
+        ),
         (Y > 2, "client_ids is bool; ids must be integers or names"),
         (np.ma.masked_equal(Y, 3), "client_ids is a masked array"),
     ],

@@ -141,3 +141,19 @@ def test_the_oldest_programs_go_first(tmp_path):
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     cli._drop_oldest(tmp_path, most=250)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_an_unknown_flag_points_to_what_may_be_meant(monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    flags.DEFINE_string("workdir", None, "A folder.", flag_values=values)
+
+    def said(flag):
+        return cli.explain(flags.UnrecognizedFlagError(flag))
+
+    assert said("data").endswith("'data'; see --help")
+    assert said("workdr").endswith("'workdr'; did you mean --workdir?")
+    flags.DEFINE_string("config", None, "A file.", flag_values=values)
+    assert "data of your own are --config.data.name=mine.npz" in said("data")
+    assert said("rounds").endswith("did you mean --config.rounds?")
+    assert said("alpha").endswith("did you mean --config.data.alpha?")

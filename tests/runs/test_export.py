@@ -143,6 +143,19 @@ def test_somebody_new_gets_the_network_for_its_inputs(generated, tmp_path):
     np.testing.assert_allclose(nn.softmax(logits), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["ditto", "hyperfedzero"])
+def test_somebodys_network_needs_no_global_test_set(method, tmp_path):
+    data = hj.federate(SOURCE, num_clients=4, num_novel=2, seed=1, test_fraction=0.0)
+    assert data.test is None
+    options = SMALL if method == "hyperfedzero" else {}
+    run = hj.run(method, Small(), data, rounds=0, progress=False, **options)
+    path = run.export(tmp_path / "shared", format="stablehlo")
+    predict = jax.export.deserialize(bytearray(path.read_bytes())).call
+    apart = np.concatenate([r[:n] for r, n in zip(*data.held_out, strict=True)])
+    x = np.asarray(data.pool.x)[apart]  # what it is conditioned on
+    np.testing.assert_array_equal(predict(x), run.probabilities(None, x))
+
+
 def test_clients_of_families_get_theirs(tmp_path):
     run = train("local_only", {"a": Net(), "b": Small()})
     for client, family, module in (
