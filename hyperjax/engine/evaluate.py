@@ -383,6 +383,9 @@ def _by_family(
     found: dict[str, dict[str, _Part]] = {name: {} for name in groups.names}
     for metric, population in whom.items():
         for name, (places, numbers) in groups.numbers(population.ids, novel).items():
+            if len(places) == len(population.ids):  # everybody, in order
+                found[name][metric] = _Part(places, population._replace(ids=numbers))
+                continue
             tables = (
                 Table(table.rows[places], table.size[places])
                 for table in (population.train, population.inputs)

@@ -106,7 +106,8 @@ def families(names_of_clients: Mapping[str, np.ndarray] | int) -> Families:
     """
     if isinstance(names_of_clients, int):
         everybody = np.arange(names_of_clients, dtype=np.int32)
-        return Families((ALONE,), {ALONE: everybody}, 0 * everybody, everybody)
+        nothing = np.zeros(names_of_clients, np.int32)
+        return Families((ALONE,), {ALONE: everybody}, nothing, everybody)
     names = tuple(sorted(names_of_clients))
     for name in names:
         kind = np.asarray(names_of_clients[name]).dtype

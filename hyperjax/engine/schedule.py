@@ -13,6 +13,7 @@ import numpy as np
 from hyperjax import compiling, hosts, rng
 from hyperjax.data import clients
 from hyperjax.data.clients import Table, is_on_host
+from hyperjax.data.ragged import Rows
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
 from hyperjax.errors import check_at_least, check_choice, check_number
@@ -321,7 +322,8 @@ def check_images(alg: Algorithm, pool: Pool) -> None:
 def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
     """Refuses samples that a network does not take, and rows that a pool lacks."""
     check_images(alg, pool)
-    rows, size = np.asarray(table.rows), np.asarray(table.size)
+    rows, size = table.rows, np.asarray(table.size)
+    rows = rows if isinstance(rows, Rows) else np.asarray(rows)
     if rows.ndim != 2 or size.shape != rows.shape[:1]:
         raise ValueError(
             f"table has rows of shape {rows.shape} and sizes of shape {size.shape}; "
@@ -332,9 +334,10 @@ def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
             f"table has clients of {size.min()} to {size.max()} samples; its rows have "
             f"room for 0 to {rows.shape[1]}"
         )
-    if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(pool.x):
+    given = rows.parts.flat if isinstance(rows, Rows) else rows
+    if given.min(initial=0) < 0 or given.max(initial=0) >= len(pool.x):
         raise ValueError(
-            f"table names rows {rows.min()} to {rows.max()} of a pool of "
+            f"table names rows {given.min()} to {given.max()} of a pool of "
             f"{len(pool.x)} samples"
         )
 
@@ -553,7 +556,8 @@ def _on_device(parts: _Parts) -> Simulator:
         return x if mesh is None else hosts.put(x, place(owners))
 
     places = {name: place(owners[name]) for name in groups.names}
-    table = jax.tree.map(jnp.asarray, put(parts.table, of_all))
+    table = jax.tree.map(np.asarray, parts.table)  # the rectangle, of `ragged.Rows`
+    table = jax.tree.map(jnp.asarray, put(table, of_all))
 
     def init(root):
         carry = Carry(sharding.replicate(parts.init_server(root), mesh), {}, {})
