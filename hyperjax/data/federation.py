@@ -302,8 +302,8 @@ def federate(
     everyone = num_clients + num_novel
     labels = source.y[rest]
     places = partitions.partition(partition, rng, labels, everyone, **options)
-    kind = np.int32 if total < 2**31 else np.int64
-    parts = Ragged.of(places).map(lambda place: rest[place], kind)
+    number = np.int32 if total < 2**31 else np.int64
+    parts = Ragged.of(places).map(lambda place: rest[place], number)
     del places  # of a million clients it is large
     for client in np.flatnonzero(parts.size < 2)[:1]:
         raise ValueError(

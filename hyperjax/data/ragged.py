@@ -133,13 +133,20 @@ class Rows:
 
     def pieces(self) -> Iterator[np.ndarray]:
         """Yields the rectangle, some clients after others."""
-        for start in range(0, len(self), AT_ONCE):
-            yield self[start : start + AT_ONCE]
+        column = np.arange(self.shape[1])
+        for piece in self.parts.pieces():
+            found = np.zeros((len(piece), self.shape[1]), self.dtype)
+            found[column < piece.size[:, None]] = piece.flat
+            yield found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("the rectangle is made when it is asked for")
-        return self[:].astype(dtype or self.dtype, copy=False)
+        whole, done = np.empty(self.shape, dtype or self.dtype), 0
+        for piece in self.pieces():
+            whole[done : done + len(piece)] = piece
+            done += len(piece)
+        return whole
 
     def widened(self, width: int) -> "Rows":
         """Returns the same with at least so many columns."""

@@ -257,7 +257,19 @@ def simulator(
         return {name: place[family == i] for i, name in enumerate(groups.names)}
 
     _check_data(alg, table, pool)
-    _check_room(pool, table, padded, pool_mb, store)
+    staged = bool(alg.opening or alg.closing)
+    _check_store(pool, store)
+    if is_on_host(pool):
+        rooms = groups.rooms(padded, 1 if mesh is None else mesh.size).values()
+        num = sum(_room(pool, table, room) for room in rooms)
+        num *= 2 if staged or not sequential else 0  # trained on, and on their way
+        num += _room(pool, table, 1) if sequential else 0
+        what = f"samples of two cohorts of {padded}"
+        what = what if staged or not sequential else "samples of a client"
+        what += f" in {len(rooms)} families" if len(rooms) > 1 else ""
+        check_room(pool, num, pool_mb, what, "smaller cohorts")
+    else:
+        check_room(pool, len(pool.x), pool_mb, "all samples", "a pool on the host")
     sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
@@ -347,20 +359,13 @@ def _room(pool: Pool, table: Table, clients: int) -> int:
     return min(len(pool.x), clients * table.rows.shape[1])
 
 
-def _check_room(
-    pool: Pool, table: Table, cohort_size: int, limit_mb: int, store: str
-) -> None:
-    """Refuses samples that have no room on the device."""
+def _check_store(pool: Pool, store: str) -> None:
+    """Refuses samples on the host where nothing fetches them from there."""
     if is_on_host(pool) and store != "host":
         raise ValueError(
             "the pool's samples are on the host, where a cohort's are taken from; "
             f"accepted: store='host' with it, not {store!r}"
         )
-    num, what, instead = len(pool.x), "all samples", "a pool on the host"
-    if is_on_host(pool):
-        num = 2 * _room(pool, table, cohort_size)  # trained on, and on their way
-        what, instead = f"samples of two cohorts of {cohort_size}", "smaller cohorts"
-    check_room(pool, num, limit_mb, what, instead)
 
 
 def check_room(pool: Pool, num: int, limit_mb: int, what: str, instead: str) -> None:

@@ -309,7 +309,8 @@ def _gets_worse(found: Mapping[int, Mapping[tuple[str, str], float | None]]) -> 
 def _entropy(counts: np.ndarray) -> np.ndarray:
     """Entropy of the classes of each of some clients, in nats."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return -np.sum(share * np.log(share, where=share > 0, out=0 * share), axis=1)
+    found = -np.sum(share * np.log(share, where=share > 0, out=0 * share), axis=1)
+    return found.astype(np.float32)
 
 
 def partition(run: Run) -> pages.Html:
