@@ -79,10 +79,12 @@ def sha256(a: PyTree) -> str:
     """Returns a digest over paths, dtypes, shapes and bits of all leaves."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(a):
-        array = np.asarray(leaf)
+        in_pieces = hasattr(leaf, "pieces")  # see `data.ragged.Rows`
+        array: Any = leaf if in_pieces else np.asarray(leaf)
         digest.update(f"{_join(path)}|{array.dtype.str}|{array.shape}|".encode())
         # In place: rows of many clients may be larger than what memory is left.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for piece in array.pieces() if in_pieces else (array,):
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

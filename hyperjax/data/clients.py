@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax.data.arrays import is_tokens
+from hyperjax.data.ragged import Ragged, Rows
 from hyperjax.data.shift import IDENTITY
 from hyperjax.errors import check_choice
 from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
@@ -17,21 +18,29 @@ from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
 class Table(NamedTuple):
     """Which pool rows belong to which client, padded to a rectangle.
 
-    NumPy arrays, but for the copy that the engine's device store makes.
+    NumPy arrays, or `ragged.Rows`, but for the copy that the engine's device store
+    makes.
     """
 
     rows: Any  # [N, n_max] int32; padding repeats row 0 of the pool
     size: Any  # [N] int32
 
 
+LARGE = 2**22  # numbers; a larger rectangle is not made
+
+
 def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
-    """Packs per-client index arrays into a `Table`, n_max rounded up to a multiple."""
-    size = np.array([len(part) for part in parts], np.int32)
+    """Packs per-client index arrays into a `Table`, n_max rounded up to a multiple.
+
+    Its rows are `ragged.Rows` where the rectangle would be `LARGE`.
+    """
+    each = Ragged.of(parts)
+    size = each.size.astype(np.int32)
     width = -(-max(1, int(size.max(initial=0))) // multiple) * multiple
-    rows = np.zeros((len(parts), width), np.int32)
-    for i, part in enumerate(parts):
-        rows[i, : len(part)] = part
-    return Table(rows, size)
+    kind = np.min_scalar_type(int(each.flat.max(initial=0)))
+    short = each.ends.astype(np.min_scalar_type(-len(each.flat)))
+    rows = Rows(Ragged(each.flat.astype(kind), short), width)
+    return Table(rows if len(size) * width > LARGE else np.asarray(rows), size)
 
 
 # How inputs are scaled: by the moments of all participants' training pixels, by each
@@ -181,10 +190,16 @@ def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
     # 4,096 images at a time, since indexing by rows copies them.
     levels = np.arange(256) / 255.0
     mean, std = [], []
+    often = None
+    if len(rows) > len(x):  # some are there several times, and are looked at once
+        often = np.bincount(rows, minlength=len(x))
+        rows = np.flatnonzero(often)
+    pixels = math.prod(x.shape[1:-1])
     for channel in range(x.shape[-1]):
         counts = np.zeros(256)
         for block in np.array_split(rows, max(1, len(rows) // 4096)):
-            counts += np.bincount(x[block, ..., channel].ravel(), minlength=256)
+            weight = None if often is None else np.repeat(often[block], pixels)
+            counts += np.bincount(x[block, ..., channel].ravel(), weight, 256)
         share = counts / counts.sum()
         mean.append(share @ levels)
         std.append(np.sqrt(share @ levels**2 - mean[-1] ** 2))

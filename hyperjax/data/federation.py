@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hyperjax import tree
-from hyperjax.data import clients, own, sources
+from hyperjax.data import clients, files, own, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data import shift as shifts
 from hyperjax.data.arrays import described, is_tokens, vocabulary
 from hyperjax.data.clients import Table
+from hyperjax.data.ragged import Ragged, Rows
 from hyperjax.data.shift import Shift
 from hyperjax.data.sources import Source
 from hyperjax.errors import check_at_least, check_choice, check_number
@@ -116,7 +117,7 @@ class Federation(NamedTuple):
         One client, number 0, trains on the training samples of all participants; each
         participant deploys its state and is still evaluated on its own samples.
         """
-        everything = clients.table([np.concatenate(_parts(self.train))], _WIDTH)
+        everything = clients.table([_parts(self.train).flat], _WIDTH)
         return self._replace(trainers=everything)
 
     def widened(self, widths: Mapping[str, int]) -> "Federation":
@@ -126,6 +127,8 @@ class Federation(NamedTuple):
         """
 
         def widen(table: Table, width: int) -> Table:
+            if isinstance(table.rows, Rows):
+                return Table(table.rows.widened(width), table.size)
             missing = max(0, width - table.rows.shape[1])
             return Table(np.pad(table.rows, ((0, 0), (0, missing))), table.size)
 
@@ -161,9 +164,10 @@ class Federation(NamedTuple):
     @property
     def source_prior(self) -> np.ndarray:
         """Class shares over all participants' training samples, [K]."""
-        rows = np.concatenate(_parts(self.train))
-        labels = np.asarray(self.pool.y)[rows]
-        counts = np.bincount(labels, minlength=len(self.label_names))
+        labels = np.asarray(self.pool.y)
+        counts = np.zeros(self.num_classes, np.int64)
+        for piece in _parts(self.train).pieces():
+            counts += np.bincount(labels[piece.flat], minlength=self.num_classes)
         return counts / counts.sum()
 
 
@@ -298,14 +302,15 @@ def federate(
     everyone = num_clients + num_novel
     labels = source.y[rest]
     places = partitions.partition(partition, rng, labels, everyone, **options)
-    parts = [rest[place] for place in places]
-    for client, part in enumerate(parts):
-        if len(part) < 2:
-            raise ValueError(
-                f"client {client} has {len(part)} sample(s); a client needs one to "
-                "train and one to hold out: lower num_clients or num_novel, or raise "
-                "min_size"
-            )
+    number = np.int32 if total < 2**31 else np.int64
+    parts = Ragged.of(places).map(lambda place: rest[place], number)
+    del places  # of a million clients it is large
+    for client in np.flatnonzero(parts.size < 2)[:1]:
+        raise ValueError(
+            f"client {client} has {len(parts[client])} sample(s); a client needs one "
+            "to train and one to hold out: lower num_clients or num_novel, or raise "
+            "min_size"
+        )
 
     drawn = None
     if shift.kind != "none":
@@ -314,42 +319,38 @@ def federate(
         source = source._replace(y=named)
     counts = partitions.class_counts(source.y, parts, source.num_classes)
     dealt = np.zeros(total, bool)
-    dealt[np.concatenate(parts)] = True
+    for piece in parts.pieces():
+        dealt[piece.flat] = True
     unassigned = len(rest) - int(dealt.sum())
     asked = options.get("samples_per_client")  # whoever caps it knows
     if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
         _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
 
     def set_apart(parts, fraction):
-        labels = (source.y[part] if stratified else None for part in parts)
-        pairs = [
-            _set_apart(*pair, fraction) for pair in zip(parts, labels, strict=True)
-        ]
-        return [kept for kept, _ in pairs], [apart for _, apart in pairs]
+        return _set_apart(parts, source.y if stratified else None, fraction)
 
     if marked is None:
         train, held_out = set_apart(parts, eval_fraction)
     else:
         train, held_out = _own_parts(parts, marked)
     mine, others = slice(num_clients), slice(num_clients, None)
-    validation = None
+    validation, trained_on = None, train[mine]
     if validation_fraction:
-        for client, part in enumerate(train[mine]):
-            if len(part) < 2:
-                raise ValueError(
-                    f"client {client} is left with one sample to train on, and none for"
-                    f" validation_fraction={validation_fraction}"
-                )
-        train[mine], apart = set_apart(train[mine], validation_fraction)
+        for client in np.flatnonzero(trained_on.size < 2)[:1]:
+            raise ValueError(
+                f"client {client} is left with one sample to train on, and none for"
+                f" validation_fraction={validation_fraction}"
+            )
+        trained_on, apart = set_apart(trained_on, validation_fraction)
         validation = clients.table(apart, _WIDTH)
-    own_train = clients.table(train[mine], _WIDTH)
+    own_train = clients.table(trained_on, _WIDTH)
     if drawn is not None:
         shown = shifts.apply(source.x, parts, drawn, seed, source.y, source.num_classes)
         source = after_shift(source._replace(x=shown))
     samples = clients.make_pool(
         source.x,
         source.y,
-        np.concatenate(train[mine]),
+        trained_on.flat,
         standardise=standardise,
         owners=parts,
         shift=drawn,
@@ -415,18 +416,16 @@ def _everybody(client_ids: np.ndarray | None, num_novel: int) -> int:
     return len(np.unique(client_ids)) - num_novel
 
 
-def _own_parts(
-    parts: list[np.ndarray], marked: np.ndarray
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _own_parts(parts: Ragged, marked: np.ndarray) -> tuple[Ragged, Ragged]:
     """What clients train on and hold out, where the set itself says so."""
-    train = [part[~marked[part]] for part in parts]
-    held_out = [part[marked[part]] for part in parts]
-    for client, both in enumerate(zip(train, held_out, strict=True)):
-        if not all(map(len, both)):
-            raise ValueError(
-                f"client {client} has {len(both[0])} samples to train on and "
-                f"{len(both[1])} in its test part, where others have both"
-            )
+    apart = parts.map(lambda rows: marked[rows], bool).flat
+    train, held_out = parts.where(~apart), parts.where(apart)
+    fewest = np.minimum(train.size, held_out.size)
+    for client in np.flatnonzero(fewest == 0)[:1]:
+        raise ValueError(
+            f"client {client} has {train.size[client]} samples to train on and "
+            f"{held_out.size[client]} in its test part, where others have both"
+        )
     return train, held_out
 
 
@@ -446,8 +445,8 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         tables["shift_names"] = np.array(list(shifts.PARAMETERS))
     participating = np.arange(len(federation.counts)) < federation.num_clients
     part = Path(path).with_name(f".part-{Path(path).name}")
-    np.savez_compressed(
-        str(part),
+    files.write_npz(
+        part,
         counts=federation.counts,
         participating=participating,
         num_trainers=federation.num_trainers,
@@ -500,27 +499,41 @@ def digests(federation: Federation) -> dict[str, str]:
     return {name: tree.sha256(part) for name, part in parts.items()}
 
 
-def _parts(table: Table) -> list[np.ndarray]:
-    return [row[:n] for row, n in zip(table.rows, table.size, strict=True)]
+def _parts(table: Table) -> Ragged:
+    """The numbers in a table, without its padding."""
+    if isinstance(table.rows, Rows):
+        return table.rows.parts
+    there = np.arange(table.rows.shape[1]) < table.size[:, None]
+    return Ragged.sized(table.rows[there], table.size)
 
 
 def _set_apart(
-    part: np.ndarray, y: np.ndarray | None, eval_fraction: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the training and the held-out samples of a client, 1 of each at least.
+    parts: Ragged, y: np.ndarray | None, fraction: float
+) -> tuple[Ragged, Ragged]:
+    """Returns the training and the held-out samples of clients, 1 of each at least.
 
-    `part` is in random order, so its first samples are random ones; with labels `y`,
-    the first of each class are held out.
+    Parts are in random order, so their first samples are random ones; with labels `y`
+    of all samples, the first of each class are held out.
     """
-    n = len(part)
-    num_held_out = min(max(1, round(eval_fraction * n)), n - 1)
-    held_out = np.arange(n) < num_held_out
-    if y is not None:
-        position, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
-        quota, lost = np.divmod(num_held_out * sizes, n)
-        missing = num_held_out - quota.sum()
-        quota[np.argsort(-lost, kind="stable")[:missing]] += 1
-        for k, number in enumerate(quota):
-            places = np.flatnonzero(position == k)
-            held_out[places] = np.arange(len(places)) < number
-    return part[~held_out], part[held_out]
+    size = parts.size
+    num = np.minimum(np.maximum(1, np.rint(fraction * size)), size - 1).astype(int)
+    if y is None:
+        place = np.arange(len(parts.flat)) - np.repeat(parts.ends[:-1], size)
+        held_out = place < np.repeat(num, size)
+    else:
+        each = (_of_each_class(y[part], n) for part, n in zip(parts, num, strict=True))
+        held_out = np.concatenate(list(each))
+    return parts.where(~held_out), parts.where(held_out)
+
+
+def _of_each_class(y: np.ndarray, num: int) -> np.ndarray:
+    """Which `num` of a client's samples are held out, its shares of classes kept."""
+    held_out, n = np.zeros(len(y), bool), len(y)
+    position, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
+    quota, lost = np.divmod(num * sizes, n)
+    missing = num - quota.sum()
+    quota[np.argsort(-lost, kind="stable")[:missing]] += 1
+    for k, number in enumerate(quota):
+        places = np.flatnonzero(position == k)
+        held_out[places] = np.arange(len(places)) < number
+    return held_out

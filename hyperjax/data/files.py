@@ -1,11 +1,14 @@
 """Arrays in files, as people name them."""
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyperjax.data.arrays import require
+from hyperjax.data.ragged import Rows
 from hyperjax.errors import check_choice, first_line
 
 
@@ -90,6 +93,24 @@ def read_table(path: str, field: str) -> dict[str, np.ndarray]:
                 f"{missing[0] + 1}{others}"
             )
     return columns
+
+
+def write_npz(path: str | os.PathLike, **arrays: Any) -> None:
+    """Writes arrays to a compressed .npz file; of `ragged.Rows` a piece at a time.
+
+    Compression is the fastest: most of such rows is padding.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                if not isinstance(array, Rows):
+                    np.lib.format.write_array(file, np.asarray(array))
+                    continue
+                kind = np.lib.format.dtype_to_descr(array.dtype)
+                header = dict(descr=kind, fortran_order=False, shape=array.shape)
+                np.lib.format.write_array_header_1_0(file, header)
+                for piece in array.pieces():
+                    file.write(piece.data)
 
 
 def _load(path: str, given: str, field: str, only: str | None = None) -> dict[str, Any]:

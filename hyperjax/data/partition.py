@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from hyperjax.data.ragged import AT_ONCE, Ragged
 from hyperjax.errors import check_at_least, check_choice, check_number
 
 
 def partition(
     name: str, rng: np.random.Generator, y: np.ndarray, num_clients: int, **kwargs: Any
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Splits the samples with labels `y` by the partitioner called `name`.
 
     Args:
@@ -64,7 +65,7 @@ def iid(
     num_clients: int,
     *,
     samples_per_client: int = 0,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Deals samples out at random, in shares that differ by one at most.
 
     Args:
@@ -95,7 +96,7 @@ def mixtures(
     *,
     alpha: float,
     samples_per_client: int = 0,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Gives every client the same number of samples, in a mixture of its own.
 
     Each client draws its shares of the classes from a symmetric Dirichlet distribution,
@@ -136,7 +137,7 @@ def dirichlet(
     min_size: int = 1,
     max_redraws: int = 1000,
     capped: bool = False,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Cuts every class in shares drawn from a symmetric Dirichlet distribution.
 
     The shares of all classes are drawn anew until every client holds `min_size`
@@ -198,7 +199,7 @@ def pathological(
     num_clients: int,
     *,
     classes_per_client: int,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Gives every client samples of a fixed number of classes.
 
     Each class gets `N * classes_per_client // K` holders, and classes drawn at random
@@ -248,7 +249,7 @@ def class_shares(
     classes_per_client: int,
     low: float = 0.4,
     high: float = 0.6,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Gives every client an uneven share of each of a fixed number of classes.
 
     Each class is cut into `N * classes_per_client // K + 1` shares in proportion to
@@ -297,7 +298,7 @@ def class_draws(
     classes_per_client: int,
     low: float = 0.4,
     high: float = 0.6,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Lets every client draw a fixed number of classes, whatever the others draw.
 
     Each client draws its classes uniformly, without replacement. A class is divided
@@ -342,7 +343,7 @@ def majors(
     classes_per_client: int,
     ratio: float = 16.0,
     samples_per_client: int = 0,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Gives every client all classes, a few of its own much more often than the others.
 
     Every class is among the frequent ones of as many clients as any other, but for one.
@@ -388,7 +389,7 @@ def groups(
     *,
     num_groups: int,
     classes_per_client: int,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Gives clients in equal groups the same classes, which other groups have none of.
 
     The first N / G clients share the first classes_per_client classes, the next ones
@@ -441,7 +442,7 @@ def by_client_id(
     *,
     client_ids: np.ndarray,
     min_size: int = 1,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Groups samples by who made them.
 
     Args:
@@ -487,7 +488,7 @@ def bootstrap(
     alpha: float,
     samples_per_client: int,
     apart: np.ndarray | None = None,
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Draws every client's samples with replacement, whatever the others have drawn.
 
     So there may be more clients than samples, a million of them over a small data set.
@@ -522,9 +523,14 @@ def bootstrap(
         share = round(apart.mean() * samples_per_client)
         num = min(max(1, share), samples_per_client - 1)
         groups, nums = [~apart, apart], [samples_per_client - num, num]
-    # Where in [0, 1) the shares of the classes end, [K, N].
-    ends = rng.dirichlet(np.full(len(classes), alpha), num_clients).cumsum(axis=1).T
-    drawn = []
+    pieces = [slice(i, i + AT_ONCE) for i in range(0, num_clients, AT_ONCE)]
+    # Where in [0, 1) the shares of the classes end.
+    ends = np.empty((num_clients, len(classes)))
+    for some in pieces:
+        ends[some] = rng.dirichlet(np.full(len(classes), alpha), len(ends[some]))
+        ends[some].cumsum(axis=1, out=ends[some])
+    kind = np.int32 if len(y) < 2**31 else np.int64
+    drawn, done = np.empty((num_clients, samples_per_client), kind), 0
     for group, num in zip(groups, nums, strict=True):
         places = np.flatnonzero(group)
         places = places[np.argsort(position[places], kind="stable")]
@@ -535,18 +541,23 @@ def bootstrap(
                 f"class {classes[k]} has {np.sum(position == k)} sample(s); clients "
                 "need one to train on and another to hold out"
             )
-        at = rng.random((num_clients, num))
-        # The last class ends at 1, whatever its shares sum to in floating point.
-        which = np.zeros(at.shape, np.int64)
-        for end in ends[:-1]:
-            which += at >= end[:, None]
+        which = np.zeros((num_clients, num), np.min_scalar_type(len(classes)))
+        for some in pieces:
+            at = rng.random(which[some].shape)
+            # The last class ends at 1, whatever its shares sum to in floating point.
+            for end in ends[some, :-1].T:
+                which[some] += at >= end[:, None]
         first = sizes.cumsum() - sizes
-        among = rng.random(at.shape) * sizes[which]
-        drawn.append(places[first[which] + among.astype(np.int64)])
-    return list(np.concatenate(drawn, axis=1))
+        for some in pieces:
+            mine = which[some]
+            among = rng.random(mine.shape) * sizes[mine]
+            found = places[first[mine] + among.astype(np.int64)]
+            drawn[some, done : done + num] = found
+        done += num
+    return Ragged.sized(drawn.ravel(), np.full(num_clients, samples_per_client))
 
 
-PARTITIONERS: dict[str, Callable[..., list[np.ndarray]]] = {
+PARTITIONERS: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "mixtures": mixtures,
@@ -598,7 +609,7 @@ def class_counts(
       num_classes: number of classes, K.
 
     Returns:
-      [N, K] int64.
+      [N, K] int64, or int16 where that does and there are more than a million counts.
 
     Raises:
       ValueError: a label is not in [0, num_classes).
@@ -608,8 +619,16 @@ def class_counts(
         raise ValueError(
             f"labels run from {y.min()} to {y.max()}; num_classes={num_classes}"
         )
-    counts = [np.bincount(y[part], minlength=num_classes) for part in parts]
-    return np.array(counts, np.int64).reshape(len(parts), num_classes)
+    each = Ragged.of(parts)
+    few = len(each) * num_classes > 10**6 and each.size.max(initial=0) < 2**15
+    counts = np.empty((len(each), num_classes), np.int16 if few else np.int64)
+    done = 0
+    for piece in each.pieces():
+        place = piece.owners() * num_classes + y[piece.flat]
+        found = np.bincount(place, minlength=len(piece) * num_classes)
+        counts[done : done + len(piece)] = found.reshape(-1, num_classes)
+        done += len(piece)
+    return counts
 
 
 def _labels(y: np.ndarray) -> np.ndarray:
@@ -735,9 +754,7 @@ def _hold(
     return held
 
 
-def _deal(
-    rng: np.random.Generator, y: np.ndarray, counts: np.ndarray
-) -> list[np.ndarray]:
+def _deal(rng: np.random.Generator, y: np.ndarray, counts: np.ndarray) -> Ragged:
     """Deals counts[i, k] random samples of the k-th class to client i.
 
     A column of `counts` sums to the size of its class at most; the rest is left out.
@@ -759,9 +776,9 @@ def _deal(
 
 def _gather(
     rng: np.random.Generator, indices: np.ndarray, owner: np.ndarray, num_clients: int
-) -> list[np.ndarray]:
+) -> Ragged:
     """Collects each client's indices in random order; `owner` is [len(indices)]."""
     order = rng.permutation(len(indices))
     order = order[np.argsort(owner[order], kind="stable")]
-    ends = np.bincount(owner, minlength=num_clients).cumsum()
-    return np.split(indices[order].astype(np.int64), ends[:-1])
+    size = np.bincount(owner, minlength=num_clients)
+    return Ragged.sized(indices[order].astype(np.int64), size)

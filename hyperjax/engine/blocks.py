@@ -1,14 +1,16 @@
 """Client state in blocks of clients, each a file named by what it holds.
 
-A block is the rows of some clients that follow one another, leaf by leaf, as plain
-bytes; its file is called by their SHA-256. States that have a block in common share its
-file, so that a checkpoint costs what changed since the one before. Blocks of which no
-client was ever seen are zeros (see `stores`), and have no file.
+A block is the rows of some clients that follow one another, as plain bytes; its file is
+called by their SHA-256. States that have a block in common share its file, so that a
+checkpoint costs what changed since the one before. Clients who were never seen are
+zeros (see `stores`): a block holds the rows of the others, one client after another,
+and where there are none it has no file.
 """
 
 import contextlib
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +58,21 @@ def contents(
         if not seen[those].any():
             yield int(place), None, b""
             continue
-        content = b"".join(x[those].tobytes() for x in jax.tree.leaves(rows))
+        known = np.flatnonzero(seen[those]) + those.start
+        each = [_as_bytes(x[known]) for x in jax.tree.leaves(rows)]
+        content = np.concatenate(each, axis=1).tobytes()
         yield int(place), hashlib.sha256(content).hexdigest(), content
+
+
+def _as_bytes(x: np.ndarray) -> np.ndarray:
+    """The bytes of rows, [n, bytes of a row]."""
+    flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return flat.reshape(len(x), _width(x))
+
+
+def _width(x: np.ndarray) -> int:
+    """Bytes of a row."""
+    return x.dtype.itemsize * math.prod(x.shape[1:])
 
 
 # What a file system says that has no such operation.
@@ -84,12 +99,16 @@ def write(folder: Path, digest: str, content: bytes) -> None:
     os.replace(part, folder / digest)
 
 
-def read(folder: Path, template: PyTree, digests: list[str | None]) -> PyTree:
+def read(
+    folder: Path, template: PyTree, seen: np.ndarray | None, digests: list[str | None]
+) -> PyTree:
     """Returns the rows that blocks hold, NumPy.
 
     Args:
       folder: where their files are.
       template: leaves [N, ...], abstract.
+      seen: [N] bool, of whom there are rows; None: of all in a block, leaf by leaf, as
+        blocks once were.
       digests: of every block, in order.
 
     Raises:
@@ -105,13 +124,37 @@ def read(folder: Path, template: PyTree, digests: list[str | None]) -> PyTree:
         content = (folder / digest).read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError(f"block {digest} does not match its digest")
-        offset = 0
-        for x in rows:
-            part = x[place * size : (place + 1) * size]
-            found = np.frombuffer(content, x.dtype, part.size, offset)
-            part[...] = found.reshape(part.shape)
-            offset += part.nbytes
+        those = slice(place * size, (place + 1) * size)
+        if seen is None:
+            _put_leaves([x[those] for x in rows], content)
+        else:
+            put(rows, np.flatnonzero(seen[those]) + those.start, content)
     return jax.tree.unflatten(structure, rows)
+
+
+def put(rows: PyTree, ids: np.ndarray, content: bytes) -> None:
+    """Writes rows of some clients, one after another in a block, into a host store.
+
+    Raises:
+      ValueError: the block holds those of more clients or fewer.
+    """
+    each = sum(map(_width, jax.tree.leaves(rows)))
+    if len(content) != each * len(ids):
+        raise ValueError(f"a block has {len(content)} bytes, not {each * len(ids)}")
+    found, done = np.frombuffer(content, np.uint8).reshape(len(ids), each), 0
+    for x in jax.tree.leaves(rows):
+        mine = found[:, done : done + _width(x)].tobytes()
+        x[ids] = np.frombuffer(mine, x.dtype).reshape(len(ids), *x.shape[1:])
+        done += _width(x)
+
+
+def _put_leaves(rows: list[np.ndarray], content: bytes) -> None:
+    """The same of a block that holds one leaf after another."""
+    offset = 0
+    for part in rows:
+        found = np.frombuffer(content, part.dtype, part.size, offset)
+        part[...] = found.reshape(part.shape)
+        offset += part.nbytes
 
 
 def keep_only(folder: Path, digests: set[str]) -> None:

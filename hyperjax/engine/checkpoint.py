@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,12 @@ from hyperjax.errors import first_line
 DIGEST = "digest.json"
 INDEX = "rows.json"  # which blocks client rows are made of
 BLOCKS = "blocks"  # the folder that checkpoints share
-# Of a checkpoint: in 2, still read, orbax wrote client rows too, and the digest was
-# that of the whole; in 1 arrays went by number, and no format was said.
-FORMAT = 3
+# Of a checkpoint. Still read: 3, where blocks hold rows of clients who were never seen
+# too, and 2, where orbax wrote client rows, and the digest was that of the whole. In 1
+# arrays went by number, and no format was said.
+FORMAT = 4
+_BLOCKS_SINCE, _SEEN_SINCE = 3, 4
+LARGE = 2**16  # clients; see `state_digest`
 OLDER = (
     "was made by an older version of hyperjax and can be neither continued nor served "
     "by this one"
@@ -116,6 +120,27 @@ def read_npz(
         raise
     except Exception as error:  # zip, zlib and NumPy each have errors of their own
         raise damaged(path, error, remedy, "an .npz file of plain arrays") from error
+
+
+def is_whole_npz(path: str | os.PathLike, remedy: str) -> bool:
+    """Returns whether an .npz file holds arrays, without keeping them in memory.
+
+    Raises:
+      ValueError: it is damaged.
+      FileNotFoundError: it is not there.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            names = archive.namelist()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip and zlib each have errors of their own
+        raise damaged(path, error, remedy, "an .npz file of plain arrays") from error
+    if broken is not None:
+        why = f"{broken} is not what was written"
+        raise damaged(path, why, remedy, "an .npz file of plain arrays")
+    return bool(names)
 
 
 def damaged(
@@ -217,7 +242,7 @@ class Saver:
             shutil.rmtree(old, ignore_errors=True)
         for path in finished(folder):
             try:
-                if _format(path) == FORMAT:
+                if _format(path) >= _BLOCKS_SINCE:
                     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
                     used |= {d for each in index["blocks"].values() for d in each}
             except (OSError, ValueError, LookupError, TypeError):
@@ -228,6 +253,33 @@ class Saver:
 def save(folder: str | os.PathLike, round: int, carry: Carry, keep: int = 2) -> str:
     """Writes one checkpoint, all of it, see `Saver`; returns the digest."""
     return Saver(folder, keep).save(round, carry)
+
+
+def state_digest(carry: Carry) -> str:
+    """Returns the digest of a state by which runs are compared.
+
+    Of more than `LARGE` clients it leaves out the rows of those who were never seen,
+    which are zeros.
+    """
+    carry = jax.device_get(carry)
+    rows = dict(carry.rows)
+    for name, seen in carry.seen.items():
+        if len(seen) > LARGE:
+            ids = np.flatnonzero(seen)
+            rows[name] = jax.tree.map(lambda x, i=ids: _Known(x, i), rows[name])
+    return tree.sha256(carry._replace(rows=rows))
+
+
+class _Known:
+    """Rows of some clients, which `tree.sha256` takes piece by piece."""
+
+    def __init__(self, x: np.ndarray, ids: np.ndarray):
+        self._x, self._ids = x, ids
+        self.dtype, self.shape = x.dtype, (len(ids), *x.shape[1:])
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self._ids), 1024):
+            yield self._x[self._ids[start : start + 1024]]
 
 
 def _digest(carry: Carry, index: str) -> str:
@@ -280,7 +332,7 @@ def _format(path: Path) -> int:
 
 def _read(path: Path, template: Carry) -> Restored:
     record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
-    in_blocks = _format(path) >= FORMAT
+    in_blocks = _format(path) >= _BLOCKS_SINCE
     if _format(path) < 2:
         raise _Older
     with _orbax() as checkpointer:
@@ -307,8 +359,11 @@ def _read(path: Path, template: Carry) -> Restored:
                 f"it holds {dtype}{shape} where {leaf.dtype}{leaf.shape} is expected"
             )
     if in_blocks:
+        known = carry.seen if _format(path) >= _SEEN_SINCE else {}
         rows = {
-            name: blocks.read(path.parent / BLOCKS, spec, index["blocks"][name])
+            name: blocks.read(
+                path.parent / BLOCKS, spec, known.get(name), index["blocks"][name]
+            )
             for name, spec in template.rows.items()
         }
         carry = carry._replace(rows=rows)

@@ -58,6 +58,9 @@ class Evaluator(NamedTuple):
 
     `fit(root, carry, round)` is, by family, what participants find out together before
     any client is deployed, see `types.Fit`; () where they need not.
+
+    `pool` has the samples, on the devices where clients are evaluated unless they are
+    on the host.
     """
 
     evaluate: Callable
@@ -65,6 +68,7 @@ class Evaluator(NamedTuple):
     deploy: Callable
     program: Compiled
     fit: Callable
+    pool: Pool
 
 
 def evaluator(
@@ -117,8 +121,11 @@ def evaluator(
     source = source / jnp.sum(source)
 
     def placed(pool: Pool) -> Samples:
-        unlabelled = pool._replace(y=jnp.full_like(pool.y, -1))
-        return sharding.replicate(Samples(pool, unlabelled, source), mesh)
+        # One after the other, so that both have the same inputs.
+        pool = sharding.replicate(pool, mesh)
+        hidden = sharding.replicate(jnp.full(pool.y.shape, -1, pool.y.dtype), mesh)
+        there = sharding.replicate(source, mesh)
+        return Samples(pool, pool._replace(y=hidden), there)
 
     # Arguments of the programs, not constants in them: other federations of equal
     # shapes find the programs in the compilation cache.
@@ -138,10 +145,11 @@ def evaluator(
     }
     scored = _by_family(groups, novel, populations)
     fine_tuned = _by_family(groups, novel, tuned or {})
+    width = max(2, clients_per_call)
     if pool_mb and is_on_host(pool):
         parts = [part for whom in (scored, fine_tuned) for part in whom.values()]
         for population in (each.of for part in parts for each in part.values()):
-            num = _most(pool, population, max(2, clients_per_call))
+            num = _most(pool, population, sharding.padded_size(width, mesh))
             what = f"samples of {len(population.ids)} clients who are evaluated, "
             what += f"clients_per_call={clients_per_call} of them at a time"
             schedule.check_room(pool, num, pool_mb, what, "fewer at a time")
@@ -154,6 +162,11 @@ def evaluator(
             "a federation with a validation_fraction above 0, such as 0.2"
         )
     whose = _by_family(groups, novel, {"": fitting} if fitting else {})
+    if pool_mb and is_on_host(pool):
+        for name in fits:
+            they = whose[name][""].of
+            num, what = _most(pool, they, len(they.ids)), "samples of all participants"
+            schedule.check_room(pool, num, pool_mb, what, "a method that fits nothing")
 
     def run(stage: str, name: str, call: _Call):
         args = (sharding.replicate(call, mesh),)
@@ -181,8 +194,8 @@ def evaluator(
         stage, name, shape, carry, moment, epochs, fitted, population: Population
     ):
         num, blocks = len(population.ids), []
-        width = sharding.padded_size(min(shape.clients, max(2, clients_per_call)), mesh)
-        for places, real, lanes in _lanes(num, width):
+        lanes_at_once = sharding.padded_size(min(shape.clients, width), mesh)
+        for places, real, lanes in _lanes(num, lanes_at_once):
             who = _some(carry, name, population, places, lanes, shape)
             who, samples = samples_of(who)
             counts = jnp.int32(lanes), jnp.int32(epochs)
@@ -227,7 +240,8 @@ def evaluator(
         fitted = fit(root, carry, round) if fits else None
         return deployed(root, carry, round, ids, inputs, train, fitted)
 
-    return Evaluator(evaluate, tune, give, program, fit)
+    there = pool if everything is None else everything.labelled
+    return Evaluator(evaluate, tune, give, program, fit, there)
 
 
 # What is compiled --------------------------------------------------------------------
@@ -383,6 +397,9 @@ def _by_family(
     found: dict[str, dict[str, _Part]] = {name: {} for name in groups.names}
     for metric, population in whom.items():
         for name, (places, numbers) in groups.numbers(population.ids, novel).items():
+            if len(places) == len(population.ids):  # everybody, in order
+                found[name][metric] = _Part(places, population._replace(ids=numbers))
+                continue
             tables = (
                 Table(table.rows[places], table.size[places])
                 for table in (population.train, population.inputs)
@@ -438,8 +455,8 @@ def _lanes(num: int, width: int) -> Iterator[tuple[np.ndarray, int, int]]:
 def _most(pool: Pool, population: Population, width: int) -> int:
     """How many samples `clients.some` takes for so many of a population, at most."""
     each = np.sort(population.train.size + population.inputs.size)
-    num = min(len(pool.x), int(each[-width:].sum()))
-    return room_for(num)
+    # And the sample that padding shows.
+    return room_for(min(len(pool.x), int(each[-width:].sum()) + 1))
 
 
 def _some(

@@ -30,6 +30,13 @@ class Families(NamedTuple):
         """N_f."""
         return len(self.members[name])
 
+    def rooms(self, cohort_size: int, multiple: int = 1) -> dict[str, int]:
+        """Returns how many of a cohort could be of each family, rounded up."""
+        if self.names == (ALONE,):
+            return {ALONE: cohort_size}
+        most = {name: min(cohort_size, self.size(name)) for name in self.names}
+        return {name: -(-num // multiple) * multiple for name, num in most.items()}
+
     def cohorts(self, cohort: Cohort, multiple: int = 1) -> dict[str, Cohort]:
         """Returns a cohort by family; each has room for all that could be in it."""
         if self.names == (ALONE,):
@@ -39,9 +46,9 @@ class Families(NamedTuple):
         family = jnp.where(cohort.ids < num, jnp.asarray(self.family)[known], -1)
         place = jnp.asarray(self.place)[known]
         parts = {}
-        for i, name in enumerate(self.names):
-            room = min(cohort.ids.shape[0], self.size(name))
-            room = -(-room // multiple) * multiple
+        for i, (name, room) in enumerate(
+            self.rooms(cohort.ids.shape[0], multiple).items()
+        ):
             here = family == i
             # Stable: members keep their order in the cohort, all others come after.
             order = jnp.argsort(~here, stable=True)
@@ -106,7 +113,8 @@ def families(names_of_clients: Mapping[str, np.ndarray] | int) -> Families:
     """
     if isinstance(names_of_clients, int):
         everybody = np.arange(names_of_clients, dtype=np.int32)
-        return Families((ALONE,), {ALONE: everybody}, 0 * everybody, everybody)
+        nothing = np.zeros(names_of_clients, np.int32)
+        return Families((ALONE,), {ALONE: everybody}, nothing, everybody)
     names = tuple(sorted(names_of_clients))
     for name in names:
         kind = np.asarray(names_of_clients[name]).dtype

@@ -13,6 +13,7 @@ import numpy as np
 from hyperjax import compiling, hosts, rng
 from hyperjax.data import clients
 from hyperjax.data.clients import Table, is_on_host
+from hyperjax.data.ragged import Rows
 from hyperjax.engine import comm, compiled, exchange, families, sharding, stores
 from hyperjax.engine.families import Families
 from hyperjax.errors import check_at_least, check_choice, check_number
@@ -256,7 +257,19 @@ def simulator(
         return {name: place[family == i] for i, name in enumerate(groups.names)}
 
     _check_data(alg, table, pool)
-    _check_room(pool, table, padded, pool_mb, store)
+    staged = bool(alg.opening or alg.closing)
+    _check_store(pool, store)
+    if is_on_host(pool):
+        rooms = groups.rooms(padded, 1 if mesh is None else mesh.size).values()
+        num = sum(_room(pool, table, room) for room in rooms)
+        num *= 2 if staged or not sequential else 0  # trained on, and on their way
+        num += _room(pool, table, 1) if sequential else 0
+        what = f"samples of two cohorts of {padded}"
+        what = what if staged or not sequential else "samples of a client"
+        what += f" in {len(rooms)} families" if len(rooms) > 1 else ""
+        check_room(pool, num, pool_mb, what, "smaller cohorts")
+    else:
+        check_room(pool, len(pool.x), pool_mb, "all samples", "a pool on the host")
     sharding.map_clients(alg.client, mapper, mesh)  # refuses another mapper
     parts = _Parts(
         alg=alg,
@@ -321,7 +334,8 @@ def check_images(alg: Algorithm, pool: Pool) -> None:
 def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
     """Refuses samples that a network does not take, and rows that a pool lacks."""
     check_images(alg, pool)
-    rows, size = np.asarray(table.rows), np.asarray(table.size)
+    rows, size = table.rows, np.asarray(table.size)
+    rows = rows if isinstance(rows, Rows) else np.asarray(rows)
     if rows.ndim != 2 or size.shape != rows.shape[:1]:
         raise ValueError(
             f"table has rows of shape {rows.shape} and sizes of shape {size.shape}; "
@@ -332,9 +346,10 @@ def _check_data(alg: Algorithm, table: Table, pool: Pool) -> None:
             f"table has clients of {size.min()} to {size.max()} samples; its rows have "
             f"room for 0 to {rows.shape[1]}"
         )
-    if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(pool.x):
+    given = rows.parts.flat if isinstance(rows, Rows) else rows
+    if given.min(initial=0) < 0 or given.max(initial=0) >= len(pool.x):
         raise ValueError(
-            f"table names rows {rows.min()} to {rows.max()} of a pool of "
+            f"table names rows {given.min()} to {given.max()} of a pool of "
             f"{len(pool.x)} samples"
         )
 
@@ -344,20 +359,13 @@ def _room(pool: Pool, table: Table, clients: int) -> int:
     return min(len(pool.x), clients * table.rows.shape[1])
 
 
-def _check_room(
-    pool: Pool, table: Table, cohort_size: int, limit_mb: int, store: str
-) -> None:
-    """Refuses samples that have no room on the device."""
+def _check_store(pool: Pool, store: str) -> None:
+    """Refuses samples on the host where nothing fetches them from there."""
     if is_on_host(pool) and store != "host":
         raise ValueError(
             "the pool's samples are on the host, where a cohort's are taken from; "
             f"accepted: store='host' with it, not {store!r}"
         )
-    num, what, instead = len(pool.x), "all samples", "a pool on the host"
-    if is_on_host(pool):
-        num = 2 * _room(pool, table, cohort_size)  # trained on, and on their way
-        what, instead = f"samples of two cohorts of {cohort_size}", "smaller cohorts"
-    check_room(pool, num, limit_mb, what, instead)
 
 
 def check_room(pool: Pool, num: int, limit_mb: int, what: str, instead: str) -> None:
@@ -553,7 +561,8 @@ def _on_device(parts: _Parts) -> Simulator:
         return x if mesh is None else hosts.put(x, place(owners))
 
     places = {name: place(owners[name]) for name in groups.names}
-    table = jax.tree.map(jnp.asarray, put(parts.table, of_all))
+    table = jax.tree.map(np.asarray, parts.table)  # the rectangle, of `ragged.Rows`
+    table = jax.tree.map(jnp.asarray, put(table, of_all))
 
     def init(root):
         carry = Carry(sharding.replicate(parts.init_server(root), mesh), {}, {})

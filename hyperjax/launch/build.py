@@ -123,7 +123,7 @@ def assemble(
         return found
     other = like and like.by_sample
     by_sample = make_evaluator(
-        federation.widened(widths or {}),
+        federation.widened(widths or {})._replace(pool=found.evaluator.pool),
         make_algorithm(config, model, deploy_granularity="sample"),
         found.members,
         found.whom,
@@ -134,6 +134,7 @@ def assemble(
         numerics=numerics,
         hyper=make_hyper(config, model, deploy_granularity="sample"),
         balanced=config.local.balanced,
+        pool_mb=engine.pool_mb,
     )
     return found._replace(by_sample=by_sample)
 

@@ -306,6 +306,13 @@ def _gets_worse(found: Mapping[int, Mapping[tuple[str, str], float | None]]) -> 
     )
 
 
+def _entropy(counts: np.ndarray) -> np.ndarray:
+    """Entropy of the classes of each of some clients, in nats."""
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    found = -np.sum(share * np.log(share, where=share > 0, out=0 * share), axis=1)
+    return found.astype(np.float32)
+
+
 def partition(run: Run) -> pages.Html:
     """Who holds how much of each class: a picture, or quantiles of many clients."""
     if run.partition is None:
@@ -327,13 +334,14 @@ def partition(run: Run) -> pages.Html:
         svg = picture.figure_svg(figure)
         shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
         return pages.section("Partition", words, shown)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    entropy = -np.sum(share * np.log(share, where=share > 0, out=0 * share), axis=1)
+    entropy = np.concatenate(
+        [_entropy(counts[i : i + 4096]) for i in range(0, num, 4096)]
+    )
     sides = {charts.kind(True): participating, charts.kind(False): ~participating}
     sides = {name: side for name, side in sides.items() if side.any()}
 
     def histogram(title: str, values: np.ndarray, note: str) -> str:
-        of = {name: values[side] for name, side in sides.items()}
+        of = {k: values if side.all() else values[side] for k, side in sides.items()}
         return pages.chart(title, charts.histogram(of, title), note)
 
     return pages.section(

@@ -66,7 +66,8 @@ def load(path: str, field: str = "workdir") -> Run:
     config, folder = as_config(record), Path(path).expanduser()
     if not (folder / workdir.PARTITION).is_file():
         raise ValueError(f"{field}={path!r} stopped before it began")
-    facts = checkpoint.read_npz(folder / workdir.PARTITION, workdir.AGAIN, need=_FACTS)
+    names, file = (*_FACTS, *_MORE), folder / workdir.PARTITION
+    facts = checkpoint.read_npz(file, workdir.AGAIN, names, need=_FACTS)
     try:
         algorithm, restored = _restore(config, folder, facts)
     except (ValueError, TypeError) as error:
@@ -77,6 +78,13 @@ def load(path: str, field: str = "workdir") -> Run:
     return Run(config, algorithm, facts, restored, folder, pixels)
 
 
+_NOVEL = ("novel", "novel_train", "novel_held_out")
+# Not who has which sample: of a million participants that is much.
+_MORE = (
+    *("num_trainers", "vocabulary", "shift", "shift_names", "sample_dtype"),
+    *("source_prior", "unassigned"),
+    *(f"{name}_{what}" for name in _NOVEL for what in ("rows", "size")),
+)
 _FACTS = ("sample_shape", "label_names", "participating", "counts", "mean", "std")
 
 

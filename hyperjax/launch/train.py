@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from hyperjax import hosts, tree
+from hyperjax import hosts
 from hyperjax.data import federation as federations
 from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
@@ -390,7 +390,7 @@ def _tables_are_there(folder: Path) -> bool:
     """Whether partition.npz can be read."""
     path = folder / workdir.PARTITION
     try:
-        return bool(checkpoint.read_npz(path, "it is written anew"))
+        return checkpoint.is_whole_npz(path, "it is written anew")
     except FileNotFoundError:
         return False
     except ValueError as error:
@@ -442,7 +442,7 @@ def _summary(
         **experiment.totals(settings.seed, state.round),
         **experiment.fit_totals,
         plan=experiment.plan,
-        state_sha256=tree.sha256(jax.device_get(state.carry)),
+        state_sha256=checkpoint.state_digest(state.carry),
         finished=True,
     )
     if drawn := experiment.sampled:

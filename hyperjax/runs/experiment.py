@@ -168,6 +168,8 @@ def experiment(
     # One client at a time needs one device.
     mesh = None if sequential else sharding.client_mesh(cohort_size, devices)
     wide = federation.widened(widths or {})
+    if not is_on_host(wide.pool):  # once, for training and for evaluation
+        wide = wide._replace(pool=sharding.replicate(wide.pool, mesh))
     simulator = schedule.simulator(
         algorithm,
         wide.trainers,

@@ -1,7 +1,7 @@
 """Rounds of an experiment, one compiled call after another."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,9 @@ import numpy as np
 from hyperjax import rng, tree
 from hyperjax.engine.schedule import Carry
 from hyperjax.runs.experiment import Experiment, Settings
+from hyperjax.types import PyTree
+
+_AT_ONCE = 1024  # clients whose rows are looked at
 
 
 class State(NamedTuple):
@@ -87,17 +90,33 @@ def step(experiment: Experiment, state: State, *, donate: bool = False) -> Call:
     began, compiled = time.perf_counter(), simulator.program.seconds
     carry, info = simulator.run(root, state.carry, state.round, num, donate=donate)
     info = jax.device_get(info)
-    compiling = simulator.program.seconds - compiled
-    return checked(state.round, carry, info, time.perf_counter() - began - compiling)
+    seconds = time.perf_counter() - began - (simulator.program.seconds - compiled)
+    who = None
+    if any(isinstance(seen, np.ndarray) for seen in carry.seen.values()):
+        who = simulator.participants(root, state.round, num)
+    return checked(state.round, carry, info, seconds, who)
 
 
-def checked(start: int, carry: Carry, info: dict[str, Any], seconds: float) -> Call:
+def checked(
+    start: int,
+    carry: Carry,
+    info: dict[str, Any],
+    seconds: float,
+    who: Mapping[str, np.ndarray] | None = None,
+) -> Call:
     """Returns what a call did that began after round `start`.
+
+    Args:
+      start: that round.
+      carry: the state after it.
+      info: quantities of its rounds.
+      seconds: that it took.
+      who: clients, by family, whose rows may have changed; None: all.
 
     Raises:
       Diverged: as `rounds`.
     """
-    _check_finite(carry, info, start)
+    _check_finite(carry, info, start, who)
     return Call(State(start + len(info["samples"]), carry), info, seconds)
 
 
@@ -116,19 +135,30 @@ def is_due(settings: Settings, round: int) -> bool:
     return round % settings.every == 0 or round == settings.rounds
 
 
-def _check_finite(carry: Carry, info: dict[str, np.ndarray], round: int) -> None:
+def _check_finite(
+    carry: Carry,
+    info: dict[str, np.ndarray],
+    round: int,
+    who: Mapping[str, np.ndarray] | None,
+) -> None:
     for i in range(len(info["samples"])):
         bad = [name for name, values in info.items() if not np.isfinite(values[i])]
         if bad:
             raise Diverged(round + i + 1, ", ".join(bad), round)
-    if not tree.finite(_known(carry)):
+    if not all(map(tree.finite, _changed(carry, who))):
         raise Diverged(round + len(info["samples"]), "the state", round)
 
 
-def _known(carry: Carry) -> Carry:
-    """A state without host rows of clients that were never seen, which are zeros."""
+def _changed(carry: Carry, who: Mapping[str, np.ndarray] | None) -> Iterator[PyTree]:
+    """A state without host rows that did not change, nor all of those at once."""
     rows = dict(carry.rows)
     for name, seen in carry.seen.items():
         if isinstance(seen, np.ndarray):
-            rows[name] = jax.tree.map(lambda x, seen=seen: x[seen], rows[name])
-    return carry._replace(rows=rows)
+            mine, ids = (
+                rows.pop(name),
+                np.flatnonzero(seen) if who is None else who[name],
+            )
+            for start in range(0, len(ids), _AT_ONCE):
+                some = ids[start : start + _AT_ONCE]
+                yield jax.tree.map(lambda x, some=some: x[some], mine)
+    yield carry._replace(rows=rows)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperjax.data import federation as federations
+from hyperjax.data.ragged import Ragged
 from hyperjax.data.sources import load
 
 TABLES = ("train", "held_out", "novel", "test")  # every sample is in one of them
@@ -117,10 +118,10 @@ def test_a_stratified_split_by_hand():
     # 50/15, 20/15 and 5/15: 3, 1 and 0, and the sample missing goes to the class that
     # lost most, 5/15 each, so to the first of them.
     y = np.array([0, 1, 0, 0, 2, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0])
-    part = np.arange(100, 115)
-    train, held_out = federations._set_apart(part, y, 1 / 3)
-    assert held_out.tolist() == [100, 101, 102, 103, 105]
-    assert sorted([*train, *held_out]) == part.tolist()
+    y, part = np.append(np.full(100, 3), y), np.arange(100, 115)
+    train, held_out = federations._set_apart(Ragged.of([part]), y, 1 / 3)
+    assert held_out[0].tolist() == [100, 101, 102, 103, 105]
+    assert sorted([*train[0], *held_out[0]]) == part.tolist()
 
 
 def test_pooled_training_has_one_client_with_everything():

@@ -1,6 +1,7 @@
 """Checkpoints: exact, never half there, never trusted without a look."""
 
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -27,8 +28,10 @@ pytestmark = pytest.mark.filterwarnings(
 def carry(value: float = 0.0) -> Carry:
     """A small state with every kind of leaf there is."""
     server = {"w": jnp.arange(300.0).reshape(20, 15) / 7 + value, "step": jnp.int32(3)}
-    rows = ({"head": jnp.full((4, 2), float(value))}, ())
-    return Carry(server, {ALONE: rows}, {ALONE: jnp.array([True, False, True, False])})
+    seen = jnp.array([True, False, True, False])
+    # Rows of clients who were never seen are zeros.
+    rows = ({"head": seen[:, None] * jnp.full((4, 2), float(value))}, ())
+    return Carry(server, {ALONE: rows}, {ALONE: seen})
 
 
 def with_client_state(rows=None, seen=None) -> Carry:
@@ -76,7 +79,7 @@ def test_a_person_can_open_one(tmp_path):
     assert index["arrays"] == {"rows/0/head": ["float32", [4, 2]]}
     (block,) = index["blocks"][ALONE]
     found = np.fromfile(tmp_path / checkpoint.BLOCKS / block, np.float32)
-    np.testing.assert_array_equal(found, np.zeros(8))
+    np.testing.assert_array_equal(found, np.zeros(4))  # of the two who were seen
 
 
 def test_two_arrays_under_one_path_are_refused(tmp_path):
@@ -350,7 +353,7 @@ def test_the_digest_is_written_last(tmp_path, monkeypatch):
 def test_saving_leaves_the_arrays_usable(tmp_path):
     kept = carry(1.0)
     checkpoint.save(tmp_path, 1, kept)
-    np.testing.assert_array_equal(kept.rows[ALONE][0]["head"], 1.0)
+    np.testing.assert_array_equal(kept.rows[ALONE][0]["head"][::2], 1.0)
 
 
 # Blocks of clients -------------------------------------------------------------------
@@ -496,6 +499,58 @@ def test_a_checkpoint_of_the_format_before_is_read(tmp_path):
     shutil.rmtree(tmp_path / "round_00000004")
     with pytest.raises(ValueError, match="every checkpoint"):
         checkpoint.restore(tmp_path, TEMPLATE)
+
+
+def test_a_block_holds_those_who_were_seen(tmp_path):
+    ids = [0, 1, 300, 3999]
+    state = population(ids)
+    checkpoint.save(tmp_path, 0, state)
+    size = sum(file.stat().st_size for file in (tmp_path / checkpoint.BLOCKS).iterdir())
+    assert size == len(ids) * (4 * WIDTH + 4)
+    chex.assert_trees_all_equal(
+        checkpoint.restore(tmp_path, abstract(state)).carry, copied(state)
+    )
+
+
+def test_blocks_of_the_format_before_are_read(tmp_path):
+    """They held rows of all their clients, one leaf after another."""
+    state = population([0, 1, 300, 3999])
+    checkpoint.save(tmp_path, 3, state)
+    path, listed = tmp_path / "round_00000003", []
+    rows, seen = state.rows[ALONE], state.seen[ALONE]
+    for start in range(0, CLIENTS, BLOCK):
+        those = slice(start, start + BLOCK)
+        content = rows["a"][those].tobytes() + rows["b"][those].tobytes()
+        digest = hashlib.sha256(content).hexdigest() if seen[those].any() else None
+        listed.append(digest)
+        if digest:
+            blocks.write(tmp_path / checkpoint.BLOCKS, digest, content)
+    index = json.loads((path / checkpoint.INDEX).read_text())
+    index = json.dumps(index | {"blocks": {ALONE: listed}})
+    (path / checkpoint.INDEX).write_text(index)
+    record = dict(format=3, round=3, sha256=checkpoint._digest(state, index))
+    (path / checkpoint.DIGEST).write_text(json.dumps(record))
+    found = checkpoint.restore(tmp_path, abstract(state))
+    chex.assert_trees_all_equal(found.carry, copied(state))
+    checkpoint.save(tmp_path, 4, state)  # beside one of this format
+    assert len(of_blocks(tmp_path)) == 2 * 3
+    shutil.rmtree(tmp_path / "round_00000004")
+    found = checkpoint.restore(tmp_path, abstract(state))
+    assert found.round == 3
+    chex.assert_trees_all_equal(found.carry, copied(state))
+
+
+def test_of_many_clients_a_digest_is_of_those_who_were_seen(monkeypatch):
+    state = population([0, 300])
+    assert checkpoint.state_digest(state) == tree.sha256(state)
+    monkeypatch.setattr(checkpoint, "LARGE", 1000)
+    digest = checkpoint.state_digest(state)
+    assert digest == checkpoint.state_digest(jax.tree.map(jnp.asarray, state))
+    assert digest != tree.sha256(state)
+    for ids, value in (([301], 1), ([300], 2)):
+        other = copied(state)
+        visit(other, ids, value)
+        assert checkpoint.state_digest(other) != digest
 
 
 @pytest.mark.parametrize("num", [1, 1000, 10**6, 2**31 - 1])

@@ -465,6 +465,31 @@ def rounds(sim, start, num, carry=None):
     return jax.device_get((carry, infos))
 
 
+def test_samples_of_each_family_need_room():
+    """Of a cohort of three, three, two and three could be of the families."""
+    num, table = 2**16, np.arange(2**16, dtype=np.int32).reshape(NUM_CLIENTS, -1)
+    pool = jax.tree.map(np.asarray, tiny().pool)
+    far = pool._replace(x=np.broadcast_to(pool.x[:1], (num, 4, 4, 1)), y=np.zeros(num))
+
+    def build(limit, sequential=False):
+        schedule.simulator(
+            *(method(), clients.Table(table, np.full(NUM_CLIENTS, 1)), far),
+            weight=weights(),
+            cohort_size=3,
+            sampler="uniform",
+            members=groups(),
+            sequential=sequential,
+            store="host",
+            pool_mb=limit,
+        )
+
+    # 0.125 MB each, those of now and those of next.
+    with pytest.raises(ValueError, match=r"two cohorts of 3 in 3 families, 2\.0 MB"):
+        build(1)
+    build(2)
+    build(1, sequential=True)
+
+
 @functools.cache
 def whole(sequential=False, store="device"):
     return rounds(simulator(sequential, store), 0, 3)

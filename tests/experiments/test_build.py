@@ -1,5 +1,6 @@
 """From configs to objects: names, options, schedules."""
 
+import collections
 import importlib
 import inspect
 
@@ -15,10 +16,11 @@ from hyperjax import algorithms, calls, registry, server_optimizers
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhngd import mh_pfedhngd
 from hyperjax.data.sources import Source
-from hyperjax.engine import comm
+from hyperjax.engine import comm, evaluate
 from hyperjax.launch import build, factories
 from hyperjax.protocols import families as protocols_families
 from hyperjax.protocols import personalised, pfedhn, zero_shot
+from hyperjax.runs import loop
 from hyperjax.runs.experiment import populations
 from hyperjax.types import Cohort
 
@@ -464,6 +466,40 @@ def test_populations_share_no_sample_and_unseen_ones_do_not_train():
     assert everybody["pacc"].train is dealt.train
     for name in ("zacc", "gacc"):
         assert np.all(everybody[name].train.size == 0)
+
+
+def test_samples_of_evaluation_by_sample_have_a_limit_too(monkeypatch):
+    small = zero_shot.get_config("hyperfedzero")
+    small.data.name, small.model.hidden = "synthetic", (4,)
+    small.evaluation.sample_level = True
+    small.engine.update(store="host", pool="host", pool_mb=1)
+    made = []
+    real = evaluate.evaluator
+
+    def evaluator(*args, **options):
+        made.append(options["pool_mb"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluate, "evaluator", evaluator)
+    assert build.build(small).by_sample is not None
+    assert made == [1, 1]
+
+
+def test_samples_are_on_each_device_once():
+    small = zero_shot.get_config("hyperfedzero,data=digits,clients=8,novel=2")
+    small.model.update(name="mlp", hidden=(4,))
+    small.evaluation.sample_level = True
+    small.engine.devices = 4
+    found = build.build(small)
+    assert found.plan["devices"] == 4
+    found.evaluator.evaluate(0, loop.start(found).carry, 0)
+    shape, there = found.federation.pool.x.shape, collections.defaultdict(set)
+    for x in jax.live_arrays():
+        if x.shape == shape and x.dtype == np.uint8:
+            for part in x.addressable_shards:
+                if part.data.shape == shape:
+                    there[part.device].add(part.data.unsafe_buffer_pointer())
+    assert len(there) == 4 and {len(each) for each in there.values()} == {1}
 
 
 def test_numerics_reach_every_program_and_the_plan():
