@@ -24,7 +24,8 @@ def left_to_the_locale(source: str) -> list[int]:
         text = name in ("read_text", "write_text")
         of = getattr(getattr(node.func, "value", None), "id", None)
         opens = name in ("open", "fdopen", "NamedTemporaryFile")
-        if opens and (of, name) not in (("os", "open"), ("Image", "open")):  # bytes
+        of_bytes = ("os", "Image", "archive")  # the last is a ZipFile
+        if opens and not (name == "open" and of in of_bytes):
             modes = [a for a in node.args if isinstance(a, ast.Constant)]
             mode = given.get("mode") or (modes[-1] if modes else None)
             text = "b" not in str(getattr(mode, "value", "r"))

@@ -38,7 +38,8 @@ def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
     size = each.size.astype(np.int32)
     width = -(-max(1, int(size.max(initial=0))) // multiple) * multiple
     kind = np.min_scalar_type(int(each.flat.max(initial=0)))
-    short = each.ends.astype(np.min_scalar_type(-len(each.flat)))
+    # Signed: differences are taken of them. One more than the last has room too.
+    short = each.ends.astype(np.min_scalar_type(-len(each.flat) - 1))
     rows = Rows(Ragged(each.flat.astype(kind), short), width)
     return Table(rows if len(size) * width > LARGE else np.asarray(rows), size)
 

@@ -298,6 +298,7 @@ def test_what_belongs_to_nobody_is_counted(name):
     options = {
         "dirichlet": dict(alpha=0.5),
         "mixtures": dict(alpha=0.5, samples_per_client=50),
+        "majors": dict(classes_per_client=1, samples_per_client=50),
         "by_client_id": dict(client_ids=np.arange(600) % 20),
         "groups": dict(num_groups=2, classes_per_client=1),
         "iid": {},

@@ -70,6 +70,15 @@ def test_rows_are_the_rectangle(sizes):
         rows[len(sizes)]
 
 
+@pytest.mark.parametrize("num", [127, 128, 129, 2**15 - 1, 2**15, 2**15 + 1])
+def test_places_have_room_for_the_last_one(num, monkeypatch):
+    monkeypatch.setattr(clients, "LARGE", 0)
+    table = clients.table([np.arange(num - 1), np.arange(1)])
+    assert table.size.tolist() == [num - 1, 1]
+    np.testing.assert_array_equal(table.rows[0], np.arange(num - 1))
+    np.testing.assert_array_equal(np.asarray(table.rows)[0], np.arange(num - 1))
+
+
 def test_few_at_once_are_dealt_the_same(monkeypatch):
     y = np.random.default_rng(3).integers(0, 5, 400)
     apart = np.arange(400) % 5 == 0
