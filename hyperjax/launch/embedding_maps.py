@@ -13,6 +13,7 @@ from hyperjax.data.picture import GRID, INK, MUTED
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.launch.workdir import EMBEDDINGS
+from hyperjax.runs import likeness
 from hyperjax.runs.results import Values
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def keep(
     """
     found: dict[str, list[Any]] = {"client": [], "participating": [], "embedding": []}
     for metric, takes_part in (("pacc", True), ("zacc", False)):
-        rows = values.get(metric, {}).get("embedding")
+        rows = likeness.embedding_of(values.get(metric, {}))
         if rows is None:
             continue
         rows = rows[:MOST]

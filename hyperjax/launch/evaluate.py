@@ -107,11 +107,11 @@ def strangeness(run: Run, about: Mapping[str, Array]) -> float | None:
 
     None where the method embeds nobody, or the run has not ended.
     """
-    rows = finished.read(str(run.folder)).clients
-    for name in likeness.EMBEDDINGS:
-        ours = [r[name] for r in rows if r["participating"] and r.get(name) is not None]
-        if name in about and len(ours) > 2:
-            return 100.0 * likeness.strangeness(np.array(ours), np.asarray(about[name]))
+    rows = [r for r in finished.read(str(run.folder)).clients if r["participating"]]
+    ours = [each for row in rows if (each := likeness.embedding_of(row)) is not None]
+    own = likeness.embedding_of(about)
+    if own is not None and len(ours) > 2:
+        return 100.0 * likeness.strangeness(np.array(ours), np.asarray(own))
     return None
 
 

@@ -18,6 +18,7 @@ from hyperjax.launch import charts, embedding_maps, origin, pages, workdir
 from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Row, Run
 from hyperjax.protocols import common
+from hyperjax.runs import likeness
 
 METRICS = {"gacc": "gACC", "pacc": "pACC", "zacc": "zACC", "vacc": "vACC"}
 MEANINGS = {
@@ -465,11 +466,11 @@ def _client_table(rows: Sequence[Row]) -> str:
 
 def embeddings(run: Run, latest: Row) -> pages.Html:
     """A map of clients' embeddings, how they moved, and what they are good for."""
-    known = [client for client in run.clients if client.get("embedding")]
+    known = [c for c in run.clients if likeness.embedding_of(c) is not None]
     moved = _embeddings_by_round(run)
     if not known:
         return pages.section("Embeddings", moved)
-    values = np.array([client["embedding"] for client in known], float)
+    values = np.array([likeness.embedding_of(client) for client in known], float)
     use = _use_table(latest, values.shape[1])
     centred = values - values.mean(0)
     if np.abs(centred).max() <= _SAME:

@@ -8,12 +8,19 @@ is the stranger. Where unseen clients have shifts like everybody's it is near a 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 EMBEDDINGS = ("shift_embedding", "embedding")  # what methods report of a client
 _SIGNS = {"confidence": -1, "energy": 1}  # which way a stranger's is
 _FLOOR = 1e-6  # of a deviation
+
+
+def embedding_of(values: Mapping[str, Any]) -> Any:
+    """Returns a client's embedding, or those of clients, by metric; None of others."""
+    found = (values.get(name) for name in EMBEDDINGS)
+    return next((each for each in found if each is not None), None)
 
 
 def scores(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
@@ -29,9 +36,9 @@ def scores(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
     for name, sign in _SIGNS.items():
         if name in ours:
             found[name] = auroc(sign * ours[name], sign * theirs[name])
-    for name in EMBEDDINGS:
-        if name in ours and len(ours[name]) > 2:
-            found["embedding"] = auroc(*distances(ours[name], theirs[name]))
+    known = embedding_of(ours)
+    if known is not None and len(known) > 2:
+        found["embedding"] = auroc(*distances(known, embedding_of(theirs)))
     return {f"auroc_{name}": 100.0 * value for name, value in found.items()}
 
 

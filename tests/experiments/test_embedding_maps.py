@@ -51,6 +51,16 @@ def test_a_run_that_goes_on_keeps_what_is_before(kept: Path) -> None:
     assert embedding_maps.read(kept) == []
 
 
+def test_an_embedding_is_kept_by_whichever_name_it_has(tmp_path: Path) -> None:
+    given = values(2.0)
+    for metric in ("pacc", "zacc"):
+        given[metric]["shift_embedding"] = given[metric].pop("embedding")
+    embedding_maps.keep(tmp_path, 0, given, 10)
+    embedding_maps.keep(tmp_path, 5, values(2.0), 10)
+    first, second = embedding_maps.read(tmp_path)
+    assert {**first, "round": 5} == second
+
+
 def test_methods_without_embeddings_leave_no_file(tmp_path: Path) -> None:
     embedding_maps.begin(tmp_path, 5)
     embedding_maps.keep(tmp_path, 0, {"pacc": {"accuracy": np.ones(3)}}, 3)
