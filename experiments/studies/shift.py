@@ -75,6 +75,10 @@ RIVALS: Rows = {
     "HyperFedShift": _SHIFT,
 }
 THREE = ("FedAvg", "FedAvg, hidden 196", "HyperFedShift")
+KINDS: Rows = {
+    **{label: ROWS[label] for label in THREE},
+    **{label: RIVALS[label] for label in ("FLUX", "FEROMA")},
+}
 EVERY = (
     *("none", "rotation", "rotation360", "contrast", "contrast_off_zero", "blur"),
     *("noise", "labels", "hybrid", "hybrid360", "contrast_hybrid", "everything"),
@@ -185,13 +189,13 @@ def sweep_strangers(add):
 
 
 def sweep_kinds(add, level=""):
-    """P(x), P(y), P(x | y), P(y | x) at all levels; or at one, `kinds:low`."""
+    """P(x), P(y), P(x | y), P(y | x) at all levels, as FLUX's own; or `kinds:low`."""
     check_choice("level", level, ("", *LEVELS))
     for strength, alpha in (LEVELS[name] for name in LEVELS if level in ("", name)):
         for kind in ("rotation", "class_rotation", "label_swap"):
             fields = {**_fields(kind), "data.shift_strength": strength}
-            add_rows(add, ROWS, THREE, **fields)
-        add_rows(add, ROWS, THREE, **{**_fields("labels"), "data.alpha": alpha})
+            add_rows(add, KINDS, **fields)
+        add_rows(add, KINDS, **{**_fields("labels"), "data.alpha": alpha})
 
 
 def sweep_writers(add, ids):
@@ -232,7 +236,9 @@ STUDIES = {
         "zacc_mean",
         {**COLUMNS, **_TOLD},
     ),
-    "kinds": _study("Which shifts can be followed from inputs alone?", "zacc_mean"),
+    "kinds": _study(
+        "Which shifts can be followed from inputs alone?", "zacc_mean", rows=KINDS
+    ),
     "writers": _study("And where clients are people?", "zacc_mean"),
     "every_shift": _study(
         "Where does a condition pay, beside parts that need none?", "zacc_em"
