@@ -17,13 +17,14 @@ simulator's keys, and so its states, up to rounding.
 transport can be put between them. Flower itself is the extra `hyperjax[flower]`; a
 client's state is in its node's `context.state`. Start it with
 
-    flower-superlink --insecure --disable-runtime-dependency-installation
+    flower-superlink --insecure --host 127.0.0.1 --port 8000 \\
+        --disable-runtime-dependency-installation
     flower-supernode --insecure --superlink 127.0.0.1:8000 --port 9094 \\
         --node-config "partition-id=0"             # one for each client, ports apart
-    flwr run . my-federation --stream
+    flwr run . loop --stream
 
-where the folder has a pyproject.toml with `[tool.flwr.app.components]`, serverapp =
-"my_app:server", clientapp = "my_app:client".
+where the folder has a pyproject.toml, and Flower's own config.toml says where "loop"
+is: `docs/reference/api/flower.md` has both in full.
 """
 
 import functools

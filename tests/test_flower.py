@@ -180,21 +180,13 @@ server = flower.server_app(
 )
 client = flower.client_app(METHOD, test_flower.own_data)
 """
-PROJECT = """
-[project]
-name = "deployed"
-version = "1.0.0"
-dependencies = []
+PAGE = Path(__file__).parents[1] / "docs/reference/api/flower.md"
 
-[tool.flwr.app]
-publisher = "hyperjax"
 
-[tool.flwr.app.components]
-serverapp = "my_app:server"
-clientapp = "my_app:client"
-
-[tool.flwr.app.config]
-"""
+def block(caption):
+    """A file that the documentation shows."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f":caption: {caption}\n")
+    return rest.partition("```")[0]
 
 
 def free_ports(number):
@@ -223,10 +215,8 @@ def superlink(tmp_path_factory):
     }
     main, *ports = free_ports(1 + CLIENTS)
     address = f"127.0.0.1:{main}"
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\naddress = "{address}"\n'
-        "insecure = true\n"
-    )
+    config = block("config.toml").replace("127.0.0.1:8000", address)
+    (home / "config.toml").write_text(config)
     commands = [
         f"flower-superlink --insecure --host 127.0.0.1 --port {main} "
         "--disable-runtime-dependency-installation --database :flwr-in-memory:".split()
@@ -250,6 +240,15 @@ def superlink(tmp_path_factory):
             process.wait(timeout=30)
 
 
+def test_the_documented_app_is_of_a_method_that_can_be_deployed(monkeypatch):
+    made = {}
+    monkeypatch.setattr(flower, "server_app", lambda alg, **given: made.update(given))
+    monkeypatch.setattr(flower, "client_app", lambda alg, data: flower.check(alg))
+    names = {}
+    exec(compile(block("my_app.py"), "my_app.py", "exec"), names)
+    assert made["num_clients"] == 3 and int(names["own_data"](2).size) > 300
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg", "scaffold", "hyperfednet", "pfedhn"])
 def test_a_deployment_by_flower_gives_the_simulators_state(name, superlink, tmp_path):
@@ -257,7 +256,7 @@ def test_a_deployment_by_flower_gives_the_simulators_state(name, superlink, tmp_
     path = superlink["PYTHONPATH"].split(os.pathsep)
     text = APP.format(name=name, out=str(out), path=path)
     (tmp_path / "my_app.py").write_text(text)
-    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    (tmp_path / "pyproject.toml").write_text(block("pyproject.toml"))
     flwr = shutil.which("flwr", path=superlink["PATH"])
     done = subprocess.run(
         [flwr, "run", str(tmp_path), "loop", "--stream"],

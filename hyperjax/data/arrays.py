@@ -103,8 +103,9 @@ def checked(source: Source) -> Source:
     """
     if not isinstance(source, Source):
         raise ValueError(
-            f"source is {type(source).__name__}; accepted: what hyperjax.load returns, "
-            "or hyperjax.Source(name, x, y, num_classes, label_names)"
+            f"source is {type(source).__name__}; accepted: samples with their labels, "
+            "federate(x, y, ...); {client: (x, y)}; or a set, hyperjax.load(name) or "
+            "hyperjax.Source(name, x, y, num_classes, label_names)"
         )
     check_at_least(1, num_classes=source.num_classes)
     x = check_samples(source.x, "x")
@@ -212,9 +213,7 @@ def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
                 f"and square, and {x.shape[1]} is no square number"
             )
         x = x.reshape(-1, side, side, 1)
-        # JSON has no bytes.
-        whole = x.dtype.kind in "iu" and x.size and x.min() >= 0 and x.max() <= 255
-        return x.astype(np.uint8) if whole else x
+        return x.astype(np.uint8) if _are_bytes(x) else x  # JSON has no bytes
     if kind == "tokens" and x.dtype.kind == "f":
         raise ValueError(f"{name} is {x.dtype}: floats are no tokens")
     if kind == "tokens" and x.dtype.kind in "iu" and x.size and x.max() < 2**31:
@@ -225,7 +224,14 @@ def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
             "images: say kind='tokens', 'features' or 'images', in a config data.kind; "
             "images that are not grey and square are x.reshape(n, H, W, channels)"
         )
+    if isinstance(given, list) and x.ndim > 2 and _are_bytes(x):
+        x = x.astype(np.uint8)  # nor have lists
     return x[..., None] if x.ndim == 3 else x
+
+
+def _are_bytes(x: np.ndarray) -> bool:
+    """Whether whole numbers are from 0 to 255."""
+    return bool(x.dtype.kind in "iu" and x.size and x.min() >= 0 and x.max() <= 255)
 
 
 def check_samples(samples: Any, name: str) -> np.ndarray:
@@ -267,9 +273,9 @@ def check_images(images: Any, name: str) -> np.ndarray:
         if not np.isfinite(x).all():
             raise ValueError(f"{name} holds pixels that are not finite")
     elif x.dtype != np.uint8:
-        hint = {
-            "b": "images of False and True are np.uint8(255) * x",
-        }.get(x.dtype.kind, "scale them to 0 to 255, then x.astype(np.uint8)")
+        hint = "scale them to 0 to 255, then x.astype(np.uint8)"
+        if x.dtype.kind == "b":
+            hint = "images of False and True are np.uint8(255) * x"
         raise ValueError(
             f"{name} is {x.dtype} of shape {x.shape}; images must be uint8, 0 to 255, "
             f"or float: {hint}"

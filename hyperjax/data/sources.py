@@ -96,7 +96,7 @@ def load(
     if not isinstance(name, str):
         raise ValueError(
             f"name is {type(name).__name__}, not text; arrays of your own need no "
-            "loading: hyperjax.Source(name, x, y, num_classes, label_names)"
+            "loading: hyperjax.federate(x, y, ...)"
         )
     if data_dir is not None:
         if not str(data_dir):

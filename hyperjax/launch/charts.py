@@ -328,7 +328,7 @@ def _colors(
     scale = alt.Scale(domain=[s.name for s in there], range=[s.color for s in there])
     shared = _shared(there)
     longest = max((len(one.name) for one in there), default=1) - shared
-    columns = 1 if longest > 26 else 2 if longest > 16 else 3
+    columns = 1 if longest > 26 else 2 if longest > 10 else 3  # on a phone
     legend = alt.Legend(
         title=None,
         columns=columns,

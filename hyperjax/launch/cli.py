@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from hyperjax import hosts, protocols, registry
 from hyperjax.engine.compiled import setting
+from hyperjax.engine.progress import Progress, Silent
 from hyperjax.launch import overview
 from hyperjax.protocols import common, methods
 
@@ -359,6 +360,16 @@ def read_config(path: str, arguments: list[str]) -> ml_collections.ConfigDict:
     fields.check(config)
     fields.check_used(config, [*given, *(f"{group}.name" for group in chosen)])
     return config
+
+
+def doing(command: str, what: str) -> Progress:
+    """Returns a context that says on a terminal what a short command does meanwhile.
+
+    What it prints comes after it. Elsewhere nothing is said.
+    """
+    shown = Progress(command, 0) if sys.stderr.isatty() else Silent()
+    shown.stage(what)
+    return shown
 
 
 def complain(message: str) -> int:

@@ -275,8 +275,10 @@ def main(config: ml_collections.ConfigDict, out: str | None) -> int:
     config = common.filled(config)
     build.check(config)
     folder = None if out is None else outputs.folder("out", out)
-    source = build.load_source(config.data)
-    federation = build.federate(source, config)
+    with cli.doing("data", f"reading {config.data.name}") as shown:
+        source = build.load_source(config.data)
+        shown.stage("dealing it out")
+        federation = build.federate(source, config)
     rows = facts(source, federation, config)
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
     print(text(rows, federation, width, _levels()))

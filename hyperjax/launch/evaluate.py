@@ -214,18 +214,20 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
     """Serves one client; returns the exit code."""
     if (data is None) == (client is None):
         raise ValueError("give either --data=file.npz or --client=number")
-    run = load_run(path)
-    if data is not None:
-        name = Path(data).stem
-        found = read_inputs(data, run)
-    else:
-        name = f"client_{client}"
-        found = dict(
-            zip(("x", "label"), own_client(run, int(client or 0)), strict=True)
-        )
-    labels, names = found.get("label"), found.get("name")
-    with outputs.room("out", out or run.folder / "served" / name) as folder:
-        result = write(folder, serve(run, found["x"], client), labels, run, names)
+    with cli.doing("evaluate", f"reading {path}") as shown:
+        run = load_run(path)
+        if data is not None:
+            name = Path(data).stem
+            found = read_inputs(data, run)
+        else:
+            name = f"client_{client}"
+            found = dict(
+                zip(("x", "label"), own_client(run, int(client or 0)), strict=True)
+            )
+        labels, names = found.get("label"), found.get("name")
+        shown.stage(f"serving {name}")
+        with outputs.room("out", out or run.folder / "served" / name) as folder:
+            result = write(folder, serve(run, found["x"], client), labels, run, names)
     accuracy = f", zACC {result['zacc']:.2f}" if "zacc" in result else ""
     print(
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "

@@ -62,7 +62,8 @@ def main(
     if data is not None and not Path(data).exists():
         raise FileNotFoundError(f"data={data!r}: there is no such file or folder")
     x = None
-    run = notebook.load_run(path)
+    with cli.doing("export", f"reading {path}"):
+        run = notebook.load_run(path)
     if data is not None:
         pool, config = (
             run.experiment.federation.pool,
@@ -76,7 +77,9 @@ def main(
         wanted = numbers(client, everybody, run)
     with outputs.room("workdir", Path(path).expanduser() / FOLDER) as folder:
         for name, number in wanted.items():
-            print(run.export(folder / name, number, format, x))
+            with cli.doing("export", f"writing {name}"):
+                file = run.export(folder / name, number, format, x)
+            print(file, flush=True)
     return 0
 
 

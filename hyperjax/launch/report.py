@@ -102,20 +102,30 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
       ValueError: no folders, or `out` cannot be written.
       FileNotFoundError: one of the folders holds no run.
     """
-    from hyperjax.sweeps import outputs, record, results
-
     if not folders:
         raise ValueError(
             "give the folder of a run, or of several to be compared: "
             "hyperjax report FOLDER... [--out=page.html]"
         )
     given = list(dict.fromkeys(Path(f).expanduser().resolve() for f in folders))
-    runs = finished.find(given)
+    with cli.doing("report", "reading runs") as shown:
+        runs = finished.find(given)
+        shown.stage(f"making pages of {len(runs)} runs")
+        page = _written(given, runs, out, baseline)
+    print(f"report: {page}")
+    return 0
+
+
+def _written(
+    given: list[Path], runs: list[Path], out: str | None, baseline: str | None
+) -> str | Path:
+    """Writes pages; returns the path of the one to open."""
+    from hyperjax.sweeps import outputs, record, results
+
     if runs == given[:1]:
         usual = str(runs[0] / "report.html")
         path = targets.files(out=usual if out is None else out)["out"]
-        print(f"report: {run_report(str(runs[0]), str(path))}")
-        return 0
+        return run_report(str(runs[0]), str(path))
     for run in runs:
         if not (run / "report.html").exists():
             with contextlib.suppress(OSError):  # others' runs may be read only
@@ -123,14 +133,11 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
     if out is not None:
         path = targets.files(out=out)["out"]
         title = f"{len(runs)} runs"
-        page = comparison_report(runs, path, title, baseline=baseline)
-        print(f"report: {page}")
-        return 0
+        return comparison_report(runs, path, title, baseline=baseline)
     folder = given[0]
     if len(given) == 1 and (folder / finished.SWEEP).exists():
         results.write(record.Record(str(folder)), baseline)
-        print(f"report: {folder / outputs.PAGE}")
-        return 0
+        return folder / outputs.PAGE
     if len(given) > 1:
         folder = Path(os.path.commonpath([run.parent for run in runs])) / "comparison"
     targets.folder("out", folder).mkdir(exist_ok=True)
@@ -138,8 +145,7 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
         results.write(record.Record(str(folder)))  # with its own baseline
     else:
         outputs.write(folder, runs, baseline=baseline)
-    print(f"report: {folder / outputs.PAGE}")
-    return 0
+    return folder / outputs.PAGE
 
 
 def launch() -> None:

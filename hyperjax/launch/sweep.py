@@ -237,7 +237,8 @@ def write_results(there: Record) -> bool:
         print("Tables are written when the other points have ended.")
         return True
     try:
-        results.write(there)
+        with cli.doing("sweep", "writing tables, figures and the page"):
+            results.write(there)
     except Exception as error:
         print(f"error: no tables: {error}", file=sys.stderr)
         return False

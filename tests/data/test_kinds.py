@@ -253,3 +253,16 @@ def test_methods_of_images_alone_say_so_and_hyperfedzero_is_none():
             hyperfednet(model, local=local)
     with pytest.raises(ValueError, match="tokens, which a condition cannot be joined"):
         opt1(model, local=local)
+
+
+def test_lists_of_bytes_are_images_of_bytes():
+    x = np.arange(48).reshape(3, 4, 4)
+    found = hj.federate(x.tolist() * 4, [0, 1, 2] * 4, num_clients=2)
+    assert found.pool.x.dtype == np.uint8
+    np.testing.assert_array_equal(found.pool.x[:3, ..., 0], x)
+    with pytest.raises(ValueError, match=r"int64.*then x.astype\(np.uint8\)$"):
+        hj.federate(x, [0, 1, 2], num_clients=1)
+    with pytest.raises(ValueError, match="or float: scale them to 0 to 255"):
+        hj.federate((x + 300).tolist(), [0, 1, 2], num_clients=1)
+    with pytest.raises(ValueError, match=r"source is tuple.*federate\(x, y, ...\)"):
+        hj.federate((x, [0, 1, 2]), num_clients=1)

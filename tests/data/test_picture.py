@@ -1,5 +1,6 @@
 """The partition picture: what is drawn, that it repeats, that nothing global moves."""
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -61,6 +62,9 @@ def test_svg_is_one_element_with_its_text_and_repeats():
     assert ET.fromstring(text).tag.endswith("svg")
     assert all(f">{word}<" in text for word in ("ant", "bee", "cow", "Zoo"))
     assert "date" not in text
+    assert not re.search(r'(?: x| d)="[^"]*\d\.\d{3}', text)
+    named = picture.partition_picture(COUNTS, PARTICIPATING, ["0.12345", "b", "c"])
+    assert ">0.12345<" in picture.figure_svg(named)
 
 
 def test_png_repeats(tmp_path):

@@ -203,7 +203,7 @@ def test_names_of_classes_may_be_anything_with_a_name():
 
 @pytest.mark.parametrize("name", [(1, 2), np.zeros(3), None, {}])
 def test_arrays_are_not_loaded(name):
-    with pytest.raises(ValueError, match=r"not text; arrays of your own.*Source"):
+    with pytest.raises(ValueError, match=r"not text; arrays of your own.*federate"):
         sources.load(name)
 
 

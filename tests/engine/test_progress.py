@@ -209,3 +209,13 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
         shown.update(1, {"loss": "0.5"})
     assert stream.getvalue() == "run | reading\nrun | round 1/1 | loss 0.5 | left ?\n"
     assert "\x1b" not in stream.getvalue()
+
+
+def test_a_short_command_says_on_a_terminal_what_it_does(monkeypatch):
+    from hyperjax.launch import cli
+
+    for stream, said in ((Terminal(), "export | reading runs/x"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with cli.doing("export", "reading runs/x"):
+            pass
+        assert said in stream.getvalue() and bool(said) == bool(stream.getvalue())
