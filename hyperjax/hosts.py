@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from hyperjax.errors import check_at_least
 from hyperjax.types import PyTree
@@ -421,6 +421,43 @@ def arrays_of_first(arrays: PyTree | None, template: PyTree) -> PyTree:
     )
 
 
+def parts(num: int) -> list[range]:
+    """Returns which of so many clients each process has: equal parts, rounded up."""
+    each = -(-num // count())
+    return [range(min(i * each, num), min((i + 1) * each, num)) for i in range(count())]
+
+
+def part(num: int) -> range:
+    """Returns those of this process."""
+    return parts(num)[0 if _group is None else _group.index]
+
+
+def fetched(process: int, make: Callable[[], bytes]) -> bytes:
+    """Returns on process 0 what a process makes, when 0 asks; b"" on all others."""
+    if _group is None or process == 0:
+        return make() if is_first() else b""
+    if is_first():
+        _group.lines[process].send(_ARRAY, b"")
+        return _group.next(process)
+    if _group.index == process:
+        _group.next(0)
+        _group.lines[0].send(_ARRAY, make())
+    return b""
+
+
+def handed(process: int, content: bytes) -> bytes:
+    """Returns on a process what 0 has for it, when that asks; b"" on all others."""
+    if _group is None or process == 0:
+        return content if is_first() else b""
+    if is_first():
+        _group.next(process)
+        _group.lines[process].send(_ARRAY, content)
+    elif _group.index == process:
+        _group.lines[0].send(_ARRAY, b"")
+        return _group.next(0)
+    return b""
+
+
 def check_same(values: Mapping[str, Any]) -> None:
     """Refuses processes of which one has other values, JSON.
 
@@ -478,6 +515,37 @@ def devices(most: int = 0) -> list[jax.Device]:
             f"equally many, {wanted} each; engine.devices={most} is the number in all"
         )
     return [d for _, each in sorted(by_process.items()) for d in each[:wanted]]
+
+
+def put_mine(a: PyTree, sharding: Sharding, devices: int) -> PyTree:
+    """Returns a tree of what each process has, leaves [D, ...], one row a device.
+
+    One device of a process has its array, and the others have zeros, so that the sum
+    over devices is that over processes.
+
+    Args:
+      a: NumPy leaves [...], of this process.
+      sharding: that has one row on each device.
+      devices: D, of all processes.
+    """
+
+    def one(x):
+        rows = [x[None]]  # for whichever device comes first
+
+        def row(index):
+            return rows.pop() if rows else np.zeros_like(x[None])
+
+        return jax.make_array_from_callback((devices, *x.shape), sharding, row)
+
+    return jax.tree.map(one, a)
+
+
+def whole(x: Any) -> np.ndarray:
+    """Returns an array, parts of which other processes may have, as a NumPy array."""
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if not here and not x.is_fully_replicated:
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    return np.asarray(x)
 
 
 def put(a: PyTree, sharding: Sharding) -> PyTree:

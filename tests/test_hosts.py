@@ -63,6 +63,53 @@ def test_arrays_of_process_0_come_to_the_bit(groups, monkeypatch):
         assert found[name].tobytes() == x.tobytes()
 
 
+def test_clients_are_parted_in_order(monkeypatch):
+    assert hosts.parts(5) == [range(5)] and hosts.part(5) == range(5)
+    monkeypatch.setattr(hosts, "count", lambda: 3)
+    for num, sizes in ((6, [2, 2, 2]), (7, [3, 3, 1]), (4, [2, 2, 0]), (1, [1, 0, 0])):
+        found = hosts.parts(num)
+        assert [len(part) for part in found] == sizes
+        assert [i for part in found for i in part] == list(range(num))
+
+
+def test_process_0_asks_the_others_and_is_asked(groups, monkeypatch):
+    first, second, third = groups
+
+    def as_one(group, turn):
+        """Both in turn, of process 1; the others have nothing to do with it."""
+        monkeypatch.setattr(hosts, "_group", group)
+        return turn()
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def answer():
+            asked = second.next(0)
+            second.lines[0].send(b"a", b"rows")
+            second.lines[0].send(b"a", b"")
+            return asked, second.next(0)
+
+        other = pool.submit(answer)
+        found = as_one(first, lambda: hosts.fetched(1, lambda: b"never made"))
+        assert found == b"rows"
+        assert as_one(first, lambda: hosts.handed(1, b"state")) == b""
+        assert other.result(10) == (b"", b"state")
+
+        def ask():
+            first.lines[1].send(b"a", b"")
+            found = first.next(1), first.next(1)
+            first.lines[1].send(b"a", b"state")
+            return found
+
+        other = pool.submit(ask)
+        assert as_one(second, lambda: hosts.fetched(1, lambda: b"rows")) == b""
+        assert as_one(second, lambda: hosts.handed(1, b"")) == b"state"
+        assert other.result(10) == (b"rows", b"")
+    assert as_one(third, lambda: hosts.fetched(1, lambda: b"never made")) == b""
+    assert as_one(third, lambda: hosts.handed(1, b"never sent")) == b""
+    assert as_one(first, lambda: hosts.fetched(0, lambda: b"mine")) == b"mine"
+    assert as_one(first, lambda: hosts.handed(0, b"mine")) == b"mine"
+
+
 def test_processes_with_other_values_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(hosts, "gathered", lambda value: [value, value | {"seed": 1}])
     words = "process 1 has seed=1 and process 0 0; all of a run's processes must have"

@@ -9,17 +9,18 @@ and where there are none it has no file.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeAlias
 
 import jax
 import numpy as np
 
-from hyperjax import tree
+from hyperjax import hosts, tree
 from hyperjax.engine import stores
 from hyperjax.types import PyTree
 
@@ -41,7 +42,7 @@ def count(rows: PyTree, num_clients: int) -> int:
 
 
 def contents(
-    rows: PyTree, seen: np.ndarray, changed: np.ndarray | None
+    rows: PyTree, seen: np.ndarray, changed: np.ndarray | None, parted: bool = False
 ) -> Iterator[tuple[int, str | None, bytes]]:
     """Yields blocks: place, digest and bytes; no digest of one never seen.
 
@@ -49,19 +50,56 @@ def contents(
       rows: leaves [N, ...], NumPy.
       seen: [N] bool.
       changed: ids of clients whose blocks are yielded; None for all.
+      parted: whether each process holds the rows of its part of the clients. Then
+        process 0 asks the others for theirs, and they have no bytes to yield.
     """
     size = clients_per_block(rows, len(seen))
     every = count(rows, len(seen))
     places = range(every) if changed is None else np.unique(changed // size)
     for place in places if every else ():
-        those = slice(int(place) * size, (int(place) + 1) * size)
-        if not seen[those].any():
+        known = _known(seen, int(place), size)
+        if not len(known):
             yield int(place), None, b""
             continue
-        known = np.flatnonzero(seen[those]) + those.start
-        each = [_as_bytes(x[known]) for x in jax.tree.leaves(rows)]
-        content = np.concatenate(each, axis=1).tobytes()
-        yield int(place), hashlib.sha256(content).hexdigest(), content
+        make = functools.partial(of_clients, rows)
+        content = gathered(make, known, len(seen), parted)
+        here = hosts.is_first() or not parted
+        digest = hashlib.sha256(content).hexdigest() if here else None
+        yield int(place), digest, content
+
+
+def gathered(
+    make: Callable[[np.ndarray], bytes], ids: np.ndarray, num: int, parted: bool
+) -> bytes:
+    """Returns what is made of some of `num` clients, ids ascending, by who has them.
+
+    If they are parted, then on process 0, and on others nothing.
+    """
+    if not parted:
+        return make(ids)
+    return b"".join(
+        hosts.fetched(process, functools.partial(make, ids[mine]))
+        for process, mine in _shares(ids, num)
+    )
+
+
+def of_clients(rows: PyTree, ids: np.ndarray) -> bytes:
+    """Returns the rows of clients, one client after another."""
+    each = [_as_bytes(x[ids]) for x in jax.tree.leaves(rows)]
+    return np.concatenate(each, axis=1).tobytes()
+
+
+def _known(seen: np.ndarray, place: int, size: int) -> np.ndarray:
+    """Who of a block was ever seen, ids ascending."""
+    return np.flatnonzero(seen[place * size : (place + 1) * size]) + place * size
+
+
+def _shares(ids: np.ndarray, num: int) -> Iterator[tuple[int, slice]]:
+    """Which process has which of some ids, ascending, where clients are parted."""
+    for process, part in enumerate(hosts.parts(num)):
+        first, last = np.searchsorted(ids, [part.start, part.stop])
+        if first < last:
+            yield process, slice(first, last)
 
 
 def _as_bytes(x: np.ndarray) -> np.ndarray:
@@ -70,9 +108,9 @@ def _as_bytes(x: np.ndarray) -> np.ndarray:
     return flat.reshape(len(x), _width(x))
 
 
-def _width(x: np.ndarray) -> int:
+def _width(x: Any) -> int:
     """Bytes of a row."""
-    return x.dtype.itemsize * math.prod(x.shape[1:])
+    return np.dtype(x.dtype).itemsize * math.prod(x.shape[1:])
 
 
 # What a file system says that has no such operation.
@@ -99,62 +137,100 @@ def write(folder: Path, digest: str, content: bytes) -> None:
     os.replace(part, folder / digest)
 
 
+# Returns the content of a block, given its place and who of it was ever seen.
+Source: TypeAlias = Callable[[int, np.ndarray], bytes]
+
+
+def in_files(folder: Path, digests: list[str | None]) -> Source:
+    """Returns a source of blocks in files.
+
+    It raises ValueError if a block is not what its name says, and FileNotFoundError if
+    it is not there.
+
+    Args:
+      folder: where the files are.
+      digests: of every block, in order.
+    """
+
+    def source(place, known):
+        digest = digests[place]
+        if digest is None:
+            raise ValueError(f"block {place} of clients is not listed")
+        content = (folder / digest).read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"block {digest} does not match its digest")
+        return content
+
+    return source
+
+
+def by_leaves(source: Source, template: PyTree) -> Source:
+    """Returns the source of blocks that hold all of their clients, leaf by leaf."""
+    leaves = jax.tree.leaves(template)
+    size = clients_per_block(template, len(leaves[0])) if leaves else 1
+
+    def converted(place, known):
+        content, offset, found = source(place, known), 0, []
+        for x in leaves:
+            num = min(size, len(x) - place * size)
+            shape = num, _width(x)
+            each = np.frombuffer(content, np.uint8, math.prod(shape), offset)
+            found.append(each.reshape(shape)[known - place * size])
+            offset += math.prod(shape)
+        return np.concatenate(found, axis=1).tobytes()
+
+    return converted
+
+
+def check(template: PyTree, seen: np.ndarray, source: Source) -> None:
+    """Reads all blocks, and raises what their source does, or a ValueError."""
+    each = sum(map(_width, jax.tree.leaves(template)))
+    size = clients_per_block(template, len(seen))
+    for place in range(count(template, len(seen))):
+        known = _known(seen, place, size)
+        if len(known) and len(source(place, known)) != each * len(known):
+            raise ValueError(f"block {place} holds other clients than were seen")
+
+
 def read(
-    folder: Path, template: PyTree, seen: np.ndarray | None, digests: list[str | None]
+    template: PyTree, seen: np.ndarray, source: Source | None, parted: bool = False
 ) -> PyTree:
     """Returns the rows that blocks hold, NumPy.
 
     Args:
-      folder: where their files are.
       template: leaves [N, ...], abstract.
-      seen: [N] bool, of whom there are rows; None: of all in a block, leaf by leaf, as
-        blocks once were.
-      digests: of every block, in order.
-
-    Raises:
-      ValueError: a block is not what its name says.
-      FileNotFoundError: one is not there.
+      seen: [N] bool, of whom there are rows.
+      source: of the blocks; of several processes, that of process 0 alone.
+      parted: whether each process takes the rows of its part of the clients; otherwise
+        all take all.
     """
     leaves, structure = jax.tree.flatten(template)
     rows = [stores.unwritten(x.shape, np.dtype(x.dtype)) for x in leaves]
-    size = clients_per_block(template, len(rows[0])) if rows else 1
-    for place, digest in enumerate(digests):
-        if digest is None:
+    size = clients_per_block(template, len(seen))
+    each = sum(map(_width, leaves))
+    for place in range(count(template, len(seen))):
+        known = _known(seen, place, size)
+        if not len(known):
             continue
-        content = (folder / digest).read_bytes()
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"block {digest} does not match its digest")
-        those = slice(place * size, (place + 1) * size)
-        if seen is None:
-            _put_leaves([x[those] for x in rows], content)
-        else:
-            put(rows, np.flatnonzero(seen[those]) + those.start, content)
+        content = b"" if source is None else source(place, known)
+        everybody = ((i, slice(0, len(known))) for i in range(hosts.count()))
+        for process, some in _shares(known, len(seen)) if parted else everybody:
+            part = content[each * some.start : each * some.stop]
+            if part := hosts.handed(process, part):
+                _put(rows, known[some], part)
     return jax.tree.unflatten(structure, rows)
 
 
-def put(rows: PyTree, ids: np.ndarray, content: bytes) -> None:
-    """Writes rows of some clients, one after another in a block, into a host store.
-
-    Raises:
-      ValueError: the block holds those of more clients or fewer.
-    """
-    each = sum(map(_width, jax.tree.leaves(rows)))
+def _put(rows: list[np.ndarray], ids: np.ndarray, content: bytes) -> None:
+    """Writes rows of some clients into a host store."""
+    each = sum(map(_width, rows))
     if len(content) != each * len(ids):
         raise ValueError(f"a block has {len(content)} bytes, not {each * len(ids)}")
     found, done = np.frombuffer(content, np.uint8).reshape(len(ids), each), 0
-    for x in jax.tree.leaves(rows):
+    for x in rows:
         mine = found[:, done : done + _width(x)].tobytes()
         x[ids] = np.frombuffer(mine, x.dtype).reshape(len(ids), *x.shape[1:])
         done += _width(x)
-
-
-def _put_leaves(rows: list[np.ndarray], content: bytes) -> None:
-    """The same of a block that holds one leaf after another."""
-    offset = 0
-    for part in rows:
-        found = np.frombuffer(content, part.dtype, part.size, offset)
-        part[...] = found.reshape(part.shape)
-        offset += part.nbytes
 
 
 def keep_only(folder: Path, digests: set[str]) -> None:

@@ -14,6 +14,7 @@ their paths, so that orbax alone can open one:
   arrays["server/theta/params/head/kernel"]
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -29,9 +30,10 @@ import numpy as np
 from absl import logging
 
 from hyperjax import hosts, tree
-from hyperjax.engine import blocks
+from hyperjax.engine import blocks, stores
 from hyperjax.engine.schedule import Carry
 from hyperjax.errors import first_line
+from hyperjax.types import PyTree
 
 DIGEST = "digest.json"
 INDEX = "rows.json"  # which blocks client rows are made of
@@ -158,10 +160,17 @@ class Saver:
       folder: holds the checkpoints of one run; None: nothing is written, and digests
         are computed as if it were.
       keep: how many to keep; at least 2, so that a damaged newest one can be skipped.
+      held: by family, whose rows this process holds, see `schedule.Simulator`.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, keep: int = 2):
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        keep: int = 2,
+        held: Mapping[str, stores.Held] | None = None,
+    ):
         self._folder = None if folder is None else Path(folder).absolute()
+        self._held = held or {}
         self._keep = max(keep, 2)
         self._digests: dict[str, list[str | None]] = {}  # of blocks, as last written
 
@@ -185,7 +194,7 @@ class Saver:
         Raises:
           ValueError: two arrays have one path.
         """
-        carry = jax.device_get(carry)
+        carry = _on_host(carry, self._held)
         path = None
         if self._folder is not None:
             path = self._folder / f"round_{round:08d}"
@@ -200,6 +209,8 @@ class Saver:
             if name not in mine
         }
         index = json.dumps({"arrays": arrays, "blocks": self._blocks(carry, changed)})
+        if _parted(self._held):
+            index = hosts.of_first(index)
         digest = _digest(carry, index)
         if path is None:
             return digest
@@ -224,7 +235,10 @@ class Saver:
         for name, rows in carry.rows.items():
             found[name] = [None] * numbers[name] if these is None else before[name]
             ids = None if these is None else these[name]
-            for place, digest, content in blocks.contents(rows, carry.seen[name], ids):
+            parted = self._held.get(name) is not None
+            for place, digest, content in blocks.contents(
+                rows, carry.seen[name], ids, parted
+            ):
                 if digest is not None and self._folder is not None:
                     blocks.write(self._folder / BLOCKS, digest, content)
                 found[name][place] = digest
@@ -255,31 +269,53 @@ def save(folder: str | os.PathLike, round: int, carry: Carry, keep: int = 2) -> 
     return Saver(folder, keep).save(round, carry)
 
 
-def state_digest(carry: Carry) -> str:
+def state_digest(carry: Carry, held: Mapping[str, stores.Held] | None = None) -> str:
     """Returns the digest of a state by which runs are compared.
 
     Of more than `LARGE` clients it leaves out the rows of those who were never seen,
-    which are zeros.
+    which are zeros. Where processes hold rows of some clients each, see `held` of a
+    `Saver`, it is process 0 that adds them up.
     """
-    carry = jax.device_get(carry)
-    rows = dict(carry.rows)
+    held = held or {}
+    carry, rows = _on_host(carry, held), {}
     for name, seen in carry.seen.items():
-        if len(seen) > LARGE:
-            ids = np.flatnonzero(seen)
-            rows[name] = jax.tree.map(lambda x, i=ids: _Known(x, i), rows[name])
-    return tree.sha256(carry._replace(rows=rows))
+        large, parted = len(seen) > LARGE, held.get(name) is not None
+        ids = np.flatnonzero(seen) if large else np.arange(len(seen))
+        wrapped = functools.partial(_Rows, ids=ids, parted=parted)
+        mine = carry.rows[name]
+        rows[name] = jax.tree.map(wrapped, mine) if large or parted else mine
+    digest = tree.sha256(carry._replace(rows=rows))
+    return hosts.of_first(digest) if _parted(held) else digest
 
 
-class _Known:
+class _Rows:
     """Rows of some clients, which `tree.sha256` takes piece by piece."""
 
-    def __init__(self, x: np.ndarray, ids: np.ndarray):
-        self._x, self._ids = x, ids
+    def __init__(self, x: np.ndarray, ids: np.ndarray, parted: bool):
+        self._x, self._ids, self._parted = x, ids, parted
         self.dtype, self.shape = x.dtype, (len(ids), *x.shape[1:])
 
     def pieces(self) -> Iterator[np.ndarray]:
+        def make(ids):
+            return self._x[ids].tobytes()
+
         for start in range(0, len(self._ids), 1024):
-            yield self._x[self._ids[start : start + 1024]]
+            some = self._ids[start : start + 1024]
+            found = blocks.gathered(make, some, len(self._x), self._parted)
+            yield np.frombuffer(found, np.uint8)
+
+
+def _parted(held: Mapping[str, stores.Held]) -> bool:
+    return any(each is not None for each in held.values())
+
+
+def _on_host(carry: Carry, held: Mapping[str, stores.Held]) -> Carry:
+    """A state as NumPy arrays, without rows that other processes hold."""
+    return Carry(
+        jax.device_get(carry.server),
+        {name: stores.on_host(x, held.get(name)) for name, x in carry.rows.items()},
+        {name: hosts.whole(x) for name, x in carry.seen.items()},
+    )
 
 
 def _digest(carry: Carry, index: str) -> str:
@@ -288,20 +324,57 @@ def _digest(carry: Carry, index: str) -> str:
     return hashlib.sha256(f"{rest}|{index}".encode()).hexdigest()
 
 
-def restore(folder: str | os.PathLike, template: Carry) -> Restored | None:
+def restore(
+    folder: str | os.PathLike,
+    template: Carry,
+    held: Mapping[str, stores.Held] | None = None,
+) -> Restored | None:
     """Returns the newest intact checkpoint, or None if there never was one.
 
-    Damaged ones are reported and passed over.
+    Damaged ones are reported and passed over. Of several processes all must ask, and
+    process 0 reads; each has rows of the clients that it holds.
 
     Args:
-      folder: as of a `Saver`.
+      folder: as of a `Saver`; that of process 0 counts.
       template: an abstract carry: its structure, shapes and dtypes.
+      held: as of a `Saver`.
 
     Raises:
       ValueError: there are checkpoints, and every one is damaged, or the newest intact
         one is that of an older version.
     """
-    found = finished(Path(folder).absolute())
+    found = _newest(Path(folder).absolute(), template) if hosts.is_first() else None
+    round = hosts.of_first(found and found.round)
+    if round is None:
+        return None
+    if not hosts.several():
+        return found and Restored(found.round, found.carry._replace(rows=found.rows))
+    part = template._replace(rows={})
+    carry = hosts.arrays_of_first(found and found.carry, part)
+    sources = found.sources if found else {}
+    rows = {
+        name: blocks.read(
+            spec,
+            carry.seen[name],
+            sources.get(name),
+            held is not None and held.get(name) is not None,
+        )
+        for name, spec in template.rows.items()
+    }
+    return Restored(round, carry._replace(rows=rows))
+
+
+class _Found(NamedTuple):
+    """An intact checkpoint."""
+
+    round: int
+    carry: Carry  # without rows
+    sources: dict[str, blocks.Source]  # of these, by family
+    rows: dict[str, PyTree]  # themselves, if no other process needs them
+
+
+def _newest(folder: Path, template: Carry) -> _Found | None:
+    found = finished(folder)
     for path in reversed(found):
         try:
             return _read(path, template)
@@ -330,7 +403,7 @@ def _format(path: Path) -> int:
     return json.loads((path / DIGEST).read_text(encoding="utf-8")).get("format", 1)
 
 
-def _read(path: Path, template: Carry) -> Restored:
+def _read(path: Path, template: Carry) -> _Found:
     record = json.loads((path / DIGEST).read_text(encoding="utf-8"))
     in_blocks = _format(path) >= _BLOCKS_SINCE
     if _format(path) < 2:
@@ -358,16 +431,26 @@ def _read(path: Path, template: Carry) -> Restored:
             raise ValueError(
                 f"it holds {dtype}{shape} where {leaf.dtype}{leaf.shape} is expected"
             )
-    if in_blocks:
-        known = carry.seen if _format(path) >= _SEEN_SINCE else {}
-        rows = {
-            name: blocks.read(
-                path.parent / BLOCKS, spec, known.get(name), index["blocks"][name]
-            )
-            for name, spec in template.rows.items()
-        }
-        carry = carry._replace(rows=rows)
-    return Restored(record["round"], carry)
+    sources: dict[str, blocks.Source] = {}
+    rows: dict[str, PyTree] = {}
+    for name, spec in template.rows.items():
+        if in_blocks:
+            sources[name] = blocks.in_files(path.parent / BLOCKS, index["blocks"][name])
+            if _format(path) < _SEEN_SINCE:
+                sources[name] = blocks.by_leaves(sources[name], spec)
+        else:
+            sources[name] = functools.partial(_of_rows, carry.rows[name])
+        given = spec, carry.seen[name], sources[name]
+        if hosts.several():
+            blocks.check(*given)  # before the others rely on them
+        else:
+            rows[name] = blocks.read(*given)
+    return _Found(record["round"], carry._replace(rows={}), sources, rows)
+
+
+def _of_rows(rows: PyTree, place: int, known: np.ndarray) -> bytes:
+    """A source of blocks, see `blocks.Source`."""
+    return blocks.of_clients(rows, known)
 
 
 def _check_names(found: set[str], expected: set[str]) -> None:

@@ -104,7 +104,13 @@ def moment(root: Key, carry: schedule.Carry, round: int, family: str) -> Moment:
 
 
 def find(
-    carry: schedule.Carry, family: str, ids: np.ndarray, train: Table, inputs: Table
+    carry: schedule.Carry,
+    family: str,
+    ids: np.ndarray,
+    train: Table,
+    inputs: Table,
+    *,
+    fetch: Callable = lambda *given: stores.host_gather(*given[:3]),
 ) -> Clients:
     """Returns clients with the state that is stored of them; who never trained: none.
 
@@ -114,8 +120,10 @@ def find(
       ids: [C] int32, numbers inside the family.
       train: labelled samples, [C] rows.
       inputs: what they are to predict, [C] rows.
+      fetch: `(rows, seen, ids, family) -> (rows, seen)` of these; by default they are
+        all here.
     """
-    rows, seen = stores.host_gather(carry.rows[family], carry.seen[family], ids)
+    rows, seen = fetch(carry.rows[family], carry.seen[family], ids, family)
     known = ids < len(carry.seen[family])
     return Clients(jnp.asarray(ids), rows, seen & known, train, inputs)
 
@@ -195,6 +203,7 @@ def deployer(
     novel: Sequence[int] | np.ndarray = (),
     batch_size: int = 256,
     mesh: Any = None,
+    held: Mapping[str, stores.Held] | None = None,
     program: Compiled | None = None,
     hyper: Hyper | None = None,
 ) -> Callable[..., list[Deployed]]:
@@ -206,6 +215,7 @@ def deployer(
       novel: [m] int, position in `members.names` of clients N to N + m - 1.
       batch_size: B of prediction.
       mesh: see `sharding.client_mesh`; where a run's state is, if on several devices.
+      held: see `evaluate.evaluator`.
       program: the compiler; None for one of its own.
       hyper: see `schedule.simulator`.
 
@@ -234,7 +244,7 @@ def deployer(
     """
     groups = families.check(alg, members)
     program, hyper = program or Compiled(mesh), hyper or Hyper.none(alg)
-    values = hyper.values
+    values, fetch = hyper.values, stores.fetcher(held, mesh, program)
     programs = {name: _program(hyper.method, name, batch_size) for name in groups.names}
 
     def deploy(
@@ -259,7 +269,7 @@ def deployer(
         found: dict[int, Deployed] = {}
         for name, (places, numbers) in groups.numbers(ids, novel).items():
             tables = (Table(x.rows[places], x.size[places]) for x in (train, inputs))
-            who = find(carry, name, numbers, *tables)
+            who = find(carry, name, numbers, *tables, fetch=fetch)
             if fitted is None and families.clients(alg)[name].fit is not None:
                 raise ValueError(
                     "the method's clients adapt to their inputs by what participants "

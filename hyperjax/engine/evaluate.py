@@ -14,7 +14,7 @@ import numpy as np
 
 from hyperjax import rng
 from hyperjax.data.clients import Table, is_on_host, room_for, some
-from hyperjax.engine import deploy, families, schedule, scoring, sharding
+from hyperjax.engine import deploy, families, schedule, scoring, sharding, stores
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.engine.scoring import Samples
@@ -85,6 +85,7 @@ def evaluator(
     clients_per_call: int = 64,
     mesh: Any = None,
     pool_mb: int = 0,
+    held: Mapping[str, stores.Held] | None = None,
     program: Compiled | None = None,
     hyper: Hyper | None = None,
 ) -> Evaluator:
@@ -105,6 +106,8 @@ def evaluator(
       mesh: devices to spread clients over.
       pool_mb: how many MB of 2^20 bytes the samples of a call may take on a device, of
         a pool on the host; 0: no limit.
+      held: by family, whose rows this process holds of the states that it is given, see
+        `schedule.Simulator`; then `mesh` has the devices of all.
       program: the compiler, that of an evaluator of the same method and arguments but
         for pool, populations, prior and values of hyper-parameters, whose programs then
         serve this one too; None for one of its own.
@@ -117,6 +120,7 @@ def evaluator(
     """
     groups, program = families.check(alg, members), program or Compiled(mesh)
     hyper = hyper or Hyper.none(alg)
+    fetch = stores.fetcher(held, mesh, program)
     source = jnp.asarray(np.maximum(source_prior, 1e-6), jnp.float32)
     source = source / jnp.sum(source)
 
@@ -181,7 +185,7 @@ def evaluator(
                 tables = (
                     Table(*map(jnp.asarray, t)) for t in (they.train, they.inputs)
                 )
-                who = deploy.find(carry, name, they.ids, *tables)
+                who = deploy.find(carry, name, they.ids, *tables, fetch=fetch)
                 who, samples = samples_of(who)
                 moment, none = deploy.moment(root, carry, round, name), jnp.int32(0)
                 call = _Call(moment, who, samples, none, none, hyper.values, ())
@@ -196,7 +200,7 @@ def evaluator(
         num, blocks = len(population.ids), []
         lanes_at_once = sharding.padded_size(min(shape.clients, width), mesh)
         for places, real, lanes in _lanes(num, lanes_at_once):
-            who = _some(carry, name, population, places, lanes, shape)
+            who = _some(carry, name, population, places, lanes, shape, fetch)
             who, samples = samples_of(who)
             counts = jnp.int32(lanes), jnp.int32(epochs)
             call = _Call(moment, who, samples, *counts, hyper.values, fitted)
@@ -232,6 +236,7 @@ def evaluator(
         novel=novel,
         batch_size=batch_size,
         mesh=mesh,
+        held=held,
         program=program,
         hyper=hyper,
     )
@@ -466,6 +471,7 @@ def _some(
     places: np.ndarray,
     lanes: int,
     shape: _Shape,
+    fetch: Callable,
 ) -> deploy.Clients:
     """Some clients of a population; those from `lanes` on have no samples."""
     alive = np.arange(len(places)) < lanes
@@ -478,7 +484,7 @@ def _some(
 
     ids = population.ids[places]
     tables = pick(population.train, shape.train), pick(population.inputs, shape.inputs)
-    return deploy.find(carry, family, ids, *tables)
+    return deploy.find(carry, family, ids, *tables, fetch=fetch)
 
 
 def summarise(values: np.ndarray, size: np.ndarray) -> dict[str, float]:

@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +124,7 @@ class Simulator(NamedTuple):
         None with a host store.
       given: arrays of this simulator alone.
       width: how many clients a device trains at a time.
+      held: by family, whose rows this process holds, where there are several.
     """
 
     init: Callable
@@ -134,6 +136,7 @@ class Simulator(NamedTuple):
     function: Callable | None = None
     given: tuple = ()
     width: int = 1
+    held: Mapping[str, stores.Held] = MappingProxyType({})
 
 
 def simulator(
@@ -516,6 +519,14 @@ class _Parts(NamedTuple):
         """A cohort by family."""
         return self.groups.cohorts(cohort, 1 if self.mesh is None else self.mesh.size)
 
+    def held(self, parted: Mapping[str, bool]) -> dict[str, stores.Held]:
+        """Whose rows this process holds, of families whose rows are parted."""
+        sizes = {name: self.groups.size(name) for name in parted}
+        several = hosts.several()
+        return {
+            k: hosts.part(sizes[k]) if parted[k] and several else None for k in sizes
+        }
+
     def rows(self) -> dict[str, PyTree]:
         """The abstract state of one client of each family."""
         views = {name: families.view(self.alg, name) for name in self.groups.names}
@@ -649,13 +660,16 @@ def _on_device(parts: _Parts) -> Simulator:
     given = table, parts.pool, parts.weight, parts.hyper.values
     width = 1 if parts.sequential else parts.width
     who = parts.visits, parts.participants
-    return Simulator(init, load, run, *who, program, many_rounds, given, width)
+    held = parts.held({name: where is not None for name, where in owners.items()})
+    return Simulator(init, load, run, *who, program, many_rounds, given, width, held)
 
 
 def _on_host(parts: _Parts, folder: str | None) -> Simulator:
     """One program per exchange; only a cohort's state and row numbers travel."""
     program, groups = parts.program, parts.groups
     table = parts.table
+    # Where processes take turns together there is no mesh, and each does it all.
+    held = parts.held(dict.fromkeys(groups.names, parts.mesh is not None))
 
     def empty():
         rows, seen = {}, {}
@@ -676,8 +690,9 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             for x, y in zip(mine, theirs, strict=True):
                 # Others are zeros; a mask copies what it takes, so not all at once.
                 for start in range(0, len(x), _ROWS_AT_ONCE):
-                    some = slice(start, start + _ROWS_AT_ONCE)
-                    x[some][known[some]] = y[some][known[some]]
+                    ids = np.flatnonzero(known[start : start + _ROWS_AT_ONCE]) + start
+                    ids = ids[stores.is_held(ids, held[name])]
+                    x[ids] = y[ids]
         return Carry(sharding.replicate(server, parts.mesh), rows, seen)
 
     staged = bool(parts.alg.opening or parts.alg.closing)
@@ -737,9 +752,9 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
         rows, seen = carry.rows, carry.seen
         state, was_seen = {}, {}
         for name, cohort in cohorts.items():
-            ids = np.asarray(cohort.ids)
-            state[name], was_seen[name] = stores.host_gather(
-                rows[name], seen[name], ids
+            where = held[name], parts.mesh, program, name
+            state[name], was_seen[name] = stores.fetched(
+                rows[name], seen[name], np.asarray(cohort.ids), *where
             )
         inputs = (root, carry.server, state, was_seen, data, cohorts)
         inputs = (parts.hyper.values, *sharding.replicate(inputs, parts.mesh))
@@ -752,7 +767,9 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
             program.keep_work(stage, 1, parts.width)
         for name, cohort in cohorts.items():
             ids, alive = np.asarray(cohort.ids), np.asarray(cohort.active) > 0
-            stores.host_scatter(rows[name], seen[name], ids, state[name], alive)
+            stores.host_scatter(
+                rows[name], seen[name], ids, state[name], alive, held[name]
+            )
         return carry._replace(server=server), jax.device_get(info)
 
     def run(root, carry, start, num_rounds):
@@ -770,4 +787,5 @@ def _on_host(parts: _Parts, folder: str | None) -> Simulator:
                 infos.append(info)
         return carry, jax.tree.map(lambda *x: np.stack(x), *infos)
 
-    return Simulator(init, load, run, parts.visits, parts.participants, program)
+    who = parts.visits, parts.participants
+    return Simulator(init, load, run, *who, program, held=held)

@@ -78,11 +78,9 @@ def owners(num_clients: int, mesh: Mesh | None) -> Mesh | None:
     """Returns a mesh whose devices own equal parts of so many clients, or None.
 
     Device d owns the d-th part of them, in the order of their numbers. There are none
-    where parts would not be equal, or where several processes would have to be asked
-    for them; then what is kept of all clients is on every device.
+    where parts would not be equal; then what is kept of all clients is on every device.
     """
-    alone = mesh is None or hosts.several() or num_clients % mesh.size
-    return None if alone else mesh
+    return None if mesh is None or num_clients % mesh.size else mesh
 
 
 def padded_size(cohort_size: int, mesh: Mesh | None) -> int:

@@ -5,7 +5,10 @@ is computed on its first visit, so a million clients cost no initialisation. Row
 clients that do not take part come back bitwise equal.
 
 On several devices each may own the rows of some clients, see `sharding.owners`: then a
-cohort's rows travel and nobody else's, and a device has room for its part alone.
+cohort's rows travel and nobody else's, and a device has room for its part alone. Of
+several processes each holds the rows of its part of the clients, see `hosts.parts`. A
+host store then is as large as ever for whoever indexes it, but of others' rows nothing
+is written or read, so that they take no memory.
 """
 
 import contextlib
@@ -13,13 +16,15 @@ import functools
 import math
 import mmap
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from hyperjax import hosts
 from hyperjax.engine import sharding
 from hyperjax.types import Array, PyTree
 
@@ -158,15 +163,101 @@ def unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def host_gather(rows: PyTree, seen: np.ndarray, ids: np.ndarray):
-    """As `gather`, for host arrays."""
+# Which clients' rows a process holds; None: everybody's.
+Held: TypeAlias = range | None
+
+
+def is_held(ids: np.ndarray, held: Held) -> np.ndarray:
+    """Returns whether a process holds the rows of clients, [C] bool."""
+    if held is None:
+        return np.ones(len(ids), bool)
+    return (ids >= held.start) & (ids < held.stop)
+
+
+def host_gather(rows: PyTree, seen: np.ndarray, ids: np.ndarray, held: Held = None):
+    """As `gather`, for host arrays; others' rows than those that are held are 0."""
     place = np.minimum(ids, len(seen) - 1)
-    return jax.tree.map(lambda x: x[place], rows), seen[place]
+    if held is None:
+        return jax.tree.map(lambda x: x[place], rows), seen[place]
+    mine = is_held(place, held)
+
+    def own(x):
+        found = np.zeros((len(place), *x.shape[1:]), x.dtype)
+        found[mine] = x[place[mine]]
+        return found
+
+    return jax.tree.map(own, rows), seen[place]
 
 
-def host_scatter(rows, seen, ids, new, alive) -> None:
-    """As `scatter`, in place."""
+def host_scatter(rows, seen, ids, new, alive, held: Held = None) -> None:
+    """As `scatter`, in place; only those are written that are held."""
     keep = alive & (ids < len(seen))
+    seen[ids[keep]] = True
+    keep &= is_held(ids, held)
     for x, y in zip(jax.tree.leaves(rows), jax.tree.leaves(new), strict=True):
         x[ids[keep]] = np.asarray(y)[keep]
-    seen[ids[keep]] = True
+
+
+def fetched(
+    rows: PyTree,
+    seen: Any,
+    ids: np.ndarray,
+    held: Held,
+    mesh: Any,
+    program: Callable,
+    family: str,
+) -> tuple[PyTree, Any]:
+    """As `host_gather` of rows that several processes hold, on all their devices.
+
+    Args:
+      rows: leaves [N, ...], of either store.
+      seen: [N] bool.
+      ids: [C] int.
+      held: by this process; None: all is here.
+      mesh: all devices.
+      program: what compiles, see `compiled.Compiled`.
+      family: theirs.
+    """
+    if held is None:
+        return host_gather(rows, seen, ids)
+    if isinstance(seen, np.ndarray):
+        part, known = host_gather(rows, seen, ids, held)
+        parts = hosts.put_mine(part, sharding.in_parts(mesh), mesh.size)
+        return program("fetch", _sum_of_parts, (parts,), family=family), known
+    fetch = functools.partial(gather, owners=mesh)
+    there = sharding.replicate(np.asarray(ids), mesh)
+    return program("fetch", fetch, (rows, seen, there), family=family)
+
+
+def fetcher(held: Mapping[str, Held] | None, mesh: Any, program: Callable) -> Callable:
+    """Returns `fetched(rows, seen, ids, family)` with the rest of its arguments."""
+
+    def fetch(rows, seen, ids, family):
+        mine = (held or {}).get(family)
+        return fetched(rows, seen, ids, mine, mesh, program, family)
+
+    return fetch
+
+
+def _sum_of_parts(parts: PyTree) -> PyTree:
+    """Rows [C, ...] out of [D, C, ...], of which one at most is not 0, to the bit."""
+
+    def one(x):
+        bits = _bits(x)
+        return _bits(jnp.sum(bits, axis=0, dtype=bits.dtype), x.dtype)
+
+    return jax.tree.map(one, parts)
+
+
+def on_host(rows: PyTree, held: Held) -> PyTree:
+    """Returns rows of either store as NumPy arrays [N, ...], others' left out."""
+
+    def one(x):
+        if held is None or isinstance(x, np.ndarray):
+            return jax.device_get(x)
+        found = unwritten(x.shape, np.dtype(x.dtype))
+        for shard in x.addressable_shards:
+            found[shard.index] = np.asarray(shard.data)
+        return found
+
+    return jax.tree.map(one, rows)

@@ -135,6 +135,7 @@ def assemble(
         hyper=make_hyper(config, model, deploy_granularity="sample"),
         balanced=config.local.balanced,
         pool_mb=engine.pool_mb,
+        held=found.simulator.held,
     )
     return found._replace(by_sample=by_sample)
 

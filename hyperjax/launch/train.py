@@ -184,7 +184,8 @@ def _train(
         common.flat(resolved.config),
     )
     shown = _Shown(progress)
-    saver = checkpoint.Saver(checkpoints if hosts.is_first() else None, resolved.keep)
+    place = checkpoints if hosts.is_first() else None
+    saver = checkpoint.Saver(place, resolved.keep, experiment.simulator.held)
 
     def score(state: loop.State, info: dict[str, Any]) -> dict[str, Any]:
         """Evaluates and records; returns values per client."""
@@ -362,12 +363,7 @@ def _newest(experiment: Experiment, checkpoints: Path) -> checkpoint.Restored | 
     template = schedule.abstract_carry(
         experiment.algorithm, experiment.members or experiment.federation.num_trainers
     )
-    found = checkpoint.restore(checkpoints, template)
-    round = hosts.of_first(found and found.round)
-    if round is None:
-        return None
-    carry = hosts.arrays_of_first(found and found.carry, template)
-    return checkpoint.Restored(round, carry)
+    return checkpoint.restore(checkpoints, template, experiment.simulator.held)
 
 
 def _save(
@@ -442,7 +438,7 @@ def _summary(
         **experiment.totals(settings.seed, state.round),
         **experiment.fit_totals,
         plan=experiment.plan,
-        state_sha256=checkpoint.state_digest(state.carry),
+        state_sha256=checkpoint.state_digest(state.carry, experiment.simulator.held),
         finished=True,
     )
     if drawn := experiment.sampled:

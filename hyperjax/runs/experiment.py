@@ -9,7 +9,7 @@ import numpy as np
 from hyperjax import compiling, hosts
 from hyperjax.data.clients import Table, is_on_host
 from hyperjax.data.federation import Federation
-from hyperjax.engine import comm, evaluate, families, schedule, sharding
+from hyperjax.engine import comm, evaluate, families, schedule, sharding, stores
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
@@ -202,6 +202,7 @@ def experiment(
         hyper=hyper,
         balanced=balanced,
         pool_mb=pool_mb,
+        held=simulator.held,
     )
     plan = dict(
         backend=backend,
@@ -330,6 +331,7 @@ def make_evaluator(
     hyper: Hyper | None = None,
     balanced: bool = False,
     pool_mb: int = 0,
+    held: Mapping[str, stores.Held] | None = None,
 ) -> evaluate.Evaluator:
     """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
     clients_per_call = min(clients_per_call, max(map(len, whom.values())))
@@ -357,6 +359,7 @@ def make_evaluator(
         clients_per_call=clients_per_call,
         mesh=mesh,
         pool_mb=pool_mb,
+        held=held,
         program=program or Compiled(mesh, numerics),
         hyper=hyper,
     )

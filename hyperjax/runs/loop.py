@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hyperjax import rng, tree
+from hyperjax import hosts, rng, tree
+from hyperjax.engine import stores
 from hyperjax.engine.schedule import Carry
 from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.types import PyTree
@@ -94,6 +95,8 @@ def step(experiment: Experiment, state: State, *, donate: bool = False) -> Call:
     who = None
     if any(isinstance(seen, np.ndarray) for seen in carry.seen.values()):
         who = simulator.participants(root, state.round, num)
+        held = simulator.held
+        who = {k: x[stores.is_held(x, held.get(k))] for k, x in who.items()}
     return checked(state.round, carry, info, seconds, who)
 
 
@@ -145,7 +148,8 @@ def _check_finite(
         bad = [name for name, values in info.items() if not np.isfinite(values[i])]
         if bad:
             raise Diverged(round + i + 1, ", ".join(bad), round)
-    if not all(map(tree.finite, _changed(carry, who))):
+    finite = all(map(tree.finite, _changed(carry, who)))
+    if not all(hosts.gathered(finite)):  # each looks at the rows that it holds
         raise Diverged(round + len(info["samples"]), "the state", round)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from federated import NUM_CLIENTS, make_local, method, tiny, weights
 
-from hyperjax import tree
+from hyperjax import hosts, tree
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data.clients import Table
 from hyperjax.engine import comm, families, schedule, sharding, stores
@@ -302,6 +302,37 @@ def test_a_large_host_store_takes_memory_as_it_is_written():
     assert seen.nonzero()[0].tolist() == [5, 1999]
     assert rows["x"].sum(1).nonzero()[0].tolist() == [5, 1999]
     assert stores.host_gather(rows, seen, ids[:2])[0]["x"].min() == 1
+
+
+def test_a_process_reads_and_writes_the_rows_it_holds():
+    rows = {"x": np.arange(12.0).reshape(6, 2)}
+    seen, ids = np.array([True, True, False, True, True, True]), np.array([1, 4, 6])
+    found, known = stores.host_gather(rows, seen, ids, range(3))
+    np.testing.assert_array_equal(found["x"], [[2, 3], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(known, seen[[1, 4, 5]])
+    new = {"x": -np.ones((3, 2))}
+    before = rows["x"].copy()
+    alive = np.array([True, True, False])
+    stores.host_scatter(rows, seen, ids, new, alive, range(3, 6))
+    np.testing.assert_array_equal(rows["x"][:4], before[:4])
+    np.testing.assert_array_equal(rows["x"][4], [-1, -1])
+    assert seen.tolist() == [True, True, False, True, True, True]
+
+
+def test_rows_that_processes_hold_are_added_up_to_the_bit():
+    mesh = sharding.client_mesh(4, 2)
+    numbers = np.array([[-0.0, np.nan], [1e-45, 2.0], [np.inf, -3.0]], np.float32)
+    state = {"x": numbers, "n": np.array([-1, 2, 3], np.int32)}
+    state["seen"] = np.array([True, False, True])
+    parts = hosts.put_mine(state, sharding.in_parts(mesh), mesh.size)
+    run = jax.jit(stores._sum_of_parts, out_shardings=sharding.everywhere(mesh))
+    for name, x in run(parts).items():
+        assert x.dtype == state[name].dtype
+        assert np.asarray(x).tobytes() == state[name].tobytes()
+    # What is sent is a cohort, whoever there is beside it.
+    text = run.lower(parts).compile().as_text()
+    sent = re.findall(r"= (.*?) (?:all-|reduce-scatter|collective-)[a-z-]*\(", text)
+    assert sent and all("[2," not in shapes for shapes in sent)
 
 
 STATE = "scaffold"  # a table of parameters for every client

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from launched import Result
 from test_train import launch
@@ -164,6 +165,43 @@ def test_a_run_goes_on_with_other_numbers_of_processes(story, tmp_path):
     (alone,) = run(whole, 1, *FEDAVG, "--config.rounds=8")
     assert alone.code == 0, alone.err
     assert [record["round"] for record in records(parted)] == [0, 2, 4, 6, 8]
+    check_close(parted, whole)
+
+
+SCAFFOLD = (  # every client keeps parameters
+    "--config=configs/zero_shot.py:scaffold,data=digits,clients=6,novel=2",
+    "--config.model.name=mlp",
+    "--config.model.hidden=(8,)",
+    "--config.local.epochs=1",
+    "--config.evaluation.every=2",
+)
+STORES = {
+    "device": (),
+    "host": ("--config.engine.store=host", "--config.engine.memory_map=True"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", STORES)
+def test_state_of_clients_goes_from_owners_to_other_owners(tmp_path, store):
+    parted, whole = tmp_path / "parted", tmp_path / "whole"
+    argv = (*SCAFFOLD, *STORES[store])
+    for count, rounds, devices in ((2, 2, 2), (1, 4, 2), (3, 6, 3)):
+        more = f"--config.rounds={rounds}"
+        results = run(parted, count, *argv, more, devices=devices)
+        assert [r.code for r in results] == [0] * count, results[-1].err
+        if store == "host":
+            # Of 6 clients, all of whom took part, process 0 has its own alone.
+            files = list((parted / "run" / "store").rglob("rows_*.npy"))
+            assert files
+            there = [np.load(file).reshape(6, -1).any(1) for file in files]
+            assert np.any(there, axis=0).tolist() == [i < 6 // count for i in range(6)]
+        if rounds < 6:
+            (alone,) = run(whole, 1, *argv, more)
+            assert alone.code == 0, alone.err
+            assert read(parted) == read(whole)
+    (alone,) = run(whole, 1, *argv, more)
+    assert alone.code == 0, alone.err
     check_close(parted, whole)
 
 
