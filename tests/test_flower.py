@@ -199,6 +199,17 @@ def free_ports(number):
     return ports
 
 
+def wait_for(port, server, seconds=300):
+    """Returns when somebody listens; on a busy machine programs start slowly."""
+    for _ in range(seconds):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert server.poll() is None, "the server has ended"
+        time.sleep(1)
+    raise AssertionError(f"nobody listens at port {port}")
+
+
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory):
     """A server and three clients of Flower, on this machine; yields its environment."""
@@ -231,7 +242,8 @@ def superlink(tmp_path_factory):
             running.append(
                 subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             )
-            time.sleep(5 if i == 0 else 0)
+            if i == 0:
+                wait_for(main, running[0])
         yield environment
     finally:
         for process in running:

@@ -161,7 +161,9 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
             note(f"data.partition={config.data.partition!r}", f"data.{name}")
     if config.data.shift == "none":
         note("data.shift='none'", "data.shift_strength", "data.shift_novel")
-    if config.data.partition != "by_client_id":
+    # A table's column of ids is no feature, whoever has its rows.
+    table = config.data.name.endswith(".csv")
+    if config.data.partition != "by_client_id" and not table:
         note(f"data.partition={config.data.partition!r}", "data.client_key")
     if not config.local.milestones:
         note("local.milestones=()", "local.milestone_factor")
@@ -221,9 +223,13 @@ def check_used(config: ml_collections.ConfigDict, given: list[str]) -> None:
     unused = idle(config)
     for field in given:
         if field in unused:
+            name = field.removeprefix("data.")
+            able = [p for p, names in PARTITIONS.items() if name in names]
+            able += ["by_client_id"] if name == "client_key" else []
+            hint = f"; data.partition={' or '.join(able)} does" if able else ""
             raise ValueError(
                 f"{field} was given and would change nothing: {unused[field]} does not "
-                "look at it"
+                f"look at it{hint}"
             )
 
 

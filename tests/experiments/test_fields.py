@@ -240,6 +240,17 @@ def test_given_fields_that_nothing_looks_at_are_refused():
     assert set(idle) <= set(known)
 
 
+def test_an_idle_field_of_a_partition_says_which_one_looks_at_it():
+    config = fedavg()
+    said = r"data\.client_key .*'dirichlet' .*; data\.partition=by_client_id does"
+    with pytest.raises(ValueError, match=said):
+        fields.check_used(config, ["data.client_key"])
+    with pytest.raises(ValueError, match=r"; data.partition=pathological or class_"):
+        fields.check_used(config, ["data.classes_per_client"])
+    config.data.name = "mine.csv"  # whose column of ids is no feature
+    fields.check_used(config, ["data.client_key"])
+
+
 def test_partitions_take_the_fields_named_after_their_options():
     assert fields.PARTITIONS == {
         "iid": ("samples_per_client",),
@@ -248,6 +259,7 @@ def test_partitions_take_the_fields_named_after_their_options():
         "pathological": ("classes_per_client",),
         "class_shares": ("classes_per_client",),
         "class_draws": ("classes_per_client",),
+        "majors": ("classes_per_client", "ratio", "samples_per_client"),
         "groups": ("num_groups", "classes_per_client"),
         "by_client_id": ("client_ids", "min_size"),
         "bootstrap": ("alpha", "samples_per_client"),
