@@ -299,8 +299,7 @@ class _Rows:
         def make(ids):
             return self._x[ids].tobytes()
 
-        for start in range(0, len(self._ids), 1024):
-            some = self._ids[start : start + 1024]
+        for some in stores.pieces(self._x, self._ids):
             found = blocks.gathered(make, some, len(self._x), self._parted)
             yield np.frombuffer(found, np.uint8)
 

@@ -16,7 +16,7 @@ import functools
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -161,6 +161,18 @@ def unwritten(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     with contextlib.suppress(OSError):  # of a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
+
+
+_AT_ONCE = 2**23  # bytes of rows that are copied
+
+
+def pieces(rows: PyTree, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields some of the clients `ids` after others, so that their rows are small."""
+    leaves = jax.tree.leaves(rows)
+    each = sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in leaves)
+    num = max(1, _AT_ONCE // max(1, each))
+    for start in range(0, len(ids), num):
+        yield ids[start : start + num]
 
 
 # Which clients' rows a process holds; None: everybody's.

@@ -13,8 +13,6 @@ from hyperjax.engine.schedule import Carry
 from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.types import PyTree
 
-_AT_ONCE = 1024  # clients whose rows are looked at
-
 
 class State(NamedTuple):
     """Where a run is: how many rounds are finished, and all that changes in them."""
@@ -162,7 +160,6 @@ def _changed(carry: Carry, who: Mapping[str, np.ndarray] | None) -> Iterator[PyT
                 rows.pop(name),
                 np.flatnonzero(seen) if who is None else who[name],
             )
-            for start in range(0, len(ids), _AT_ONCE):
-                some = ids[start : start + _AT_ONCE]
+            for some in stores.pieces(mine, ids):
                 yield jax.tree.map(lambda x, some=some: x[some], mine)
     yield carry._replace(rows=rows)
