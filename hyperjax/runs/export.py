@@ -8,9 +8,9 @@
 | stablehlo | the whole prediction: images to probabilities | jax.export, flatbuffers |
 
 The header says whose network it is, what its inputs are, the names of the classes, and
-what is done to inputs before the network sees them; in stablehlo that is inside. Classes
-are those that the run predicts, probabilities are up to rounding, as the program is
-compiled anew where it is read.
+what is done to inputs before the network sees them; in stablehlo that is inside.
+Classes are those that the run predicts, and probabilities too, up to rounding, as the
+program is compiled anew where it is read.
 """
 
 import importlib.util
