@@ -9,7 +9,7 @@
 
 The header says whose network it is, what its inputs are, the names of the classes, and
 what is done to inputs before the network sees them; in stablehlo that is inside.
-Classes are those that the run predicts, probabilities are up to rounding, as the
+Classes are those that the run predicts, and probabilities too, up to rounding, as the
 program is compiled anew where it is read.
 """
 
