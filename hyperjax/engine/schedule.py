@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax import compiling, hosts, rng
+from hyperjax import compiling, hosts, rng, tree
 from hyperjax.data import clients
 from hyperjax.data.clients import Table, is_on_host
 from hyperjax.data.ragged import Rows
@@ -34,6 +34,14 @@ class Carry(NamedTuple):
     server: PyTree
     rows: dict[str, PyTree]  # client state, leaves [N_f, ...]
     seen: dict[str, Any]  # [N_f] bool: has the client ever taken part?
+
+    def __repr__(self) -> str:
+        clients = sum(map(len, self.seen.values()))
+        own = tree.count(self.rows)
+        return (
+            f"Carry({tree.count(self.server):,} numbers of the server and {own:,} of "
+            f"{clients:,} clients)"
+        )
 
 
 def abstract_carry(alg: Algorithm, members: Families | int) -> Carry:
@@ -136,6 +144,10 @@ class Simulator(NamedTuple):
     given: tuple = ()
     width: int = 1
     held: Mapping[str, stores.Held] = MappingProxyType({})
+
+    def __repr__(self) -> str:
+        where = "host" if self.function is None else "device"
+        return f"Simulator(clients' state on the {where}, {self.width} at a time)"
 
 
 def simulator(

@@ -61,6 +61,18 @@ def test_a_cell_may_be_run_twice(kind):
     assert digest(once) == digest(again)
 
 
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_what_a_cell_shows_is_a_line(kind):
+    sim = simulator(kind)
+    assert (
+        repr(sim) == f"Simulator(clients' state on the {kind}, {sim.width} at a time)"
+    )
+    carry = sim.init(ROOT)
+    server, own = tree.count(carry.server), tree.count(carry.rows)
+    expected = f"{server:,} numbers of the server and {own:,} of {NUM_CLIENTS} clients"
+    assert repr(carry) == f"Carry({expected})"
+
+
 def test_both_stores_count_the_same_arithmetic():
     works = []
     for kind in ("device", "host"):
