@@ -101,8 +101,9 @@ def write_npz(path: str | os.PathLike, **arrays: Any) -> None:
     Compression is the fastest: most of such rows is padding.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        entry = archive.open  # of bytes, whose mode is "w" here
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            with entry(f"{name}.npy", "w", force_zip64=True) as file:
                 if not isinstance(array, Rows):
                     np.lib.format.write_array(file, np.asarray(array))
                     continue
