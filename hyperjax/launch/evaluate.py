@@ -10,9 +10,10 @@ scaled as its own were. `--client` takes an unseen client of the run itself. In 
 output folder: classifier.npz (path -> array: what would run on the client),
 predictions.npz (label, probability, and of a folder each image's name) and result.json.
 
-Of a method that embeds clients it also says how far out the client is: which share of
-the participants is nearer to the others. Above all of them is a client of a kind that
-the run may never have met.
+It also says how unlike the participants the client is: of which share of them the run is
+surer, and, of a method that embeds clients, which share is nearer to the others. A client
+beyond all of them is of a kind that the run may never have met; see `auroc_*` in the
+run's summary for what either sign is worth there.
 """
 
 import json
@@ -102,17 +103,25 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     return Served(deployed.network, probability, label, deployed.about)
 
 
-def strangeness(run: Run, about: Mapping[str, Array]) -> float | None:
-    """Returns which share of participants, %, is nearer to the others than a client.
+def strangeness(run: Run, served: Served) -> dict[str, float]:
+    """Returns how unlike the participants a client is, as shares of these, %.
 
-    None where the method embeds nobody, or the run has not ended.
+    "less_sure_than": of whose inputs the outputs are surer. "farther_out_than": whose
+    embeddings are nearer to the others', of a method that has some. Nothing of a run
+    that has not ended.
     """
     rows = [r for r in finished.read(str(run.folder)).clients if r["participating"]]
+    found = {}
+    sure = [r["confidence"] for r in rows if r.get("confidence") is not None]
+    if sure:
+        own = float(served.probability.max(-1).mean())
+        found["less_sure_than"] = 100.0 * float(np.mean(np.array(sure) > own))
     ours = [each for row in rows if (each := likeness.embedding_of(row)) is not None]
-    own = likeness.embedding_of(about)
-    if own is not None and len(ours) > 2:
-        return 100.0 * likeness.strangeness(np.array(ours), np.asarray(own))
-    return None
+    embedding = likeness.embedding_of(served.about)
+    if embedding is not None and len(ours) > 2:
+        away = likeness.strangeness(np.array(ours), np.asarray(embedding))
+        found["farther_out_than"] = 100.0 * away
+    return found
 
 
 def read_inputs(path: str, run: Run) -> dict[str, np.ndarray]:
@@ -199,8 +208,7 @@ def write(
         predicted=dict(zip(map(str, run.facts["label_names"]), counts, strict=True)),
         classifier_numbers=tree.count(served.classifier),
     )
-    if (away := strangeness(run, served.about)) is not None:
-        result["farther_out_than"] = away
+    result |= strangeness(run, served)
     if labels is not None:
         result["zacc"] = 100.0 * float(np.mean(served.label == labels))
     result = log.jsonable(result)
@@ -233,9 +241,18 @@ def main(path: str, data: str | None, client: int | None, out: str | None) -> in
         f"{result['samples']} inputs served after round {result['rounds']}{accuracy}; "
         f"classifier, predictions, result: {folder}"
     )
-    if (away := result.get("farther_out_than")) is not None:
-        unlike = ": it may be unlike anybody in training" if away == 100 else ""
-        print(f"By its embedding farther out than {away:.0f} % of participants{unlike}")
+    unlike = {
+        words: result[name]
+        for name, words in (
+            ("less_sure_than", "less sure of its outputs than"),
+            ("farther_out_than", "by its embedding farther out than"),
+        )
+        if name in result
+    }
+    if unlike:
+        said = ", ".join(f"{k} {share:.0f} %" for k, share in unlike.items())
+        told = ": unlike anybody in training" if 100 in unlike.values() else ""
+        print(f"Beside participants: {said} of them{told}")
     return 0
 
 

@@ -35,19 +35,26 @@ def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
     assert result["zacc"] == pytest.approx(reported["accuracy"], abs=1e-3)
 
 
-def test_a_client_is_told_how_far_out_it_is(run_folder, capsys):
+def test_a_client_is_told_how_unlike_the_others_it_is(run_folder, capsys):
     run = evaluate.load_run(str(run_folder))
     rows = json.loads((run_folder / "clients.json").read_text())
     (row,) = [row for row in rows if row["client"] == 12]
     images, _ = evaluate.own_client(run, 12)
-    about = evaluate.serve(run, images, 12).about
-    np.testing.assert_allclose(about["embedding"], row["embedding"], atol=1e-5)
-    assert 0 <= evaluate.strangeness(run, about) <= 100
-    away = {"embedding": about["embedding"] + 10.0}
-    assert evaluate.strangeness(run, away) == 100.0
-    assert evaluate.strangeness(run, {}) is None
+    served = evaluate.serve(run, images, 12)
+    np.testing.assert_allclose(served.about["embedding"], row["embedding"], atol=1e-5)
+    surer = [r["confidence"] > row["confidence"] for r in rows if r["participating"]]
+    found = evaluate.strangeness(run, served)
+    assert found["less_sure_than"] == pytest.approx(100 * np.mean(surer))
+    assert 0 <= found["farther_out_than"] <= 100
+    stranger = served._replace(
+        about={"embedding": served.about["embedding"] + 10.0},
+        probability=np.full_like(served.probability, 0.1),
+    )
+    assert set(evaluate.strangeness(run, stranger).values()) == {100.0}
+    plain = evaluate.strangeness(run, served._replace(about={}))
+    assert list(plain) == ["less_sure_than"]
     assert evaluate.main(str(run_folder), None, 12, None) == 0
-    assert "farther out than" in capsys.readouterr().out
+    assert "less sure of its outputs than" in capsys.readouterr().out
 
 
 def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
