@@ -10,10 +10,10 @@ scaled as its own were. `--client` takes an unseen client of the run itself. In 
 output folder: classifier.npz (path -> array: what would run on the client),
 predictions.npz (label, probability, and of a folder each image's name) and result.json.
 
-It also says how unlike the participants the client is: of which share of them the run is
-surer, and, of a method that embeds clients, which share is nearer to the others. A client
-beyond all of them is of a kind that the run may never have met; see `auroc_*` in the
-run's summary for what either sign is worth there.
+It also says how unlike the participants the client is: of which share of them the run
+is surer, and, of a method that embeds clients, which share is nearer to the others. A
+client beyond all of them is of a kind that the run may never have met; `auroc_*` in the
+run's summary say what either sign is worth there.
 """
 
 import json
