@@ -53,8 +53,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "data.alpha": (1.0, "dirichlet, mixtures, bootstrap: small is skewed"),
     "data.samples_per_client": (
         0,
-        "iid, mixtures, majors, bootstrap: of each client; 0: all there are (not "
-        "bootstrap)",
+        "iid, mixtures, majors, bootstrap: of each; 0: all there are, bootstrap apart",
     ),
     "data.min_size": (10, "dirichlet, by_client_id: samples of the smallest client"),
     "data.capped": (False, "dirichlet: who has a fair share gets no further class"),
