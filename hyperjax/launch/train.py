@@ -50,6 +50,7 @@ def train(
     show: Callable[[str, int], Progress] = Progress,
     experiment: Experiment | None = None,
     profile: bool = False,
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] | None = None,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -67,6 +68,7 @@ def train(
         compiled programs are used again. Default: it is made here.
       profile: whether the second call of the program of rounds, the first having
         compiled it, is traced into the folder "profile" of the run's.
+      stopping: see `steps`.
 
     Returns:
       The summary, also written to summary.json.
@@ -77,7 +79,7 @@ def train(
       loop.Diverged: a loss or the state is not finite. The folder keeps what is good.
       Stopped: by SIGTERM or SIGINT.
     """
-    run = steps(config, path, label, show, experiment)
+    run = steps(config, path, label, show, experiment, stopping)
     call: loop.Call | None = None
     number = 0
     while True:

@@ -118,6 +118,8 @@ def run(
                     on(i, functools.partial(runs[i].send, call))
             done = (state.round for _, state in turns.values())
             progress.update(min(done, default=points[0].config.rounds), {})
+        if stop():  # which nobody has looked at since the last call
+            raise train.Stopped(points[0].config.rounds)
 
 
 def _call(

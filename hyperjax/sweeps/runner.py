@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -205,13 +206,33 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     ran = not (folder / workdir.SUMMARY).exists()
     record.set_status(point.name, records.RUNNING)
     result: dict[str, Any] | Exception
+    asked: list[bool] = []
     try:
-        result = run_one(point.config, str(folder), point.name)
+        result = run_one(
+            point.config, str(folder), point.name, stopping=_kept_in(asked)
+        )
     except train.Stopped:
         raise
     except Exception as error:
         result = error
-    return _ended(record, point, show, result, ran)
+    status = _ended(record, point, show, result, ran)
+    if any(asked):  # when the run had no more calls before which to stop
+        raise train.Stopped(point.config.rounds)
+    return status
+
+
+def _kept_in(asked: list[bool]) -> Callable[[], AbstractContextManager]:
+    """`train.stop_signals`, which also tells a list whether there was a signal."""
+
+    @contextlib.contextmanager
+    def stopping() -> Iterator[Callable[[], bool]]:
+        with train.stop_signals() as stop:
+            try:
+                yield stop
+            finally:
+                asked.append(stop())
+
+    return stopping
 
 
 def _ended(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ class Trainer:
         self.ran: list[str] = []
         self.stop_at: int | None = None
 
-    def __call__(self, config, path, name, experiment, show):
+    def __call__(self, config, path, name, experiment, show, stopping=None):
         folder = Path(path)
         if not (folder / workdir.SUMMARY).exists():
             if len(self.ran) == self.stop_at:
@@ -122,6 +123,24 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
         "seed=0": "finished",
         "seed=1": "running",
         "seed=2": "finished",
+    }
+
+
+def test_a_signal_in_a_points_last_call_stops_the_sweep(trainer, tmp_path, monkeypatch):
+    def ending(config, path, *args, stopping, **kwargs):
+        with stopping() as stop:
+            if "seed=1" in path:
+                signal.raise_signal(signal.SIGTERM)
+                assert stop()
+        return trainer(config, path, *args, **kwargs)
+
+    defaults = (lambda: None, ending, "auto", None)
+    monkeypatch.setattr(runner.run, "__defaults__", defaults)
+    assert sweep.main(asked(tmp_path, "seed=0..2")) == 130
+    assert statuses(tmp_path) == {
+        "seed=0": "finished",
+        "seed=1": "finished",
+        "seed=2": "waiting",
     }
 
 
