@@ -58,9 +58,12 @@ def main(workdir: str, is_smoke: bool) -> int:
     rows, folders = [], []
     for label, name, arg in RUNS:
         config = zero_shot.get_config(arg + (",data=digits,smoke" if is_smoke else ""))
-        folder = str(root / name)
+        folder, asked = str(root / name), list[bool]()
+        stopping = train.signals_kept_in(asked)
         try:
-            summary = train.train(config, folder, name)
+            summary = train.train(config, folder, name, stopping=stopping)
+            if any(asked):
+                raise train.Stopped(config.rounds)
         except train.Stopped as stop:
             print(f"Stopped in {name} after round {stop}; `make demo` continues.")
             return 0

@@ -331,6 +331,26 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def signals_kept_in(
+    asked: list[bool],
+) -> Callable[[], AbstractContextManager[Callable[[], bool]]]:
+    """Returns `stop_signals` that also tells a list whether there was a signal.
+
+    For whoever trains several runs: one that comes in the last call of a run, or while
+    it is summed up, does not stop that run, and should stop what follows.
+    """
+
+    @contextlib.contextmanager
+    def stopping() -> Iterator[Callable[[], bool]]:
+        with stop_signals() as stop:
+            try:
+                yield stop
+            finally:
+                asked.append(stop())
+
+    return stopping
+
+
 class _Shown:
     """Progress lines, with the rate of training so far."""
 

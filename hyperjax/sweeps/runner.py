@@ -6,7 +6,6 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -209,7 +208,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     asked: list[bool] = []
     try:
         result = run_one(
-            point.config, str(folder), point.name, stopping=_kept_in(asked)
+            point.config, str(folder), point.name, stopping=train.signals_kept_in(asked)
         )
     except train.Stopped:
         raise
@@ -219,20 +218,6 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     if any(asked):  # when the run had no more calls before which to stop
         raise train.Stopped(point.config.rounds)
     return status
-
-
-def _kept_in(asked: list[bool]) -> Callable[[], AbstractContextManager]:
-    """`train.stop_signals`, which also tells a list whether there was a signal."""
-
-    @contextlib.contextmanager
-    def stopping() -> Iterator[Callable[[], bool]]:
-        with train.stop_signals() as stop:
-            try:
-                yield stop
-            finally:
-                asked.append(stop())
-
-    return stopping
 
 
 def _ended(
