@@ -53,16 +53,20 @@ class Reader:
 
 def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     """Returns what runs of one program have in common: fields and their values."""
-    free = {*FREE, *fields.arguments(config)}
-    return tuple(
-        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in free)
-    )
+    return _without(config, {*FREE, *fields.arguments(config)})
 
 
 def setting(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     """Returns a config's fields and values but for who has which samples, and seeds."""
+    return _without(config, set(FREE))
+
+
+def _without(
+    config: ml_collections.ConfigDict, free: set[str]
+) -> tuple[tuple[str, str], ...]:
+    """Returns a config's other fields, and their values as text."""
     return tuple(
-        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in FREE)
+        sorted((k, repr(v)) for k, v in common.flat(config).items() if k not in free)
     )
 
 
