@@ -171,6 +171,59 @@ def test_t3a_of_no_input_and_unit_rows_is_the_classifier():
     )
 
 
+def test_memo_trains_on_each_input_alone_and_forgets():
+    text = "memo(steps=2, views=1, degrees=0, moved=0, learning_rate=0.5)"
+    model, side = tiny().model, programs(text, tiny().model)[0]
+    plain = deployed("", model)
+
+    def by_hand(image):  # the only view of an input is the input
+        def uncertain(params):
+            p = jax.nn.softmax(model.predict({**plain, "params": params}, image[None]))
+            return -jnp.sum(p * jnp.log(p))
+
+        params = plain["params"]
+        for _ in range(2):
+            step = tree.scale(jax.grad(uncertain)(params), 0.5)
+            params = tree.sub(params, step)
+        return model.predict({**plain, "params": params}, image[None])[0]
+
+    found = side.model.predict(deployed(text, model), images())
+    np.testing.assert_allclose(found, [by_hand(x) for x in images()], atol=1e-5)
+    backwards = side.model.predict(deployed(text, model, ROWS[::-1]), images()[::-1])
+    np.testing.assert_allclose(backwards[::-1], found, atol=1e-6)
+
+
+def test_memo_makes_views_agree_and_does_nothing_in_no_steps():
+    model = tiny().model
+    side, served = programs("memo", model)[0], deployed("memo", model)
+    views = memory.get(served, adaptation.VIEWS)
+    assert views.shape == (16, 3)
+    assert 1 < float(jnp.abs(views[:, 0]).max()) <= 15
+    assert 0 < float(jnp.abs(views[:, 1:]).max()) <= 0.4
+    plain = model.predict(deployed("", model), images())
+    none = deployed("memo(steps=0)", model)
+    still = programs("memo(steps=0)", model)[0].model.predict(none, images())
+    np.testing.assert_allclose(still, plain, atol=1e-6)
+    # What was not deployed, such as in training, is predicted with as ever.
+    bare = memory.without(served, adaptation.VIEWS)
+    np.testing.assert_array_equal(side.model.predict(bare, images()), plain)
+    text = "memo(learning_rate=0.3)"
+    surer = programs(text, model)[0].model.predict(deployed(text, model), images())
+
+    def mean_entropy(logits):
+        p = jax.nn.softmax(logits)
+        return float(-(p * jnp.log(p)).sum(-1).mean())
+
+    assert mean_entropy(surer) < mean_entropy(plain)
+
+
+def test_memo_refuses_what_are_no_images():
+    flat = tiny().model._replace(sample_shape=(16,))
+    side = fedavg(tiny().model, local=make_local()).client._replace(model=flat)
+    with pytest.raises(ValueError, match=r"adapt='memo' turns .* inputs are \[16\]"):
+        adaptation.memo()(side)
+
+
 # What participants find out first ----------------------------------------------------
 
 

@@ -10,9 +10,9 @@ ours; --repeats times. Rates are samples per CPU second of the fastest round, wh
 another program on the machine changes least; wall seconds are beside them.
 
 A peer is looked for in this interpreter; --torch=PYTHON names one that has PyTorch, in
-which the plain loop and PyTorch's peers are looked for, and --at=NAME=PYTHON the one of
-a single peer. Who is not there is left out by name. How to install each, in an
-environment of its own:
+which the plain loop and PyTorch's peers are looked for, and --at=NAME=PYTHON, which may
+be repeated, the one of a single peer. Who is not there is left out by name. How to
+install each, in an environment of its own:
 
   torch   pip install torch numpy
   pfl     pip install torch numpy pfl
@@ -193,7 +193,7 @@ def main() -> int:
 if __name__ == "__main__":
     flags.DEFINE_list("presets", ["B32q", "A32q", "A128q", "C32q"], "What is run.")
     cli.define_path("torch", None, "A Python with PyTorch, and its peers if installed.")
-    flags.DEFINE_list("at", [], "NAME=PYTHON of single peers.")
+    flags.DEFINE_multi_string("at", [], "NAME=PYTHON of a single peer; repeatable.")
     flags.DEFINE_integer("repeats", 2, "How often each side is run.")
     flags.DEFINE_integer("limit", 300, "Seconds that a side may take in all.")
     cli.define_path("json", None, "File for the records.")

@@ -17,7 +17,8 @@ Deviations: m is of all inputs, so that their order changes nothing, where the a
 have a moving average over inputs as they come; h_i is of the network that a client
 receives, before it trains; both heads are trained in the same steps. A client without
 a personal head, such as one that is never trained, predicts with z_G. FedTHE+, which
-also trains the network on augmentations of each input, is not here.
+also trains the network on views of each input, is `adapt="memo"` of its clients; a is
+then not trained through.
 """
 
 import jax
@@ -127,6 +128,7 @@ def fedthe(
         far, near = (jnp.linalg.norm(at - mean, axis=-1) for mean in means)
         share = personal_share(seen.logits, own, far, near, weight_steps, weight_rate)
         share = jnp.where(jnp.any(kernel != 0), share, 0.0)[:, None]
+        share = jax.lax.stop_gradient(share)
         return Outputs((1 - share) * seen.logits + share * own, seen.features)
 
     whole = model.around(

@@ -405,10 +405,18 @@ def _shifted(
     return jax.vmap(one)(x, parameters, rows)
 
 
-def turned(image: Array, degrees: Array) -> Array:
+def turned(
+    image: Array, degrees: Array, moved: Array | None = None, outside: str = "constant"
+) -> Array:
     """Returns an image [H, W, c] turned about its centre against the clock.
 
-    Bilinear; what comes in from outside is 0.
+    Bilinear.
+
+    Args:
+      image: [H, W, c].
+      degrees: [].
+      moved: [2] pixels down and to the right, before it is turned; None: not at all.
+      outside: a mode of `map_coordinates` for what comes in; "constant": 0.
     """
     height, width, _ = image.shape
     angle = jnp.deg2rad(degrees)
@@ -420,9 +428,11 @@ def turned(image: Array, degrees: Array) -> Array:
     # Where each pixel comes from; rows count downwards.
     coordinates = [cos * down + sin * across + centre[0]]
     coordinates += [cos * across - sin * down + centre[1]]
+    if moved is not None:
+        coordinates = [x - by for x, by in zip(coordinates, moved, strict=True)]
 
     def channel(plane):
-        return jax.scipy.ndimage.map_coordinates(plane, coordinates, order=1)
+        return jax.scipy.ndimage.map_coordinates(plane, coordinates, 1, mode=outside)
 
     return jax.vmap(channel, -1, -1)(image)
 
