@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from federated import NUM_CLASSES, make_local, tiny
 
-from hyperjax import adaptation, tree
+from hyperjax import tree
 from hyperjax.adaptation import with_adaptation
+from hyperjax.adaptation.features import SUPPORTS, _pseudo_labels, _supports
+from hyperjax.adaptation.memo import VIEWS, memo
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.launch import build
@@ -137,7 +139,7 @@ def test_pseudo_labels_are_of_the_nearest_centroid():
         [[4.0, 0, 0], [4.0, 0, 0], [1.0, 0, 0], [0, 4.0, 0], [9.0, 0, 0]]
     )
     mask = jnp.array([1.0, 1, 1, 1, 0])
-    found = adaptation._pseudo_labels(Outputs(logits, z), mask)
+    found = _pseudo_labels(Outputs(logits, z), mask)
     np.testing.assert_array_equal(found[:4], [0, 0, 1, 1])
 
 
@@ -145,9 +147,9 @@ def test_supports_are_the_surest_of_each_class():
     z = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [0.0, 1.0]])
     logits = jnp.array([[5.0, 0.0], [0.0, 5.0], [1.0, 0.0], [0.0, 9.0]])
     mask = jnp.array([1.0, 1, 1, 0])
-    found = adaptation._supports(Outputs(logits, z), mask, 1)
+    found = _supports(Outputs(logits, z), mask, 1)
     np.testing.assert_allclose(found, [[1, 0], [0, 1]], atol=1e-6)
-    both = adaptation._supports(Outputs(logits, z), mask, 0)
+    both = _supports(Outputs(logits, z), mask, 0)
     first = np.array([1 + np.sqrt(0.5), np.sqrt(0.5)])
     np.testing.assert_allclose(both[0], first / np.linalg.norm(first), atol=1e-6)
 
@@ -155,17 +157,17 @@ def test_supports_are_the_surest_of_each_class():
 def test_t3a_of_no_input_and_unit_rows_is_the_classifier():
     # Rows that are classified as what they stand for, as in any trained head.
     rows = jnp.eye(3)
-    found = adaptation._supports(Outputs(rows, rows), jnp.ones(3), 1)
+    found = _supports(Outputs(rows, rows), jnp.ones(3), 1)
     np.testing.assert_allclose(found, rows, atol=1e-6)
     side, run = programs("t3a", tiny().model)
     served = run(inputs_of(ROWS, 0))
     features = tiny().model.features(memory.without(served, "supports"), images())
-    supports = memory.get(served, adaptation.SUPPORTS)
+    supports = memory.get(served, SUPPORTS)
     np.testing.assert_allclose(
         side.model.predict(served, images()), features @ supports.T, atol=1e-5
     )
     # Untouched variables are predicted with as ever.
-    plain = memory.without(served, adaptation.SUPPORTS)
+    plain = memory.without(served, SUPPORTS)
     np.testing.assert_array_equal(
         side.model.predict(plain, images()), tiny().model.predict(plain, images())
     )
@@ -196,7 +198,7 @@ def test_memo_trains_on_each_input_alone_and_forgets():
 def test_memo_makes_views_agree_and_does_nothing_in_no_steps():
     model = tiny().model
     side, served = programs("memo", model)[0], deployed("memo", model)
-    views = memory.get(served, adaptation.VIEWS)
+    views = memory.get(served, VIEWS)
     assert views.shape == (16, 3)
     assert 1 < float(jnp.abs(views[:, 0]).max()) <= 15
     assert 0 < float(jnp.abs(views[:, 1:]).max()) <= 0.4
@@ -205,7 +207,7 @@ def test_memo_makes_views_agree_and_does_nothing_in_no_steps():
     still = programs("memo(steps=0)", model)[0].model.predict(none, images())
     np.testing.assert_allclose(still, plain, atol=1e-6)
     # What was not deployed, such as in training, is predicted with as ever.
-    bare = memory.without(served, adaptation.VIEWS)
+    bare = memory.without(served, VIEWS)
     np.testing.assert_array_equal(side.model.predict(bare, images()), plain)
     text = "memo(learning_rate=0.3)"
     surer = programs(text, model)[0].model.predict(deployed(text, model), images())
@@ -221,7 +223,7 @@ def test_memo_refuses_what_are_no_images():
     flat = tiny().model._replace(sample_shape=(16,))
     side = fedavg(tiny().model, local=make_local()).client._replace(model=flat)
     with pytest.raises(ValueError, match=r"adapt='memo' turns .* inputs are \[16\]"):
-        adaptation.memo()(side)
+        memo()(side)
 
 
 # What participants find out first ----------------------------------------------------

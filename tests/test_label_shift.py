@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperjax import label_shift
+from hyperjax.adaptation import label_shift
 from hyperjax.priors import prior_em
 
 K = 3

@@ -35,7 +35,6 @@ LAYERS = (
         "hyperjax.over_families",
         "hyperjax.channels",
         "hyperjax.attacks",
-        "hyperjax.label_shift",
         "hyperjax.priors",
     ),
     ("hyperjax.algorithms",),

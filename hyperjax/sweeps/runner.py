@@ -34,7 +34,10 @@ def check(points: Sequence[Point], read: group.Reader) -> None:
     Raises:
       ValueError: it says which point cannot be, and why.
     """
-    for point in {group.setting(point.config): point for point in points}.values():
+    first: dict[Hashable, Point] = {}
+    for point in points:
+        first.setdefault(group.setting(point.config), point)
+    for point in first.values():
         config = point.config
         try:
             source = read(config.data)
