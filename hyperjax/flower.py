@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import rng, tree
-from hyperjax.engine import comm, exchange, schedule
+from hyperjax.engine import cohorts, comm, exchange
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.types import ALONE, Algorithm, ClientData, Cohort, Downlink, PyTree
 
@@ -239,7 +239,7 @@ def _cohorts(
     """Who takes part in the exchanges of a round, as the simulator draws them."""
     key = rng.stream(jax.random.fold_in(root, round), "cohort")
     sampler = "full" if size is None else "uniform"
-    ids = schedule.sample(sampler, key, num, size or num)
+    ids = cohorts.sample(sampler, key, num, size or num)
     if not sequential:
         return [np.asarray(ids)]
     ids = jax.random.permutation(rng.stream(key, "order"), ids)

@@ -16,7 +16,7 @@ import numpy as np
 from hyperjax import rng, tree
 from hyperjax.data import clients
 from hyperjax.data.clients import Table
-from hyperjax.engine import exchange, families, schedule, sharding, stores
+from hyperjax.engine import checks, exchange, families, schedule, sharding, stores
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.errors import check_at_least
@@ -319,7 +319,7 @@ def _program(method: Callable[..., Algorithm], name: str, batch_size: int) -> Ca
 
 def _check(alg: Algorithm, name: str, data: ClientData, num: int) -> None:
     """Refuses data that are not those of `num` clients of the method."""
-    schedule.check_images(alg, data.pool)
+    checks.check_images(alg, data.pool)
     if len(np.shape(data.rows)) != 2 or not (
         len(data.rows) == num and np.shape(data.size) == (num,)
     ):

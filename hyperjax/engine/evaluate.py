@@ -14,7 +14,15 @@ import numpy as np
 
 from hyperjax import rng
 from hyperjax.data.clients import Table, is_on_host, room_for, some
-from hyperjax.engine import deploy, families, schedule, scoring, sharding, stores
+from hyperjax.engine import (
+    checks,
+    deploy,
+    families,
+    schedule,
+    scoring,
+    sharding,
+    stores,
+)
 from hyperjax.engine.compiled import Compiled, Hyper
 from hyperjax.engine.families import Families
 from hyperjax.engine.scoring import Samples
@@ -156,7 +164,7 @@ def evaluator(
             num = _most(pool, population, sharding.padded_size(width, mesh))
             what = f"samples of {len(population.ids)} clients who are evaluated, "
             what += f"clients_per_call={clients_per_call} of them at a time"
-            schedule.check_room(pool, num, pool_mb, what, "fewer at a time")
+            checks.check_room(pool, num, pool_mb, what, "fewer at a time")
     sides = families.clients(alg)
     fits = [name for name in groups.names if sides[name].fit is not None]
     if fits and fitting is None:
@@ -170,7 +178,7 @@ def evaluator(
         for name in fits:
             they = whose[name][""].of
             num, what = _most(pool, they, len(they.ids)), "samples of all participants"
-            schedule.check_room(pool, num, pool_mb, what, "a method that fits nothing")
+            checks.check_room(pool, num, pool_mb, what, "a method that fits nothing")
 
     def run(stage: str, name: str, call: _Call):
         args = (sharding.replicate(call, mesh),)

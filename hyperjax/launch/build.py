@@ -20,7 +20,7 @@ from hyperjax import (
 from hyperjax.data import clients, files, partition, shift, sources
 from hyperjax.data import federation as federations
 from hyperjax.data.federation import Federation
-from hyperjax.engine import comm, families, schedule, sharding
+from hyperjax.engine import cohorts, comm, families, schedule, sharding
 from hyperjax.engine.compiled import Hyper
 from hyperjax.errors import check_choice, check_number
 from hyperjax.launch import factories, fields
@@ -171,7 +171,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             config.evaluation.adapt, config.data.validation_fraction
         )
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
-    check_choice("server.sampler", config.server.sampler, schedule.SAMPLERS)
+    check_choice("server.sampler", config.server.sampler, cohorts.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
     check_choice("engine.pool", config.engine.pool, clients.POOLS)
     if config.engine.pool == "host" and config.engine.store != "host":

@@ -17,6 +17,7 @@ from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data import clients
 from hyperjax.engine import (
     checkpoint,
+    cohorts,
     comm,
     evaluate,
     exchange,
@@ -503,7 +504,7 @@ def arrays(host):
 def drawn(number, sequential):
     """The cohort of a round; its order matters if clients come one by one."""
     key = rng.stream(jax.random.fold_in(ROOT, number), "cohort")
-    ids = schedule.sample("uniform", key, NUM_CLIENTS, 3)
+    ids = cohorts.sample("uniform", key, NUM_CLIENTS, 3)
     order = rng.stream(key, "order")
     return np.asarray(jax.random.permutation(order, ids) if sequential else ids)
 

@@ -16,7 +16,7 @@ from federated import NUM_CLIENTS, make_local, method, tiny, weights
 from hyperjax import hosts, tree
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.data.clients import Table
-from hyperjax.engine import comm, families, schedule, sharding, stores
+from hyperjax.engine import cohorts, comm, families, schedule, sharding, stores
 
 ROOT = jax.random.key(3)
 # "fedrep" keeps a part on its clients; see the laws for all others.
@@ -278,9 +278,9 @@ def test_a_view_of_a_family_is_one_and_is_described_once():
         comm.describe(alg)
 
 
-@pytest.mark.parametrize("num", [schedule.SORTED + 1, 5000, 2**16, 10**6])
+@pytest.mark.parametrize("num", [cohorts.SORTED + 1, 5000, 2**16, 10**6])
 def test_cohorts_of_many_clients_are_of_different_ones(num):
-    draw = jax.jit(lambda key: schedule.sample("uniform", key, num, 300))
+    draw = jax.jit(lambda key: cohorts.sample("uniform", key, num, 300))
     ids = np.asarray(draw(ROOT))
     assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < num
     assert (np.diff(ids) > 0).all()
@@ -290,9 +290,9 @@ def test_cohorts_of_many_clients_are_of_different_ones(num):
 
 def test_the_order_of_many_clients_is_one_of_all_and_even():
     num = 1000
-    whole = jax.jit(lambda key: schedule._places(key, num, num))
+    whole = jax.jit(lambda key: cohorts._places(key, num, num))
     assert np.sort(whole(ROOT)).tolist() == list(range(num))
-    few = jax.jit(jax.vmap(lambda key: schedule._places(key, num, 100)))
+    few = jax.jit(jax.vmap(lambda key: cohorts._places(key, num, 100)))
     drawn = np.asarray(few(jax.random.split(ROOT, 2000)))
     counts = np.bincount(drawn.ravel(), minlength=num)
     # Each of 1,000 is in 2,000 cohorts of 100 as often as a coin of 1/10 says: the
