@@ -150,9 +150,7 @@ def sweep_extractor(add):
 
 def sweep_topk(add):
     """Which part of a client's change is sent: 0.3 is the authors' choice."""
-    add({"uplink": ""})
-    for fraction in (0.01, 0.1, 0.3):
-        add({"uplink": f"topk(fraction={fraction})"})
+    add_rows(add, SENT)
 
 
 def sweep_newcomers(add, runs):
@@ -175,6 +173,12 @@ def sweep_newcomers(add, runs):
             add({**changed, **own})
 
 
+SENT: Rows = {
+    "all of it": {"uplink": ""},
+    "a hundredth": {"uplink": "topk(fraction=0.01)"},
+    "a tenth": {"uplink": "topk(fraction=0.1)"},
+    "three tenths": {"uplink": "topk(fraction=0.3)"},
+}
 NEWCOMERS: Rows = {
     "pFedHN, slices: embeddings": {"method.name": "pfedhn"},
     "MH-pFedHN: embeddings": {"method.name": "mh_pfedhn"},
@@ -206,7 +210,9 @@ STUDIES = {
     "tau": Study("How soft a teacher?", COLUMNS),
     "heads": Study("Do shared heads matter?", COLUMNS),
     "extractor": Study("Does a shared extractor matter?", COLUMNS),
-    "topk": Study("How much of a change must be sent?", COLUMNS),
+    "topk": Study(
+        "How much of a change must be sent?", COLUMNS, SENT, baseline="all of it"
+    ),
     "newcomers": Study(
         "Can clients join what was learned without them?",
         {"pacc": "newcomers", "up_bytes": "bytes up"},

@@ -94,9 +94,9 @@ def spread(value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "–"
     mean, std = value["mean"], value["std"]
-    if not std:  # one seed, or a count
-        return f"{mean:{_format(mean)}}" if mean else "0"
     digits = _format(mean)
+    if not std or f"{std:{digits}}" == "0":  # one seed, or a count
+        return f"{mean:{digits}}" if mean else "0"
     return f"{mean:{digits}} ± {std:{digits}}"
 
 
