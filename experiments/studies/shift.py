@@ -200,6 +200,12 @@ def sweep_kinds(add, level=""):
         add_rows(add, KINDS, **{**_fields("labels"), "data.alpha": alpha})
 
 
+def sweep_groups(add):
+    """Two to five angles: groups of clients, for which FLUX and FEROMA were made."""
+    for num in shift.TURNS:
+        add_rows(add, KINDS, **_fields(f"turns{num}"))
+
+
 def sweep_writers(add, ids):
     """Who wrote the digits; `writers:FILE.npz:KEY` names the writer of every image."""
     written = {"data.partition": "by_client_id", "data.client_ids": ids}
@@ -241,6 +247,7 @@ STUDIES = {
     "kinds": _study(
         "Which shifts can be followed from inputs alone?", "zacc_mean", rows=KINDS
     ),
+    "groups": _study("And where clients are of a few kinds?", "zacc_mean", rows=KINDS),
     "writers": _study("And where clients are people?", "zacc_mean"),
     "every_shift": _study(
         "Where does a condition pay, beside parts that need none?", "zacc_em"

@@ -61,12 +61,12 @@ _WHICH, _ORDERS = 97, 98  # of its draws; those of PARAMETERS have their places 
 
 
 class Range(NamedTuple):
-    """A uniform law on [low, high]; of both signs, or of whole numbers."""
+    """A uniform law on [low, high]; of both signs, or of multiples of a step."""
 
     low: float
     high: float
     mirrored: bool = False  # times -1 or 1
-    whole: bool = False  # high is excluded
+    step: float = 0.0  # rounded down to multiples of it, so high is excluded
     always: bool = False  # whatever the strength, and wherever unseen clients are
 
     def moved(self, where: str) -> "Range":
@@ -85,22 +85,28 @@ class Range(NamedTuple):
         value = rng.uniform(self.low, self.high, num)
         sign = np.where(rng.random(num) < 0.5, -1.0, 1.0)
         value = value * sign if self.mirrored else value
-        return np.floor(value) if self.whole else value
+        return self.stepped(value)
+
+    def stepped(self, value: np.ndarray) -> np.ndarray:
+        """Rounds values down to steps, if there are any."""
+        return np.floor(value / self.step) * self.step if self.step else value
 
 
-_ANY_ORDER = Range(0.0, 2.0**20, whole=True, always=True)
+TURNS = (2, 3, 4, 5)  # numbers of groups of clients, whose angles are alike
+_ANY_ORDER = Range(0.0, 2.0**20, step=1.0, always=True)
 _HALF_TURN, _OFF_ZERO = Range(0.0, 180.0), Range(0.3, 1.0, mirrored=True)
 KINDS: dict[str, dict[str, Range]] = {
     "none": {},
     "rotation": {"angle": _HALF_TURN},
     "rotation360": {"angle": Range(0.0, 360.0)},
+    **{f"turns{k}": {"angle": Range(0.0, 360.0, step=360 / k)} for k in TURNS},
     "contrast": {"contrast": Range(-1.0, 1.0)},
     "contrast_off_zero": {"contrast": _OFF_ZERO},
     "inversion": {"contrast": Range(1.0, 1.0, mirrored=True)},
     "blur": {"blur": Range(0.0, 3.0)},
     "noise": {"noise": Range(0.0, 0.6)},
     "colour": {f"tint_{i}": Range(0.2, 1.0) for i in range(3)},
-    "permutation": {"blocks": Range(0.0, 8.0, whole=True)},
+    "permutation": {"blocks": Range(0.0, 8.0, step=1.0)},
     "everything": {
         "angle": _HALF_TURN,
         "contrast": _OFF_ZERO,
@@ -126,6 +132,7 @@ WORDS: dict[str, str] = {
     "none": "nothing",
     "rotation": "images are turned by 0 to 180 degrees",
     "rotation360": "images are turned by any angle",
+    **{f"turns{k}": f"images are turned by one of {k} angles" for k in TURNS},
     "contrast": "anything from the negative, by grey, to the image as it is",
     "contrast_off_zero": "the same without what is almost grey",
     "inversion": "half of all clients have negatives",
@@ -147,7 +154,8 @@ _ONE_OF: dict[str, tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]] = {
     )
 }
 # Beyond their ranges is what is inside, or nothing.
-_WITHOUT_OUTSIDE = ("none", "rotation360", "inversion", "label_swap")
+_TURNS = tuple(f"turns{k}" for k in TURNS)
+_WITHOUT_OUTSIDE = ("none", "rotation360", *_TURNS, "inversion", "label_swap")
 
 
 def _draws(seed: int, number: int) -> list[np.random.Generator]:
@@ -183,7 +191,7 @@ class Shift(NamedTuple):
             ]
             strength = 1.0 if law.always else self.strength
             found = identity + strength * (np.concatenate(values) - identity)
-            found = np.floor(found) if law.whole else found
+            found = law.stepped(found)
             columns.append(np.where(has[name], found, identity) if has else found)
         return np.stack(columns, 1).astype(np.float32)
 

@@ -58,6 +58,15 @@ def test_unseen_clients_are_where_they_are_asked_to_be(novel, low, high):
     assert high - (high - low) / 10 < theirs.max() <= high
 
 
+def test_groups_of_clients_have_an_angle_each():
+    for k in shift.TURNS:
+        drawn = column(shift.shift(f"turns{k}").draw(0, 200, 200), "angle")
+        np.testing.assert_allclose(np.unique(drawn), 360 / k * np.arange(k), rtol=1e-6)
+    image = jnp.asarray(images(num=1)[0], jnp.float32)
+    quarter = shift.turned(image, jnp.float32(90))
+    np.testing.assert_allclose(quarter, np.rot90(image), atol=1e-2)
+
+
 def test_strength_is_a_share_of_the_way_from_the_identity():
     whole = shift.shift("everything").draw(3, 50, 0)
     half = shift.shift("everything", strength=0.5).draw(3, 50, 0)
