@@ -33,6 +33,7 @@ from hyperjax.sweeps import record as sweeps
 # Where a run is made and what it was started from: not what it is.
 _PLACES = re.compile(r"data\.data_dir|start\..*|method\.freeze|engine\..*|tensorboard")
 _FLAGS = re.compile(r"--(workdir|config\.data\.data_dir|index)(=|$)")
+_FOLDERS = re.compile(r"(?<![^\s:=])/\S*/")  # of absolute paths
 
 
 class Run(NamedTuple):
@@ -87,7 +88,7 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
     first = runs[0].about
     configs = [common.flat(run.about["config"]) for run in runs]
     shared = in_common(configs) - set(points.SEEDS)
-    return dict(
+    about = dict(
         study=name,
         asks=study.asks,
         scale=scale_of(config.partition(":")[2])[0],
@@ -109,6 +110,7 @@ def record(folder: str, name: str | None = None) -> dict[str, Any]:
         },
         rows=rows_of(runs, study),
     )
+    return without_folders(about)
 
 
 def arguments(command: Sequence[str]) -> dict[str, list[str]]:
@@ -126,6 +128,15 @@ def arguments(command: Sequence[str]) -> dict[str, list[str]]:
 def without_places(command: str) -> str:
     """Returns a command without what is of one machine alone."""
     return shlex.join(a for a in shlex.split(command) if not _FLAGS.match(a))
+
+
+def without_folders(told: Any) -> Any:
+    """Returns nested dicts and lists whose texts name files without their folders."""
+    if isinstance(told, str):
+        return _FOLDERS.sub("", told)
+    if isinstance(told, dict):
+        return {key: without_folders(value) for key, value in told.items()}
+    return [*map(without_folders, told)] if isinstance(told, list | tuple) else told
 
 
 def tuning(found: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -176,6 +176,19 @@ def test_a_deviation_has_the_digits_of_its_mean():
     assert results.spread(dict(mean=95.0, std=0.0057)) == "95.00 ± 0.01"
     assert results.spread(dict(mean=1e-4, std=0.0)) == "1.0e-04"
     assert results.spread(dict(mean=90.0, std=None)) == "90.00"
+    assert results.spread(dict(mean=14811.0, std=0.3)) == "14,811"
+    assert results.spread(dict(mean=14811.0, std=3.0)) == "14,811 ± 3"
+
+
+def test_a_record_names_files_and_no_folder_of_a_machine():
+    told = {
+        "command": "hyperjax sweep --sweep=writers:/a/b.c/ids.npz:key --config=e/f.py",
+        "rows": [{"data.client_ids": "/a/ids.npz:key", "n": 3}, "0.5/s"],
+    }
+    assert record.without_folders(told) == {
+        "command": "hyperjax sweep --sweep=writers:ids.npz:key --config=e/f.py",
+        "rows": [{"data.client_ids": "ids.npz:key", "n": 3}, "0.5/s"],
+    }
 
 
 def test_table_iv_of_older_runs():
