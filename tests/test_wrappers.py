@@ -75,27 +75,31 @@ def test_statistics_at_home_may_see_what_is_deployed():
     train = ClientData(rows, size, pool)
     inputs = train._replace(pool=pool._replace(y=jnp.full_like(pool.y, -1)))
 
-    def deployed(alg, train):
-        data = AdaptData(train, inputs)
-        adapted = alg.client.adapt(key, down, state, data)
-        return alg.client.deploy(down, adapted)
+    def deployer(alg):
+        @jax.jit
+        def deployed(train):
+            data = AdaptData(train, inputs)
+            adapted = alg.client.adapt(key, down, state, data)
+            return alg.client.deploy(down, adapted)
 
-    found, before = deployed(alg, train), deployed(plain, train)
-    expected = before
+        return deployed
+
+    refreshed, kept = deployer(alg), deployer(plain)
+    found, before = refreshed(train), kept(train)
+    expected, loss = before, jax.jit(model.loss)
     for first in range(0, int(size), 64):  # one pass, in batches of 64
         chosen = rows[first : min(first + 64, int(size))]
         x = (pool.x[chosen] / 255.0 - pool.mean) / pool.std
         batch = Batch(x, pool.y[chosen], jnp.ones(len(chosen)))
-        stats = model.loss(key, expected, batch, ())[1].stats
+        stats = loss(key, expected, batch, ())[1].stats
         expected = {**expected, "stats": stats}
     chex.assert_trees_all_close(found["stats"], expected["stats"], rtol=1e-5)
     chex.assert_trees_all_equal(found["params"], before["params"])
     moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), found, before)
     assert all(jax.tree.leaves(moved["stats"]))
     # A client without samples keeps its own.
-    chex.assert_trees_all_equal(
-        deployed(alg, train._replace(size=jnp.int32(0))), deployed(plain, train)
-    )
+    nobody = train._replace(size=jnp.int32(0))
+    chex.assert_trees_all_equal(refreshed(nobody), before)
 
 
 def test_a_client_reads_other_messages_and_is_told_the_rest():
