@@ -35,6 +35,7 @@ THREE = ("experiments.studies.mh_pfedhn:SlimMLP", "mh_mlp", "mh_cnn")
 NEW = ("zenkenet", "attack_lenet")  # that a run has not met
 # With so many outputs two networks have equally many embeddings, and share a head.
 WIDE = {"small": 16_384, "paper": 65_536}
+ALPHAS = {"small": (0.1, 0.5, 1.0), "paper": (0.01, 0.1, 0.5, 1.0)}
 
 NETWORKS = {
     "Local": {"method.name": "local_only"},
@@ -100,9 +101,13 @@ def sweep_clients(add):
         add_rows(add, NETWORKS, TWO, **{"data.num_clients": num})
 
 
-def sweep_skew(add):
-    """Classes dealt out by Dirichlet(alpha), and by the paper's own draws."""
-    for alpha in (0.01, 0.1, 0.5, 1.0):
+def sweep_skew(add, scale="small"):
+    """Classes dealt out by Dirichlet(alpha), and by the paper's own draws.
+
+    With `skew:paper` also the alpha of sets with many classes: of ten, 0.01 would leave
+    most of 25 clients without a sample.
+    """
+    for alpha in ALPHAS[scale]:
         skewed = {"data.partition": "dirichlet", "data.alpha": alpha}
         add_rows(add, NETWORKS, TWO, **skewed)
     add_rows(add, NETWORKS, TWO, **{"data.partition": "class_draws"})
