@@ -56,10 +56,15 @@ def joining(
         raise ValueError(f"run={path!r} is itself one of newcomers: nobody is left")
     if not config.data.num_novel:
         raise ValueError(f"run={path!r} has no unseen clients: data.num_novel is 0")
-    if families and not config.method.get("share_heads"):
+    parts = "share_heads", "share_extractor"
+    if families and not all(config.method.get(part) for part in parts):
+        # Parts of a family's own go by its place and name: others would begin anew.
+        now = ", ".join(f"{p}={config.method[p]}" for p in parts if p in config.method)
         raise ValueError(
-            f"families={families} with {method!r}: heads are found again by size where "
-            "clients share them by size, in mh_pfedhn with share_heads=True"
+            f"families={families} with {method!r}{now and f', {now}'}: other networks "
+            "join where clients share the extractor, and heads by size, in mh_pfedhn "
+            "with share_heads=True and share_extractor=True; without --families "
+            "newcomers have the run's own"
         )
     # The same federation, but draws of their own: client 0 is another one now.
     config.data.seed = config.seed if config.data.seed < 0 else config.data.seed

@@ -68,6 +68,8 @@ _LITTLE_USE = 0.01
 _CONSTANT = 0.005
 # More clients than this are shown by histograms and quantiles.
 MANY_CLIENTS = 120
+# More dots than this make a page by hundreds of kB larger, and nobody tells them apart.
+MANY_DOTS = 2000
 _WORST, _MOST_PLACES = 5, 400
 
 
@@ -326,7 +328,7 @@ def partition(run: Run) -> pages.Html:
     )
     more = f" {run.unassigned:,} more belong to no client." if run.unassigned else ""
     words = pages.text(f"{said}; {int(counts.sum()):,} samples in all.{more}")
-    if num <= MANY_CLIENTS and num_classes <= MANY_CLIENTS:
+    if max(counts.shape) <= MANY_CLIENTS and np.count_nonzero(counts) <= MANY_DOTS:
         # A dollar sign would start a formula in the picture.
         names = [name.replace("$", r"\$") for name in names]
         figure = picture.partition_picture(

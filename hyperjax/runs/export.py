@@ -9,8 +9,9 @@
 
 The header says whose network it is, what its inputs are, the names of the classes, and
 what is done to inputs before the network sees them; in stablehlo that is inside.
-Classes are those that the run predicts, and probabilities too, up to rounding, as the
-program is compiled anew where it is read.
+Classes are those that the run predicts. Probabilities of a file have the same bits in
+every process of one machine and JAX, for the same inputs together; the run's own are of
+another program, its evaluation, and may differ by rounding.
 """
 
 import importlib.util

@@ -148,6 +148,24 @@ def test_the_best_round_is_that_of_validation(finished):
     assert summary["pacc"] == records[-1]["pacc"]  # of the last round
 
 
+@pytest.mark.parametrize("part", ["share_heads", "share_extractor"])
+def test_other_networks_do_not_join_parts_that_are_not_shared(part, finished, tmp_path):
+    config = saved.load_config(finished, "run")
+    config.method[part] = False
+    train.train(small(config, rounds=0), str(tmp_path / "apart"))
+    # Of the same network in another place, "00_mh_mlp", nothing was trained either.
+    for others in (["mh_mlp"], ["mlp", "attack_lenet"]):
+        with pytest.raises(ValueError, match=rf"families=.*{part}=False.*own$"):
+            join.joining(str(tmp_path / "apart"), families=others)
+    # The run's own find every part again: nothing but embeddings is left to train.
+    joined = join.joining(str(tmp_path / "apart"), rounds=1)
+    train.train(joined, str(tmp_path / "joined"))
+    before, after = phi(str(tmp_path / "apart")), phi(str(tmp_path / "joined"))
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        np.testing.assert_array_equal(x, after[name])
+
+
 def test_what_cannot_be_joined_is_refused(finished, untrained, tmp_path):
     with pytest.raises(ValueError, match=r"run='nowhere' holds no run"):
         join.joining("nowhere")

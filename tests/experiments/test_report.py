@@ -506,6 +506,16 @@ def test_a_thousand_clients_stay_small_and_readable(tmp_path: Path) -> None:
     assert "<td>participating</td>" in text and "class 3" not in text
 
 
+def test_many_classes_of_some_clients_stay_small(tmp_path: Path) -> None:
+    """Dots are drawn while they are few; the page would have another 300 kB."""
+    few = make_run(tmp_path / "few", "fedavg", clients=15, classes=95, rounds=3)
+    many = make_run(tmp_path / "many", "fedavg", clients=120, classes=95, rounds=3)
+    drawn, counted = (_read(report.run_report(folder))[0] for folder in (few, many))
+    assert 'class="picture"' in drawn and 'class="picture"' not in counted
+    assert len(counted) < 90_000
+    assert "effective number of classes of a client" in _charts(counted)
+
+
 def test_families_have_rows_of_their_own(tmp_path: Path) -> None:
     sizes = dict(up_numbers=10, down_numbers=20, up_bytes=4000, down_bytes=8000)
     kinds = {"00_mlp": dict(clients=6, **sizes), "01_cnn": dict(clients=4, **sizes)}

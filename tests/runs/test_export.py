@@ -88,6 +88,8 @@ def test_a_program_of_jax_alone_predicts_the_same(which, tmp_path, request):
     command = [sys.executable, "-c", ALONE, path, tmp_path / "x.npy", tmp_path / "p"]
     subprocess.run(command, check=True, cwd=tmp_path)
     whole, parts = np.load(tmp_path / "p.npy")
+    here = jax.export.deserialize(bytearray(path.read_bytes())).call
+    np.testing.assert_array_equal(whole, here(X))
     expected = np.asarray(network.probabilities(X))
     np.testing.assert_allclose(whole, expected, rtol=1e-5)
     np.testing.assert_allclose(parts, expected, rtol=1e-5)
