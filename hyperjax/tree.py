@@ -154,6 +154,28 @@ class Splitter(NamedTuple):
     merge: Callable
 
 
+def check_kept(what: str, before: PyTree, after: PyTree) -> None:
+    """Refuses a state that a function has given another form.
+
+    Raises:
+      ValueError: structure, shapes or dtypes of `after` are not those of `before`.
+    """
+
+    def form(a: PyTree) -> PyTree:
+        abstract = jax.eval_shape(lambda: a)
+        return jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", abstract)
+
+    old, new = form(before), form(after)
+    if old != new:
+        shown = (
+            str(x) if len(str(x)) < 200 else f"{str(x)[:200]}..." for x in (old, new)
+        )
+        raise ValueError(
+            f"{what} changed from {' to '.join(shown)}; accepted: what it begins with, "
+            "in structure, shapes and types"
+        )
+
+
 def splitter(
     template: PyTree,
     patterns: Patterns | None,

@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from federated import make_local, tiny
 
 from hyperjax import aggregators
+from hyperjax.algorithms.fedavg import fedavg
+from hyperjax.engine import schedule
 
 STACKED = {
     "a": jnp.array([[1.0, 2.0], [3.0, 6.0], [5.0, -2.0]]),
@@ -80,3 +83,18 @@ def test_wrong_leading_axis_names_the_leaf(shape):
 
 def test_empty_trees_pass():
     assert combine({"a": STACKED["a"], "extra": ()}, jnp.ones(3))["extra"] == ()
+
+
+def test_a_state_of_another_form_is_named():
+    def combine(key, stacked, weight, state):
+        mean, _ = aggregators.weighted_mean().combine(key, stacked, weight, state)
+        return mean, {"eta": jnp.float32(1)}
+
+    changing = aggregators.Aggregator(lambda spec: (), combine)
+    alg = fedavg(tiny().model, local=make_local(), aggregator=changing)
+    given = dict(table=tiny().table, pool=tiny().pool, sampler="full", cohort_size=1)
+    simulator = schedule.simulator(alg, weight=np.ones(len(tiny().table.size)), **given)
+    with pytest.raises(
+        ValueError, match=r"aggregator's state changed from \(\) to .*eta"
+    ):
+        simulator.run(0, simulator.init(0), 0, 1)

@@ -1,5 +1,6 @@
 """Tree arithmetic, masked rows, splitting by path, counting, digests."""
 
+import functools
 import hashlib
 
 import chex
@@ -224,3 +225,17 @@ def test_split_of_another_structure_fails():
 def test_a_pattern_that_is_none_is_named(patterns):
     with pytest.raises(ValueError, match="is no regular expression on paths"):
         tree.splitter({"a": jnp.zeros(1)}, patterns)
+
+
+def test_a_state_that_has_another_form_is_refused():
+    state = {"count": jnp.int32(0), "key": jax.random.key(1), "none": ()}
+    later = {**state, "count": jnp.int32(7)}
+    tree.check_kept("the state", state, later)
+    jax.jit(functools.partial(tree.check_kept, "the state", later))(state)
+    for other, words in {
+        "none": r"'none': \(\)\} to .*'none': 'float32\[2\]'\}; accepted",
+        "count": r"'count': 'int32\[\]'.* to \{'count': 'float32\[2\]'",
+    }.items():
+        changed = {**state, other: jnp.zeros(2)}
+        with pytest.raises(ValueError, match=f"^the state changed from .*{words}"):
+            tree.check_kept("the state", state, changed)

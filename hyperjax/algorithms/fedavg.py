@@ -213,6 +213,8 @@ def _server(
         new = State(
             {**params, **tree.add(stats, stats_delta)}, opt, absorbed, aggregate
         )
+        tree.check_kept("the aggregator's state", server.aggregator, aggregate)
+        tree.check_kept("the correction's state", server.correction, absorbed)
         new = _where(jnp.sum(weight) > 0, new, server)
         return new, {"update_norm": tree.norm(delta)}
 

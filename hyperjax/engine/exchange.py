@@ -179,9 +179,11 @@ def make_joint_exchange(
             active.append(cohort.active)
         if streaming and server_side.mean_only:
             cohorts = {name: _as_one(cohort) for name, cohort in cohorts.items()}
+        before = server
         server, server_info = server_side.update(
-            rng.stream(key, "server_update"), server, ups, cohorts
+            rng.stream(key, "server_update"), before, ups, cohorts
         )
+        tree.check_kept("the server's state", before, server)
         info = jax.tree.map(lambda *x: jnp.concatenate(x), *infos)
         info = cohort_info(info, jnp.concatenate(active))
         return server, new, {**info, **server_info}
