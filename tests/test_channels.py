@@ -162,6 +162,7 @@ def test_values_and_places_are_four_bytes_each(name):
     assert costs[0] == plain.down_numbers == SIZES[name]
 
 
+@pytest.mark.slow
 def test_published_networks_send_three_fifths_of_the_bytes():
     # 0.3 x (4 + 4) / 4 = 60 %; the network for 32x32 images and 100 classes.
     network = models.from_linen(zoo.MHCNN(100), (32, 32, 3), 100)

@@ -172,6 +172,7 @@ def test_blocks_of_three_agree(stack):
     )
 
 
+@pytest.mark.slow
 def test_blocks_are_of_clients_of_about_a_size(monkeypatch):
     sizes = []
 

@@ -34,7 +34,9 @@ def fitted(calibration, z, labels, rounds=20):
     return jax.jit(lambda: jax.lax.fori_loop(0, rounds, one_round, start))()
 
 
-@pytest.mark.parametrize("calibration", ["bcts", "vs"])
+@pytest.mark.parametrize(
+    "calibration", ["bcts", pytest.param("vs", marks=pytest.mark.slow)]
+)
 def test_a_calibration_is_where_the_loss_has_no_slope(calibration):
     z, labels = drawn()
     found = fitted(calibration, z, labels)

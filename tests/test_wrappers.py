@@ -62,6 +62,7 @@ def test_unknown_condition_source():
         with_condition_of(federated.method("fedavg"), condition_source="eval_input")
 
 
+@pytest.mark.slow
 def test_statistics_at_home_may_see_what_is_deployed():
     model = federated.normed()
     plain = fedavg(model, local=federated.make_local(), bn_stats="local")

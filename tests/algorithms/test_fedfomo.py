@@ -136,6 +136,7 @@ def test_models_like_ones_own_change_nothing():
     np.testing.assert_array_equal(scores, [0, 0])
 
 
+@pytest.mark.slow
 def test_running_statistics_have_no_part_in_a_distance():
     alg = fedfomo(normed(), local=make_local(), num_clients=8, num_models=1)
     key, own = jax.random.key(0), jax.eval_shape(alg.server.init, jax.random.key(0))

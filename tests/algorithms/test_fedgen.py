@@ -53,6 +53,7 @@ def counts(part):
 # Whole exchanges --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_weights_it_is_fedavg():
     cohorts = (EVERYONE, (2, 0), EVERYONE)
     expected = play(fedavg(MODEL, local=FULL), *cohorts)
@@ -62,6 +63,7 @@ def test_without_weights_it_is_fedavg():
     )
 
 
+@pytest.mark.slow
 def test_the_first_round_is_fedavgs():
     plain = play(fedavg(MODEL, local=FULL), EVERYONE)
     first = play(ours(), EVERYONE)

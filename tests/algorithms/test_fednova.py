@@ -56,6 +56,7 @@ def test_one_client_is_copied():
     np.testing.assert_allclose(q.vector(state.server.theta), expected, **q.CLOSE)
 
 
+@pytest.mark.slow
 def test_fixed_point_is_nearer_to_the_optimum():
     # With small rates FedAvg solves for the losses weighted by their steps.
     train = q.training(optax.sgd(0.004))

@@ -141,7 +141,9 @@ def test_feroma_weighs_by_the_inverse_of_the_distance():
     np.testing.assert_allclose(growth, share @ np.arange(NUM_CLIENTS), rtol=1e-3)
 
 
-@pytest.mark.parametrize("factory", [feroma, flux])
+@pytest.mark.parametrize(
+    "factory", [feroma, pytest.param(flux, marks=pytest.mark.slow)]
+)
 def test_a_newcomer_gets_the_nearest_model_and_a_participant_its_own(factory):
     alg, state, _ = after(factory, 2)
     _, look = profiles()

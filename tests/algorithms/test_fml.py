@@ -126,6 +126,7 @@ def test_it_predicts_with_its_own_and_exports_it():
 # Whole exchanges --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_with_labels_alone_both_train_apart():
     alg = fml(NETWORKS, local=FULL, family_sizes=FAMILY_SIZES, alpha=1.0, beta=1.0)
     # Client 3 comes late, client 0 drops out of the second round.

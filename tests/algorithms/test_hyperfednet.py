@@ -265,6 +265,7 @@ def test_one_client_is_centralised_training():
     chex.assert_trees_all_close(found, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_frozen_generator_leaves_local_training():
     frozen = TRAIN._replace(freeze=HYPER)
     alg = hyperfednet(normed(), local=frozen, embedding_init="own", **SMALL)
@@ -345,6 +346,7 @@ def test_gradients_are_those_of_the_kernels_pulled_back(regenerate):
     assert tree.norm(hyper) > 1e-3 and tree.norm(embed) > 1e-3
 
 
+@pytest.mark.slow
 def test_listing_and_default_agree_for_one_step_only():
     both = [
         play(method(regenerate=r), (0, 1)).uplink.delta

@@ -90,6 +90,7 @@ def test_the_published_small_network_has_so_many_numbers():
     assert comm.cost(comm.describe(plain)).up_numbers == 13_258
 
 
+@pytest.mark.slow
 def test_networks_with_statistics_and_convolutions_train():
     alg = method(normed(), extractor="conv")
     server = alg.server.init(KEY)

@@ -94,6 +94,7 @@ def test_numbers_per_round_trip(method, options, expected):
 # Initialisation --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_initial_loss():
     # With uniform labels, logits of deviation s cost between ln C and about
     # ln C + s^2 / 2. Generated entries of 0.08 in every layer are larger than
@@ -170,6 +171,7 @@ def variables_of(alg, theta):
     return tree.splitter(spec, None).merge({}, theta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -27,6 +27,7 @@ def test_the_hypernetwork_alone_is_sent():
     assert comm.cost(comm.describe(published)).up_numbers == 8320 + 129 * body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "still"), [((1, 0), ("hypernetwork", "embedding")), ((0, 1), ("head",))]
 )

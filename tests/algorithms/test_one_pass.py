@@ -117,7 +117,16 @@ def parts(model):
     return flops(gradient(model), variables, (), BATCH), predict
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("fml", "moon")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
 def test_a_step_costs_one_pass(name):
     build, wide, small = METHODS[name]
     needed = np.dot(parts(WIDE), wide) + np.dot(parts(SMALL), small)

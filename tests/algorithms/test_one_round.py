@@ -48,7 +48,16 @@ def expected():
     return one_round(fedavg(MODEL, local=TRAIN), EQUAL)
 
 
-@pytest.mark.parametrize("name", LIKE_FEDAVG)
+QUICK = ("fedprox", "fedper", "fedbabu", "fedbn", "scaffold", "ditto")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in LIKE_FEDAVG
+    ],
+)
 def test_equals_fedavg(name):
     start, server, uplink, _, _ = one_round(build(name, **LIKE_FEDAVG[name]), EQUAL)
     start_fedavg, server_fedavg, uplink_fedavg, _, _ = expected()

@@ -68,6 +68,7 @@ def with_heads(state, heads):
 # Weights ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_are_not_negative_and_sum_to_one():
     psi = different().server.psi
     # Biases that turn a part of them off.

@@ -153,6 +153,7 @@ def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_of_a_hypernetwork_method_beside_fedavg(repository, tmp_path):
     small = ("--methods=hyperfedzero", "--steps=1", "--repeats=1", "--nosweeps")
     (record,) = _run(repository, tmp_path, "hypernet", *small)

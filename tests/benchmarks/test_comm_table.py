@@ -105,6 +105,7 @@ def test_smallest_generator_and_averaged_statistics():
     assert [counts[name] for name in names] == [640, 155_124 + 2 * 480]
 
 
+@pytest.mark.slow
 def test_counts_of_cifar10_are_the_papers_but_for_two_that_are_explained():
     records = {r["method"]: r for r in on_cifar10()}
     assert {*REPRODUCED, "fedbn", "fedfomo"} == set(records) == {*comm_table.TABLE_III}

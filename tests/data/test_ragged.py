@@ -139,6 +139,7 @@ def test_a_federation_without_rectangles_is_the_same(dealt, tmp_path):
     np.testing.assert_array_equal(wide, plain.widened({"train": 64}).train.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["device", "host"])
 def test_a_run_without_rectangles_is_the_same(dealt, store):
     digests = set()

@@ -518,6 +518,7 @@ at_once = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @at_once
 def test_device_store_host_store_and_files_agree(sequential, tmp_path):
     on_host = whole(sequential, "host")

@@ -169,6 +169,7 @@ def opened() -> Algorithm:
     return alg._replace(opening=opening)
 
 
+@pytest.mark.slow
 def test_a_round_may_open_with_everybody():
     found = {}
     for store in ("device", "host"):

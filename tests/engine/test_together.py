@@ -71,6 +71,7 @@ def test_a_point_of_a_map_has_the_bits_it_has_alone_and_of_a_vmap_nearly():
         assert len(side.program._programs) == 1
 
 
+@pytest.mark.slow
 def test_points_over_devices_have_the_bits_they_have_on_one():
     if len(jax.local_devices()) < 2:
         pytest.skip("one device")

@@ -71,6 +71,7 @@ def keys_and_images(num):
     return keys, x, jnp.arange(num, dtype=jnp.int32) % CLASSES
 
 
+@pytest.mark.slow
 def test_a_generators_gradient_gives_the_image_away_to_who_knows_the_rest():
     scale = SMALL._replace(steps=150, restarts=1)
     attack = study.ATTACKS["HFN, white box"]

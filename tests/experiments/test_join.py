@@ -91,6 +91,7 @@ def test_newcomers_with_known_networks_learn_their_embeddings_alone(
     assert "zacc" not in summary
 
 
+@pytest.mark.slow
 def test_heads_of_new_sizes_are_trained_beside_the_embeddings(finished, tmp_path):
     config = join.joining(finished, families=["mlp", "attack_lenet"], rounds=1)
     path = str(tmp_path / "joined")

@@ -488,6 +488,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_nothing(
     same_result(run, finished)
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     config = small(engine__precision="bfloat16")
     train.train(config, str(tmp_path / "whole"))
@@ -498,6 +499,7 @@ def test_a_killed_run_in_bfloat16_goes_on_with_the_same_bits(tmp_path, monkeypat
     assert read(tmp_path / "whole", "summary.json")["plan"]["precision"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_samples_on_the_host_goes_on(tmp_path, monkeypatch):
     near = small(engine__store="host", server__sampler="uniform", server__cohort_size=2)
     train.train(near, str(tmp_path / "near"))
@@ -989,6 +991,7 @@ def test_in_one_place_nothing_is_sent(tmp_path):
     assert [r["cost"] for r in summary["reach"]] == [0]
 
 
+@pytest.mark.slow
 def test_a_call_of_rounds_is_traced_if_asked_for(tmp_path):
     config = small(rounds=4)
     traced = train.train(config, tmp_path / "traced", profile=True)

@@ -222,6 +222,7 @@ def test_deviation_at_initialisation_is_published_one():
         assert 0.1 < float(change) < 0.35
 
 
+@pytest.mark.slow
 def test_fan_in_gives_each_tensor_its_own_deviation():
     rng = np.random.default_rng(0)
     template = {

@@ -217,6 +217,7 @@ def test_embedding_gradients_do_not_depend_on_other_tiles():
 # Initialisation --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", [None, 32])
 def test_generated_kernels_have_hes_variance(hidden_size):
     template = {

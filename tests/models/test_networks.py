@@ -51,9 +51,9 @@ def count(found, pattern):
     ("name", "input_shape", "num_classes", "expected"),
     [
         ("resnet38", MNIST, 10, 563_642),
-        ("resnet38", CIFAR, 10, 563_930),
+        pytest.param("resnet38", CIFAR, 10, 563_930, marks=pytest.mark.slow),
         ("resnet20", CIFAR, 10, 270_410),
-        ("resnet20", CIFAR, 100, 276_260),
+        pytest.param("resnet20", CIFAR, 100, 276_260, marks=pytest.mark.slow),
         ("resnet20", TINY_IMAGENET, 200, 282_760),
         ("zenkenet", CIFAR, 10, 1_250_858),
         ("zenkenet", CIFAR, 100, 1_297_028),
@@ -142,6 +142,7 @@ def test_the_rest_of_pfedhns_network_is_its_body():
     assert len(found) == 10 and count(found, f"(?!{HEAD})params/.*") == 120_332
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [

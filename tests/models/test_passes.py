@@ -75,6 +75,7 @@ def test_networks_compute_in_bfloat16_and_keep_float32(name):
     assert products and {*products} == {"bf16"}
 
 
+@pytest.mark.slow
 def test_masters_move_by_less_than_bfloat16_can_tell():
     shape = (3,)
     models = [

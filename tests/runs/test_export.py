@@ -76,7 +76,9 @@ assert not [name for name in sys.modules if name.startswith(("hyperjax", "flax")
 """
 
 
-@pytest.mark.parametrize("which", ["run", "generated"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("run", marks=pytest.mark.slow), "generated"]
+)
 def test_a_program_of_jax_alone_predicts_the_same(which, tmp_path, request):
     run = request.getfixturevalue(which)
     # What a network is conditioned on are the client's own inputs.

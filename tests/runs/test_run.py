@@ -125,6 +125,7 @@ def test_going_on_is_having_gone_on(run, data):
         run.resume(1)
 
 
+@pytest.mark.slow
 def test_a_saved_run_is_loaded_in_another_process(run, tmp_path):
     run.save(tmp_path / "run")
     images, _ = arrays()

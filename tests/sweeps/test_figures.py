@@ -164,6 +164,7 @@ def test_a_swept_number_is_shown_beside_what_is_sent(results):
     assert np.all(a < b) and np.all(b < 1.1 * a)
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_files_without_a_date(results, drawn):
     table, wide, clients = results
     again = dict(figures.all_of(table, wide, clients, BY))["pacc_zacc"]
