@@ -42,6 +42,7 @@ from hyperjax.sweeps import (
     points,
     record,
     results,
+    reuse,
     runner,
     tune,
 )
@@ -225,6 +226,8 @@ def listed(plan: Plan, how: str = "auto") -> str:
         said = f" ({points.shown(dict(sorted(alike)))})" if alike else ""
         lines.append(f"one program for {len(members)}, {order}{said}:")
         lines += [f"  {p.name}  {known.get(p.name, '')}".rstrip() for p in members]
+    for first, *others in reuse.once(mine):
+        lines.append(f"trained once for {len(others) + 1}: {first.name}")
     return "\n".join(lines)
 
 

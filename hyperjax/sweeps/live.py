@@ -53,6 +53,10 @@ class Shown:
             each = seconds / max(1, len(self._at_work))
             self._spent.setdefault(program, []).append(each)
             line += f" ({duration(seconds)})"
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Writes a line that stays."""
         print(line, file=self._stream or sys.stdout, flush=True)
 
     def count(self) -> str:

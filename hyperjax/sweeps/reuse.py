@@ -38,6 +38,12 @@ def by_training(points: Sequence[Point]) -> dict[Training, list[Point]]:
     return found
 
 
+def once(points: Sequence[Point]) -> list[list[Point]]:
+    """Returns points of which the first is trained and the others are evaluated."""
+    late = [p for p in points if _is_served_late(common.filled(p.config))]
+    return [alike for alike in by_training(late).values() if len(alike) > 1]
+
+
 def begin(
     folder: Path, point: Point, alike: Mapping[Training, Sequence[Point]]
 ) -> str | None:
@@ -55,12 +61,17 @@ def begin(
       The name of the point whose training it has; None if it has nobody's.
     """
     place, config = folder / point.name, common.filled(point.config)
-    if place.exists() or config.evaluation.every < config.rounds:
+    if place.exists() or not _is_served_late(config):
         return None
     for other in alike[_training(point.config)]:
         if _is_trained(folder / other.name, config.rounds):
             return other.name if _copied(folder / other.name, place) else None
     return None
+
+
+def _is_served_late(config: ml_collections.ConfigDict) -> bool:
+    """Whether no round between the first state and the last is evaluated."""
+    return config.evaluation.every >= config.rounds
 
 
 def _training(config: ml_collections.ConfigDict) -> Training:

@@ -131,7 +131,7 @@ def run(
             for point in members:
                 whose = reuse.begin(record.folder, point, alike)
                 if whose is not None:
-                    logging.info("%s has the training of %s.", point.name, whose)
+                    show.say(f"{point.name}: has the training of {whose}")
             how = lockstep.plan(plan, members)
             alone = how != lockstep.SEQUENCE
             built = _built(record, members, show, one_device=alone, read=read)

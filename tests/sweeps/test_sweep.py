@@ -374,7 +374,7 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
 
 
 def test_points_that_are_evaluated_in_other_ways_are_trained_once(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
     trained: list[int] = []
@@ -393,7 +393,14 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
         "--config.evaluation.every=2",
     )
     given = asked(folder, "evaluation.adapt='',em", "seed=0..1", arguments=arguments)
+    assert sweep.main(given._replace(list_only=True)) == 0
+    listed = capsys.readouterr().out
+    for seed in (0, 1):
+        assert f"trained once for 2: adapt=,seed={seed}\n" in listed
+        told = f"adapt=em,seed={seed}: has the training of adapt=,seed={seed}\n"
+        assert told not in listed
     assert sweep.main(given) == 0
+    assert told in capsys.readouterr().out
     calls = len(trained)
     adapted = [p for p in sweep.make_plan(given).points if p.config.evaluation.adapt]
     assert len(adapted) == 2 and not list(folder.glob(".*.part"))
