@@ -378,7 +378,22 @@ def test_the_launcher_refuses_what_is_no_run(tmp_path: Path) -> None:
             report.main([run, other], None)
     with pytest.raises(ValueError, match=r"--out=.* is not a file"):
         report.main([run], str(tmp_path))
+    new = str(tmp_path / "new/page.html")
+    with pytest.raises(ValueError, match=r"^baseline='fedavg' .* is one run; give"):
+        report.main([run], new, "fedavg")
+    damaged = Path(make_run(tmp_path / "damaged"))
+    (damaged / "metrics.jsonl").write_text("{]\n{}\n")
+    with pytest.raises(ValueError, match="damaged"):
+        report.main([str(damaged)], new)
+    assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_baseline_that_is_none_leaves_no_folder(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(ValueError, match="baseline='nothing' is none of the groups"):
+        report.main(folders, str(tmp_path / "new/deep/page.html"), "nothing")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.xdist_group("launcher")
