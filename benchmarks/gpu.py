@@ -75,8 +75,8 @@ def measure(work: Workload, plan: str, precision: str, block: int) -> dict[str, 
     backend, device = jax.default_backend(), jax.local_devices()[0].device_kind
     shape = (32, 32, 3) if work.network == "resnet20" else round_time.SHAPE
     network = round_time.make_network(work.network, True)
-    if plan == "patches":
-        network = network.clone(conv_rule="patches")
+    if work.network in CONVOLUTIONAL:
+        network = network.clone(conv_rule="patches" if plan == "patches" else "xla")
     model = models.from_linen(network, shape, 10, precision=precision)
     random = np.random.default_rng(0)
     y = random.integers(0, 10, (work.clients, work.samples), np.int32)

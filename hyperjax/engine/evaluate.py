@@ -91,6 +91,7 @@ def evaluator(
     fitting: Population | None = None,
     batch_size: int = 256,
     clients_per_call: int = 64,
+    mapper: str | int = "map",
     mesh: Any = None,
     pool_mb: int = 0,
     held: Mapping[str, stores.Held] | None = None,
@@ -111,6 +112,7 @@ def evaluator(
       fitting: participants with samples that they did not train on, for `fit`.
       batch_size: B of prediction.
       clients_per_call: how many clients are on the device at a time.
+      mapper: of these, see `sharding.map_clients`.
       mesh: devices to spread clients over.
       pool_mb: how many MB of 2^20 bytes the samples of a call may take on a device, of
         a pool on the host; 0: no limit.
@@ -153,7 +155,8 @@ def evaluator(
         return who._replace(train=train, inputs=inputs), there
 
     programs = {
-        name: _programs(hyper.method, name, batch_size, mesh) for name in groups.names
+        name: _programs(hyper.method, name, batch_size, mapper, mesh)
+        for name in groups.names
     }
     scored = _by_family(groups, novel, populations)
     fine_tuned = _by_family(groups, novel, tuned or {})
@@ -288,7 +291,11 @@ class _Pair(NamedTuple):
 
 
 def _programs(
-    method: Callable[..., Algorithm], name: str, batch_size: int, mesh: Any
+    method: Callable[..., Algorithm],
+    name: str,
+    batch_size: int,
+    mapper: str | int,
+    mesh: Any,
 ) -> dict[str, Callable]:
     """What is compiled for a family: functions of a `_Call`, to values [C] by name.
 
@@ -298,7 +305,7 @@ def _programs(
     def stage(what: str) -> Callable:
         def run(call: _Call):
             alg = method(call.hyper)
-            return _stages(alg, name, batch_size, mesh)[what](call)
+            return _stages(alg, name, batch_size, mapper, mesh)[what](call)
 
         return run
 
@@ -306,7 +313,7 @@ def _programs(
 
 
 def _stages(
-    alg: Algorithm, name: str, batch_size: int, mesh: Any
+    alg: Algorithm, name: str, batch_size: int, mapper: str | int, mesh: Any
 ) -> dict[str, Callable]:
     """The same of a method whose hyper-parameters are known."""
     side = families.clients(alg)[name]
@@ -348,7 +355,8 @@ def _stages(
         return {"accuracy": accuracy, "loss": exam.loss(logits)}
 
     adapt, score, tune = (
-        sharding.map_clients(fn, "map", mesh) for fn in (adapt_one, score_one, tune_one)
+        sharding.map_clients(fn, mapper, mesh)
+        for fn in (adapt_one, score_one, tune_one)
     )
 
     def evaluated(call: _Call):
@@ -364,6 +372,9 @@ def _stages(
         arrivals, shared = arrive(call)
         return tune(arrivals, (shared, call.samples, call.epochs))
 
+    # On every device, since there are few.
+    each = functools.partial(sharding.map_clients, mapper=mapper, mesh=None)
+
     def fitted(call: _Call):
         fit: Any = side.fit
         num = len(call.who.ids)
@@ -372,8 +383,8 @@ def _stages(
             key = jax.random.fold_in(rng.stream(call.moment.root, "fit"), i)
             drawn = jax.random.permutation(key, num)[: fit.drawn(num)]
 
-            def one(place):
-                # One client at a time: each may have a network of its own.
+            def one(place, _):
+                # Each may have a network of its own.
                 who = jax.tree.map(lambda x: x[place][None], call.who)
                 arrivals, shared = arrive(call._replace(who=who))
                 client: deploy.Arrival = jax.tree.map(lambda x: x[0], arrivals)
@@ -386,7 +397,7 @@ def _stages(
                 key = jax.random.fold_in(client.key, i)
                 return fit.send(key, fitted, down, client.state, data, held)
 
-            return fit.absorb(fitted, jax.lax.map(one, drawn))
+            return fit.absorb(fitted, each(one)(drawn, ()))
 
         return jax.lax.fori_loop(0, fit.rounds, one_round, fit.start())
 

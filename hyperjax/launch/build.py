@@ -136,6 +136,7 @@ def assemble(
         balanced=config.local.balanced,
         pool_mb=engine.pool_mb,
         held=found.simulator.held,
+        mapper=found.plan["mapper"],
     )
     return found._replace(by_sample=by_sample)
 

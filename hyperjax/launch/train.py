@@ -160,7 +160,8 @@ def _train(
         part.program.watcher = progress.compiling
     shared = _compiling(experiment)  # for runs before this one
     restored = _newest(experiment, checkpoints)
-    lent = resolved.lend(experiment) if restored is None else {}
+    unseen = restored is None or not _records(folder)  # its first state, by anybody
+    lent = resolved.lend(experiment) if unseen else {}
     began, before = time.perf_counter(), _summed_up(folder)
     digests = federations.digests(experiment.federation)
     hosts.check_same({f"data: {name}": x for name, x in digests.items()})
@@ -169,10 +170,7 @@ def _train(
     if not _tables_are_there(folder):
         federations.save_tables(experiment.federation, folder / workdir.PARTITION)
     if restored is None:
-        state = loop.start(experiment)
-        if lent:
-            server = saved.put(lent, state.carry.server)
-            state = state._replace(carry=state.carry._replace(server=server))
+        state = _first(experiment, lent)
     else:
         logging.info("Continuing %s after round %d.", folder, done)
         state = loop.State(done, experiment.simulator.load(restored.carry))
@@ -213,8 +211,11 @@ def _train(
                 _show_partition(recorder, experiment.federation)
             values = score(state, {})
             _save(saver, state)
-        elif loop.is_due(settings, state.round) and not _is_recorded(folder, done):
-            values = score(state, {})  # the record was lost
+        else:  # the record was lost, or there is none of another's training
+            if unseen:
+                score(_first(experiment, lent), {})
+            if loop.is_due(settings, done) and not _is_recorded(folder, done):
+                values = score(state, _trained(folder, done))
         while state.round < settings.rounds:
             if stop():
                 raise Stopped(state.round)
@@ -261,6 +262,15 @@ def _train(
         progress.stage("writing the report")
         report.run_report(str(folder))
     return summary
+
+
+def _first(experiment: Experiment, lent: dict[str, Any]) -> loop.State:
+    """The state before the first round, with what another run lends."""
+    state = loop.start(experiment)
+    if not lent:
+        return state
+    server = saved.put(lent, state.carry.server)
+    return state._replace(carry=state.carry._replace(server=server))
 
 
 def _show_partition(recorder: log.Recorder, federation: Federation) -> None:
@@ -419,6 +429,13 @@ def _tables_are_there(folder: Path) -> bool:
 def _records(folder: Path) -> list[dict]:
     """What process 0 has recorded."""
     return hosts.of_first(log.read_lines(folder / log.METRICS))
+
+
+def _trained(folder: Path, round: int) -> dict[str, Any]:
+    """The quantities of a round, as process 0 has written them."""
+    rows = hosts.of_first(log.read_lines(folder / log.TRAINING))
+    own = [row for row in rows if row["round"] == round]
+    return {k: v for k, v in (own or [{}])[-1].items() if k not in ("round", "flops")}
 
 
 def _is_recorded(folder: Path, round: int) -> bool:

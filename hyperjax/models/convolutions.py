@@ -6,8 +6,9 @@ convolutions and products, which loops do not slow down; "patches" and "stripes"
 product with copies of the input, and their derivative is products and pads. "onednn"
 are calls of that library where it was built, see `native`.
 
-"auto" is "xla" but on the CPU, where it is what `python -m benchmarks.conv_rules` found
-to be the fastest for kernels of that shape.
+"auto" is what was measured to be the fastest: on the CPU by `benchmarks.conv_rules` for
+kernels of that shape, on a GPU by `benchmarks.gpu` for clients that are trained side by
+side. Elsewhere it is "xla".
 """
 
 import functools
@@ -43,10 +44,12 @@ def convolve(
             raise ValueError(f"conv_rule='onednn' is for the CPU, not for {backend}")
         rule = rule if _is_for_onednn(x, kernel) else "auto"
     if rule == "auto":
-        rule = "xla"
-        if jax.default_backend() == "cpu":
+        backend = jax.default_backend()
+        if backend == "cpu":
             native_too = bool(native.version()) and _is_for_onednn(x, kernel)
             rule = cpu_rule(kernel.shape, native_too)
+        else:
+            rule = gpu_rule(kernel.shape) if backend == "gpu" else "xla"
     if rule == "onednn":
         pads = _explicit(padding, x, kernel.shape[0], stride)
         return native.convolve(x, kernel, stride, tuple(map(tuple, pads)))
@@ -98,6 +101,17 @@ def cpu_rule(shape: tuple[int, ...], native_too: bool = False) -> str:
     if channels <= (20 if size >= 5 else 3):
         return "stripes"
     return "patches" if size <= 3 and channels < 16 else "scan"
+
+
+def gpu_rule(shape: tuple[int, ...]) -> str:
+    """Returns the fastest rule on a GPU under vmap over clients, for a kernel's shape.
+
+    There XLA's convolutions become grouped, and products with patches a batch of
+    products: 8 times faster with LeNet's one and 6 channels, 2.5 times with 3x3 kernels
+    of 3 to 64 (`benchmarks/gpu.py`, an H100). Patches are 9 or 25 times the input, so
+    that beyond what was measured memory comes first.
+    """
+    return "patches" if shape[2] <= 64 else "xla"
 
 
 def _product(x: Array, matrix: Array) -> Array:

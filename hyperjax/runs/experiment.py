@@ -15,6 +15,7 @@ from hyperjax.errors import check_choice
 from hyperjax.types import Algorithm
 
 WEIGHTS = ("size", "uniform")
+EVALUATED = 16  # clients at a time on an accelerator
 _SAMPLE = 0xE7A1  # the stream of draws of `sample`
 
 
@@ -203,6 +204,7 @@ def experiment(
         balanced=balanced,
         pool_mb=pool_mb,
         held=simulator.held,
+        mapper=resolved,
     )
     plan = dict(
         backend=backend,
@@ -332,8 +334,15 @@ def make_evaluator(
     balanced: bool = False,
     pool_mb: int = 0,
     held: Mapping[str, stores.Held] | None = None,
+    mapper: str | int = "map",
 ) -> evaluate.Evaluator:
-    """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`."""
+    """Builds the evaluation of a run; arguments as of `experiment`, `evaluator`.
+
+    `mapper` is that of training. On an accelerator clients are evaluated in blocks,
+    unless they are trained one after another.
+    """
+    if mapper != "map":
+        mapper = "map" if jax.default_backend() == "cpu" else EVALUATED
     clients_per_call = min(clients_per_call, max(map(len, whom.values())))
     everybody = populations(federation)
     scored = _drawn(everybody, whom)
@@ -357,6 +366,7 @@ def make_evaluator(
         fitting=everybody.get("vacc"),
         batch_size=batch_size,
         clients_per_call=clients_per_call,
+        mapper=mapper,
         mesh=mesh,
         pool_mb=pool_mb,
         held=held,

@@ -6,16 +6,17 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from absl import logging
 
 from hyperjax.data import sources
-from hyperjax.launch import build, train, workdir
-from hyperjax.protocols.common import flat
+from hyperjax.launch import build, origin, train, workdir
+from hyperjax.protocols import common
 from hyperjax.runs.experiment import Experiment
-from hyperjax.sweeps import group, lockstep
+from hyperjax.sweeps import group, lockstep, reuse
 from hyperjax.sweeps import record as records
 from hyperjax.sweeps.live import Shown
 from hyperjax.sweeps.points import SEEDS, Point, shown
@@ -59,7 +60,7 @@ def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
     fields = [field for field in swept if field != "method.name"]
     groups = []
     for point in points:
-        values = {field: flat(point.config).get(field) for field in fields}
+        values = {field: common.flat(point.config).get(field) for field in fields}
         method = point.fields.get("method.name", point.config.method.name)
         groups.append({"method": method, **values})
     statistics.parse_baseline(baseline, groups)
@@ -124,9 +125,13 @@ def run(
       train.Stopped, KeyboardInterrupt: it was asked to stop.
     """
     found: dict[str, str] = {}
-    read = read or group.Reader()
+    read, alike = read or group.Reader(), reuse.by_training(points)
     with _stops_at_once():
         for members in grouped(points):
+            for point in members:
+                whose = reuse.begin(record.folder, point, alike)
+                if whose is not None:
+                    logging.info("%s has the training of %s.", point.name, whose)
             how = lockstep.plan(plan, members)
             alone = how != lockstep.SEQUENCE
             built = _built(record, members, show, one_device=alone, read=read)
@@ -180,7 +185,7 @@ def _built(
     left = [
         point
         for point in members
-        if not (record.folder / point.name / workdir.SUMMARY).exists()
+        if _is_left(record.folder / point.name, point)
         and record.entry(point.name)["status"] != records.DIVERGED
     ]
     configs = [point.config for point in left]
@@ -197,6 +202,17 @@ def _built(
     return dict(zip((point.name for point in left), found, strict=True))
 
 
+def _is_left(folder: Path, point: Point) -> bool:
+    """Whether something of a point is still to be trained or evaluated."""
+    if not (folder / workdir.SUMMARY).exists():
+        return True
+    config = origin.as_json(common.filled(point.config))
+    try:
+        return origin.result(folder, config) is None
+    except (OSError, ValueError):  # whoever runs it says what is wrong
+        return False
+
+
 def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     folder = record.folder / point.name
     before = record.entry(point.name)
@@ -205,7 +221,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
         show.ended(point.name, _said(before["status"], before["message"]), ran=False)
         return records.DIVERGED
     show.begin(point.name)
-    ran = not (folder / workdir.SUMMARY).exists()
+    ran = _is_left(folder, point)
     record.set_status(point.name, records.RUNNING)
     result: dict[str, Any] | Exception
     asked: list[bool] = []

@@ -57,7 +57,7 @@ def populations() -> dict[str, Population]:
 
 
 @functools.cache
-def scores(stack: str, batch_size=4, clients_per_call=64, devices=1):
+def scores(stack: str, batch_size=4, clients_per_call=64, devices=1, mapper="map"):
     evaluator = evaluate.evaluator(
         method(stack),
         tiny().pool,
@@ -65,6 +65,7 @@ def scores(stack: str, batch_size=4, clients_per_call=64, devices=1):
         source_prior=SOURCE,
         batch_size=batch_size,
         clients_per_call=clients_per_call,
+        mapper=mapper,
         mesh=sharding.client_mesh(min(clients_per_call, NUM_CLIENTS), devices),
     )
     return evaluator.evaluate(ROOT, trained(stack), 2)
@@ -165,6 +166,7 @@ SWAPPED = ("accuracy_swapped", "distance_swapped")
     [
         dict(batch_size=1),
         dict(clients_per_call=3),
+        dict(mapper="vmap"),
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
@@ -173,11 +175,11 @@ SWAPPED = ("accuracy_swapped", "distance_swapped")
                 dict(devices=4),
             )
         ),
-        dict(clients_per_call=5, devices=4, batch_size=3),
+        dict(clients_per_call=5, devices=4, batch_size=3, mapper=2),
     ],
     ids=str,
 )
-def test_batching_and_devices_change_nothing(options):
+def test_batching_mappers_and_devices_change_nothing(options):
     names = OWN if "clients_per_call" in options else OWN + SWAPPED
     chex.assert_trees_all_close(
         exact(scores(KEPT, **options), names), exact(scores(KEPT), names), rtol=1e-5
@@ -277,7 +279,7 @@ def test_samples_on_the_host_that_do_not_fit_are_refused():
 
 
 @functools.cache
-def tuner():
+def tuner(mapper="map"):
     return evaluate.evaluator(
         method(KEPT),
         tiny().pool,
@@ -285,6 +287,7 @@ def tuner():
         tuned=populations(),
         source_prior=SOURCE,
         batch_size=4,
+        mapper=mapper,
     )
 
 
@@ -298,6 +301,11 @@ def test_fine_tuning_for_no_epochs_scores_what_is_deployed():
         assert set(found) == {"size", "accuracy", "loss"}
         for metric, values in found.items():
             np.testing.assert_allclose(values, scores(KEPT)[name][metric], rtol=1e-5)
+
+
+def test_fine_tuning_in_blocks_is_that_of_one_after_another():
+    found = tuner(mapper=4).tune(ROOT, trained(KEPT), 2, 3)
+    chex.assert_trees_all_close(found, tuned(3), rtol=1e-4)
 
 
 def test_fine_tuned_scores_equal_those_by_hand():
@@ -450,7 +458,7 @@ def test_a_class_that_is_ruled_out_is_an_answer():
 
 
 @functools.cache
-def fitted_by(text: str, fitting: bool = True):
+def fitted_by(text: str, fitting: bool = True, mapper="map"):
     """An evaluator of FedAvg whose clients are told something first."""
     whom = {"zacc": populations()["zacc"]}
     return evaluate.evaluator(
@@ -460,6 +468,7 @@ def fitted_by(text: str, fitting: bool = True):
         source_prior=SOURCE,
         batch_size=4,
         fitting=populations()["pacc"] if fitting else None,
+        mapper=mapper,
     )
 
 
@@ -485,6 +494,15 @@ def test_participants_find_out_together_what_all_are_told():
     labels = np.asarray(pool.y)[inputs.rows[0, : inputs.size[0]]]
     right = np.mean(given.logits.argmax(-1) == labels)
     assert values["accuracy"][0] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("text", ["em", "bbse", "atp"])
+def test_participants_find_out_in_blocks_what_they_do_one_after_another(text):
+    found = [
+        fitted_by(text, mapper=mapper).evaluate(ROOT, trained("fedavg"), 2)
+        for mapper in ("map", 4)
+    ]
+    chex.assert_trees_all_close(*found, rtol=1e-3)  # through an optimisation
 
 
 def test_a_message_of_a_fit_is_counted():

@@ -137,6 +137,17 @@ def test_auto_takes_it_where_it_is_faster():
     assert found == ["scan", "stripes", "stripes", "scan"]
 
 
+def test_auto_on_a_gpu_is_a_product_of_patches_up_to_64_channels(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for channels, convolved in ((64, False), (65, True)):
+        x, kernel = jnp.ones((2, 8, 8, channels)), jnp.ones((3, 3, channels, 4))
+
+        def apply(x, kernel):
+            return convolutions.convolve(x, kernel, 1, "SAME", "auto")
+
+        assert ("conv_general" in str(jax.make_jaxpr(apply)(x, kernel))) == convolved
+
+
 def test_a_plan_says_what_is_built_in(monkeypatch):
     monkeypatch.setattr(native, "version", lambda: "")
     assert [rule_in_plan(rule) for rule in ("auto", "scan")] == ["auto", "scan"]

@@ -371,3 +371,52 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     (folder / "table.md").unlink()
     assert report.main([str(folder)], None) == 0  # with the sweep's fields and baseline
     assert (folder / "table.md").read_text() == table
+
+
+def test_points_that_are_evaluated_in_other_ways_are_trained_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
+    trained: list[int] = []
+    step = train.loop.step
+
+    def counting(experiment, state, donate):
+        trained.append(state.round)
+        return step(experiment, state, donate=donate)
+
+    monkeypatch.setattr(train.loop, "step", counting)
+    folder = tmp_path / "adapted"
+    arguments = ("--config.rounds=2", "--config.tensorboard=False")
+    arguments += ("--config.model.hidden=(4,)", "--config.local.steps=1")
+    arguments += (
+        "--config.data.validation_fraction=0.2",
+        "--config.evaluation.every=2",
+    )
+    given = asked(folder, "evaluation.adapt='',em", "seed=0..1", arguments=arguments)
+    assert sweep.main(given) == 0
+    calls = len(trained)
+    adapted = [p for p in sweep.make_plan(given).points if p.config.evaluation.adapt]
+    assert len(adapted) == 2 and not list(folder.glob(".*.part"))
+    for point in adapted:
+        alone = tmp_path / f"alone_{point.config.seed}"
+        summary = train.train(point.config, str(alone))
+        del trained[calls:]
+        found = json.loads((folder / point.name / workdir.SUMMARY).read_text())
+        assert found["seconds"] > 0 and found["flops"] == summary["flops"]
+        spent = {"seconds", "samples_per_second", "compile_seconds"}
+        assert {k: v for k, v in found.items() if k not in spent} == {
+            k: v for k, v in summary.items() if k not in spent
+        }
+        for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
+            same = [
+                (place / name).read_text() for place in (alone, folder / point.name)
+            ]
+            assert same[0] == same[1], name
+    assert sweep.main(given) == 0 and len(trained) == calls  # of the two others
+    once = {train.train(p.config, str(folder / p.name))["seed"] for p in adapted}
+    assert once == {0, 1} and len(trained) == calls
+    arguments += ("--config.evaluation.every=1",)
+    own = asked(tmp_path / "own", "evaluation.adapt='',em", arguments=arguments)
+    del trained[:]
+    assert sweep.main(own) == 0
+    assert trained == [0, 1, 0, 1]  # with all evaluations, of states that are gone

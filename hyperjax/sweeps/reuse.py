@@ -1,0 +1,94 @@
+"""Points that differ in how they are evaluated alone: one is trained for all.
+
+Fields of `evaluation` touch no training (`origin.compare` lets a run go on with other
+values), so a point may begin with what a finished one has trained, and is evaluated.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import ml_collections
+from absl import logging
+
+from hyperjax.engine import checkpoint, log
+from hyperjax.launch import workdir
+from hyperjax.protocols import common
+from hyperjax.sweeps.points import Point
+
+# What a run's training leaves. A summary says what that took, until there is a new one.
+_TRAINED = (
+    workdir.CONFIG,
+    workdir.PARTITION,
+    workdir.CHECKPOINTS,
+    workdir.SUMMARY,
+    log.TRAINING,
+)
+
+
+Training: TypeAlias = tuple[tuple[str, str], ...]
+
+
+def by_training(points: Sequence[Point]) -> dict[Training, list[Point]]:
+    """Returns points by what their training follows from, fields and values."""
+    found: dict[Training, list[Point]] = {}
+    for point in points:
+        found.setdefault(_training(point.config), []).append(point)
+    return found
+
+
+def begin(
+    folder: Path, point: Point, alike: Mapping[Training, Sequence[Point]]
+) -> str | None:
+    """Copies what a finished point has trained to one that has not begun.
+
+    Nothing is copied where rounds before the last are to be evaluated, whose states are
+    gone.
+
+    Args:
+      folder: the sweep's.
+      point: to begin.
+      alike: points, `by_training`.
+
+    Returns:
+      The name of the point whose training it has; None if it has nobody's.
+    """
+    place, config = folder / point.name, common.filled(point.config)
+    if place.exists() or config.evaluation.every < config.rounds:
+        return None
+    for other in alike[_training(point.config)]:
+        if _is_trained(folder / other.name, config.rounds):
+            return other.name if _copied(folder / other.name, place) else None
+    return None
+
+
+def _training(config: ml_collections.ConfigDict) -> Training:
+    fields = common.flat(common.filled(config)).items()
+    return tuple((k, repr(v)) for k, v in fields if not k.startswith("evaluation."))
+
+
+def _is_trained(run: Path, rounds: int) -> bool:
+    """Whether a run is finished and has a checkpoint of its last round."""
+    found = checkpoint.finished(run / workdir.CHECKPOINTS)
+    last = bool(found) and int(found[-1].name[-8:]) == rounds
+    return last and (run / workdir.SUMMARY).exists()
+
+
+def _copied(run: Path, place: Path) -> bool:
+    """Copies a run's training; False if that cannot be, or another process did."""
+    part = place.with_name(f".{place.name}.part")  # no run before it is whole
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for name in _TRAINED:
+            if (run / name).is_dir():
+                shutil.copytree(run / name, part / name)
+            elif (run / name).exists():
+                shutil.copy2(run / name, part / name)
+        part.rename(place)
+    except OSError:
+        logging.debug("copying %s", run, exc_info=True)
+        shutil.rmtree(part, ignore_errors=True)
+        return False
+    return True
