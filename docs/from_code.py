@@ -164,13 +164,13 @@ def accuracies() -> str:
 
 
 def suffixes() -> str:
-    found = report_sections._COLUMNS.items()
+    found = report_sections.COLUMNS.items()
     rows = ((code(suffix or "none"), what.removesuffix(" %")) for suffix, what in found)
     return table(("suffix", "what it is"), rows)
 
 
 def quantities() -> str:
-    found = report_sections._QUANTITIES.items()
+    found = report_sections.QUANTITIES.items()
     rows = ((code(name), unit, what) for name, (unit, what) in found)
     return table(("quantity", "unit or range", "what it is"), rows)
 

@@ -1,8 +1,10 @@
 """Messages for bad input: what was given, what is accepted, what may be meant."""
 
 import difflib
+import functools
 import math
 import operator
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +19,23 @@ def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
     near = difflib.get_close_matches(str(value), accepted, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     known = some(map(repr, accepted))
-    raise ValueError(f"{name}={value!r} is unknown{hint} (accepted: {known})")
+    raise ValueError(f"{name}={shown(value)} is unknown{hint} (accepted: {known})")
+
+
+def shown(value: Any) -> str:
+    """Returns what a message calls a value: functions, classes and objects by name.
+
+    Example:
+      >>> shown("mlp"), shown(shown), shown(object())
+      ("'mlp'", 'shown', '<object>')
+    """
+    while isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return value.__name__
+    if type(value).__repr__ is object.__repr__:  # which tells where it is in memory
+        return f"<{type(value).__name__}>"
+    return repr(value)
 
 
 def some(names: Iterable[str]) -> str:

@@ -1,12 +1,13 @@
 """What counts as a number, and what a refusal says."""
 
 import re
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.errors import check_at_least, check_choice, check_number, shown
 
 INF, NAN = float("inf"), float("nan")
 
@@ -61,3 +62,20 @@ def test_of_very_many_names_the_first_are_said():
     said = str(raised.value)
     assert len(said) < 300 and "did you mean 'pixel7'" in said
     assert said.endswith("'pixel11', ... (784 in all))")
+
+
+def test_no_message_says_where_in_memory_something_is():
+    class Net:
+        pass
+
+    def rate(step):
+        pass
+
+    given = [rate, partial(rate), Net, Net(), len, lambda step: step, object()]
+    names = ["rate", "rate", "Net", "<Net>", "len", "<lambda>", "<object>"]
+    assert [shown(value) for value in given] == names
+    assert [shown(value) for value in ("a", 3, None, (1, 2))] == [
+        *("'a'", "3", "None", "(1, 2)")
+    ]
+    with pytest.raises(ValueError, match=r"^partition=rate is unknown"):
+        check_choice("partition", rate, ["iid"])

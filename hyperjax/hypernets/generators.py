@@ -6,13 +6,14 @@ It is named in text, "chunked_mlp(hidden=(32,))" or "package.module:function(ran
 or given as it is.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from hyperjax import calls, registry, tree
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, shown
 from hyperjax.hypernets import heads, mlp
 from hyperjax.types import HyperNet, PyTree
 
@@ -42,15 +43,16 @@ def generator(hypernet: str | Callable, template: PyTree, size: int) -> HyperNet
             check_choice("hypernet", name, GENERATORS)
             function = GENERATORS[name]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), template)
-    if not callable(function):
+    if not _takes_a_condition(function):
         raise ValueError(
-            f"hypernet={hypernet!r} is no function(template, *, condition_size, ...)"
+            f"hypernet={shown(hypernet)} is no "
+            "function(template, *, condition_size, ...)"
         )
     options = {"condition_size": size, **options}
     net = calls.call("hypernet", function, shapes, **options)
     if not isinstance(net, HyperNet):
         raise TypeError(
-            f"hypernet={hypernet!r} returns {type(net).__name__}; expected a "
+            f"hypernet={shown(hypernet)} returns {type(net).__name__}; expected a "
             "hyperjax.types.HyperNet(init, generate)"
         )
     phi = jax.eval_shape(net.init, jax.random.key(0))
@@ -60,10 +62,17 @@ def generator(hypernet: str | Callable, template: PyTree, size: int) -> HyperNet
     for path in {**expected, **emitted}:
         if emitted.get(path) != expected.get(path):
             raise ValueError(
-                f"hypernet={hypernet!r} emits {emitted.get(path, 'nothing')} for "
+                f"hypernet={shown(hypernet)} emits {emitted.get(path, 'nothing')} for "
                 f"{path!r}; the template has {expected.get(path, 'no such leaf')}"
             )
     return net
+
+
+def _takes_a_condition(function: Any) -> bool:
+    try:
+        return "condition_size" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # nothing to call, or it does not say what it takes
+        return False
 
 
 def _forms(leaves: PyTree) -> dict[str, str]:

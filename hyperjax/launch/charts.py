@@ -31,6 +31,7 @@ DASHES = {"-": [1, 0], "--": [6, 3], ":": [2, 3], "-.": [7, 3, 2, 3]}
 SHAPES = {"-": "circle", "--": "square", ":": "triangle-up", "-.": "diamond"}
 HEIGHT = 250
 _MOST_MARKS = 300
+_ROOM = 8  # pixels between the outermost marks and the axes, which would hide them
 
 
 # Whether specifications are checked against Vega-Lite's schema, which takes most of the
@@ -95,7 +96,6 @@ def lines(
     import altair as alt
 
     hidden, zoom = _switches()
-    aside = 8 if bars else 0  # pixels, so that no bar lies on an axis
     kind: dict[str, Any] = {"zero": False}
     axis = alt.Axis(format="~s")
     if log:
@@ -103,10 +103,10 @@ def lines(
         with_zero = {"type": "symlog", "constant": log}
         kind = {"type": "log"} if ticks[0] > 0 else with_zero
         axis = alt.Axis(values=ticks, format="~g")
-    scale = alt.Scale(nice=False, padding=aside, **kind)
+    scale = alt.Scale(nice=False, padding=_ROOM, **kind)
     across = alt.X(f"{x[0]}:Q", title=x[1], scale=scale, axis=axis)
-    up = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False))
-    color = _colors(rows, series, "stroke")
+    up = alt.Y("y:Q", title=y, scale=_apart())
+    color = _colors(rows, series, "stroke", y)
     dash = _by_line(alt.StrokeDash, DASHES, rows, series)
     shown = alt.Chart().encode(x=across, y=up, color=color)
     names = [x[0], "y", *(k for k in ("low", "high", "n") if any(k in r for r in rows))]
@@ -125,7 +125,7 @@ def lines(
     ]
     if any("low" in row for row in rows):
         edges = shown.transform_filter("isValid(datum.low)").encode(
-            y=alt.Y("low:Q", title=y, scale=alt.Scale(zero=False)), y2="high:Q"
+            y=alt.Y("low:Q", title=y, scale=_apart()), y2="high:Q"
         )
         spread = (
             edges.mark_rule().encode(opacity=_unless(hidden, 0.8))
@@ -161,9 +161,9 @@ def places(
 
     hidden, zoom = _switches()
     ends = [row[k] for row in rows for k in "xy"]
-    scale = alt.Scale(zero=False)
+    scale = _apart()
     if diagonal:
-        scale = alt.Scale(domain=[min(ends), max(ends)], nice=True)
+        scale = alt.Scale(domain=[min(ends), max(ends)], nice=True, padding=_ROOM)
     shown = alt.Chart().encode(
         x=alt.X("x:Q", title=x, scale=scale), y=alt.Y("y:Q", title=y, scale=scale)
     )
@@ -246,6 +246,7 @@ def boxes(rows: Sequence[Mapping[str, Any]], series: Sequence[Series], x: str) -
     own = f"split(slice(datum.label, {_shared(series)}), ', ')"
     axis = alt.Axis(labelExpr=own, grid=False)
     up = alt.Y("series:N", sort=names, title=None, axis=axis)
+    x = ": ".join(filter(None, (_headed(series), x)))
     height = max((14 * (1 + name.count(", ")) + 12 for name in names), default=26)
     tips = [alt.Tooltip(f"{n}:Q", format=".4~g") for n in ("p10", "q1", "median", "q3")]
     base = alt.Chart().encode(
@@ -282,9 +283,12 @@ def sorted_dots(rows: Sequence[Mapping[str, Any]], y: str) -> Any:
         .mark_point(filled=True, size=60)
         .encode(
             x=alt.X(
-                "x:Q", title="clients, sorted", axis=alt.Axis(labels=False, ticks=False)
+                "x:Q",
+                title="clients, sorted",
+                scale=_apart(),
+                axis=alt.Axis(labels=False, ticks=False),
             ),
-            y=alt.Y("y:Q", title=y, scale=alt.Scale(zero=False)),
+            y=alt.Y("y:Q", title=y, scale=_apart()),
             color=_colors(rows, GROUPS),
             opacity=_unless(hidden, 0.85),
             tooltip=[
@@ -308,6 +312,13 @@ def _switches() -> tuple[alt.Parameter, alt.Parameter]:
     return hidden, zoom
 
 
+def _apart() -> alt.Scale:
+    """A scale from the least value, which is no mark on the axis."""
+    import altair as alt
+
+    return alt.Scale(zero=False, padding=_ROOM)
+
+
 def _unless(hidden: alt.Parameter, opacity: float) -> Any:
     import altair as alt
 
@@ -320,8 +331,12 @@ def _there(rows: Sequence[Mapping[str, Any]], series: Sequence[Series]) -> list[
 
 
 def _colors(
-    rows: Sequence[Mapping[str, Any]], series: Sequence[Series], symbol: str = "circle"
+    rows: Sequence[Mapping[str, Any]],
+    series: Sequence[Series],
+    symbol: str = "circle",
+    said: str = "",
 ) -> alt.Color:
+    """Colours and their legend, which one series needs unless `said` names it."""
     import altair as alt
 
     there = _there(rows, series)
@@ -330,12 +345,13 @@ def _colors(
     longest = max((len(one.name) for one in there), default=1) - shared
     columns = 1 if longest > 26 else 2 if longest > 10 else 3  # on a phone
     legend = alt.Legend(
-        title=None,
+        title=_headed(there),
         columns=columns,
         symbolType=symbol,
         labelExpr=f"slice(datum.label, {shared})",
     )
-    return alt.Color("series:N", scale=scale, legend=legend if there[1:] else None)
+    known = len(there) == 1 and said.startswith(there[0].name)
+    return alt.Color("series:N", scale=scale, legend=None if known else legend)
 
 
 def _shared(series: Sequence[Series]) -> int:
@@ -344,6 +360,12 @@ def _shared(series: Sequence[Series]) -> int:
     if len(starts) == 1 and all(", " in one.name for one in series):
         return len(starts.pop()) + 2
     return 0
+
+
+def _headed(series: Sequence[Series]) -> str | None:
+    """What all names begin with, which a legend says once."""
+    letters = _shared(series)
+    return series[0].name[:letters].removesuffix(", ") if letters else None
 
 
 def _by_line(
@@ -360,7 +382,7 @@ def _by_line(
         domain=[s.name for s in there], range=[looks[s.line] for s in there]
     )
     legend: Any = {} if len(there) > 1 else {"legend": None}
-    return channel("series:N", scale=scale, title=None, **legend)
+    return channel("series:N", scale=scale, title=_headed(there), **legend)
 
 
 def _data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:

@@ -372,8 +372,20 @@ def doing(command: str, what: str) -> Progress:
     return shown
 
 
+# What Python's parsers and absl's say of a flag's value, and what that means.
+_PARSED = {
+    r"invalid literal for int\(\) with base 10: .*": "must be a whole number",
+    r"could not convert string to float: .*": "must be a number",
+    r"\('Non-boolean argument to boolean flag', .*\)": "must be True or False",
+}
+
+
 def complain(message: str) -> int:
     """Prints an error; returns the exit code."""
+    for words, meaning in _PARSED.items():
+        message = re.sub(
+            rf"\bflag (--\S+?)=(.*): {words}", rf"\1=\2 {meaning}", message
+        )
     print(f"error: {message}\n(--debug shows where)", file=sys.stderr)
     return 2
 

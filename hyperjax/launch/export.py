@@ -35,16 +35,18 @@ def numbers(client: str | None, everybody: bool, run: Run) -> dict[str, int | No
     """
     data = run.experiment.federation
     most = data.num_clients + data.num_novel
+    # Where clients have different networks nobody else has one.
+    shared = {} if run.experiment.members else {SHARED: None}
     if everybody:
-        found: dict[str, int | None] = {f"client_{k}": k for k in range(most)}
-        return found if run.experiment.members else {**found, SHARED: None}
-    if client == SHARED:
+        return {**{f"client_{k}": k for k in range(most)}, **shared}
+    if client in shared:
         return {SHARED: None}
     if client is None or not client.isdecimal() or int(client) >= most:
         novel = f" and unseen ones {data.num_clients}..{most - 1}"
         raise ValueError(
             f"client={client!r}: this run has participants 0.."
-            f"{data.num_clients - 1}{novel if data.num_novel else ''}, and {SHARED!r}"
+            f"{data.num_clients - 1}{novel if data.num_novel else ''}"
+            f"{f', and {SHARED!r}' if shared else '; their networks are different'}"
         )
     return {f"client_{int(client)}": int(client)}
 
@@ -63,7 +65,7 @@ def main(
         raise FileNotFoundError(f"data={data!r}: there is no such file or folder")
     x = None
     with cli.doing("export", f"reading {path}"):
-        run = notebook.load_run(path)
+        run = notebook.load_run(path, "workdir")
     if data is not None:
         pool, config = (
             run.experiment.federation.pool,

@@ -104,6 +104,22 @@ def continued(folder: str, families: list[str], rounds: int | None) -> Any:
     return config
 
 
+def _check_begun(folder: str, config: ml_collections.ConfigDict, run: str) -> None:
+    """Refuses a folder with a run that is none of newcomers to this run."""
+    if not config.data.newcomers:
+        raise ValueError(
+            f"workdir={folder!r} holds a run of other clients than newcomers; give a "
+            "new folder"
+        )
+    # What was joined may have gone since.
+    there = [Path(path).expanduser().resolve() for path in (run, config.start.run)]
+    if there[0] != there[1] and all((path / workdir.CONFIG).exists() for path in there):
+        raise ValueError(
+            f"workdir={folder!r} holds newcomers to run={config.start.run!r}, not to "
+            f"{run!r}; give a new folder or that run"
+        )
+
+
 def main(
     run: str,
     folder: str,
@@ -113,7 +129,9 @@ def main(
 ) -> int:
     """Trains the newcomers; returns the exit code."""
     config = continued(folder, families, rounds)
-    if config is None:
+    if config is not None:
+        _check_begun(folder, config, run)
+    else:
         cli.use_cores(saved.load_config(run, "run").engine.devices)
         config = joining(run, families, rounds)
     if data_dir:

@@ -28,16 +28,16 @@ class _Config(NamedTuple):
         return build.make_model(self.config, shape, data.num_classes, data.vocabulary)
 
 
-def load_run(path: str | Path) -> Run:
-    """Returns the run in a folder; see `hyperjax.load_run`."""
+def load_run(path: str | Path, field: str = "path") -> Run:
+    """Returns the run in a folder, given by `field`; see `hyperjax.load_run`."""
     folder = Path(path).expanduser()
     if (folder / ABOUT).exists():
         return load_saved(folder)
     if not (folder / workdir.CONFIG).exists():
         raise ValueError(
-            f"path={str(path)!r} holds no run (neither {ABOUT} nor {workdir.CONFIG})"
+            f"{field}={str(path)!r} holds no run (neither {ABOUT} nor {workdir.CONFIG})"
         )
-    found = saved.load(str(folder), "path")
+    found = saved.load(str(folder), field)
     origin.check_settings(folder, origin.read(folder))
     recipe = _Config(found.config)
     experiment = recipe.build()

@@ -49,6 +49,18 @@ def room(flag: str, path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def file(flag: str, path: str) -> Iterator[Path]:
+    """Makes the folder of an output file; takes it away again if nothing gets into it.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    found = _file(flag, path)
+    with room(flag, found.parent):
+        yield found
+
+
 def remove_empty(folders: Sequence[Path]) -> None:
     """Removes folders, innermost first, that hold nothing."""
     for folder in folders:

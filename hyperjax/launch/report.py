@@ -99,7 +99,7 @@ def main(folders: Sequence[str], out: str | None, baseline: str | None = None) -
     """Writes the page of one run or several; returns the exit code.
 
     Raises:
-      ValueError: no folders, or `out` cannot be written.
+      ValueError: no folders, `out` cannot be written, or one run and a `baseline`.
       FileNotFoundError: one of the folders holds no run.
     """
     if not folders:
@@ -123,17 +123,22 @@ def _written(
     from hyperjax.sweeps import outputs, record, results
 
     if runs == given[:1]:
+        if baseline is not None:
+            raise ValueError(
+                f"baseline={baseline!r} is what other runs are compared with, and "
+                f"{str(runs[0])!r} is one run; give several, or a folder of some"
+            )
         usual = str(runs[0] / "report.html")
-        path = targets.files(out=usual if out is None else out)["out"]
-        return run_report(str(runs[0]), str(path))
+        with targets.file("out", usual if out is None else out) as path:
+            return run_report(str(runs[0]), str(path))
     for run in runs:
         if not (run / "report.html").exists():
             with contextlib.suppress(OSError):  # others' runs may be read only
                 run_report(str(run))
     if out is not None:
-        path = targets.files(out=out)["out"]
         title = f"{len(runs)} runs"
-        return comparison_report(runs, path, title, baseline=baseline)
+        with targets.file("out", out) as path:
+            return comparison_report(runs, path, title, baseline=baseline)
     folder = given[0]
     if len(given) == 1 and (folder / finished.SWEEP).exists():
         results.write(record.Record(str(folder)), baseline)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import compiling, tree
-from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.errors import check_at_least, check_choice, first_line, shown
 from hyperjax.models.passes import (
     TRIAL,
     LayerError,
@@ -172,7 +172,7 @@ def from_linen(
         mixes the samples of a batch. The message names the module and what it did.
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{module!r} is not an instance of a flax.linen module")
+        raise ValueError(f"{shown(module)} is not an instance of a flax.linen module")
     shape = _shape(input_shape)
     if len(shape) not in (1, 3):
         hint = f"; of images without channels it is {(*shape, 1)}"

@@ -446,6 +446,12 @@ class Run(NamedTuple):
                 f"client={client}: participants are 0..{n - 1}, unseen clients "
                 f"{n}..{n + m - 1}, and {n + m} is somebody else"
             )
+        if number == n + m and self.experiment.members:
+            names = ", ".join(self.experiment.members.names)
+            raise ValueError(
+                "somebody who is no client has no network in this run, whose clients "
+                f"have different ones ({names}); clients are 0..{n + m - 1}"
+            )
         train = None
         if number < n:
             own = slice(number, number + 1)

@@ -83,7 +83,8 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     """Returns the page, with links as of a file at `path`."""
     each = statistics.groups_of(results.wide, results.by)
     look, told = figures.looks(each), tables.telling(each)
-    names = dict(zip(map(tables.label, each), told, strict=True))
+    head = f"{look.method}, " if look.method else ""  # charts say it over their legends
+    names = {tables.label(g): head + t for g, t in zip(each, told, strict=True)}
     series = [Series(names[n], _hex(o.color), o.line) for n, o in look.of.items()]
     done = int(results.wide["finished"].sum())
     num = len(results.points)

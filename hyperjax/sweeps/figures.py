@@ -102,12 +102,14 @@ class Look(NamedTuple):
 class Looks(NamedTuple):
     """How groups are drawn, and the legend of it: (words, look) in order.
 
-    Too many for one panel have a panel for each value of the setting `apart`.
+    Too many for one panel have a panel for each value of the setting `apart`. A
+    `method` that all have stands over the legend, whose words leave it out.
     """
 
     of: dict[str, Look]
     legend: list[tuple[str, Look]]
     apart: str | None = None
+    method: str = ""
 
     def panels(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         """Returns the rows of each panel, and what to add to its title."""
@@ -141,6 +143,9 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     apart = None
     if lined and not shades and len(words) > len(PALETTE):
         apart, lined = lined, None
+    methods = {str(group.get("method", "")) for group in groups}
+    said = {short.partition(", ")[0] for short in told}
+    method = methods.pop() if len(methods) == 1 and not methods & said else ""
     found = {}
     for group, other in zip(groups, rest, strict=True):
         name = tables.label(other)
@@ -153,7 +158,7 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
     if not lined:
         pairs = zip(map(tables.label, rest), found.values(), strict=True)
         legend = list(zip(told, dict(pairs).values(), strict=True))
-        return Looks(found, legend, apart)
+        return Looks(found, legend, apart, method)
     legend = [
         (short, Look(colors[name], "-", "o"))
         for name, short in zip(words, told, strict=True)
@@ -162,7 +167,7 @@ def looks(groups: Sequence[Mapping[str, Any]]) -> Looks:
         (f"{tables.short(lined, names)}={tables.setting(value)}", Look(MUTED, *kind))
         for value, kind in zip(values, zip(_LINES, _MARKERS, strict=True), strict=False)
     ]
-    return Looks(found, legend)
+    return Looks(found, legend, method=method)
 
 
 def _is_crossed(groups: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -371,9 +376,10 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
         axis.set_yticks(range(len(names)), shown if axis is axes[0] else [])
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set(title=f"{'participants' if kind else 'unseen clients'}, %")
+    head = f"{look.method}; " if look.method else ""
     figure.supxlabel(
-        "accuracy of clients of all seeds; box: quartiles and median; whiskers: 10 and "
-        "90 %",
+        f"{head}accuracy of clients of all seeds; box: quartiles and median; whiskers: "
+        "10 and 90 %",
         fontsize=7,
     )
     return figure
@@ -504,14 +510,16 @@ def _legend(figure: Figure, look: Looks, title: str, marks: bool = True) -> None
     # About 19 letters an inch, and the line before them.
     columns = int(figure.get_figwidth() * 19 // (longest + 8))
     columns = max(1, min(len(entries), columns))
-    more = max(0, -(-len(entries) // columns) - _LEGEND_LINES)
+    lines_of_text = -(-len(entries) // columns) + bool(look.method)
+    more = max(0, lines_of_text - _LEGEND_LINES)
     figure.set_figheight(figure.get_figheight() + more * _LINE_HEIGHT)
-    figure.legend(
+    legend = figure.legend(
         handles=lines,
         loc="outside lower center",
         ncols=columns,
-        title=title,
+        title=f"{look.method}\n{title}" if look.method else title,
     )
+    legend.get_title().set_multialignment("center")
 
 
 def _over_seeds(rows: pd.DataFrame, by: Sequence[str], what: str) -> str:

@@ -178,7 +178,7 @@ COMMANDS = {
         [DIGITS, "--config.data.path=mine.npz"],
         "data.path' is unknown; data of your own are data.name=mine.npz",
     ),
-    "type": ([DIGITS, "--config.rounds=abc"], "config.rounds=abc: invalid literal"),
+    "type": ([DIGITS, "--config.rounds=abc"], "rounds=abc must be a whole number"),
     "no workdir": (None, "--workdir is required; see --help"),
     "no config": ([], "--config is required; see --help"),
     "no such config": (["--config=configs/nothing.py"], "'configs/nothing.py'"),

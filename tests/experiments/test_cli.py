@@ -61,6 +61,29 @@ def test_a_list_for_one_value_points_to_sweeps():
         assert cli.explain(ValueError(text)) == text
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "flag --config.rounds=2.5: invalid literal for int() with base 10: '2.5'",
+            "--config.rounds=2.5 must be a whole number",
+        ),
+        (
+            "the point a=: flag --config.a=: could not convert string to float: ''",
+            "the point a=: --config.a= must be a number",
+        ),
+        (
+            "flag --all=x: ('Non-boolean argument to boolean flag', 'x')",
+            "--all=x must be True or False",
+        ),
+        ("flag --format=x: value should be", "flag --format=x: value should be"),
+    ],
+)
+def test_what_parsers_say_is_put_in_words(said, shown, capsys):
+    assert cli.complain(said) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {shown}"
+
+
 def test_path_flags_take_what_people_type(monkeypatch):
     values = flags.FlagValues()
     monkeypatch.setattr(cli.flags, "FLAGS", values)

@@ -184,6 +184,15 @@ def test_what_cannot_be_joined_is_refused(finished, untrained, tmp_path):
         join.joining(untrained)
     assert join.continued(untrained, [], None).to_dict() == config.to_dict()
     assert join.continued(str(tmp_path / "new"), [], None) is None
+    for folder, run, message in (
+        (finished, finished, "holds a run of other clients than newcomers"),
+        (tmp_path / "fedavg", finished, "holds a run of other clients"),
+        (untrained, tmp_path / "fedavg", "holds newcomers to run='.*', not to '.*"),
+    ):
+        with pytest.raises(ValueError, match=rf"workdir='{folder}' {message}"):
+            join.main(str(run), str(folder), [], None, None)
+    # Of a run that is no longer there the newcomers go on.
+    assert join.main("gone", untrained, [], None, None) == 0
     config = join.joining(finished)
     mistakes = [
         (dict(method__freeze=("heads/77/.*",)), "matches no variable"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vl_convert
 from launched import launch
 from made_runs import make_run, write_json, write_lines
 
@@ -257,7 +258,7 @@ def test_a_run_without_a_metric_beside_one_with_it(tmp_path: Path) -> None:
     _without(folders[1], "zacc", "gacc")
     path = report.comparison_report(folders, str(tmp_path / "all.html"), "All")
     text, _ = _read(path)
-    whole, part = "novel=5", "novel=0"
+    whole, part = "hyperfednet, novel=5", "hyperfednet, novel=0"
     found = _charts(text)
     assert _series(found["pACC, %"]) == [whole, part]
     assert _series(found["zACC, %"]) == [whole]
@@ -377,7 +378,22 @@ def test_the_launcher_refuses_what_is_no_run(tmp_path: Path) -> None:
             report.main([run, other], None)
     with pytest.raises(ValueError, match=r"--out=.* is not a file"):
         report.main([run], str(tmp_path))
+    new = str(tmp_path / "new/page.html")
+    with pytest.raises(ValueError, match=r"^baseline='fedavg' .* is one run; give"):
+        report.main([run], new, "fedavg")
+    damaged = Path(make_run(tmp_path / "damaged"))
+    (damaged / "metrics.jsonl").write_text("{]\n{}\n")
+    with pytest.raises(ValueError, match="damaged"):
+        report.main([str(damaged)], new)
+    assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_baseline_that_is_none_leaves_no_folder(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(ValueError, match="baseline='nothing' is none of the groups"):
+        report.main(folders, str(tmp_path / "new/deep/page.html"), "nothing")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.xdist_group("launcher")
@@ -438,9 +454,90 @@ def test_series_of_one_colour_differ_and_bars_stay_off_the_axes() -> None:
     (shape,) = [e["shape"] for e in _encodings(spec) if "shape" in e]
     assert shape["scale"] == {"domain": ["a", "b"], "range": ["circle", "square"]}
     spec = json.loads(charts.lines(rows, series, "y", ("x", "x"), bars=True))
-    assert {e["x"]["scale"]["padding"] for e in _encodings(spec)} == {8}
     (dash,) = [e["strokeDash"] for e in _encodings(spec) if "strokeDash" in e]
     assert dash["scale"]["range"] == [[1, 0], [6, 3]]
+
+
+@pytest.mark.parametrize(
+    ("names", "title"),
+    [
+        (["fedavg", "ditto"], None),
+        (["fedavg"], None),
+        (["fedavg, alpha=1", "fedavg, alpha=2"], "fedavg"),
+        (["fedavg, alpha=1"], "fedavg"),
+        (["fedavg", "fedavg, alpha=1"], None),
+    ],
+)
+def test_a_legend_has_the_method_of_all_as_its_title(names, title) -> None:
+    series = [charts.Series(name, "red") for name in names]
+    rows = [dict(series=name, x=1, y=2, name="n") for name in names]
+    for spec in (
+        charts.lines(rows, series, "pACC, %", ("x", "x")),
+        charts.places(rows, series, "pACC, %", "zACC, %"),
+    ):
+        color, *_ = [e["color"] for e in _encodings(json.loads(spec))]
+        assert color["legend"]["title"] == title
+        # By another title what tells lines apart would have a legend of its own.
+        told = [
+            e.get("strokeDash") or e.get("shape") for e in _encodings(json.loads(spec))
+        ]
+        assert {other["title"] for other in told if other} == {title}
+
+
+def test_boxes_say_the_method_of_all_below() -> None:
+    names = ["fedavg, alpha=1", "fedavg, alpha=2"]
+    series = [charts.Series(name, "red") for name in names]
+    numbers = dict.fromkeys(("p10", "q1", "median", "q3", "p90", "n"), 1)
+    rows = [{"series": name, **numbers} for name in names]
+    for chosen, title in ((series, "fedavg: accuracy, %"), (series[:0], "accuracy, %")):
+        spec = json.loads(charts.boxes(rows, chosen, "accuracy, %"))
+        assert {e["x"]["title"] for e in _encodings(spec)} == {title}
+
+
+def test_a_lone_series_has_a_legend_unless_its_axis_names_it() -> None:
+    series, rows = [charts.Series("loss", "red")], [dict(series="loss", x=1, y=2)]
+    known = json.loads(charts.lines(rows, series, "loss, nats", ("x", "x")))
+    other = json.loads(charts.lines(rows, series, "pACC, %", ("x", "x")))
+    assert all(e["color"]["legend"] is None for e in _encodings(known))
+    assert all(e["color"]["legend"] for e in _encodings(other))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        charts.lines(
+            [dict(series="a", x=x, y=y) for x, y in ((0, 20), (9, 30))],
+            [charts.Series("a", "red")],
+            "y",
+            ("x", "x"),
+        ),
+        *(
+            charts.places(
+                [dict(series="a", x=x, y=y, name="n") for x, y in ((20, 20), (90, 30))],
+                [charts.Series("a", "red")],
+                *("x", "y"),
+                diagonal=diagonal,
+            )
+            for diagonal in (False, True)
+        ),
+        charts.sorted_dots(
+            [dict(series="participating", x=x, y=20 + x) for x in (0, 1)], "y"
+        ),
+    ],
+    ids=["lines", "places", "diagonal", "sorted_dots"],
+)
+def test_no_mark_lies_on_an_axis(spec: str) -> None:
+    svg = vl_convert.vegalite_to_svg(json.dumps(json.loads(spec) | {"width": 400}))
+    (width, height), *_ = re.findall(
+        r'class="background"[^>]*d="M0.5,0.5h(\d+)v(\d+)', svg
+    )
+    marks = re.findall(
+        r'="(?:point|circle)" transform="translate\(([\d.]+),([\d.]+)\)', svg
+    )
+    assert len(marks) == 2
+    for x, y in marks:
+        # Further than the radius of a mark.
+        assert 4 < float(x) < int(width) - 4 and 4 < float(y) < int(height) - 4
 
 
 def _encodings(spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -96,6 +96,19 @@ def test_hyperfednet_shares_a_generator_of_dense_weights():
     assert cost.up_numbers == cost.down_numbers == mlp.num_parameters(net)
 
 
+def named_wrongly(template, *, embedding_size):
+    """Takes the size of a condition by another name."""
+
+
+def nothing_at_all(template, *, condition_size):
+    """Returns no hypernetwork."""
+
+
+class Nothing:
+    def __call__(self, template, *, condition_size):
+        """Returns no hypernetwork either."""
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
@@ -103,6 +116,14 @@ def test_hyperfednet_shares_a_generator_of_dense_weights():
         ("per_tensor(width=3)", ValueError, "width"),
         ("no_such:thing", ValueError, "expected package.module:function"),
         (3, ValueError, "hypernet=3 is no function"),
+        (named_wrongly, ValueError, "hypernet=named_wrongly is no function"),
+        (nothing_at_all, TypeError, "hypernet=nothing_at_all returns NoneType"),
+        (
+            functools.partial(nothing_at_all),
+            TypeError,
+            "hypernet=nothing_at_all returns",
+        ),
+        (Nothing(), TypeError, "hypernet=<Nothing> returns"),
         (lambda template, *, condition_size: template, TypeError, "returns dict"),
         (
             lambda template, *, condition_size: HyperNet(

@@ -172,8 +172,19 @@ def test_clients_of_families_get_theirs(tmp_path):
         logits = module.apply(network.variables, by_hand(network.header, X))
         found = nn.softmax(logits).argmax(-1)
         np.testing.assert_array_equal(found, run.predict(client, X))
-    with pytest.raises(ValueError, match="client 6 belongs to no family"):
-        run.network(None)
+    nobody = r"somebody who is no client has no network.*\(a, b\); clients are 0\.\.5"
+    for ask in (run.network, run.variables, lambda client: run.predict(client, X)):
+        with pytest.raises(ValueError, match=nobody):
+            ask(None)
+    run.save(tmp_path / "run")
+    np.savez(tmp_path / "visitor.npz", image=X[..., 0])
+    for client, data, message in (
+        ("shared", None, "client='shared': .* 4..5; their networks are different"),
+        (None, str(tmp_path / "visitor.npz"), nobody),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launcher.main(str(tmp_path / "run"), client, False, data, "npz")
+    assert not (tmp_path / "run" / launcher.FOLDER).exists()
 
 
 def test_a_rule_of_its_own_is_said(tmp_path):
@@ -226,7 +237,7 @@ def test_the_command_refuses_by_name(arguments, match, folder, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         launcher.main(folder, *arguments)
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises(ValueError, match=f"^workdir='{tmp_path}' holds no run"):
         launcher.main(str(tmp_path), "0", False, None, "npz")
     assert not list(tmp_path.iterdir())
 

@@ -199,7 +199,7 @@ def test_weights_belong_to_the_method(data):
         (dict(method="dito"), "did you mean 'ditto'"),
         (dict(lamb=1.0), r"option='lamb' is unknown; did you mean 'lam'"),
         (dict(lam="much"), "method.lam='much' must be a finite number"),
-        (dict(network=object()), "is not an instance of a flax.linen module"),
+        (dict(network=object()), "^<object> is not an instance of a flax.linen module"),
         (dict(network="mpl"), "network='mpl' is unknown; did you mean 'mlp'"),
         (dict(network=[Net(), Net()]), "needs one network for all clients"),
         (dict(local=hj.Local(optax.sgd(0.1), 8)), "give optimizer, or local"),

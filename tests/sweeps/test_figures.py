@@ -146,8 +146,25 @@ def test_more_groups_than_colours_have_panels_by_a_setting():
 def test_the_method_of_all_is_left_out_of_the_legend():
     look = figures.looks([{"method": "a", "size": v} for v in (2, 4)])
     assert [words for words, _ in look.legend] == ["size=2", "size=4"]
+    assert look.method == "a"
     look = figures.looks([{"method": "a", "size": 2}, {"method": "b", "size": 2}])
     assert [words for words, _ in look.legend] == ["a, size=2", "b, size=2"]
+    assert look.method == "" == figures.looks([{"method": "a"}]).method
+
+
+def test_the_method_of_all_stands_over_the_legend(results):
+    table, wide, clients = (of[of["method"] == "fedavg"] for of in results)
+    for name, figure in figures.all_of(table, wide, clients, BY):
+        words = [t.get_text() for legend in figure.legends for t in legend.texts]
+        titles = [legend.get_title().get_text() for legend in figure.legends]
+        # Either over the legend, or in it where it has no other entry.
+        said = [*(title.split("\n")[0] for title in titles), *words]
+        assert said.count("fedavg") == len(titles), (name, said)
+        if name != "by_data_alpha":
+            assert all(title.startswith("fedavg\nmean over 2") for title in titles)
+            assert not titles or words[0] == "alpha=0.1"
+        if name == "clients":
+            assert figure.get_supxlabel().startswith("fedavg; accuracy of clients")
 
 
 def test_a_swept_number_is_shown_beside_what_is_sent(results):
