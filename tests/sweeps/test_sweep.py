@@ -377,6 +377,7 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
+    monkeypatch.setattr(sweep.results, "write", lambda *args, **options: True)
     trained: list[int] = []
     step = train.loop.step
 
@@ -385,45 +386,33 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
         return step(experiment, state, donate=donate)
 
     monkeypatch.setattr(train.loop, "step", counting)
-    folder = tmp_path / "adapted"
     arguments = ("--config.rounds=2", "--config.tensorboard=False")
     arguments += ("--config.model.hidden=(4,)", "--config.local.steps=1")
-    arguments += (
-        "--config.data.validation_fraction=0.2",
-        "--config.evaluation.every=2",
-    )
-    given = asked(folder, "evaluation.adapt='',em", "seed=0..1", arguments=arguments)
-    assert sweep.main(given._replace(list_only=True)) == 0
+    arguments += ("--config.data.validation_fraction=0.2",)
+
+    def given(name, *flags):
+        adapt = "evaluation.adapt='',em"
+        return asked(tmp_path / name, adapt, arguments=(*arguments, *flags))
+
+    assert sweep.main(given("once")._replace(list_only=True)) == 0
     listed = capsys.readouterr().out
-    for seed in (0, 1):
-        assert f"trained once for 2: adapt=,seed={seed}\n" in listed
-        told = f"adapt=em,seed={seed}: has the training of adapt=,seed={seed}\n"
-        assert told not in listed
-    assert sweep.main(given) == 0
-    assert told in capsys.readouterr().out
-    calls = len(trained)
-    adapted = [p for p in sweep.make_plan(given).points if p.config.evaluation.adapt]
-    assert len(adapted) == 2 and not list(folder.glob(".*.part"))
-    for point in adapted:
-        alone = tmp_path / f"alone_{point.config.seed}"
-        summary = train.train(point.config, str(alone))
-        del trained[calls:]
-        found = json.loads((folder / point.name / workdir.SUMMARY).read_text())
-        assert found["seconds"] > 0 and found["flops"] == summary["flops"]
-        spent = {"seconds", "samples_per_second", "compile_seconds"}
-        assert {k: v for k, v in found.items() if k not in spent} == {
-            k: v for k, v in summary.items() if k not in spent
-        }
-        for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
-            same = [
-                (place / name).read_text() for place in (alone, folder / point.name)
-            ]
-            assert same[0] == same[1], name
-    assert sweep.main(given) == 0 and len(trained) == calls  # of the two others
-    once = {train.train(p.config, str(folder / p.name))["seed"] for p in adapted}
-    assert once == {0, 1} and len(trained) == calls
-    arguments += ("--config.evaluation.every=1",)
-    own = asked(tmp_path / "own", "evaluation.adapt='',em", arguments=arguments)
+    told = "adapt=em: has the training of adapt=\n"
+    assert "trained once for 2: adapt=\n" in listed and told not in listed
+    assert sweep.main(given("once")) == 0
+    assert trained == [0] and told in capsys.readouterr().out
+    _, adapted = sweep.make_plan(given("once")).points
+    place, alone = tmp_path / "once" / adapted.name, tmp_path / "alone"
+    assert not list((tmp_path / "once").glob(".*.part"))
+    summary = train.train(adapted.config, str(alone))
+    found = json.loads((place / workdir.SUMMARY).read_text())
+    assert found["seconds"] > 0
+    spent = {"seconds", "samples_per_second", "compile_seconds"}
+    for name in found.keys() | summary.keys() - spent:
+        assert name in spent or found[name] == summary[name], name
+    for name in ("metrics.jsonl", "training.jsonl", "clients.json"):
+        assert (place / name).read_text() == (alone / name).read_text(), name
     del trained[:]
-    assert sweep.main(own) == 0
-    assert trained == [0, 1, 0, 1]  # with all evaluations, of states that are gone
+    assert train.train(adapted.config, str(place)) == found and not trained
+    # With evaluations in between, of states that are gone, all are trained.
+    assert sweep.main(given("own", "--config.evaluation.every=1")) == 0
+    assert trained == [0, 1, 0, 1]
