@@ -96,6 +96,19 @@ def check_at_least(minimum: int, **values: Any) -> None:
     check_number(at_least=minimum, whole=True, **values)
 
 
+def check_made(name: str, value: Any, parts: Iterable[str], example: str) -> None:
+    """Raises ValueError unless a value has these parts: a factory is to be called.
+
+    Args:
+      name: of the argument.
+      value: what was given.
+      parts: attributes that what is asked for has.
+      example: how one is made.
+    """
+    if not all(hasattr(value, part) for part in parts):
+        raise ValueError(f"{name}={shown(value)} must be made, such as {example}")
+
+
 def surely(condition: Any) -> bool:
     """Returns whether a condition on numbers is met; not if they are traced."""
     return not _is_traced(condition) and bool(condition)

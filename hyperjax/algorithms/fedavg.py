@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import aggregators, corrections, tree
-from hyperjax.errors import check_choice
+from hyperjax.errors import check_choice, check_made
 from hyperjax.models import memory
 from hyperjax.registry import has_traits
 from hyperjax.training import OPTIMIZER, Local, Trainer, trainer, tuner
@@ -97,13 +97,21 @@ def fedavg(
       finetune: patterns of the parameters that fine-tuning moves; (): all.
 
     Raises:
-      ValueError: `keep` matches no variable, an unknown choice, or an optimizer is kept
-        of nothing or under a correction that assumes a new one.
+      ValueError: `keep` matches no variable, an unknown choice, a factory where what it
+        makes is asked for, or an optimizer is kept of nothing or under a correction
+        that assumes a new one.
     """
     check_choice("bn_stats", bn_stats, BN_STATS)
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
+    for name, made, parts, example in (
+        ("local.optimizer", local.optimizer, ("init", "update"), "optax.sgd(0.1)"),
+        ("server_opt", server_opt, ("init", "update"), "optax.sgd(1.0)"),
+        ("correction", correction, ("init_server", "adjust"), "corrections.none()"),
+        ("aggregator", aggregator, ("combine",), "aggregators.weighted_mean()"),
+    ):
+        check_made(name, made, parts, example)
     check_choice("persist_optimizer", persist_optimizer, PERSIST)
     if persist_optimizer == "kept" and not tree.as_patterns(keep):
         raise ValueError(

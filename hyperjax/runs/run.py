@@ -19,7 +19,7 @@ from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, families, log, schedule, scoring
 from hyperjax.engine.deploy import Deployed
 from hyperjax.engine.progress import Progress, Silent
-from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.errors import check_at_least, check_choice, check_made, first_line
 from hyperjax.runs import export, loop, results
 from hyperjax.runs.experiment import Experiment, Settings
 from hyperjax.runs.loop import State
@@ -115,6 +115,7 @@ def run(
             raise ValueError("give optimizer, or local, which has one")
     if local is None:
         optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+        check_made("optimizer", optimizer, ("init", "update"), "optax.sgd(0.1)")
         local = Local(optimizer, batch_size, phases=(Phase(epochs=epochs),))
     recipe = Recipe(
         method,

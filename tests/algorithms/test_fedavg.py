@@ -310,6 +310,16 @@ def test_keep_without_match():
         fedavg(MODEL, local=FULL, keep="params/top/.*")
 
 
+@pytest.mark.parametrize("name", ["server_opt", "correction", "aggregator"])
+def test_a_factory_is_not_what_it_makes(name):
+    with pytest.raises(ValueError, match=rf"^{name}=factory must be made, such as "):
+
+        def factory():
+            raise AssertionError
+
+        fedavg(MODEL, local=FULL, **{name: factory})
+
+
 def test_fine_tuning_without_match():
     with pytest.raises(ValueError, match=r"params/haed.*paths are.*Dense_0"):
         fedavg(MODEL, local=FULL, finetune=("params/haed/.*",))

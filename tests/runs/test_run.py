@@ -203,6 +203,7 @@ def test_weights_belong_to_the_method(data):
         (dict(network="mpl"), "network='mpl' is unknown; did you mean 'mlp'"),
         (dict(network=[Net(), Net()]), "needs one network for all clients"),
         (dict(local=hj.Local(optax.sgd(0.1), 8)), "give optimizer, or local"),
+        (dict(optimizer=optax.sgd), r"optimizer=sgd must be made, such as optax\.sgd"),
         (dict(rounds=-1), "rounds=-1 must be"),
         (dict(uplink="topq(fraction=1)"), "uplink='topq' is unknown"),
         (dict(adapt="t4a"), "adapt='t4a' is unknown; did you mean 't3a'"),
