@@ -407,11 +407,11 @@ def _save(
 
 
 def _summed_up(folder: Path) -> dict[str, Any]:
-    """The summary of the run as it was, if that is finished."""
-    try:
-        return checkpoint.read_json(folder / workdir.SUMMARY, workdir.AGAIN)
-    except (OSError, ValueError):
-        return {}
+    """The summary of the run as it was, or what another's training took that it has."""
+    for name in (workdir.SUMMARY, workdir.TRAINED):
+        with contextlib.suppress(OSError, ValueError):
+            return checkpoint.read_json(folder / name, workdir.AGAIN)
+    return {}
 
 
 def _tables_are_there(folder: Path) -> bool:

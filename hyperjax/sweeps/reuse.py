@@ -4,6 +4,7 @@ Fields of `evaluation` touch no training (`origin.compare` lets a run go on with
 values), so a point may begin with what a finished one has trained, and is evaluated.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,9 @@ from hyperjax.launch import workdir
 from hyperjax.protocols import common
 from hyperjax.sweeps.points import Point
 
-# What a run's training leaves. A summary says what that took, until there is a new one.
-_TRAINED = (
-    workdir.CONFIG,
-    workdir.PARTITION,
-    workdir.CHECKPOINTS,
-    workdir.SUMMARY,
-    log.TRAINING,
-)
-
+# What a run's training leaves. Its summary is another point's: whoever reads the folder
+# before this one has been evaluated must not find it there.
+_TRAINED = (workdir.CONFIG, workdir.PARTITION, workdir.CHECKPOINTS, log.TRAINING)
 
 Training: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -97,8 +92,12 @@ def _copied(run: Path, place: Path) -> bool:
                 shutil.copytree(run / name, part / name)
             elif (run / name).exists():
                 shutil.copy2(run / name, part / name)
+        summary = checkpoint.read_json(run / workdir.SUMMARY, workdir.AGAIN)
+        took = {name: summary.get(name) for name in workdir.SPENT}
+        text = json.dumps({"run": run.name, **took}, indent=2) + "\n"
+        (part / workdir.TRAINED).write_text(text, encoding="utf-8")
         part.rename(place)
-    except OSError:
+    except (OSError, ValueError):  # such as of a damaged summary
         logging.debug("copying %s", run, exc_info=True)
         shutil.rmtree(part, ignore_errors=True)
         return False

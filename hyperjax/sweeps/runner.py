@@ -6,15 +6,14 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from absl import logging
 
 from hyperjax.data import sources
-from hyperjax.launch import build, origin, train, workdir
-from hyperjax.protocols import common
+from hyperjax.launch import build, train, workdir
+from hyperjax.protocols.common import flat
 from hyperjax.runs.experiment import Experiment
 from hyperjax.sweeps import group, lockstep, reuse
 from hyperjax.sweeps import record as records
@@ -60,7 +59,7 @@ def check_baseline(baseline: str | None, points: Sequence[Point]) -> None:
     fields = [field for field in swept if field != "method.name"]
     groups = []
     for point in points:
-        values = {field: common.flat(point.config).get(field) for field in fields}
+        values = {field: flat(point.config).get(field) for field in fields}
         method = point.fields.get("method.name", point.config.method.name)
         groups.append({"method": method, **values})
     statistics.parse_baseline(baseline, groups)
@@ -185,7 +184,7 @@ def _built(
     left = [
         point
         for point in members
-        if _is_left(record.folder / point.name, point)
+        if not (record.folder / point.name / workdir.SUMMARY).exists()
         and record.entry(point.name)["status"] != records.DIVERGED
     ]
     configs = [point.config for point in left]
@@ -202,17 +201,6 @@ def _built(
     return dict(zip((point.name for point in left), found, strict=True))
 
 
-def _is_left(folder: Path, point: Point) -> bool:
-    """Whether something of a point is still to be trained or evaluated."""
-    if not (folder / workdir.SUMMARY).exists():
-        return True
-    config = origin.as_json(common.filled(point.config))
-    try:
-        return origin.result(folder, config) is None
-    except (OSError, ValueError):  # whoever runs it says what is wrong
-        return False
-
-
 def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
     folder = record.folder / point.name
     before = record.entry(point.name)
@@ -221,7 +209,7 @@ def _one(record: Record, point: Point, show: Shown, run_one: Callable) -> str:
         show.ended(point.name, _said(before["status"], before["message"]), ran=False)
         return records.DIVERGED
     show.begin(point.name)
-    ran = _is_left(folder, point)
+    ran = not (folder / workdir.SUMMARY).exists()
     record.set_status(point.name, records.RUNNING)
     result: dict[str, Any] | Exception
     asked: list[bool] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hyperjax.launch import finished, origin, report, sweep, train, workdir
-from hyperjax.sweeps import live, long, points, record, runner, tune
+from hyperjax.sweeps import live, long, points, record, reuse, runner, tune
 from hyperjax.sweeps.points import Point
 
 FEDAVG = "zero_shot:fedavg,data=digits"
@@ -400,7 +400,13 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
     assert "trained once for 2: adapt=\n" in listed and told not in listed
     assert sweep.main(given("once")) == 0
     assert trained == [0] and told in capsys.readouterr().out
-    _, adapted = sweep.make_plan(given("once")).points
+    first, adapted = sweep.make_plan(given("once")).points
+    # Whoever reads a folder that is not evaluated yet finds no results of another's.
+    later = adapted._replace(name="later")
+    alike = reuse.by_training([first, later])
+    assert reuse.begin(tmp_path / "once", later, alike) == first.name
+    left = {path.name for path in (tmp_path / "once" / "later").iterdir()}
+    assert workdir.TRAINED in left and not left & {workdir.SUMMARY, workdir.CLIENTS}
     place, alone = tmp_path / "once" / adapted.name, tmp_path / "alone"
     assert not list((tmp_path / "once").glob(".*.part"))
     summary = train.train(adapted.config, str(alone))
