@@ -5,8 +5,8 @@ number of steps; under `vmap` clients that are done wait, their carry untouched.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,13 @@ import optax
 
 from hyperjax import rng, tree
 from hyperjax.data import clients
-from hyperjax.errors import check_at_least, check_choice, check_number
+from hyperjax.errors import (
+    check_at_least,
+    check_choice,
+    check_made,
+    check_number,
+    shown,
+)
 from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy, num_classes
 from hyperjax.tree import Patterns
@@ -115,6 +121,33 @@ class Trainer(NamedTuple):
         return self.train(*args, **options)
 
 
+def check_given(model: Any, local: Any) -> None:
+    """Raises unless a method was given a `Model` and a `Local`, or some by family.
+
+    Every method says so, before it takes anything from them.
+
+    Raises:
+      TypeError: one of them is something else, such as a network that is no
+        `Model` yet.
+      ValueError: the optimizer of the local training is a factory or something else.
+    """
+    for one in _each(model):
+        if not isinstance(one, Model):
+            raise TypeError(
+                f"model must be a hyperjax.Model; got {shown(one)}, of which "
+                "hyperjax.from_linen(network, sample_shape, num_classes) makes one"
+            )
+    for one in _each(local):
+        if not isinstance(one, Local):
+            raise TypeError(f"local must be a hyperjax.Local; got {shown(one)}")
+        parts = ("init", "update")
+        check_made("local.optimizer", one.optimizer, parts, "optax.sgd(0.1)")
+
+
+def _each(given: Any) -> Iterable[Any]:
+    return given.values() if isinstance(given, Mapping) else (given,)
+
+
 def trainer(
     model: Model,
     local: Local,
@@ -137,14 +170,13 @@ def trainer(
         the gradients of all steps, before they are clipped; other optimizers give none.
 
     Raises:
-      TypeError: `local` is something else.
-      ValueError: a number is out of range, an unknown choice, a phase has not exactly
-        one length, or a `probe` is asked of phases that train different leaves (so is
-        an optimizer state by `init_optimizer`) or of an optimizer whose steps are not
-        linear in the gradients.
+      TypeError: `model` or `local` is something else.
+      ValueError: no optimizer, a number is out of range, an unknown choice, a phase
+        has not exactly one length, or a `probe` is asked of phases that train different
+        leaves (so is an optimizer state by `init_optimizer`) or of an optimizer whose
+        steps are not linear in the gradients.
     """
-    if not isinstance(local, Local):
-        raise TypeError(f"local must be a hyperjax.Local; got {local!r}")
+    check_given(model, local)
     optimizer, batch_size, phases = local.optimizer, local.batch_size, local.phases
     # Above, counting samples would overflow.
     check_number(at_least=1, at_most=2**30, whole=True, batch_size=batch_size)

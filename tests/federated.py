@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -142,18 +142,19 @@ def method(stack: str) -> Algorithm:
     return build(name, **options)
 
 
-def build(name: str, **options) -> Algorithm:
+def build(name: str, model: Any = None, local: Any = None, **options) -> Algorithm:
     """Builds a method on the tiny model; of families it is as one of two sees it."""
+    local = local or make_local()
     factory = registry.find(name)
     takes = inspect.signature(factory).parameters
     small = {k: v for k, v in SMALL.items() if k in takes}
     if registry.families(name) == "several":
         sizes = {"a": NUM_CLIENTS, "b": 3}
-        both = {"a": tiny().model, "b": normed()}
-        alg = factory(both, local=make_local(), family_sizes=sizes, **small, **options)
+        both = {"a": model or tiny().model, "b": normed()}
+        alg = factory(both, local=local, family_sizes=sizes, **small, **options)
         return families.view(alg, "a")
-    model = normed() if name in ON_NORMS else tiny().model
-    return factory(model, local=make_local(), **small, **options)
+    model = model or (normed() if name in ON_NORMS else tiny().model)
+    return factory(model, local=local, **small, **options)
 
 
 def messages(alg: Algorithm) -> list[tuple]:

@@ -1,11 +1,12 @@
 """Methods by name, and what each takes."""
 
+import functools
 import inspect
 
 import federated
 import pytest
 
-from hyperjax import registry
+from hyperjax import models, registry, training
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on, routed
 
@@ -67,3 +68,14 @@ def test_names_of_other_packages_and_wrong_ones():
         registry.find("hyperjax.tree:add")
     with pytest.raises(ValueError, match=r"expected package.module:function"):
         registry.find("nowhere:fedavg")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_model_and_no_local_is_refused(name):
+    """Nothing is taken from it before: not a batch size, not the shape of inputs."""
+    network = models.MLP(3, hidden=(4,))
+    with pytest.raises(TypeError, match=r"model must be a hyperjax.Model; got MLP\("):
+        federated.build(name, model=network)
+    other = functools.partial(training.trainer, batch_size=4)
+    with pytest.raises(TypeError, match=r"local must be a hyperjax.Local; got trainer"):
+        federated.build(name, local=other)

@@ -15,7 +15,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model, Visit, cannot_rebuild
 
@@ -47,6 +47,7 @@ def apfl(
     Raises:
       ValueError: alpha is outside [0, 1].
     """
+    check_given(model, local)
     check_number(at_least=0, at_most=1, alpha=alpha)
     template = jax.eval_shape(model.init, jax.random.key(0))
     double = personal.doubled(model)

@@ -10,7 +10,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedzero import emitted
 from hyperjax.hypernets import embedding, mlp
 from hyperjax.registry import hands_on, routed
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model
 
 PARTS = (embedding.constant_embedding, mlp.chunked_mlp, fedavg)
@@ -29,6 +29,7 @@ def constant_embedding(
       **options: of `embedding.constant_embedding`, `mlp.chunked_mlp` and `fedavg`, as
         in `hyperfedzero`.
     """
+    check_given(model, local)
     uniform, chunked, averaging = routed(options, *PARTS)
     whole = emitted(model, embedding.constant_embedding(**uniform), chunked, hypernet)
     return fedavg(whole, local=local, **averaging)

@@ -19,7 +19,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models import personal
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -50,6 +50,7 @@ def ditto(
     Raises:
       ValueError: lam is negative.
     """
+    check_given(model, local)
     check_number(at_least=0, lam=lam)
     template = jax.eval_shape(model.init, jax.random.key(0))
     cut = tree.splitter(template, keep)

@@ -23,7 +23,7 @@ from hyperjax import aggregators, corrections, tree
 from hyperjax.errors import check_choice, check_made
 from hyperjax.models import memory
 from hyperjax.registry import has_traits
-from hyperjax.training import OPTIMIZER, Local, Trainer, trainer, tuner
+from hyperjax.training import OPTIMIZER, Local, Trainer, check_given, trainer, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
@@ -101,12 +101,12 @@ def fedavg(
         makes is asked for, or an optimizer is kept of nothing or under a correction
         that assumes a new one.
     """
+    check_given(model, local)
     check_choice("bn_stats", bn_stats, BN_STATS)
     server_opt = optax.sgd(1.0) if server_opt is None else server_opt
     correction = correction or corrections.none()
     aggregator = aggregator or aggregators.weighted_mean()
     for name, made, parts, example in (
-        ("local.optimizer", local.optimizer, ("init", "update"), "optax.sgd(0.1)"),
         ("server_opt", server_opt, ("init", "update"), "optax.sgd(1.0)"),
         ("correction", correction, ("init_server", "adjust"), "corrections.none()"),
         ("aggregator", aggregator, ("combine",), "aggregators.weighted_mean()"),

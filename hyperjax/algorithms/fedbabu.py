@@ -9,7 +9,7 @@ evaluation moves the whole network.
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -26,5 +26,6 @@ def fedbabu(
       head: patterns of the parameters that are neither trained nor sent.
       **fedavg_options: of `fedavg`.
     """
+    check_given(model, local)
     frozen = local._replace(freeze=head)
     return fedavg(model, local=frozen, keep=head, **fedavg_options)

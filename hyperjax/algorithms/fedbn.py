@@ -13,7 +13,7 @@ import jax
 from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model, PyTree
 
 
@@ -29,6 +29,7 @@ def fedbn(
       bn_stats: as in `fedavg`.
       **fedavg_options: of `fedavg`.
     """
+    check_given(model, local)
     template = jax.eval_shape(model.init, jax.random.key(0))
     keep = normalisation(template)
     return fedavg(model, local=local, keep=keep, bn_stats=bn_stats, **fedavg_options)

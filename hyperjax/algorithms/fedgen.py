@@ -36,7 +36,7 @@ from hyperjax.models import HEAD, memory
 from hyperjax.models.layers import BatchNorm, Dense
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import (
     Algorithm,
@@ -123,6 +123,7 @@ def fedgen(
       ValueError: the head has not the two leaves, a size is below 1, or the model does
         not give its logits in training.
     """
+    check_given(model, local)
     check_at_least(
         1,
         noise_size=noise_size,

@@ -39,7 +39,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_at_least
 from hyperjax.models.layers import Dense
 from hyperjax.models.linen import check_gives, cross_entropy
-from hyperjax.training import Local, no_adjustment, trainer, tuner
+from hyperjax.training import Local, check_given, no_adjustment, trainer, tuner
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -117,6 +117,7 @@ def fedjets(
       ValueError: the model has no layer "head", does not give its logits in training,
         or not 1 <= K <= S <= M.
     """
+    check_given(model, local)
     num_sent = top_k if num_sent is None else num_sent
     check_at_least(1, num_clients=num_clients, top_k=top_k)
     check_at_least(0, anchors_per_expert=anchors_per_expert)

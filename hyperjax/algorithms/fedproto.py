@@ -24,7 +24,7 @@ from hyperjax.errors import check_number
 from hyperjax.models import memory
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -76,6 +76,7 @@ def fedproto(
     Raises:
       ValueError: lam is negative, or features of two families differ in number.
     """
+    check_given(models, local)
     check_number(at_least=0, lam=lam)
     shapes = {name: sizes(model) for name, model in models.items()}
     if len(set(shapes.values())) != 1:

@@ -11,7 +11,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least
 from hyperjax.models import HEAD
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local, Phase
+from hyperjax.training import Local, Phase, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -42,6 +42,7 @@ def fedrep(
     Raises:
       ValueError: a number of epochs is no whole number of at least 0.
     """
+    check_given(model, local)
     check_at_least(0, head_epochs=head_epochs, body_epochs=body_epochs)
     phases = (
         Phase(epochs=head_epochs, train=head),

@@ -26,7 +26,7 @@ from hyperjax.models import layers, memory
 from hyperjax.models.linen import check_gives, cross_entropy, sizes
 from hyperjax.priors import outputs_of, prior_em
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -63,6 +63,7 @@ def fedrod(
       ValueError: an unknown choice, a size below 1, or a model without such a head or
         with a condition of its own.
     """
+    check_given(model, local)
     check_choice("personal", personal, PERSONAL)
     check_at_least(1, head_hidden=head_hidden)
     model.check_without("fedrod", *Visit._fields, "condition")

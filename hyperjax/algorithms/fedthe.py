@@ -32,7 +32,7 @@ from hyperjax.models import memory
 from hyperjax.models.linen import check_gives, cross_entropy, sizes
 from hyperjax.priors import outputs_of
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -75,6 +75,7 @@ def fedthe(
       ValueError: a number out of range, or a model without such a head or with a
         condition of its own.
     """
+    check_given(model, local)
     check_number(at_least=0, at_most=1, beta=beta)
     check_at_least(0, weight_steps=weight_steps)
     check_number(above=0, weight_rate=weight_rate)

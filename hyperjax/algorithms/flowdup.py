@@ -28,7 +28,7 @@ from hyperjax.data import clients
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import memory
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -70,6 +70,7 @@ def flowdup(
       ValueError: an unknown choice, a number out of range, or a model that has a
         condition or hooks already.
     """
+    check_given(model, local)
     check_choice("extractor", extractor, EXTRACTORS)
     check_at_least(
         1, dimensions=dimensions, extractor_size=extractor_size, context=context

@@ -21,7 +21,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_number
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model, Visit, cannot_rebuild
 
 PARTS = ("params", "stats")
@@ -50,6 +50,7 @@ def fml(
     Raises:
       ValueError: a weight is outside [0, 1].
     """
+    check_given(models, local)
     check_number(at_least=0, at_most=1, alpha=alpha, beta=beta)
     small = over_families.smallest(models)
 

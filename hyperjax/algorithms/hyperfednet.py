@@ -23,7 +23,7 @@ from hyperjax.errors import check_at_least, check_choice
 from hyperjax.hypernets import generators, tiles
 from hyperjax.hypernets.hypernetworked import hypernetworked
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model
 
 # What stays home, by what is shared beside the generator.
@@ -87,6 +87,7 @@ def hyperfednet(
     Raises:
       ValueError: an unknown choice, or no kernel can be generated.
     """
+    check_given(model, local)
     check_choice("share_aux", share_aux, KEEP)
     known = dict(num_clients=num_clients, num_rounds=num_rounds)
     check_at_least(

@@ -38,7 +38,7 @@ from hyperjax.hypernets import basis
 from hyperjax.hypernets.embedding import Trunk, mean_embedding
 from hyperjax.models import layers, memory
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -112,6 +112,7 @@ def hyperfedshift(
       ValueError: an unknown choice, a number out of range, or a model that has a
         condition or hooks already.
     """
+    check_given(model, local)
     if len(model.sample_shape) != 3:
         raise ValueError(
             "HyperFedShift is for images, [n, H, W, c]; inputs here have the shape "

@@ -24,7 +24,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import generators, mlp, wrap
 from hyperjax.hypernets.embedding import Embedding, distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model
 from hyperjax.wrappers import with_condition_of
 
@@ -57,6 +57,7 @@ def hyperfedzero(
         and an offset of normalisation scales), `wrappers.with_condition_of` and
         `fedavg`.
     """
+    check_given(model, local)
     extractor, condition, chunked, source, averaging = routed(options, *PARTS)
     shape, tokens = model.sample_shape, model.vocabulary
     embedding = distribution_embedding(shape, tokens, **extractor)

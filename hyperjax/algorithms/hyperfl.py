@@ -19,7 +19,7 @@ from hyperjax.errors import check_at_least
 from hyperjax.hypernets import heads
 from hyperjax.models.linen import sizes
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local, Phase
+from hyperjax.training import Local, Phase, check_given
 from hyperjax.types import (
     Algorithm,
     Model,
@@ -59,6 +59,7 @@ def hyperfl(
       ValueError: a size or a number of epochs is out of range, or a model without such
         a head, with a condition or with hooks.
     """
+    check_given(model, local)
     check_at_least(0, head_epochs=head_epochs, body_epochs=body_epochs)
     model.check_without("hyperfl", *Visit._fields, "condition")
     whole = generated(model, embedding_size, hidden_size)

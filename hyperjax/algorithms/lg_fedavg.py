@@ -15,7 +15,7 @@ from hyperjax import over_families, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.models import HEAD
 from hyperjax.registry import hands_on
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -41,6 +41,7 @@ def lg_fedavg(
     Raises:
       ValueError: `share` matches no parameter, or families do not share the same.
     """
+    check_given(model, local)
     if isinstance(model, Mapping):
         options = dict(local=local, share=share, **fedavg_options)
         return over_families.averaged(

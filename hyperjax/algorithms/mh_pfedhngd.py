@@ -28,7 +28,7 @@ from hyperjax.errors import check_choice, check_number
 from hyperjax.models import memory
 from hyperjax.models.linen import check_gives, distillation
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -80,6 +80,7 @@ def mh_pfedhngd(
       ValueError: a number is out of range, an unknown choice, the smallest network has
         statistics, or `keep` is given.
     """
+    check_given(models, local)
     check_choice("teacher", teacher, TEACHERS)
     check_number(at_least=0, at_most=1, lam=lam)
     check_number(above=0, temperature=temperature)

@@ -20,7 +20,7 @@ from hyperjax.errors import check_number
 from hyperjax.models import memory
 from hyperjax.models.linen import masked_mean, sizes
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Array, Model
 
 NAME = "previous"  # model, in a client's memory
@@ -49,6 +49,7 @@ def moon(
       ValueError: mu is negative, the temperature is not positive, or the model has no
         head.
     """
+    check_given(model, local)
     check_number(at_least=0, mu=mu)
     check_number(above=0, temperature=temperature)
     sizes(model)  # raises where there are no features

@@ -9,7 +9,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.hypernets import wrap
 from hyperjax.hypernets.embedding import distribution_embedding
 from hyperjax.registry import hands_on, has_traits, routed
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import Algorithm, Model
 from hyperjax.wrappers import with_condition_of
 
@@ -27,6 +27,7 @@ def opt1(model: Model, *, local: Local, **options) -> Algorithm:
       **options: of `embedding.distribution_embedding`, `wrap.conditioned`,
         `wrappers.with_condition_of` and `fedavg`, as in `hyperfedzero`.
     """
+    check_given(model, local)
     extractor, condition, source, averaging = routed(options, *PARTS)
     shape, tokens = model.sample_shape, model.vocabulary
     embedding = distribution_embedding(shape, tokens, **extractor)

@@ -43,7 +43,7 @@ from hyperjax.hypernets.embedding import mean_embedding
 from hyperjax.models import memory
 from hyperjax.models.linen import check_gives, cross_entropy, num_classes
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.types import (
     Algorithm,
     Array,
@@ -111,6 +111,7 @@ def pefll(
       ValueError: an unknown choice, a size out of range, statistics that are not kept
         at home, or a model with a condition or hooks already.
     """
+    check_given(model, local)
     check_choice("mask_absent", mask_absent, MASKS)
     check_choice("extractor", extractor, EXTRACTORS)
     check_at_least(1, num_clients=num_clients, extractor_size=extractor_size)

@@ -19,7 +19,7 @@ from hyperjax import tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_choice, check_number
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local, constant, tuner
+from hyperjax.training import Local, check_given, constant, tuner
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Batch, Model
 
@@ -55,6 +55,7 @@ def perfedavg(
     Raises:
       ValueError: a rate is negative, an unknown choice, or batches are too small.
     """
+    check_given(model, local)
     check_choice("order", order, ORDERS)
     check_choice("draws", draws, DRAWS)
     check_number(at_least=0, inner_learning_rate=inner_learning_rate)

@@ -19,7 +19,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.errors import check_at_least, check_number, surely
 from hyperjax.models import memory
 from hyperjax.registry import hands_on, has_traits
-from hyperjax.training import Local
+from hyperjax.training import Local, check_given
 from hyperjax.tree import Patterns
 from hyperjax.types import Algorithm, Model
 
@@ -52,6 +52,7 @@ def pfedme(
     Raises:
       ValueError: a number is out of range, or fine-tuning is to move only a part.
     """
+    check_given(model, local)
     check_at_least(1, inner_steps=inner_steps)
     if finetune:
         raise ValueError(
