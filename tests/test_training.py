@@ -84,7 +84,7 @@ def weights(variables):
 def test_what_is_no_local_is_refused():
     given = functools.partial(training.trainer, optimizer=optax.sgd(1.0))
     with pytest.raises(
-        TypeError, match=r"local must be a hyperjax\.Local; got functoo"
+        TypeError, match=r"local must be a hyperjax\.Local; got trainer"
     ):
         training.trainer(quadratic(), given)
 
