@@ -23,7 +23,6 @@ record, `gradient_inversion.json`, and a picture; a study that was stopped conti
 
 import datetime
 import json
-import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.studies.study import cpu
 from hyperjax import attacks, models, rng
 from hyperjax.algorithms import hyperfl
 from hyperjax.data import picture, sources
@@ -317,7 +317,7 @@ def main(
         settings={"data": data, **scale._asdict()},
         commit=origin.commit(),
         date=datetime.date.today().isoformat(),
-        machine=f"{platform.machine()}, {cli.num_cores()} cores",
+        machine=cpu(cli.num_cores()),
         versions={name: origin.version(name) for name in origin.PACKAGES},
         rows=[row_of(label, result) for label, result in results.items()],
     )

@@ -12,7 +12,6 @@ or of runs that were made from files which are no commit.
 import datetime
 import importlib
 import json
-import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments.studies.study import Group, Study, Values, named, scale_of
+from experiments.studies.study import Group, Study, Values, cpu, named, scale_of
 from hyperjax.engine import log
 from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import check_choice
@@ -150,9 +149,9 @@ def tuning(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def hardware(about: Mapping[str, Any]) -> str:
     """Returns what a run was made on."""
-    device = about.get("device")
-    here = f"{platform.machine()} CPU, {cli.num_cores()} cores"
-    return here if device == "cpu" else str(device)
+    if about.get("device") == "cpu":
+        return cpu(about["plan"]["devices"])  # each core is one, see `cli.use_cores`
+    return str(about.get("device"))
 
 
 def studies_of(config: str) -> Mapping[str, Study]:

@@ -12,6 +12,7 @@ python -m experiments.studies.record runs/table_iv --out=experiments/results/FIL
 paper's experiment takes.
 """
 
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,16 @@ def scale_of(arg: str) -> tuple[str, str]:
     scale = scales[-1].partition("=")[2] if scales else SCALES[0]
     check_choice("scale", scale, SCALES)
     return scale, ",".join(item for item in items if item not in scales)
+
+
+def cpu(cores: int) -> str:
+    """Returns what a record says of a machine without an accelerator.
+
+    Example:
+      >>> cpu(1).replace(platform.machine(), "x86_64")
+      'x86_64 CPU, 1 core'
+    """
+    return f"{platform.machine()} CPU, {cores} core{'s' if cores > 1 else ''}"
 
 
 def with_default(arg: str, name: str, value: str) -> str:
