@@ -236,20 +236,25 @@ def _built(
         if not apart:
             check_samples_apart(found, variables, x, vocabulary)
 
+    # Flax is gone through once for each shape, however often a method is traced.
+    init, train, run = (
+        jax.jit(f, inline=True) for f in (found.init, found.train, found.run)
+    )
+
     def loss(key, variables, batch, context):
-        seen = found.train(key, variables, batch.x, batch.mask)
+        seen = train(key, variables, batch.x, batch.mask)
         value = cross_entropy(seen.logits, batch)
         return value, Trained(
             seen.stats, {"loss": value}, seen.logits, *seen.features[:1]
         )
 
     def apply(variables, x):
-        seen = found.run(variables, x)
+        seen = run(variables, x)
         return Outputs(seen.logits, *seen.features[:1])
 
     return Model(
         sample_shape=shape,
-        init=found.init,
+        init=init,
         loss=loss,
         apply=apply,
         with_shape=lambda other: _built(
