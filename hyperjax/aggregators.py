@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hyperjax import tree
-from hyperjax.types import Array, PyTree
+from hyperjax.types import Array, PyTree, in_one_line
 
 
 class Aggregator(NamedTuple):
@@ -20,6 +20,9 @@ class Aggregator(NamedTuple):
     # what follows from the sums.
     sums: Callable | None = None  # (stacked [B, ...], weight [B]) -> tree of sums
     of_sums: Callable | None = None  # (sums) -> tree
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 @jax.jit

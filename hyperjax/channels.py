@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.errors import check_number
-from hyperjax.types import Algorithm, ClientSide, PyTree
+from hyperjax.types import Algorithm, ClientSide, PyTree, in_one_line
 
 
 class Channel(NamedTuple):
@@ -22,6 +22,9 @@ class Channel(NamedTuple):
 
     encode: Callable  # (message) -> wire
     decode: Callable  # (wire, like: abstract message) -> message
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Sparse(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.errors import check_number
-from hyperjax.types import Array, PyTree
+from hyperjax.types import Array, PyTree, in_one_line
 
 
 class Means(NamedTuple):
@@ -21,6 +21,9 @@ class Means(NamedTuple):
     delta: PyTree  # change of the shared parameters
     extra: PyTree  # what `Correction.finish` sent
     participation: Array  # [] float32, participants / clients in all
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Correction(NamedTuple):
@@ -40,6 +43,9 @@ class Correction(NamedTuple):
     finish: Callable  # (theta, anchor, sent, c, info) -> (c, extra uplink)
     absorb: Callable  # (s, theta, Means) -> (s, theta)
     probe: bool = False
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def unmoved(s: PyTree, theta: PyTree, means: Means) -> tuple[PyTree, PyTree]:

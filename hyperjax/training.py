@@ -25,7 +25,7 @@ from hyperjax.errors import (
 from hyperjax.models import memory
 from hyperjax.models.linen import cross_entropy, num_classes
 from hyperjax.tree import Patterns
-from hyperjax.types import Array, Batch, ClientData, Key, Model, PyTree
+from hyperjax.types import Array, Batch, ClientData, Key, Model, PyTree, in_one_line
 
 BATCHES = ("passes", "fresh")
 OPTIMIZER = "optimizer"  # in a client's memory
@@ -116,6 +116,9 @@ class Trainer(NamedTuple):
 
     train: Callable
     init_optimizer: Callable
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def __call__(self, *args, **options):
         return self.train(*args, **options)

@@ -9,6 +9,8 @@ Glossary of shapes: N clients in the population, C in the cohort, B in a batch,
 K classes.
 """
 
+import math
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +22,52 @@ PyTree: TypeAlias = Any
 Key: TypeAlias = jax.Array
 
 ALONE = ""  # the only family of a method without families; a part of no path and no key
+
+
+def in_one_line(self) -> str:
+    """The `__repr__` of named tuples: who made the functions, and what else there is.
+
+    Arrays are told by type and shape, other trees of them by how many numbers they
+    have, and what is as usual is left out.
+
+    Example:
+      >>> HyperNet(print, print)
+      HyperNet(of print)
+    """
+    usual, makers, parts = self._field_defaults, [], []
+    for name, value in self._asdict().items():
+        path = getattr(value, "__qualname__", "").split(".<locals>")
+        if callable(value) and not isinstance(value, tuple):
+            makers += [path[0]] if path[0] not in ("", "<lambda>") else []
+        elif not (value is None or value is usual.get(name, ...) or _is_empty(value)):
+            parts.append(f"{name}={_told(value)}")
+    who = ", ".join(dict.fromkeys(makers))
+    return f"{type(self).__name__}({', '.join([f'of {who}'] * bool(who) + parts)})"
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, tuple | dict) and not value
+
+
+def _told(value: Any) -> str:
+    """What a field holds, in a few words."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    if type(value).__repr__ not in (tuple.__repr__, dict.__repr__, object.__repr__):
+        return textwrap.shorten(repr(value), 100, placeholder=" ...")
+    leaves = jax.tree.leaves(value)
+    if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
+        return f"{_count(value):,} numbers"
+    plain = all(isinstance(leaf, bool | int | float | str) for leaf in leaves)
+    if plain and not isinstance(value, Mapping):
+        return textwrap.shorten(repr(value), 60, placeholder=" ...")
+    return (
+        f"{len(value)} entries" if hasattr(value, "__len__") else type(value).__name__
+    )
+
+
+def _count(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 # Data ------------------------------------------------------------------------------
@@ -41,6 +89,9 @@ class Pool(NamedTuple):
     owner: Array | tuple[()] = ()  # [n] int32
     shift: Array | tuple[()] = ()  # [owners, S] float32, see `data.shift`
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class ClientData(NamedTuple):
     """The samples of one client: row numbers of a pool that all clients share."""
@@ -48,6 +99,9 @@ class ClientData(NamedTuple):
     rows: Array  # [n_max] int32; the first `size` count, the rest is padding
     size: Array  # [] int32
     pool: Pool
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Batch(NamedTuple):
@@ -58,6 +112,9 @@ class Batch(NamedTuple):
     mask: Array  # [B] float32
     prior: Array | tuple[()] = ()  # [K], of classes; a balanced loss accounts for it
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class AdaptData(NamedTuple):
     """What a client may look at before it is deployed."""
@@ -65,6 +122,9 @@ class AdaptData(NamedTuple):
     train: ClientData  # labelled local samples; size 0 for a zero-shot client
     inputs: ClientData  # the inputs it will predict on, every label withheld (-1)
     fitted: PyTree = ()  # what participants have found out together, see `Fit`
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 # Messages --------------------------------------------------------------------------
@@ -77,6 +137,9 @@ class Downlink(NamedTuple):
     own: PyTree = ()  # different for each client, leading axis [C]
     round: Array | tuple[()] = ()  # [] int32, filled in by the engine
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class Messages(NamedTuple):
     """Abstract server state, downlink, state and uplink of one client."""
@@ -88,6 +151,13 @@ class Messages(NamedTuple):
     uplink: PyTree
     opening: "Messages | None" = None  # of the exchange that opens a round
     closing: "Messages | None" = None  # and of that which closes it
+
+    def __repr__(self) -> str:
+        down, up = map(_count, self.sent())
+        return (
+            f"Messages(a client is sent {down:,} numbers a round and sends {up:,}; it "
+            f"keeps {_count(self.client):,}, the server {_count(self.server):,})"
+        )
 
     @property
     def alone(self) -> "Messages":
@@ -109,6 +179,9 @@ class Cohort(NamedTuple):
     round: Array  # [] int32
     population: Array  # [] float32; N, how many clients there are in all
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 # Sides -----------------------------------------------------------------------------
 
@@ -124,6 +197,9 @@ class Outputs(NamedTuple):
     logits: Array  # [B, K] float32
     features: Array | tuple[()] = ()  # [B, L], the input of the layer named "head"
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class Trained(NamedTuple):
     """What the one pass of a training step gives beside its loss.
@@ -137,6 +213,9 @@ class Trained(NamedTuple):
     logits: Array | tuple[()] = ()  # [B, K]
     features: Array | tuple[()] = ()  # [B, L], the input of the layer named "head"
     memory: PyTree = ()  # {name: entry} of what the step leaves otherwise in memory
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Visit(NamedTuple):
@@ -156,6 +235,9 @@ class Visit(NamedTuple):
     context: Callable = lambda variables, data: ()
     leave: Callable = lambda variables: variables
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class Serve(NamedTuple):
     """What a trained model is asked beside its outputs; `inputs` have no labels.
@@ -170,6 +252,9 @@ class Serve(NamedTuple):
     condition: Callable = lambda variables, inputs: ()
     export: Callable = lambda variables: variables
     inspect: Callable = lambda variables, inputs: {}
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def seen(self, view: Callable) -> "Serve":
         """Returns these functions of what `view` makes of the variables."""
@@ -272,6 +357,9 @@ class HyperNet(NamedTuple):
     init: Callable  # (key) -> phi
     generate: Callable  # (phi, condition [d]) -> target parameter tree
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class ServerSide(NamedTuple):
     """What the server does.
@@ -291,11 +379,17 @@ class ServerSide(NamedTuple):
     mean_only: bool = False
     sums: Callable | None = None  # (uplink [B, ...], cohort of B) -> tree of sums
 
+    def __repr__(self) -> str:
+        return in_one_line(self)
+
 
 class Sums(NamedTuple):
     """What `ServerSide.sums` of a cohort's parts add up to, float32."""
 
     of: PyTree
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Fit(NamedTuple):
@@ -319,6 +413,9 @@ class Fit(NamedTuple):
     absorb: Callable
     rounds: int = 1
     share: float = 1.0
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def drawn(self, num_clients: int) -> int:
         """Returns how many of the participants a round has."""
@@ -344,6 +441,9 @@ class ClientSide(NamedTuple):
     tune: Callable  # (key, variables, AdaptData, round, epochs) -> variables
     model: Model
     fit: Fit | None = None
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 class Algorithm(NamedTuple):

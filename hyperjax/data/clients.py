@@ -12,7 +12,7 @@ from hyperjax.data.arrays import is_tokens
 from hyperjax.data.ragged import Ragged, Rows
 from hyperjax.data.shift import IDENTITY
 from hyperjax.errors import check_choice
-from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree
+from hyperjax.types import Array, Batch, ClientData, Key, Pool, PyTree, in_one_line
 
 
 class Table(NamedTuple):
@@ -24,6 +24,9 @@ class Table(NamedTuple):
 
     rows: Any  # [N, n_max] int32; padding repeats row 0 of the pool
     size: Any  # [N] int32
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 LARGE = 2**22  # numbers; a larger rectangle is not made

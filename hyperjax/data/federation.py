@@ -70,10 +70,36 @@ class Federation(NamedTuple):
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
     shift: np.ndarray | None = None  # [N + M, S] what images went through, see `shift`
+    origin: tuple[tuple[str, str], ...] = ()  # see `facts`
 
     def __repr__(self) -> str:
         what = f"{described(self.pool.x)}, {self.num_classes} classes"
         return f"Federation({self.who}, {what})"
+
+    def facts(self) -> dict[str, str]:
+        """Returns what was read, who has it and what is left out, in words by name.
+
+        The rows of the table that `hyperjax data` prints.
+        """
+        found = dict(self.origin)
+        last = {k: found.pop(k) for k in ("left out", "scaled by") if k in found}
+        tables: dict[str, tuple[Table | None, str]] = {
+            "participants": (self.train, "to train on"),
+            "held out": (self.held_out, "by each of them"),
+            "validation": (self.validation, "by each of them"),
+            "unseen": (self.novel, "in all"),
+        }
+        for name, (table, of) in tables.items():
+            if table is not None:
+                size = np.asarray(table.size)
+                who = (
+                    f"{len(size):,} with " if name in ("participants", "unseen") else ""
+                )
+                words = f"{who}{spread(size)} samples {of}, {size.sum():,} together"
+                found[name] = words
+        test = self.test
+        found["global test"] = f"{int(test.size.sum()):,} samples" if test else "none"
+        return found | last
 
     @property
     def who(self) -> str:
@@ -276,12 +302,13 @@ def federate(
             "exclusive; 0 means no validation samples"
         )
     rng = np.random.default_rng(seed)
-    total = len(source.y)
+    total, seen, plain = len(source.y), source.x.shape[1:], options
     order = rng.permutation(total)
     num_test = max(1, round(test_fraction * total)) if test_fraction else 0
     test, rest = order[:num_test], order[num_test:]
     ids = None if client_ids is None else partitions.check_ids(client_ids, total)
     marked = source.test
+    origin = _read(source, ids)
     if marked is not None:
         # Of clients who train, or of others.
         theirs = ids is not None and np.isin(ids[marked], ids[~marked]).any()
@@ -322,9 +349,17 @@ def federate(
     for piece in parts.pieces():
         dealt[piece.flat] = True
     unassigned = len(rest) - int(dealt.sum())
+    nobodys = _nobodys(source, labels, counts, options.get("client_ids"), everyone)
     asked = options.get("samples_per_client")  # whoever caps it knows
     if unassigned > _MANY_UNASSIGNED * len(rest) and not asked:
-        _warn(source, labels, counts, partition, options.get("client_ids"), everyone)
+        from absl import logging
+
+        logging.warning(
+            "%s of the %s samples of %r that partition=%r could deal out (%.1f %%) "
+            "belong to no client%s.",
+            *(f"{unassigned:,}", f"{len(rest):,}", source.name, partition),
+            *(100 * unassigned / len(rest), "".join(f"; {part}" for part in nobodys)),
+        )
 
     def set_apart(parts, fraction):
         return _set_apart(parts, source.y if stratified else None, fraction)
@@ -356,6 +391,21 @@ def federate(
         shift=drawn,
         on=pool,
     )
+    if source.x.shape[1:] != seen:
+        origin["networks see"] = f"{described(source.x)}, {spread(source.x)}"
+    given = [f"{k}={v}" for k, v in plain.items() if v is not None]
+    origin["partition"] = ", ".join([partition, *given, f"seed {seed}"])
+    origin["shift"] = shift.kind
+    if drawn is not None:
+        each = shifts.varying(drawn).items()
+        origin["shift"] += "".join(f", {name} {spread(v)}" for name, v in each)
+    lost = [f"{unassigned:,} of {len(rest):,} samples"] if unassigned else []
+    origin["left out"] = "; ".join([*lost, *nobodys]) or "nothing"
+    origin["scaled by"] = {
+        "pool": "moments of all participants' training samples",
+        "client": "moments of each client's own samples",
+        "none": "nothing",
+    }["none" if is_tokens(source.x) else standardise]
     return Federation(
         pool=samples,
         train=own_train,
@@ -370,7 +420,37 @@ def federate(
         label_names=source.label_names,
         unassigned=unassigned,
         shift=drawn,
+        origin=tuple(origin.items()),
     )
+
+
+def spread(values: Any) -> str:
+    """Returns least and greatest, "1 to 5", or the one number that all are."""
+    low, high = np.asarray(values).min(), np.asarray(values).max()
+    first, last = (
+        f"{v:,}" if isinstance(v, np.integer) else f"{v:.4g}" for v in (low, high)
+    )
+    return first if low == high else f"{first} to {last}"
+
+
+def _read(source: Source, ids: np.ndarray | None) -> dict[str, str]:
+    """What was read, in words by name; with whose it is, if that is looked at."""
+    per_class = np.bincount(source.y, minlength=source.num_classes)
+    found = {
+        "data set": source.name,
+        "read": f"{described(source.x)}, {source.x.dtype}, {spread(source.x)}",
+        "classes": f"{source.num_classes}: {', '.join(source.label_names)}",
+        "of a class": f"{spread(per_class)} samples",
+    }
+    if source.test is not None:
+        found["test part"] = f"{int(source.test.sum()):,} samples, the set's own"
+    known = source.client_ids if ids is None else ids
+    if known is not None:
+        each, sizes = np.unique(known, return_counts=True)
+        found["ids"] = f"{len(each):,} whose samples are {spread(sizes)} each" + (
+            "; the partition does not look at them" if ids is None else ""
+        )
+    return found
 
 
 def _check_possible(source: Source, shift: str, standardise: str) -> None:
@@ -463,33 +543,26 @@ def save_tables(federation: Federation, path: str | Path) -> None:
     os.replace(part, path)
 
 
-def _warn(
+def _nobodys(
     source: Source,
     y: np.ndarray,
     counts: np.ndarray,
-    name: str,
     client_ids: np.ndarray | None,
     num_clients: int,
-) -> None:
-    """Says how much of the samples with labels `y` belongs to no client."""
-    from absl import logging
-
+) -> list[str]:
+    """Says what else than samples, whose labels are `y`, no client has any of."""
     dealt, there = counts.sum(axis=0), np.bincount(y, minlength=source.num_classes)
-    left = there.sum() - dealt.sum()
     unused = [source.label_names[k] for k in np.flatnonzero((dealt == 0) & (there > 0))]
-    more = ""
+    found = []
     if client_ids is not None:
         distinct = len(np.unique(client_ids))
-        more += f"; {distinct - num_clients} of {distinct} client_ids are not drawn"
+        if distinct > num_clients:
+            left = distinct - num_clients
+            found.append(f"{left} of {distinct} client_ids are not drawn")
     if unused:
         shown = ", ".join(unused[:5]) + ", ..." * (len(unused) > 5)
-        more += f"; no client has any of {len(unused)} classes ({shown})"
-    logging.warning(
-        "%s of the %s samples of %r that partition=%r could deal out (%.1f %%) belong "
-        "to no client%s.",
-        *(f"{left:,}", f"{there.sum():,}", source.name, name),
-        *(100 * left / there.sum(), more),
-    )
+        found.append(f"no client has any of {len(unused)} classes ({shown})")
+    return found
 
 
 def digests(federation: Federation) -> dict[str, str]:

@@ -27,7 +27,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -346,8 +346,10 @@ def _from_leaf(
                     f"user_data of users with x and y ({first_line(error)})"
                 ) from error
     clients: dict[str, Any] = {}
+    there = {user for user, (_, y) in parts[0].items() if len(y)}
+    _warn_of_left_out(name, {*parts[0], *parts[1]} - there)
     for user, (x, y) in parts[0].items():
-        if not len(y):
+        if user not in there:
             continue
         pair = _floats(x), np.asarray(y)
         other = parts[1].get(user)
@@ -356,6 +358,17 @@ def _from_leaf(
         else:
             clients[user] = pair
     return from_clients(clients, name, keys.kind)
+
+
+def _warn_of_left_out(name: str, clients: Iterable[str]) -> None:
+    """Says which clients of a set nobody will see, as there is nothing to train on."""
+    if left := sorted(clients):
+        from absl import logging
+
+        logging.warning(
+            "%r: clients without training samples are left out, %d: %s",
+            *(name, len(left), ", ".join(left[:5]) + ", ..." * (len(left) > 5)),
+        )
 
 
 def _floats(x: Any) -> np.ndarray:
@@ -389,6 +402,7 @@ def _from_npz_files(
 ) -> Source:
     """A file for each client; or one for each of two parts."""
     tests = {path.stem: path for path in test}
+    _warn_of_left_out(name, tests.keys() - {path.stem for path in train})
     clients: dict[str, Any] = {}
     for path in train:
         arrays = files.read_npz(str(path), "data.name")

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax.errors import check_choice, check_number
-from hyperjax.types import Array, Key
+from hyperjax.types import Array, Key, in_one_line
 
 # Parameter of a client -> its value where nothing is done.
 PARAMETERS: dict[str, float] = {
@@ -169,6 +169,9 @@ class Shift(NamedTuple):
     kind: str = "none"
     strength: float = 1.0
     novel: str = "inside"
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def draw(self, seed: int, num_clients: int, num_novel: int) -> np.ndarray:
         """Returns the parameters of clients 0 to N + M - 1, [N + M, S] float32.

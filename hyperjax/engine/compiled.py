@@ -9,7 +9,7 @@ import jax
 from hyperjax import compiling, hosts
 from hyperjax.engine import flops, sharding
 from hyperjax.errors import first_line
-from hyperjax.types import ALONE, Algorithm, Array
+from hyperjax.types import ALONE, Algorithm, Array, in_one_line
 
 _GUARDED = (("disallow", "disallow_explicit"), "data and results are moved as needed")
 # Settings of JAX, the values under which nothing here can run, and why.
@@ -74,6 +74,9 @@ class Hyper(NamedTuple):
     values: Mapping[str, float | Array]
     # Builds the method from values that may be traced, [] float32: of one structure.
     method: Callable[[Mapping[str, Any]], Algorithm]
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     @classmethod
     def none(cls, alg: Algorithm) -> "Hyper":

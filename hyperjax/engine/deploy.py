@@ -32,6 +32,7 @@ from hyperjax.types import (
     Model,
     Pool,
     PyTree,
+    in_one_line,
 )
 
 
@@ -95,6 +96,9 @@ class Deployed(NamedTuple):
     network: PyTree
     logits: Array  # [n, K] float32, of its inputs in the order given
     about: dict[str, Array]
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def moment(root: Key, carry: schedule.Carry, round: int, family: str) -> Moment:

@@ -35,6 +35,7 @@ from hyperjax.types import (
     Downlink,
     Pool,
     PyTree,
+    in_one_line,
 )
 
 
@@ -77,6 +78,9 @@ class Evaluator(NamedTuple):
     program: Compiled
     fit: Callable
     pool: Pool
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def evaluator(

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hyperjax import rng
-from hyperjax.types import ALONE, Algorithm, Array, ClientSide, Cohort, Key, ServerSide
+from hyperjax.types import (
+    ALONE,
+    Algorithm,
+    Array,
+    ClientSide,
+    Cohort,
+    Key,
+    ServerSide,
+    in_one_line,
+)
 
 
 class Families(NamedTuple):
@@ -25,6 +34,9 @@ class Families(NamedTuple):
     members: dict[str, np.ndarray]  # name -> [N_f] ids, ascending
     family: np.ndarray  # [N] int32, position in `names`
     place: np.ndarray  # [N] int32, number inside the family
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def size(self, name: str) -> int:
         """N_f."""

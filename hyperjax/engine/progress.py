@@ -101,6 +101,10 @@ class Progress:
         fields = [self._name, self._count(), *self._news()]
         self._view.show("update", " | ".join([*fields, f"left {self.left() or '?'}"]))
 
+    def say(self, text: str) -> None:
+        """Writes lines that stay, as they are."""
+        self._view.say(text)
+
     def close(self) -> None:
         """Ends the display; the last values stay on it."""
         self._view.close()
@@ -195,6 +199,8 @@ class Silent(Progress):
 
     def update(self, done: int, values: Mapping[str, str]) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -219,6 +225,12 @@ class _Lines:
         if self._ticker is None:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._write()
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
     def close(self) -> None:
         self._closed.set()
@@ -257,6 +269,15 @@ class _Live:
         del kind, line
         if self._live is None:
             self._start()
+
+    def say(self, text: str) -> None:
+        if self._live is None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+            return
+        from rich.text import Text
+
+        self._live.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         if self._live is None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import layers
 from hyperjax.models.linen import masked_mean
-from hyperjax.types import Array
+from hyperjax.types import Array, in_one_line
 
 CV_MODES = ("batch_mean", "per_sample")
 ENT_REDUCTIONS = ("sum", "mean")
@@ -133,6 +133,9 @@ class Embedding(NamedTuple):
     init: Callable  # (key) -> parameters
     embed: Callable  # (key or None, parameters, x) -> (e [B, P], info)
     penalty: Callable  # (e [B, P], mask [B]) -> (penalty [], info)
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def distribution_embedding(

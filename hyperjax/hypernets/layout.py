@@ -10,7 +10,7 @@ import numpy as np
 
 from hyperjax import tree
 from hyperjax.errors import check_at_least
-from hyperjax.types import PyTree
+from hyperjax.types import PyTree, in_one_line
 
 
 class Layout(NamedTuple):
@@ -22,6 +22,9 @@ class Layout(NamedTuple):
     assemble: Callable  # (chunks) -> tree
     stream: Callable  # (emit, shared, inputs, batch_size) -> tree
     cut: Callable  # (tree) -> chunks, surplus filled with zeros
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def flat(template: PyTree, chunk_size: int) -> Layout:

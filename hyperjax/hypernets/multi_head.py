@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from hyperjax.errors import check_at_least, check_number
 from hyperjax.models.layers import Dense, torch_uniform
-from hyperjax.types import Array
+from hyperjax.types import Array, in_one_line
 
 
 class Extractor(nn.Module):
@@ -51,6 +51,9 @@ class MultiHead(NamedTuple):
     init: Callable
     init_embeddings: Callable
     generate: Callable
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def multi_head(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from hyperjax import tree
 from hyperjax.errors import check_at_least, check_choice
-from hyperjax.types import Array, PyTree
+from hyperjax.types import Array, PyTree, in_one_line
 
 INITS = ("variance", "normal")
 SLICES = ("input", "output")
@@ -43,6 +43,9 @@ class TileNet(NamedTuple):
     init: Callable
     init_embeddings: Callable
     generate: Callable
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
 
 def tile_net(

@@ -394,7 +394,7 @@ def explain(error: Exception) -> str:
     """Returns a parser's message; for an unknown config field with the nearest one."""
     text = str(error).strip() or type(error).__name__
     if "Traceback (most recent call last)" in text:  # of a config file that failed
-        text = text.splitlines()[-1]
+        text = text.splitlines()[-1].removeprefix("ValueError: ")
     if isinstance(error, flags.UnrecognizedFlagError):
         text += _meant(error.flagname)
     return _unknown_field() or _several(text) or text

@@ -20,12 +20,10 @@ import ml_collections
 import numpy as np
 
 from hyperjax.data import own, picture, shift
-from hyperjax.data.arrays import described, is_tokens
-from hyperjax.data.clients import Table
+from hyperjax.data.arrays import is_tokens
 from hyperjax.data.federation import Federation
-from hyperjax.data.sources import Source
 from hyperjax.engine import checkpoint, log
-from hyperjax.launch import build, cli, fields, outputs
+from hyperjax.launch import build, cli, outputs
 from hyperjax.protocols import common
 
 WIDTH = 80
@@ -34,72 +32,33 @@ SAMPLES = 5  # shown there
 _LEVELS, _PLAIN = " ░▒▓█", " .:*#"  # of a terminal without Unicode
 
 
-def facts(
-    source: Source, federation: Federation, config: ml_collections.ConfigDict
-) -> dict[str, str]:
-    """Returns what was read and who has it, as words by the name of a row.
-
-    Args:
-      source: as it was read.
-      federation: that is made of it.
-      config: that says how.
-    """
-    data, x = config.data, np.asarray(federation.pool.x)
-    per_class = np.bincount(source.y, minlength=source.num_classes)
-    found = {
-        "data set": source.name,
-        "read": f"{described(source.x)}, {source.x.dtype}, {_range(source.x)}",
-        "classes": f"{source.num_classes}: {', '.join(source.label_names)}",
-        "of a class": f"{_range(per_class)} samples",
-    }
-    if source.test is not None:
-        found["test part"] = f"{int(source.test.sum()):,} samples, the set's own"
-    if source.client_ids is not None:
-        ids, sizes = np.unique(source.client_ids, return_counts=True)
-        kept = data.partition == "by_client_id" and not data.client_ids
-        found["ids"] = f"{len(ids):,} whose samples are {_range(sizes)} each" + (
-            "" if kept else "; the partition does not look at them"
-        )
-    if x.shape[1:] != source.x.shape[1:]:
-        found["networks see"] = f"{described(x)}, {_range(x)}"
-    options = {k: data[k] for k in fields.PARTITIONS[data.partition]}
-    options = {k: v for k, v in options.items() if v is not None}
-    given = [f"{k}={v}" for k, v in options.items()]
-    seed = config.seed if data.seed < 0 else data.seed
-    found["partition"] = ", ".join([data.partition, *given, f"seed {seed}"])
-    tables: dict[str, tuple[Table | None, str]] = {
-        "participants": (federation.train, "to train on"),
-        "held out": (federation.held_out, "by each of them"),
-        "validation": (federation.validation, "by each of them"),
-        "unseen": (federation.novel, "in all"),
-    }
-    for name, (table, of) in tables.items():
-        if table is not None:
-            sizes = np.asarray(table.size)
-            who = "" if name in ("held out", "validation") else f"{len(sizes):,} with "
-            found[name] = f"{who}{_range(sizes)} samples {of}, {sizes.sum():,} together"
-    test = federation.test
-    found["global test"] = f"{int(test.size.sum()):,} samples" if test else "none"
-    found["unassigned"] = f"{federation.unassigned:,} samples are nobody's"
-    found["shift"] = data.shift
-    if federation.shift is not None:
-        each = shift.varying(federation.shift).items()
-        found["shift"] += "".join(f", {name} {_range(v)}" for name, v in each)
-    found["scaled by"] = {
-        "pool": "moments of all participants' training samples",
-        "client": "moments of each client's own samples",
-        "none": "nothing",
-    }["none" if is_tokens(x) else data.standardise]
-    return found
+# What `train` says of it.
+BRIEF = (
+    *("data set", "read", "ids", "networks see", "classes"),
+    *("participants", "unseen", "left out"),
+)
 
 
-def _range(values: Any) -> str:
-    """Least and greatest, "1 to 5", or the one number that all are."""
-    low, high = np.asarray(values).min(), np.asarray(values).max()
-    first, last = (
-        f"{v:,}" if isinstance(v, np.integer) else f"{v:.4g}" for v in (low, high)
+def brief(federation: Federation, width: int = WIDTH) -> str:
+    """Returns the table's main rows, cut at a line each."""
+    rows = federation.facts()
+    lines: list[str] = []
+    for name in (name for name in BRIEF if name in rows):
+        most = 2 if name == "left out" else 1
+        lines += _row(name, rows[name], width, most)
+    return "\n".join(lines)
+
+
+def _row(name: str, words: str, width: int, most: int) -> list[str]:
+    """A row of the table, in at most so many lines."""
+    return textwrap.wrap(
+        f"{name:14}{words}",
+        width,
+        subsequent_indent=" " * 14,
+        max_lines=most,
+        break_long_words=True,
+        placeholder=" ...",
     )
-    return first if low == high else f"{first} to {last}"
 
 
 # In a terminal -----------------------------------------------------------------------
@@ -109,13 +68,7 @@ def text(rows: dict[str, str], federation: Federation, width: int, levels: str) 
     """Returns all that is shown, in lines of so many columns."""
     lines: list[str] = []
     for name, words in rows.items():
-        lines += textwrap.wrap(
-            f"{name:14}{words}",
-            width,
-            subsequent_indent=" " * 14,
-            max_lines=4,
-            break_long_words=True,
-        )
+        lines += _row(name, words, width, 4)
     shown = [*lines, "", *_partition(federation, width, levels), ""]
     return "\n".join([*shown, *_samples(federation, width, levels)])
 
@@ -279,7 +232,7 @@ def main(config: ml_collections.ConfigDict, out: str | None) -> int:
         source = build.load_source(config.data)
         shown.stage("dealing it out")
         federation = build.federate(source, config)
-    rows = facts(source, federation, config)
+    rows = federation.facts()
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
     print(text(rows, federation, width, _levels()))
     if folder is not None:

@@ -26,7 +26,16 @@ from hyperjax.data import picture, shift
 from hyperjax.data.federation import Federation
 from hyperjax.engine import checkpoint, compiled, log, schedule
 from hyperjax.engine.progress import Progress, Silent
-from hyperjax.launch import cli, embedding_maps, origin, pages, report, saved, workdir
+from hyperjax.launch import (
+    cli,
+    data,
+    embedding_maps,
+    origin,
+    pages,
+    report,
+    saved,
+    workdir,
+)
 from hyperjax.launch.report_sections import MANY_CLIENTS
 from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
@@ -154,6 +163,7 @@ def _train(
     if experiment is None:
         progress.stage(f"reading {resolved.dataset}, building {resolved.method}")
         experiment = resolved.make(str(folder / workdir.STORE))
+        progress.say(data.brief(experiment.federation))
     settings, checkpoints = resolved.settings, folder / workdir.CHECKPOINTS
     experiment = experiment._replace(settings=settings)
     for part in (experiment.simulator, experiment.evaluator):

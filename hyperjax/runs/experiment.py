@@ -46,6 +46,9 @@ class Experiment(NamedTuple):
     by_sample: evaluate.Evaluator | None = None  # with one classifier per input
     hyper: Hyper | None = None  # what of the method its programs do not have built in
 
+    def __repr__(self) -> str:
+        return f"Experiment({self.federation!r}, {self.algorithm!r})"
+
     @property
     def cost(self) -> comm.Cost:
         """Of one exchange, the mean over clients; whole numbers for one family."""

@@ -13,7 +13,7 @@ from hyperjax.engine import comm, families
 from hyperjax.errors import check_choice
 from hyperjax.runs.experiment import Experiment, Settings, blocks, experiment
 from hyperjax.training import Local
-from hyperjax.types import Algorithm, Model
+from hyperjax.types import Algorithm, Model, in_one_line
 
 
 class Recipe(NamedTuple):
@@ -29,6 +29,9 @@ class Recipe(NamedTuple):
     options: dict[str, Any]
     engine: dict[str, Any]
     adapt: str = ""
+
+    def __repr__(self) -> str:
+        return in_one_line(self)
 
     def build(self) -> Experiment:
         """Makes it."""

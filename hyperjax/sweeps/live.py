@@ -31,6 +31,7 @@ class Shown:
         self.total, self.done = len(programs), 0
         self._stream, self._clock = stream, clock
         self._since, self._at_work = clock(), list[str]()
+        self._told: set[str] = set()  # of points, what others need not tell again
         self._waiting = dict(programs)  # or at work
         # Seconds of points by program, in their order: the first has it compiled.
         self._spent: dict[Hashable, list[float]] = {}
@@ -58,6 +59,12 @@ class Shown:
     def say(self, line: str) -> None:
         """Writes a line that stays."""
         print(line, file=self._stream or sys.stdout, flush=True)
+
+    def is_news(self, text: str) -> bool:
+        """Whether no point has told this before."""
+        news = text not in self._told
+        self._told.add(text)
+        return news
 
     def count(self) -> str:
         """Returns "3/18", as wide for every point."""
@@ -102,6 +109,10 @@ class _Point(Progress):
 
     def lines(self, width: int) -> list[Any]:
         return [self._sweep.line(), *super().lines(width)]
+
+    def say(self, text: str) -> None:
+        if self._sweep.is_news(text):
+            super().say(text)
 
     def ending(self, width: int) -> str | None:
         return None  # the sweep writes a line about it

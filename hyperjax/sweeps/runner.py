@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from hyperjax.data import sources
-from hyperjax.launch import build, train, workdir
+from hyperjax.launch import build, data, train, workdir
 from hyperjax.protocols.common import flat
 from hyperjax.runs.experiment import Experiment
 from hyperjax.sweeps import group, lockstep, reuse
@@ -195,6 +195,7 @@ def _built(
         progress.stage(f"reading {configs[0].data.name}, building {runs}")
         try:
             found = group.experiments(configs, one_device, read)
+            progress.say(data.brief(found[0].federation))
         except Exception:  # each then says what is wrong with it
             logging.debug("building a group", exc_info=True)
             return {}

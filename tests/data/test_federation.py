@@ -332,6 +332,13 @@ def test_writers_who_are_not_drawn_are_warned_of(caplog):
     (message,) = (r.getMessage() for r in caplog.records)
     assert f"{found.unassigned} of the 480 samples" in message
     assert "12 of 20 client_ids are not drawn" in message
+    said = found.facts()
+    assert said["ids"] == "20 whose samples are 30 each"
+    assert said["left out"] == (
+        f"{found.unassigned} of 480 samples; 12 of 20 client_ids are not drawn"
+    )
+    assert said["participants"].startswith("6 with ")
+    assert deal().facts()["left out"] == "nothing"
 
 
 def test_crumbs_are_not_warned_of(caplog):

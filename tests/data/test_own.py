@@ -218,16 +218,21 @@ def test_clients_in_files_keep_what_is_theirs(here):
     check_own_parts(federate(found, num_novel=2, partition="by_client_id"))
 
 
-def test_leafs_format_is_read(here):
+def test_leafs_format_is_read(here, caplog):
     for part, k in (("train", 0), ("test", 1)):
         data = {
             user: dict(x=(pair[k][0] / 255).tolist(), y=pair[k][1].tolist())
             for user, pair in parts(6, test=3).items()
         }
+        data["none" if part == "train" else "late"] = (
+            dict(x=[], y=[]) if part == "train" else data["u0"]
+        )
         (here / "leaf" / part).mkdir(parents=True)
         content = dict(users=[*data], user_data=data)
         (here / "leaf" / part / "all.json").write_text(json.dumps(content))
     dealt = federate(sources.load("leaf/"), num_novel=2, partition="by_client_id")
+    said = "clients without training samples are left out, 2: late, none"
+    assert [said in r.getMessage() for r in caplog.records] == [True]
     assert dealt.held_out.size.tolist() == [3] * 4 and dealt.test is None
     assert dealt.pool.x.dtype == np.float32
     alone = sources.load("leaf/train/all.json")

@@ -53,6 +53,26 @@ def test_a_plain_stream_gets_lines_at_most_every_two_seconds():
     ]
 
 
+def test_what_is_said_stays_above_the_lines():
+    shown, _ = plain(2)
+    shown.stage("reading digits")
+    shown.say("classes  10\nleft out nothing")
+    shown.close()
+    assert written(shown) == [
+        "fedavg | reading digits",
+        "classes  10",
+        "left out nothing",
+    ]
+    terminal = Terminal()
+    live = Progress("fedavg", 2, stream=terminal)
+    live.say("before there are any")
+    live.stage("reading digits")
+    live.say("[red]as it is[/red] " + "x" * 200)
+    live.close()
+    assert terminal.getvalue().startswith("before there are any\n")
+    assert "[red]as it is[/red] " + "x" * 200 in terminal.getvalue()
+
+
 def test_stages_are_said_once_and_the_first_at_once():
     shown, clock = plain(2)
     shown.stage("reading digits")

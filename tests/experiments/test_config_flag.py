@@ -217,3 +217,8 @@ def test_options_of_networks_can_be_set_by_flags():
     assert config.model.blocks == (1, 2, 3)
     config = given("--config=zero_shot", "--config.model.hidden=(5,)")
     assert config.model.hidden == (5,)
+
+
+def test_a_refusal_of_a_config_file_is_its_sentence():
+    said = "Traceback (most recent call last):\n  ...\nValueError: alpha=3 is too much"
+    assert cli.explain(ValueError(said)) == "alpha=3 is too much"

@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from hyperjax import federate
 from hyperjax.launch import data
 from hyperjax.protocols import zero_shot
+from hyperjax.sweeps import live
 
 
 def config(name, **fields):
@@ -45,6 +47,32 @@ def test_a_table_of_what_was_read_and_a_row_for_each_client(look):
     assert rows[-1][0].strip() == "unseen 31" and len(rows) == 24
     assert "client ... and 8 more" in text
     assert "█" in text
+
+
+def test_training_says_the_main_rows_a_line_each(tmp_path):
+    ids, x = np.arange(600) % 20, np.zeros((600, 8, 8), np.uint8)
+    x[:, 0] = 7
+    names = [f"a class with the long name number {k % 9}" for k in range(600)]
+    kept = dict(num_clients=6, num_novel=2, test_fraction=0.0)
+    found = data.brief(federate(x, names, client_ids=ids, **kept))
+    lines = found.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 8
+    assert lines[1] == "read          600 images of 8x8x1, uint8, 0 to 7"
+    assert lines[2] == "ids           20 whose samples are 30 each"
+    assert lines[3].startswith("classes       9: a class") and lines[3].endswith("...")
+    assert lines[4:] == [
+        "participants  6 with 24 samples to train on, 144 together",
+        "unseen        2 with 30 samples in all, 60 together",
+        "left out      360 of 600 samples; 12 of 20 client_ids are not drawn",
+    ]
+
+
+def test_points_of_a_sweep_tell_what_others_have_not(capsys):
+    show = live.Shown({"a": 0, "b": 0, "c": 1})
+    for name, text in (("a", "digits"), ("b", "digits"), ("c", "mnist")):
+        with show.point(name, 2) as progress:
+            progress.say(text)
+    assert capsys.readouterr().err == "digits\nmnist\n"
 
 
 def test_no_more_shades_than_the_terminal_has(monkeypatch):

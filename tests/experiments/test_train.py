@@ -172,6 +172,9 @@ def test_the_result_is_printed_and_progress_goes_to_stderr(story):
     assert max(len(first), len(second)) <= 80
     assert last == f"report: {story.whole / 'report.html'}"  # a path to click
     assert "fedavg | reading digits, building fedavg\n" in alone.err
+    told = alone.err.partition("fedavg | round")[0]
+    assert "read          1,797 images of 8x8x1, uint8, 0 to 255\n" in told
+    assert "left out      nothing\n" in told and "participants  " in told
     assert "\x1b" not in alone.err and "\r" not in alone.err
     assert "fedavg | round 6/6 | loss " in alone.err
 
