@@ -54,6 +54,15 @@ def options(times: int = OFTEN) -> dict[str, Any]:
     return {} if chosen is None else {"compiler_options": {_LEVEL: chosen}}
 
 
+def traced_once(fn: Callable) -> Callable:
+    """Returns a function that Python goes through once for each form of arguments.
+
+    A method is traced for its messages, for each of its programs and for each place in
+    them, and going through Flax is most of that. What is traced is what `fn` is.
+    """
+    return jax.jit(fn, inline=True)
+
+
 def once(fn: Callable) -> Callable:
     """Returns a function compiled for a single call."""
     return lambda *args: jax.jit(fn, **options(ONCE))(*args)

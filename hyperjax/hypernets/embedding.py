@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hyperjax import compiling
 from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.models import layers
 from hyperjax.models.linen import masked_mean
@@ -178,7 +179,7 @@ def distribution_embedding(
     check_number(at_least=0, alpha=alpha, beta=beta)
     module = extractor or Extractor(embedding_size, noise, noise_net, vocabulary)
 
-    @jax.jit
+    @compiling.traced_once
     def init(key):
         return module.init(key, jnp.zeros((1, *input_shape)))["params"]
 
@@ -192,6 +193,7 @@ def distribution_embedding(
             f"one input; embedding_size={embedding_size} asks for (1, {embedding_size})"
         )
 
+    @compiling.traced_once
     def embed(key, params, x):
         outputs: Any = module.apply({"params": params}, x)
         logits, noisy = outputs

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hyperjax import compiling
 from hyperjax.data import clients
 from hyperjax.errors import check_choice
 from hyperjax.hypernets import embedding as embeddings
@@ -96,6 +97,7 @@ def conditioned(
 
     parts = _Conditioned(model, embedding, bind, ENTRIES[enter], eval_noise)
 
+    @compiling.traced_once
     def init_all(key):
         key_embed, key_rest = jax.random.split(key)
         rest = init(key_rest)

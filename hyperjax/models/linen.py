@@ -236,10 +236,7 @@ def _built(
         if not apart:
             check_samples_apart(found, variables, x, vocabulary)
 
-    # Flax is gone through once for each shape, however often a method is traced.
-    init, train, run = (
-        jax.jit(f, inline=True) for f in (found.init, found.train, found.run)
-    )
+    init, train, run = map(compiling.traced_once, (found.init, found.train, found.run))
 
     def loss(key, variables, batch, context):
         seen = train(key, variables, batch.x, batch.mask)
