@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from hyperjax import native, tree
+from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.models import MLP, ZOO, LeNet, convolutions, from_linen, layers
 from hyperjax.models.linen import cross_entropy, masked_mean
 from hyperjax.models.passes import passes
+from hyperjax.training import Local
 from hyperjax.types import Batch
 
 MNIST = (28, 28, 1)
@@ -557,3 +559,21 @@ def test_a_model_is_shown_in_a_line():
     num = tree.count(variables["params"])
     assert repr(model) == f"Model({num:,} parameters, of inputs 28x28x1)"
     assert repr(model._replace(init=None)) == "Model(of inputs 28x28x1)"
+
+
+def test_a_method_goes_through_its_network_once_for_each_shape():
+    gone_through = []
+
+    class Counting(MLP):
+        @nn.compact
+        def __call__(self, x):
+            gone_through.append(x.shape)
+            return super().__call__(x)
+
+    model = from_linen(Counting(3, hidden=(4,)), (2, 3, 1), 3)
+    method = fedavg(model=model, local=Local(optimizer=optax.sgd(0.1), batch_size=8))
+    method.messages()
+    seen = len(gone_through)
+    for _ in range(3):
+        method.messages()
+    assert len(gone_through) == seen
