@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hyperjax.data import partition
-from hyperjax.errors import check_at_least, check_choice, first_line
+from hyperjax.data.missing import check_present
+from hyperjax.errors import check_at_least, check_choice, first_line, some
 
 _MOST = 10_000  # classes; labels that are larger are names, ids perhaps
 KINDS = ("features", "tokens", "images")  # what samples [n, d] may be
@@ -108,6 +109,7 @@ def checked(source: Source) -> Source:
             "hyperjax.Source(name, x, y, num_classes, label_names)"
         )
     check_at_least(1, num_classes=source.num_classes)
+    _check_all_present(source.y, source.client_ids, source.test)
     x = check_samples(source.x, "x")
     y = check_labels(source.y, "y", len(x), source.num_classes)
     names = source.label_names
@@ -145,7 +147,8 @@ def from_arrays(
     """Returns a set of one's own, checked.
 
     Args:
-      x: [n, H, W] or [n, H, W, C] images, uint8 or float; [n, d] features, floats;
+      x: [n, H, W] or [n, H, W, C] images, uint8 or float; [n, d] features, floats, or
+        a DataFrame of numbers;
         [n, L] tokens, integers with `kind`; [n, H * H] grey images, row by row, with
         `kind`; or [n] texts, whose tokens are their bytes in UTF-8, with zeros behind
         shorter ones.
@@ -166,6 +169,7 @@ def from_arrays(
       >>> from_arrays(x, y).label_names
       ('cat', 'dog')
     """
+    _check_all_present(y, client_ids, test)
     samples, labels = as_samples(x, "x", kind), _array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.dtype.kind not in "iuUSO":
@@ -193,6 +197,8 @@ def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
       ValueError: an unknown kind, or one of other samples.
     """
     check_choice("kind", kind, ("", *KINDS))
+    if hasattr(given, "columns") and hasattr(given, "dtypes"):  # pandas'
+        given, kind = _columns(given, name), kind or "features"
     x = _array(given, name)
     if x.ndim == 1 and x.dtype.kind in "UO" and all(isinstance(t, str) for t in x):
         texts = [text.encode() for text in x]
@@ -227,6 +233,33 @@ def as_samples(given: Any, name: str, kind: str = "") -> np.ndarray:
     if isinstance(given, list) and x.ndim > 2 and _are_bytes(x):
         x = x.astype(np.uint8)  # nor have lists
     return x[..., None] if x.ndim == 3 else x
+
+
+def _columns(table: Any, name: str) -> np.ndarray:
+    """Returns a DataFrame of numbers as an array; with NaN where one is missing."""
+    text = [
+        str(column)
+        for column, kind in zip(table.columns, table.dtypes, strict=True)
+        if getattr(kind, "kind", "O") not in "biuf"
+    ]
+    if text:
+        raise ValueError(
+            f"{name} is a DataFrame whose columns {some(map(repr, text))} are no "
+            "numbers; leave them out, or make them numbers (pandas.get_dummies)"
+        )
+    if table.isna().to_numpy().any():
+        return table.to_numpy(np.float32, na_value=np.nan)
+    whole = all(kind.kind in "biu" for kind in table.dtypes)
+    return table.to_numpy(np.int64 if whole else np.float32)
+
+
+def _check_all_present(y: Any, client_ids: Any, test: Any) -> None:
+    """Refuses missing labels and ids; of a test part nobody need know whose it is."""
+    check_present(y, "y")
+    if client_ids is not None:
+        check_present(
+            client_ids, "client_ids", None if test is None else ~np.asarray(test, bool)
+        )
 
 
 def _are_bytes(x: np.ndarray) -> bool:

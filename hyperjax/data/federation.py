@@ -26,6 +26,7 @@ from hyperjax.data import partition as partitions
 from hyperjax.data import shift as shifts
 from hyperjax.data.arrays import described, is_tokens, vocabulary
 from hyperjax.data.clients import Table
+from hyperjax.data.missing import check_present
 from hyperjax.data.ragged import Ragged, Rows
 from hyperjax.data.shift import Shift
 from hyperjax.data.sources import Source
@@ -258,6 +259,8 @@ def federate(
       ValueError: arrays that are no labelled samples, a size or fraction out of range,
         more clients than samples, or a client with fewer than two samples.
     """
+    if client_ids is not None:
+        check_present(client_ids, "client_ids")
     if y is not None:
         source = sources.from_arrays(source, y, kind=kind)
     elif isinstance(source, Source):

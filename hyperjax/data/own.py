@@ -36,6 +36,7 @@ import numpy as np
 from hyperjax import registry
 from hyperjax.data import files
 from hyperjax.data.arrays import Keys, Source, checked, from_arrays, require
+from hyperjax.data.missing import check_present
 from hyperjax.errors import check_choice, first_line, some
 
 ACCEPTED = (
@@ -123,6 +124,9 @@ def _from_arrays(name: str, arrays: Mapping[str, Any], keys: Keys) -> Source:
     label = _find(name, arrays, keys.label, LABELS, "data.label_key", "labels")
     x, y = arrays[image], arrays[label]
     tests = _test_name(image, arrays), _test_name(label, arrays)
+    for key in (label, tests[1], *filter(arrays.__contains__, [keys.client])):
+        if key:  # before parts are joined, and named as they are there
+            check_present(arrays[key], f"data.name={name!r}, {key!r}")
     if (tests[0] is None) != (tests[1] is None):
         only = tests[0] or tests[1]
         raise ValueError(
@@ -317,6 +321,8 @@ def _parts(who: str, given: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"{who} is {type(given).__name__}; accepted: (x, y), ((x, y), (x_test, "
             "y_test)), or a dict of arrays"
         )
+    for part, (_, y) in zip(("labels", "labels of the test part"), parts, strict=False):
+        check_present(y, f"{who}, {part}")
     arrays = [(np.asarray(x), np.asarray(y)) for x, y in parts]
     for x, y in arrays:
         if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):

@@ -1,5 +1,6 @@
 """Data of one's own: every form is read, or refused by name."""
 
+import importlib
 import json
 
 import numpy as np
@@ -414,3 +415,44 @@ def test_what_is_no_table_is_refused_by_name(text, match, here):
         sources.load("mine.csv")
     with pytest.raises(FileNotFoundError, match=r"no file 'other\.csv'"):
         sources.load("other.csv")
+
+
+@pytest.mark.parametrize(
+    "y",
+    [["a", None, "b", ""], ["a", float("nan"), "b", None], [0, np.nan, 1, np.nan]],
+)
+def test_what_is_missing_is_refused_where_it_is(y, here):
+    x, whole = X[:4], [0, 1, 0, 1]
+    where = r"2 of 4 values are missing, at 1, 3 \(counted from 0\)"
+    with pytest.raises(ValueError, match=f"^y: {where}"):
+        federate(x, y)
+    with pytest.raises(ValueError, match=r"^client_ids: 2 of 4 values are missing"):
+        federate(x, whole, client_ids=y)
+    with pytest.raises(ValueError, match="client 'me', labels: 2 of 4 values"):
+        federate({"me": (x, y)})
+    (here / "holes.py").write_text(
+        "import numpy as np\n\n\ndef load():\n"
+        "    return dict(x=np.zeros((4, 6, 5), 'uint8'), y=GIVEN)\n"
+    )
+    holes = importlib.import_module("holes")
+    holes.GIVEN = y
+    with pytest.raises(ValueError, match="'holes:load', 'y': 2 of 4 values"):
+        sources.load("holes:load")
+
+
+def test_pandas_objects_are_taken_or_refused():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.0, 2.0]})
+    y = pandas.Series(["ant", "bee", "ant"])
+    found = sources.from_arrays(table, y)
+    assert found.x.shape == (3, 2) and found.x.dtype == np.float32
+    assert sources.from_arrays(table[["a"]], y).x.dtype == np.float32
+    with pytest.raises(ValueError, match="columns 'c' are no numbers"):
+        sources.from_arrays(table.assign(c=["x", "y", "z"]), y)
+    for labels in (
+        pandas.Series([0, 1, None], dtype="Int64"),
+        pandas.Series(["a", "b", None], dtype="string"),
+        pandas.Series(["a", "b", None], dtype="category"),
+    ):
+        with pytest.raises(ValueError, match=r"^y: 1 of 3 values are missing, at 2"):
+            sources.from_arrays(table, labels)
