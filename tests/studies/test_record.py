@@ -48,6 +48,7 @@ def sweep(root, accuracies, commit=COMMIT, **status):
                 config=config(method, seed),
                 commit=commit,
                 device="cpu",
+                plan={"devices": 1},
                 versions={"jax": "1"},
             )
             (root / name / "config.json").write_text(json.dumps(about))
@@ -70,6 +71,7 @@ def test_a_record_and_its_table(tmp_path):
     found = record.record(folder)
     assert (found["study"], found["seeds"]) == ("which", [0, 1, 2])
     assert found["scale"] == "small"
+    assert found["hardware"].endswith(" CPU, 1 core")  # what the runs had
     assert (found["commit"], found["config"]) == (COMMIT, "experiments/studies/x.py")
     assert "where" not in found["command"] and "--sweep=which" in found["command"]
     # What all points change is a setting; where it was made is none.
