@@ -37,7 +37,7 @@ def check_present(given: Any, name: str, among: Any = None) -> None:
         return
     if missing.ndim == 0:
         return
-    missing = missing.reshape(len(missing), -1).any(axis=1)
+    missing = missing.any(axis=tuple(range(1, missing.ndim)))
     if among is not None and np.shape(among) == missing.shape:
         missing &= np.asarray(among, bool)
     rows = np.flatnonzero(missing)
