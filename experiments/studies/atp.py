@@ -3,7 +3,8 @@ r"""ATP's protocol (arXiv:2310.18816): unseen clients of other images, labels, o
 hyperjax sweep --config=experiments/studies/atp.py --workdir=runs/atp \
     --config.data.data_dir=... --sweep=protocol --sweep='seed=0..4'
 hyperjax sweep --config=experiments/studies/atp.py:scale=paper ...
-python -m experiments.studies.record runs/atp --out=experiments/results/shift_atp.json
+python -m experiments.studies.record runs/atp \
+    --out=experiments/results/shift_atp_protocol_cifar10.json
 
 CIFAR-10's 60,000 images, 240 participants and 60 unseen clients of 200 each. *feature*:
 a client's images are corrupted, an unseen one's in a way that no participant has;
