@@ -66,7 +66,7 @@ def _told(value: Any) -> str:
     )
 
 
-def _count(tree: PyTree) -> int:
+def _count(tree: PyTree) -> int:  # as `hyperjax.tree.count`, which needs this file
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -297,8 +297,7 @@ class Model(NamedTuple):
             params = jax.eval_shape(self.init, jax.random.key(0))["params"]
         except Exception:  # a model that cannot be drawn can be looked at all the same
             return f"Model(of inputs {inputs})"
-        num = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return f"Model({num:,} parameters, of inputs {inputs})"
+        return f"Model({_count(params):,} parameters, of inputs {inputs})"
 
     def predict(self, variables: PyTree, x: Array) -> Array:
         """Returns the logits of inputs x [B, ...], [B, K]."""
@@ -511,10 +510,7 @@ class Algorithm(NamedTuple):
                 f"Algorithm(clients of the families {', '.join(sorted(self.client))})"
             )
         try:
-            down, up = (
-                f"{sum(leaf.size for leaf in jax.tree.leaves(part)):,}"
-                for part in self.messages().sent()
-            )
+            down, up = map(_count, self.messages().sent())
         except Exception:  # a method that does not run can be looked at all the same
             return "Algorithm(of messages that cannot be evaluated)"
-        return f"Algorithm(a client is sent {down} numbers a round and sends {up})"
+        return f"Algorithm(a client is sent {down:,} numbers a round and sends {up:,})"
