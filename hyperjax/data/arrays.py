@@ -109,7 +109,8 @@ def checked(source: Source) -> Source:
             "hyperjax.Source(name, x, y, num_classes, label_names)"
         )
     check_at_least(1, num_classes=source.num_classes)
-    _check_all_present(source.y, source.client_ids, source.test)
+    check_present(source.y, "y")
+    check_known(source.client_ids, source.test)
     x = check_samples(source.x, "x")
     y = check_labels(source.y, "y", len(x), source.num_classes)
     names = source.label_names
@@ -169,7 +170,8 @@ def from_arrays(
       >>> from_arrays(x, y).label_names
       ('cat', 'dog')
     """
-    _check_all_present(y, client_ids, test)
+    check_present(y, "y")
+    check_known(client_ids, test)
     samples, labels = as_samples(x, "x", kind), _array(y, "y")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.dtype.kind not in "iuUSO":
@@ -253,9 +255,8 @@ def _columns(table: Any, name: str) -> np.ndarray:
     return table.to_numpy(np.int64 if whole else np.float32)
 
 
-def _check_all_present(y: Any, client_ids: Any, test: Any) -> None:
-    """Refuses missing labels and ids; of a test part nobody need know whose it is."""
-    check_present(y, "y")
+def check_known(client_ids: Any, test: Any) -> None:
+    """Refuses missing ids; of a test part nobody need know whose it is."""
     if client_ids is not None:
         check_present(
             client_ids, "client_ids", None if test is None else ~np.asarray(test, bool)

@@ -24,9 +24,8 @@ from hyperjax import tree
 from hyperjax.data import clients, files, own, sources
 from hyperjax.data import partition as partitions
 from hyperjax.data import shift as shifts
-from hyperjax.data.arrays import described, is_tokens, vocabulary
+from hyperjax.data.arrays import check_known, described, is_tokens, vocabulary
 from hyperjax.data.clients import Table
-from hyperjax.data.missing import check_present
 from hyperjax.data.ragged import Ragged, Rows
 from hyperjax.data.shift import Shift
 from hyperjax.data.sources import Source
@@ -259,8 +258,6 @@ def federate(
       ValueError: arrays that are no labelled samples, a size or fraction out of range,
         more clients than samples, or a client with fewer than two samples.
     """
-    if client_ids is not None:
-        check_present(client_ids, "client_ids")
     if y is not None:
         source = sources.from_arrays(source, y, kind=kind)
     elif isinstance(source, Source):
@@ -268,6 +265,7 @@ def federate(
     if isinstance(source, Mapping):
         source = own.from_clients(source, kind=kind)
     source = sources.checked(source)
+    check_known(client_ids, source.test)
     known = client_ids is not None or source.client_ids is not None
     partition = partition or ("by_client_id" if known else "iid")
     if client_ids is None and partition == "by_client_id":
