@@ -9,17 +9,24 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 _MOST, _FIRST = 100, 12  # names in a message, and how many of more than these
+_NEAREST = 5  # names in a message that are like the one given
 
 
 def check_choice(name: str, value: str, accepted: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of `accepted`; suggests the nearest."""
+    """Raises ValueError unless `value` is one of `accepted`; suggests the nearest.
+
+    All accepted ones are named if they are few, or if none is like what was given.
+    """
     accepted = list(accepted)
     if value in accepted:
         return
-    near = difflib.get_close_matches(str(value), accepted, n=1)
+    near = difflib.get_close_matches(str(value), accepted, n=_NEAREST)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    known = some(map(repr, accepted))
-    raise ValueError(f"{name}={shown(value)} is unknown{hint} (accepted: {known})")
+    known = "accepted: " + some(map(repr, accepted))
+    if near and len(accepted) > _FIRST:
+        others = ", ".join(map(repr, near[1:]))
+        known = f"{len(accepted)} are accepted" + (others and f", near it {others}")
+    raise ValueError(f"{name}={shown(value)} is unknown{hint} ({known})")
 
 
 def shown(value: Any) -> str:
@@ -38,11 +45,11 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def some(names: Iterable[str]) -> str:
-    """Returns names for a message: all, or the first of the columns of a table."""
+def some(names: Iterable[str], most: int = _MOST) -> str:
+    """Returns names for a message: all, or the first ones of more than `most`."""
     known = list(names)
-    if len(known) > _MOST:
-        known[_FIRST:] = [f"... ({len(known):,} in all)"]
+    if len(known) > most:
+        known[min(most, _FIRST) :] = [f"... ({len(known):,} in all)"]
     return ", ".join(known)
 
 

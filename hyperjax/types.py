@@ -27,6 +27,7 @@ ALONE = ""  # the only family of a method without families; a part of no path an
 def in_one_line(self) -> str:
     """The `__repr__` of named tuples: who made the functions, and what else there is.
 
+    A function that nobody but its own module calls is the module's.
     Arrays are told by type and shape, other trees of them by how many numbers they
     have, and what is as usual is left out.
 
@@ -36,9 +37,11 @@ def in_one_line(self) -> str:
     """
     usual, makers, parts = self._field_defaults, [], []
     for name, value in self._asdict().items():
-        path = getattr(value, "__qualname__", "").split(".<locals>")
+        maker = getattr(value, "__qualname__", "").partition(".<locals>")[0]
         if callable(value) and not isinstance(value, tuple):
-            makers += [path[0]] if path[0] not in ("", "<lambda>") else []
+            if maker.startswith("_"):
+                maker = value.__module__.rpartition(".")[2]
+            makers += [maker] if maker not in ("", "<lambda>") else []
         elif not (value is None or value is usual.get(name, ...) or _is_empty(value)):
             parts.append(f"{name}={_told(value)}")
     who = ", ".join(dict.fromkeys(makers))

@@ -61,7 +61,10 @@ def test_of_very_many_names_the_first_are_said():
         check_choice("column", "pixel_7", [f"pixel{i}" for i in range(784)])
     said = str(raised.value)
     assert len(said) < 300 and "did you mean 'pixel7'" in said
-    assert said.endswith("'pixel11', ... (784 in all))")
+    assert "784 are accepted, near it 'pixel" in said
+    with pytest.raises(ValueError) as raised:
+        check_choice("column", "zzz", [f"pixel{i}" for i in range(784)])
+    assert str(raised.value).endswith("'pixel11', ... (784 in all))")
 
 
 def test_no_message_says_where_in_memory_something_is():

@@ -9,7 +9,7 @@ import ml_collections
 
 from hyperjax import calls, registry
 from hyperjax.data import partition
-from hyperjax.errors import check_number
+from hyperjax.errors import check_number, some
 from hyperjax.protocols import common
 
 
@@ -241,13 +241,20 @@ def unknown(field: str, known: list[str]) -> ValueError:
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     near = [k for k in sorted(known, key=likeness, reverse=True) if likeness(k) > 0.6]
-    group = field.rpartition(".")[0]
+    group, _, option = field.rpartition(".")
     hint = f"; did you mean {near[0]!r}?" if near else ""
     others = near[1:5] or [k for k in known if k.rpartition(".")[0] == group][:5]
     more = f" (near it: {', '.join(others)})" if others else ""
-    if field.startswith("data.") and field.rpartition(".")[2] in _PLACES:
+    if group == "data" and option in _PLACES:
         hint, more = "; data of your own are data.name=mine.npz, folder/, ...", ""
+    if group == "method" and (having := _having(option)):
+        hint, more = " to this method; it is an option of " + some(having, 5), ""
     return ValueError(f"config field={field!r} is unknown{hint}{more}")
+
+
+def _having(option: str) -> list[str]:
+    """The methods with an option."""
+    return [m for m in registry.methods() if option in registry.options(m)]
 
 
 # What people call the field that says where their data are.

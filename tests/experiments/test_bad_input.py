@@ -31,7 +31,7 @@ MISTAKES = [
     (dict(method__name="nonsense"), r"accepted: .*'fedavg', .*'hyperfedzero'"),
     (
         dict(model__name="lenets"),
-        r"model.name='lenets'.*mean 'lenet_s'.*'mlp', 'mlp_bn', 'lenet'",
+        r"model.name='lenets'.*mean 'lenet_s'.*are accepted, near it 'lenet'",
     ),
     (dict(model__name="no.module:Net"), r"model.name='no.module:Net'.*No module"),
     (dict(data__name="digit"), "'digit'.*nearest names: digits"),
@@ -173,6 +173,10 @@ COMMANDS = {
     "unknown field below": (
         [DIGITS, "--config.local.momentum=1"],
         "local.momentum.*is unknown",
+    ),
+    "option of others": (
+        [DIGITS, "--config.method.mu=1"],
+        "method.mu' is unknown to this method; it is an option of fedprox, moon",
     ),
     "place of data": (
         [DIGITS, "--config.data.path=mine.npz"],
