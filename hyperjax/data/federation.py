@@ -329,6 +329,12 @@ def federate(
     check_at_least(1, num_clients=num_clients)
     everyone = num_clients + num_novel
     labels = source.y[rest]
+    if everyone > len(labels) and partition not in partitions.SHARED:
+        raise ValueError(
+            f"num_clients={num_clients} and num_novel={num_novel} must not be more "
+            f"than the {len(labels)} samples for them; partition='bootstrap' deals a "
+            "sample to several clients"
+        )
     places = partitions.partition(partition, rng, labels, everyone, **options)
     number = np.int32 if total < 2**31 else np.int64
     parts = Ragged.of(places).map(lambda place: rest[place], number)

@@ -369,7 +369,10 @@ def test_crumbs_are_not_warned_of(caplog):
             dict(num_clients=200, num_novel=0, validation_fraction=0.5),
             r"client \d+ is left with one sample to train on",
         ),
-        (dict(num_clients=598), "num_clients=601 must lie between 1 and the 480"),
+        (
+            dict(num_clients=598),
+            "num_clients=598 and num_novel=3 must not be more than the 480",
+        ),
         (dict(num_clients=400), r"client \d+ has 1 sample\(s\); a client needs"),
         (
             dict(

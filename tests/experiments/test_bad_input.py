@@ -90,7 +90,7 @@ MISTAKES = [
     # What the data set cannot give.
     (
         dict(data__num_clients=2000, data__min_size=1),
-        "num_clients=2005 must lie between 1 and the 1438 samples",
+        "num_clients=2000 and num_novel=5 must not be more than the 1438 samples",
     ),
     (
         dict(data__num_clients=200, data__min_size=10),
