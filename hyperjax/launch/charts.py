@@ -218,7 +218,7 @@ def histogram(values: Mapping[str, Sequence[float]], x: str, bins: int = 24) -> 
         alt.Chart(_data(rows))
         .mark_bar(binSpacing=1)
         .encode(
-            x=alt.X("x:Q", title=x, bin="binned", axis=alt.Axis(format="~g")),
+            x=alt.X("x:Q", title=x, bin="binned", axis=alt.Axis(format="~r")),
             x2="x2:Q",
             y=alt.Y("y:Q", title="clients", stack=None),
             color=_colors(rows, GROUPS),

@@ -13,6 +13,7 @@ from hyperjax.launch.finished import Row, Run
 
 # More clients than this are shown by histograms and quantiles.
 MANY_CLIENTS = 120
+_ROWS = 60  # of the table of many
 # More dots than this make a page by hundreds of kB larger, and nobody tells them apart.
 MANY_DOTS = 2000
 _WORST = 5
@@ -112,8 +113,8 @@ def _client_table(rows: Sequence[Row]) -> str:
     name = f"All {len(rows)} clients"
     if len(rows) > MANY_CLIENTS:
         by = sorted(rows, key=lambda row: row.get("accuracy") or 0.0)
-        rows = by[:MANY_CLIENTS]
-        name = f"The {MANY_CLIENTS} clients served worst; clients.json has all"
+        rows = by[:_ROWS]
+        name = f"The {_ROWS} clients served worst; clients.json has all"
     table = [[row.get(key) for key in keys] for row in rows]
     headings = [key.replace("_", " ") for key in keys]
     return pages.folded(name, pages.tabular("clients", headings, table))
@@ -137,8 +138,7 @@ def partition(run: Run) -> pages.Html:
         figure = picture.partition_picture(
             counts, participating, names, None, run.shift
         )
-        svg = picture.figure_svg(figure)
-        shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
+        shown = pages.picture(said, picture.figure_svg(figure))
         return pages.section("Partition", words, shown)
     entropy = np.concatenate(
         [_entropy(counts[i : i + 4096]) for i in range(0, num, 4096)]

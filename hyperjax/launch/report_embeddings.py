@@ -89,7 +89,7 @@ def _embeddings_by_round(run: Run) -> str:
         f"{embedding_maps.spread(records):.2g} from the mean of its round."
     )
     svg = picture.figure_svg(embedding_maps.picture(records))
-    shown = f'<div class="picture" role="img" aria-label="{said}">{svg}</div>'
+    shown = pages.picture(said, svg, packed=True)
     return f"<h3>Embeddings over rounds</h3>{pages.text(said)}{shown}"
 
 

@@ -137,9 +137,16 @@ def axis(flag: str, text: str, named: Mapping[str, Callable]) -> list[Texts]:
         found.append(as_texts(given))
 
     function = named[name]
-    takes = len(inspect.signature(function).parameters) > 1
-    if colon and not takes:
+    _, *taken = inspect.signature(function).parameters.values()
+    if colon and not taken:
         raise ValueError(f"--{flag}={text!r}: sweep_{name}(add) takes no argument")
+    for parameter in taken:
+        if not colon and parameter.default is parameter.empty:
+            said = (inspect.getdoc(function) or name).partition("\n")[0]
+            raise ValueError(
+                f"--{flag}={text!r} takes an argument, "
+                f"--{flag}={name}:{parameter.name.upper()} ({said})"
+            )
     function(add, argument) if colon else function(add)
     if not found:
         raise ValueError(f"--{flag}={text!r} adds no point")

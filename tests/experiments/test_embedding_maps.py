@@ -1,5 +1,7 @@
 """Embeddings over rounds: what is kept of them, and the maps."""
 
+import base64
+import gzip
 import json
 from pathlib import Path
 
@@ -132,7 +134,9 @@ def test_the_page_of_a_run_shows_the_maps(tmp_path: Path) -> None:
     for t in range(3):
         embedding_maps.keep(run, t, values(1.0 + t, size=6), 10)
     text = Path(report.run_report(str(run))).read_text()
-    assert "Embeddings over rounds" in text and "round 2" in text
+    assert "Embeddings over rounds" in text
+    packed = text.partition('class="svg">')[2].partition("<")[0]
+    assert "round 2" in gzip.decompress(base64.b64decode(packed)).decode()
     assert "embeddings.jsonl" in text  # among its files
     same = json.loads((run / workdir.EMBEDDINGS).read_text().splitlines()[0])
     same["embedding"] = [[0.5] * 6] * 5

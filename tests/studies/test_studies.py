@@ -20,6 +20,13 @@ SWEEPS = [
     for paper in PAPERS
     for name in points.find_named(f"experiments/studies/{paper}.py")
 ]
+# Data sets, pixels of a side, channels.
+SIZES = (
+    ("digits", 8, 1),
+    ("mnist5k", 28, 1),
+    ("fashion_mnist", 28, 1),
+    ("cifar10", 32, 3),
+)
 # Of other sweeps' runs, or of arguments alone.
 APART = {"newcomers", "writers"}
 
@@ -100,6 +107,11 @@ def test_both_scales(paper):
         assert not config.tensorboard
     assert small.data.name in ("digits", "mnist5k") or small.data.shrink == 2
     assert small.rounds <= full.rounds or paper == "pfedhn"
+    if paper in ("hyperfednet", "mh_pfedhn", "pfedhn"):  # of any of these sets
+        for data, size, depth in SIZES:
+            config = get_config(f"data={data}")
+            shape = (size // config.data.shrink,) * 2 + (depth,)
+            build.make_model(config, shape, 10)
     for sets in {"hyperfednet": hyperfednet.SETS}.get(paper, ()):
         build.check(get_config(f"scale=paper,data={sets}"))
     with pytest.raises(ValueError, match=r"scale='huge'.*'small', 'paper'"):

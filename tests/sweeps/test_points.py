@@ -109,6 +109,12 @@ def test_named_sweeps_are_refused_by_name():
         grid("one:2", named={"one": one})
     with pytest.raises(ValueError, match="adds no point"):
         grid("one", named={"one": one})
+
+    def of(add, runs):
+        """Those of a folder."""
+
+    with pytest.raises(ValueError, match=r"--sweep=of:RUNS \(Those of a folder\.\)$"):
+        grid("of", named={"of": of})
     with pytest.raises(ValueError, match="neither field=values nor the name"):
         grid("one")
 
