@@ -7,7 +7,8 @@ import types
 import pytest
 from launched import launch
 
-from benchmarks import generation, memory
+from benchmarks import generation, memory, throughput
+from benchmarks.peers.workload import PRESETS
 
 # One worker starts the processes of all files.
 pytestmark = pytest.mark.xdist_group("launcher")
@@ -49,6 +50,31 @@ def test_round_time_reports_every_plan(repository, tmp_path):
         for name in ("jax", "jaxlib", "backend", "device"):
             assert record[name], name
         assert record["machine"]["cores"] > 0
+
+
+def test_throughputs_clients_train_on_what_the_preset_says():
+    work = PRESETS["B32"]._replace(clients=3, samples=40)
+    found = throughput.federation(work)
+    assert found.train.size.tolist() == [40] * 3 and found.num_novel == 1
+    assert found.pool.x.shape == (4 * 50, 28, 28, 1)
+
+
+@pytest.mark.slow
+def test_throughput_tells_each_method(repository, tmp_path):
+    argv = ("--preset=B32q", "--methods=fedavg,mh_pfedhn", "--devices=1")
+    records = _run(repository, tmp_path, "throughput", *argv)
+    assert [r["method"] for r in records] == ["fedavg", "mh_pfedhn"]
+    for record in records:
+        work = record["workload"]
+        samples = work["cohort"] * work["samples"] * work["epochs"]
+        rate = samples / record["seconds"]
+        assert record["samples_per_second"] == pytest.approx(rate)
+        assert record["share"] > 0 and record["compile_seconds"] > 0
+    # Forwards, and backwards but for the first layer's inputs: 6 FLOPs a weight less 2
+    # of each of that layer's.
+    weights = 784 * 200 + 200 * 200 + 200 * 10
+    each = records[0]["gflops_per_second"] / records[0]["samples_per_second"] * 1e9
+    assert each == pytest.approx(6 * weights - 2 * 784 * 200, rel=0.01)
 
 
 @pytest.mark.slow
