@@ -341,6 +341,12 @@ def test_writers_who_are_not_drawn_are_warned_of(caplog):
     assert deal().facts()["left out"] == "nothing"
 
 
+def test_many_bytes_are_not_gone_through_for_their_range(monkeypatch):
+    assert deal().facts()["read"].endswith(", uint8, 0 to 255")
+    monkeypatch.setattr(federations, "_RANGED", 1000)
+    assert deal().facts()["read"].endswith(", uint8")
+
+
 def test_crumbs_are_not_warned_of(caplog):
     found = deal(partition="pathological", num_clients=5, classes_per_client=5)
     assert found.unassigned == 0
