@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from hyperjax.launch import report
+
+
+@contextlib.contextmanager
+def short_pages() -> Iterator[None]:
+    """Runs get a page of a word, for tests that look for no more of it.
+
+    The charts of a page take longer than a small run. What is on it is tested with
+    made-up results, and with runs of processes, which write whole ones.
+    """
+
+    def written(workdir: str | os.PathLike, path: str | None = None) -> str:
+        page = Path(path or Path(workdir, "report.html"))
+        page.write_text("a page", encoding="utf-8")
+        return str(page)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "run_report", written)
+        yield
 
 
 def _accuracies(share: float, shift: float) -> dict[str, float]:
