@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hyperjax.launch import report
+from hyperjax.data import picture
+from hyperjax.launch import charts, pages
+
+CHARTS = ("lines", "places", "histogram", "boxes", "sorted_dots")
 
 
 @contextlib.contextmanager
-def short_pages() -> Iterator[None]:
-    """Runs get a page of a word, for tests that look for no more of it.
+def undrawn() -> Iterator[None]:
+    """Pages have places for charts and pictures, and nothing in them.
 
-    The charts of a page take longer than a small run. What is on it is tested with
-    made-up results, and with runs of processes, which write whole ones.
+    Drawing takes longer than a small run. Tests of pages, and pages of runs that are
+    processes, have everything.
     """
-
-    def written(workdir: str | os.PathLike, path: str | None = None) -> str:
-        page = Path(path or Path(workdir, "report.html"))
-        page.write_text("a page", encoding="utf-8")
-        return str(page)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "run_report", written)
+        patch.setattr(pages, "drawing", lambda: "")
+        for name in CHARTS:
+            patch.setattr(charts, name, lambda *args, **kwargs: "{}")
+        patch.setattr(picture, "partition_picture", lambda *args: None)
+        patch.setattr(picture, "figure_svg", lambda figure: "<svg></svg>")
         yield
 
 

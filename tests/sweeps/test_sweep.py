@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from made_runs import short_pages
+from made_runs import undrawn
 
 from hyperjax.launch import finished, origin, report, sweep, train, workdir
 from hyperjax.sweeps import figures, live, long, points, record, reuse, runner, tune
@@ -371,7 +371,7 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     given = given._replace(
         arguments=("--config.rounds=1", *SMALL), baseline="data.alpha=1"
     )
-    with short_pages():
+    with undrawn():
         assert sweep.main(given) == 0
     assert "4 points: 4 finished" in capsys.readouterr().out
     for name in ("table.tex", "table.md", "table.csv", "points.csv", "report.html"):
@@ -414,7 +414,7 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
     listed = capsys.readouterr().out
     told = "adapt=em: has the training of adapt=\n"
     assert "trained once for 2: adapt=\n" in listed and told not in listed
-    with short_pages():
+    with undrawn():
         assert sweep.main(given("once")) == 0
     assert trained == [0] and told in capsys.readouterr().out
     first, adapted = sweep.make_plan(given("once")).points
@@ -426,7 +426,7 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
     assert workdir.TRAINED in left and not left & {workdir.SUMMARY, workdir.CLIENTS}
     place, alone = tmp_path / "once" / adapted.name, tmp_path / "alone"
     assert not list((tmp_path / "once").glob(".*.part"))
-    with short_pages():
+    with undrawn():
         summary = train.train(adapted.config, str(alone))
     found = json.loads((place / workdir.SUMMARY).read_text())
     assert found["seconds"] > 0
