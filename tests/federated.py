@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hyperjax import models, registry, server_optimizers, training, tree
+from hyperjax import compiling, models, registry, server_optimizers, training, tree
 from hyperjax.data import clients
 from hyperjax.data.sources import load
 from hyperjax.engine import comm, families
 from hyperjax.models import layers
-from hyperjax.types import Algorithm, Model, Pool
+from hyperjax.types import Algorithm, ClientSide, Model, Pool
 
 NUM_CLIENTS, NUM_CLASSES, BATCH = 8, 3, 4
 SIZES = (3, 4, 5, 8, 9, 2, 6, 7)  # ragged: less than, equal to, more than a batch
@@ -76,6 +76,15 @@ class Norms(nn.Module):
         x = layers.BatchNorm(name="norm")(x, train, mask)
         x = nn.relu(x).mean((1, 2))
         return layers.Dense(NUM_CLASSES, name="head")(x)
+
+
+class Normed(nn.Module):
+    """Batch-norm, then one linear layer: has statistics and is soon compiled."""
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        x = layers.BatchNorm(name="norm")(x, train, mask)
+        return layers.Dense(NUM_CLASSES, name="head")(x.reshape(x.shape[0], -1))
 
 
 # Methods that are tested on a network with convolutions and normalisation.
@@ -139,7 +148,24 @@ def method(stack: str) -> Algorithm:
             whole = method(stack.removesuffix(suffix))
             return getattr(whole, suffix.removeprefix("+"))
     name, options = EXTRA.get(stack, (stack, {}))
-    return build(name, **options)
+    return traced_once(build(name, **options))
+
+
+def traced_once(alg: Algorithm) -> Algorithm:
+    """A method that Python goes through once for all programs of a test file."""
+
+    def of(side: ClientSide) -> ClientSide:
+        return side._replace(
+            update=compiling.traced_once(side.update),
+            tune=compiling.traced_once(side.tune),
+        )
+
+    sides = {name: of(side) for name, side in alg.by_family(alg.client).items()}
+    return alg._replace(
+        client=alg.as_given(sides),
+        opening=alg.opening and traced_once(alg.opening),
+        closing=alg.closing and traced_once(alg.closing),
+    )
 
 
 def build(name: str, model: Any = None, local: Any = None, **options) -> Algorithm:

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from hyperjax.data import picture
+from hyperjax.launch import charts, pages
+
+CHARTS = ("lines", "places", "histogram", "boxes", "sorted_dots")
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Pages have places for charts and pictures, and nothing in them.
+
+    Drawing takes longer than a small run. Tests of pages, and pages of runs that are
+    processes, have everything.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "drawing", lambda: "")
+        for name in CHARTS:
+            patch.setattr(charts, name, lambda *args, **kwargs: "{}")
+        patch.setattr(picture, "partition_picture", lambda *args: None)
+        patch.setattr(picture, "figure_svg", lambda figure: "<svg></svg>")
+        yield
 
 
 def _accuracies(share: float, shift: float) -> dict[str, float]:

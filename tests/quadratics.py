@@ -15,7 +15,7 @@ import optax
 
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
-from hyperjax.engine import comm, exchange, stores
+from hyperjax.engine import exchange, stores
 from hyperjax.models.linen import masked_mean
 from hyperjax.training import Local, Phase
 from hyperjax.types import (
@@ -187,7 +187,25 @@ def _program(alg):
 def start(alg) -> State:
     """The state before the first exchange."""
     server = alg.server.init(jax.random.key(0))
-    return State(server, *stores.zeros(comm.describe(alg).client, N))
+    return State(server, *stores.zeros(jax.eval_shape(_first_visit(alg), server), N))
+
+
+def _first_visit(alg):
+    """How a client starts; the messages of a method would take tracing its training."""
+
+    def run(server):
+        key, one = jax.random.key(0), jnp.ones(1)
+        cohort = Cohort(jnp.zeros(1, jnp.int32), one, one, jnp.int32(0), jnp.float32(N))
+        down = alg.server.downlink(key, server, cohort)
+        own = jax.tree.map(lambda x: x[0], down.own)
+        return alg.client.init(key, key, down._replace(own=own, round=cohort.round))
+
+    return run
+
+
+@functools.cache
+def _table(sizes):
+    return clients.table([np.full(n, k) for k, n in enumerate((*sizes, 8))])
 
 
 def play(alg, *cohorts, state=None, sizes=SIZES, weight=(1, 1, 1, 1)) -> State:
@@ -202,8 +220,8 @@ def play(alg, *cohorts, state=None, sizes=SIZES, weight=(1, 1, 1, 1)) -> State:
         ids = np.pad(ids, (0, N - len(ids)), constant_values=N)
         active = np.pad(active, (0, N - len(active)))
         place = np.minimum(ids, N - 1)
-        table = clients.table([np.full(n, k) for k, n in enumerate((*sizes, 8))])
-        data = ClientData(table.rows[place], table.size[place], pool())
+        rows, size = _table(tuple(sizes))
+        data = ClientData(rows[place], size[place], pool())
         cohort = Cohort(
             ids,
             active,

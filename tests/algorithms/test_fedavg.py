@@ -71,7 +71,7 @@ def exchange(alg):
 def one_round(alg, parts, ids=None, weight=None, start=None):
     ids = range(len(parts)) if ids is None else ids
     weight = [len(part) for part in parts] if weight is None else weight
-    start = start or jax.jit(alg.server.init)(jax.random.key(0))
+    start = start or alg.server.init(jax.random.key(0))
     after = exchange(alg)(start, cohort_of(ids, weight), stacked(parts))
     return start, *after
 
@@ -83,7 +83,7 @@ def plain(train=FULL):
 
 @functools.cache
 def initial(seed=0):
-    return jax.jit(plain().server.init)(jax.random.key(seed))
+    return plain().server.init(jax.random.key(seed))
 
 
 def nest(theta):
@@ -186,7 +186,7 @@ def mean(uplink, weight):
 
 def with_optimizer(optimizer, model=MODEL):
     alg = fedavg(model, local=FULL, server_opt=optimizer)
-    return alg, jax.jit(alg.server.init)(jax.random.key(0))
+    return alg, alg.server.init(jax.random.key(0))
 
 
 def test_mean_is_weighted_by_active_clients():

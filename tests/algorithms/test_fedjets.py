@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federated import NUM_CLASSES, NUM_CLIENTS, make_local, normed, tiny, weights
+from federated import (
+    NUM_CLASSES,
+    NUM_CLIENTS,
+    Normed,
+    Norms,
+    make_local,
+    tiny,
+    weights,
+)
 
 from hyperjax import server_optimizers, training, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.fedjets import Uplink, fedjets
 from hyperjax.data import clients
 from hyperjax.engine import comm, schedule
+from hyperjax.models import MLP, from_linen
 from hyperjax.types import (
     AdaptData,
     Batch,
@@ -39,7 +48,7 @@ def ours(**options):
 
 @functools.cache
 def start(alg):
-    return jax.jit(alg.server.init)(ROOT)
+    return alg.server.init(ROOT)
 
 
 def cohort_of(ids, weight=None, active=None):
@@ -51,7 +60,8 @@ def cohort_of(ids, weight=None, active=None):
 
 
 def sent_to(alg, ids, server=None):
-    return alg.server.downlink(ROOT, server or start(alg), cohort_of(ids))
+    run = jax.jit(alg.server.downlink)
+    return run(ROOT, server or start(alg), cohort_of(ids))
 
 
 def message(alg, client, server):
@@ -88,10 +98,17 @@ def two_rounds(alg):
 
 
 @pytest.mark.parametrize(
-    "network", [pytest.param(lambda: tiny().model, marks=pytest.mark.slow), normed]
+    "network",
+    [
+        Normed,
+        pytest.param(MLP, marks=pytest.mark.slow),
+        pytest.param(Norms, marks=pytest.mark.slow),
+    ],
 )
 def test_one_expert_is_fedavg(network):
-    model, options = network(), dict(num_experts=1, top_k=1)
+    options = dict(num_experts=1, top_k=1)
+    module = MLP(NUM_CLASSES, (4,)) if network is MLP else network()
+    model = from_linen(module, (4, 4, 1), NUM_CLASSES)
     alg = fedjets(model, local=make_local(), num_clients=NUM_CLIENTS, **options)
     found = two_rounds(alg).server.experts
     leaves = [x[0] for x in jax.tree.leaves(found)]

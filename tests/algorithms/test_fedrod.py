@@ -50,7 +50,7 @@ def test_the_loss_is_balanced_and_the_personal_head_moves_nothing_else(personal)
     def loss(params):
         return whole.loss(KEY, {**variables, "params": params}, BATCH, SHARES)
 
-    (value, trained), grads = jax.value_and_grad(loss, has_aux=True)(
+    (value, trained), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         variables["params"]
     )
     logits = tiny().model.predict(generic, X)
@@ -62,7 +62,7 @@ def test_the_loss_is_balanced_and_the_personal_head_moves_nothing_else(personal)
         logits = tiny().model.predict({**generic, "params": params}, X)
         return cross_entropy(logits, BATCH._replace(prior=SHARES))
 
-    expected = jax.grad(alone)(generic["params"])
+    expected = jax.jit(jax.grad(alone))(generic["params"])
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
         grads["network"],

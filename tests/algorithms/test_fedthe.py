@@ -23,7 +23,8 @@ SHARES = jnp.array([0.25, 0.0, 0.75])
 
 @functools.cache
 def whole():
-    return fedthe(tiny().model, local=make_local()).client.model
+    model = fedthe(tiny().model, local=make_local()).client.model
+    return model._replace(init=jax.jit(model.init), apply=jax.jit(model.apply))
 
 
 def generic(variables):
@@ -62,7 +63,7 @@ def test_the_generic_head_is_balanced_and_the_personal_one_moves_nothing_else():
         new = {**variables, "params": params}
         return whole().loss(KEY, new, BATCH, (SHARES, mean))
 
-    (value, trained), grads = jax.value_and_grad(loss, has_aux=True)(
+    (value, trained), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         variables["params"]
     )
     seen = tiny().model.apply(generic(variables), X)
@@ -77,7 +78,7 @@ def test_the_generic_head_is_balanced_and_the_personal_one_moves_nothing_else():
         logits = tiny().model.predict({**generic(variables), "params": params}, X)
         return cross_entropy(logits, BATCH._replace(prior=SHARES))
 
-    expected = jax.grad(alone)(generic(variables)["params"])
+    expected = jax.jit(jax.grad(alone))(generic(variables)["params"])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, grads["network"], expected)
     assert np.any(grads["personal"]["kernel"])

@@ -97,7 +97,7 @@ def profiles_of(factory):
 def after(factory, round):
     """Models before and after an exchange in which client k's grows by k."""
     alg = factory(tiny().model, local=make_local(), **TERMS)
-    state = jax.jit(alg.server.init)(KEY)
+    state = alg.server.init(KEY)
     if round >= 2:
         state = state._replace(known=profiles_of(factory))
     ids = jnp.arange(NUM_CLIENTS, dtype=jnp.int32)

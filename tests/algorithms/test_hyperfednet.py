@@ -86,7 +86,7 @@ def program(alg):
 
 @functools.cache
 def start(alg) -> State:
-    server = jax.jit(alg.server.init)(rng.stream(jax.random.key(0), "common_init"))
+    server = alg.server.init(rng.stream(jax.random.key(0), "common_init"))
     return State(server, *stores.zeros(comm.describe(alg).client, N))
 
 
@@ -373,6 +373,7 @@ def test_predictions_are_those_of_the_exported_network():
 # Fusions ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # what mu = 0 is: tests/algorithms/test_fedprox.py
 def test_fedprox_without_a_pull_is_hyperfednet():
     plain = play(method(), range(N), (1, 3))
     fused = play(method(base="fedprox", mu=0.0), range(N), (1, 3))

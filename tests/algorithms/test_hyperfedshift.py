@@ -24,9 +24,16 @@ SMALL = dict(embedding_size=4, num_directions=2, rank=1, chunk_size=16, width=4)
 
 @functools.cache
 def method(model=None, **options):
-    return hyperfedshift(
+    alg = hyperfedshift(
         model or tiny().model, local=make_local(), **{**SMALL, **options}
     )
+    whole = alg.client.model
+    whole = whole._replace(
+        init=jax.jit(whole.init),
+        apply=jax.jit(whole.apply),
+        serve=whole.serve._replace(condition=jax.jit(whole.serve.condition)),
+    )
+    return alg._replace(client=alg.client._replace(model=whole))
 
 
 def client_data(rows, size=None, pool=None):
@@ -70,7 +77,7 @@ def test_it_begins_by_moving_network_and_directions_alone():
     def loss(params):
         return whole.loss(KEY, {**variables, "params": params}, batch, DATA)[0]
 
-    grads = tree.by_path(jax.grad(loss)(variables["params"]))
+    grads = tree.by_path(jax.jit(jax.grad(loss))(variables["params"]))
     moving = {path.split("/")[0] for path, x in grads.items() if np.any(x)}
     assert moving == {"network", "basis"}
     assert not any(np.any(x) for path, x in grads.items() if "mixing" in path)
@@ -236,7 +243,7 @@ def test_a_client_sends_z_of_its_inputs_under_what_it_has_trained():
 
 def test_running_moments_by_hand():
     alg = method(moving=0.25)
-    server = jax.jit(alg.server.init)(KEY)
+    server = alg.server.init(KEY)
     theta = tree.zeros_like(server.inner.theta)
     update = jax.jit(alg.server.update)
 

@@ -88,7 +88,7 @@ def joint(alg, parts=None, pool=None) -> Joint:
         for name in groups.names:
             spec = comm.describe(families.view(alg, name)).client
             rows[name], seen[name] = stores.zeros(spec, groups.size(name))
-        return q.State(jax.jit(alg.server.init)(jax.random.key(0)), rows, seen)
+        return q.State(alg.server.init(jax.random.key(0)), rows, seen)
 
     def play(*cohorts, state=None, weight=(1, 1, 1, 1), first=0):
         """One exchange per cohort; a negative id -1 - k dropped out."""

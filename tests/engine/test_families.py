@@ -3,13 +3,21 @@
 import functools
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federated import BATCH, NUM_CLASSES, NUM_CLIENTS, make_local, tiny, weights
+from federated import (
+    BATCH,
+    NUM_CLASSES,
+    NUM_CLIENTS,
+    Normed,
+    make_local,
+    tiny,
+    traced_once,
+    weights,
+)
 
 from hyperjax import models, over_families, rng, tree
 from hyperjax.algorithms.fedavg import fedavg
@@ -27,7 +35,6 @@ from hyperjax.engine import (
     stores,
 )
 from hyperjax.engine.evaluate import Population
-from hyperjax.models import layers
 from hyperjax.types import AdaptData, ClientData, Cohort, Outputs, Visit
 
 # One worker runs all, and compiles each program once.
@@ -40,15 +47,6 @@ MEMBERS = {
     "deep": np.array([1, 6]),
     "norm": np.array([2, 4, 7]),
 }
-
-
-class Normed(nn.Module):
-    """Batch-norm, then one linear layer."""
-
-    @nn.compact
-    def __call__(self, x, train=False, mask=None):
-        x = layers.BatchNorm(name="norm")(x, train, mask)
-        return layers.Dense(NUM_CLASSES, name="head")(x.reshape(x.shape[0], -1))
 
 
 @functools.cache
@@ -68,7 +66,7 @@ def method():
         "deep": models.MLP(NUM_CLASSES, hidden=(4,)),
         "norm": Normed(),
     }
-    return mh_pfedhn(
+    alg = mh_pfedhn(
         {k: models.from_linen(v, (4, 4, 1), NUM_CLASSES) for k, v in networks.items()},
         local=make_local(),
         family_sizes={name: len(ids) for name, ids in MEMBERS.items()},
@@ -80,6 +78,7 @@ def method():
         server_opt=optax.adam(0.05),
         persist_optimizer="all",
     )
+    return traced_once(alg)
 
 
 # Who belongs where -------------------------------------------------------------------
@@ -247,7 +246,7 @@ def data_of(cohorts) -> dict[str, ClientData]:
 @functools.cache
 def start():
     """Server state and stored rows before the first exchange."""
-    server = jax.jit(method().server.init)(rng.stream(ROOT, "common_init"))
+    server = method().server.init(rng.stream(ROOT, "common_init"))
     rows, seen = {}, {}
     for name in groups().names:
         spec = comm.describe(families.view(method(), name)).client
@@ -290,7 +289,7 @@ def reference():
 
 def test_training_changes_everybody_who_took_part_and_stays_finite():
     server, rows, seen, info = reference()
-    assert tree.finite((server, rows, info))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((server, rows, info)))
     assert info["samples"] == 2 * sum(tiny().table.size[list(IDS)])
     np.testing.assert_array_equal(
         np.concatenate([seen[name] for name in groups().names]),
@@ -315,6 +314,7 @@ def test_a_drop_out_counts_as_absent():
     chex.assert_trees_all_close(dropped, one_exchange((5, 3, 2)), **CLOSE)
 
 
+@pytest.mark.slow  # each family's clients are mapped as those without: test_conformance
 def test_one_after_another_and_all_at_once_agree():
     found = one_exchange(IDS, run=jitted("vmap"))
     chex.assert_trees_all_close(found, reference(), **CLOSE)
@@ -541,6 +541,8 @@ def test_a_resumed_run_has_the_same_bits(sequential, store, tmp_path):
     assert tree.sha256(carry) == tree.sha256(whole(sequential, store)[0])
 
 
+# In tests/algorithms/test_mh_pfedhngd.py rounds in turn are those of a loop by hand.
+@pytest.mark.slow
 def test_in_turn_is_a_loop_over_views():
     alg = method()
     server, rows, seen = jax.tree.map(np.array, start())
@@ -593,21 +595,22 @@ def test_visits_are_those_that_took_place(sequential):
             by_hand[groups().names[groups().family[k]]] += 1
     assert sim.visits(ROOT, 3) == by_hand
     assert sum(by_hand.values()) == 9 and len(set(by_hand.values())) > 1
-    # An embedding's optimizer counts its client's visits.
-    tables = whole(sequential)[0].server.opt["tables"]
-    counted = {name: int(opt[0].count.sum()) for name, opt in tables.items()}
-    assert counted == by_hand
     full = simulator(sequential, sampler="full")
     assert full.visits(ROOT, 5) == {"deep": 10, "line": 15, "norm": 15}
 
 
-def test_a_round_reports_all_families():
-    for sequential in (False, True):
-        for number, info in enumerate(whole(sequential)[1]):
-            size = tiny().table.size[drawn(number, sequential)]
-            assert info["samples"] == 2 * size.sum()
-            assert info["steps"] == 2 * np.sum(-(-size // BATCH))
-            assert np.all(np.isfinite(info["loss"]))
+@at_once
+def test_a_round_reports_all_families(sequential):
+    carry, infos = whole(sequential)
+    for number, info in enumerate(infos):
+        size = tiny().table.size[drawn(number, sequential)]
+        assert info["samples"] == 2 * size.sum()
+        assert info["steps"] == 2 * np.sum(-(-size // BATCH))
+        assert np.all(np.isfinite(info["loss"]))
+    # An embedding's optimizer counts its client's visits.
+    tables = carry.server.opt["tables"]
+    counted = {name: int(opt[0].count.sum()) for name, opt in tables.items()}
+    assert counted == simulator(sequential).visits(ROOT, 3)
 
 
 # Evaluation --------------------------------------------------------------------------
@@ -697,10 +700,22 @@ def _answers(name):
     return answer
 
 
-@pytest.mark.parametrize("kind", ["evaluate", "tune"])
-def test_scores_are_those_of_each_family_alone(kind):
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        # The network with statistics stands for the others, and what is deployed is
+        # above, by hand.
+        ("tune", ("norm",)),
+        *(
+            pytest.param(kind, tuple(MEMBERS), marks=pytest.mark.slow)
+            for kind in ("evaluate", "tune")
+        ),
+    ],
+)
+def test_scores_are_those_of_each_family_alone(kind, names):
     carry, compared = whole()[0], 0
-    for i, name in enumerate(groups().names):
+    for name in names:
+        i = groups().names.index(name)
         alone, where = {}, {}
         for metric, population in populations().items():
             whose = np.concatenate([groups().family, STRANGERS])[population.ids]
@@ -732,7 +747,7 @@ def test_scores_are_those_of_each_family_alone(kind):
                 found = scores(kind)[metric][column][where[metric]]
                 np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
                 compared += 1
-    assert compared > 12
+    assert compared > 4 * len(names)
 
 
 def test_deployed_networks_are_those_that_are_scored():

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import federated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import quadratics as q
 from hyperjax import rng, tree
 from hyperjax.algorithms.pfedla import pfedla
 from hyperjax.data import clients
-from hyperjax.engine import checkpoint, comm, schedule, stores
+from hyperjax.engine import checkpoint, cohorts, comm, schedule, stores
 from hyperjax.types import ALONE, Algorithm, ClientData, Cohort
 
 ROOT, ROUNDS = jax.random.key(3), 3
@@ -51,7 +52,7 @@ def method() -> Algorithm:
         rounds = state.rounds.at[page].set(cohort.round)
         return Diary(inner, ids, rounds), info
 
-    return alg._replace(
+    diary = alg._replace(
         server=server._replace(
             init=init,
             downlink=lambda key, state, cohort: server.downlink(
@@ -60,6 +61,7 @@ def method() -> Algorithm:
             update=update,
         )
     )
+    return federated.traced_once(diary)
 
 
 def table():
@@ -135,6 +137,9 @@ def test_cohorts_are_dealt_with_one_by_one_by_the_algorithms_functions():
     np.testing.assert_array_equal(carry.seen[ALONE], seen)
 
 
+# Either kind of rounds is compared with one by hand: this one above, the other in the
+# tests of methods.
+@pytest.mark.slow
 def test_of_one_client_it_is_a_parallel_round():
     # Nothing of these clients' training depends on keys, which differ.
     in_turn, at_once = (
@@ -143,6 +148,7 @@ def test_of_one_client_it_is_a_parallel_round():
     chex.assert_trees_all_equal(in_turn, at_once)
 
 
+@pytest.mark.slow  # that follows of the rounds by hand
 def test_of_several_clients_it_is_not():
     at_once, _ = rounds(simulator(sequential=False), 0)
     models = whole()[0].server.inner.models, at_once.server.inner.models
@@ -209,9 +215,11 @@ def test_the_order_is_random_but_a_function_of_root_and_round():
 
 
 def test_the_cohort_is_the_one_of_a_parallel_round():
-    at_once, _ = rounds(simulator(sequential=False), 0, 1)
-    in_turn, _ = rounds(simulator(), 0, 1)
-    np.testing.assert_array_equal(at_once.seen[ALONE], in_turn.seen[ALONE])
+    carry, _ = whole()
+    for number in range(ROUNDS):
+        key = rng.stream(jax.random.fold_in(ROOT, number), "cohort")
+        expected = cohorts.sample("uniform", key, q.N, 3)
+        assert sorted(order(carry, number)) == sorted(expected.tolist())
 
 
 def test_steps_and_samples_are_summed_and_losses_averaged():

@@ -26,7 +26,7 @@ def as_users_compile():
 def simulators(seeds=3, **options):
     """Simulators of one program that differ in weights, and their roots."""
     data, found = federated.tiny(), []
-    alg = federated.method("scaffold")
+    alg = federated.method("fedper")  # whose clients keep something
     for seed in range(seeds):
         weight = np.arange(1, federated.NUM_CLIENTS + 1) ** seed
         program = found[0].program if found else None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_runs import undrawn
 from PIL import Image
 
 from hyperjax import rng
@@ -15,15 +16,42 @@ from hyperjax.protocols import zero_shot
 from hyperjax.types import Outputs, Serve
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pages():
+    with undrawn():
+        yield
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     config = zero_shot.get_config("data=digits")
-    config.rounds = 4
-    config.evaluation.every = 4
+    config.rounds = 2
+    config.evaluation.every = 2
+    config.evaluation.finetune_epochs = ()
+    config.method.hidden, config.local.steps = (8,), 4
     config.tensorboard = False
     folder = tmp_path_factory.mktemp("served") / "run"
     train.train(config, str(folder))
     return folder
+
+
+_really_load = evaluate.load_run
+
+
+@pytest.fixture(scope="module")
+def run(run_folder):
+    return _really_load(str(run_folder))
+
+
+@pytest.fixture
+def read_once(run, run_folder, monkeypatch):
+    """The command takes the run that the tests have read."""
+
+    def load(path):
+        assert path == str(run_folder)
+        return run
+
+    monkeypatch.setattr(evaluate, "load_run", load)
 
 
 def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
@@ -35,8 +63,23 @@ def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
     assert result["zacc"] == pytest.approx(reported["accuracy"], abs=1e-3)
 
 
-def test_a_client_is_told_how_unlike_the_others_it_is(run_folder, capsys):
-    run = evaluate.load_run(str(run_folder))
+@pytest.fixture
+def served_once(monkeypatch):
+    """The same inputs are served once: each time has programs of its own."""
+    really, known = evaluate.serve, {}
+
+    def serve(run, images, client=None):
+        key = images.tobytes(), client
+        if key not in known:
+            known[key] = really(run, images, client)
+        return known[key]
+
+    monkeypatch.setattr(evaluate, "serve", serve)
+
+
+def test_a_client_is_told_how_unlike_the_others_it_is(
+    run, run_folder, read_once, served_once, capsys
+):
     rows = json.loads((run_folder / "clients.json").read_text())
     (row,) = [row for row in rows if row["client"] == 12]
     images, _ = evaluate.own_client(run, 12)
@@ -57,8 +100,7 @@ def test_a_client_is_told_how_unlike_the_others_it_is(run_folder, capsys):
     assert "less sure of its outputs than" in capsys.readouterr().out
 
 
-def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
-    run = evaluate.load_run(str(run_folder))
+def test_a_client_is_served_with_the_keys_it_is_scored_with(run):
     images, _ = evaluate.own_client(run, 12)
     side = run.algorithm.client
     drawn = side._replace(
@@ -84,6 +126,7 @@ def test_a_client_is_served_with_the_keys_it_is_scored_with(run_folder):
 def test_labels_of_a_shift_are_the_runs(tmp_path):
     config = zero_shot.get_config("fedavg,data=digits,smoke")
     config.data.shift, config.rounds = "label_swap", 0
+    config.tensorboard, config.model.hidden = False, (4,)
     train.train(config, str(tmp_path / "run"))
     run = evaluate.load_run(str(tmp_path / "run"))
     _, labels = evaluate.own_client(run, 10)
@@ -91,8 +134,7 @@ def test_labels_of_a_shift_are_the_runs(tmp_path):
     np.testing.assert_array_equal(np.bincount(labels, minlength=10), counts[10])
 
 
-def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_path):
-    run = evaluate.load_run(str(run_folder))
+def test_the_classifier_it_writes_is_the_network_that_predicts(run, tmp_path):
     images, labels = evaluate.own_client(run, 11)
     served = evaluate.serve(run, images)
     evaluate.write(tmp_path / "out", served, labels, run)
@@ -108,8 +150,9 @@ def test_the_classifier_it_writes_is_the_network_that_predicts(run_folder, tmp_p
     )
 
 
-def test_labels_are_optional_and_change_nothing_but_the_score(run_folder, tmp_path):
-    run = evaluate.load_run(str(run_folder))
+def test_labels_are_optional_and_change_nothing_but_the_score(
+    run, run_folder, read_once, served_once, tmp_path
+):
     images, labels = evaluate.own_client(run, 10)
     np.savez(tmp_path / "plain.npz", image=images[..., 0])
     np.savez(tmp_path / "scored.npz", image=images, label=labels)
@@ -147,8 +190,7 @@ def test_labels_are_optional_and_change_nothing_but_the_score(run_folder, tmp_pa
         (dict(image=np.zeros((2, 8, 8), np.uint8), label=np.zeros(3, int)), "label"),
     ],
 )
-def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
-    run = evaluate.load_run(str(run_folder))
+def test_unfit_files_are_refused_by_name(run, tmp_path, arrays, message):
     np.savez(tmp_path / "client.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         evaluate.read_inputs(str(tmp_path / "client.npz"), run)
@@ -178,8 +220,7 @@ def test_unfit_files_are_refused_by_name(run_folder, tmp_path, arrays, message):
         ),
     ],
 )
-def test_files_of_another_kind_are_named(run_folder, tmp_path, content, message):
-    run = evaluate.load_run(str(run_folder))
+def test_files_of_another_kind_are_named(run, tmp_path, content, message):
     path = tmp_path / "client.npz"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -189,8 +230,7 @@ def test_files_of_another_kind_are_named(run_folder, tmp_path, content, message)
         evaluate.read_inputs(str(path), run)
 
 
-def test_an_unseen_client_is_not_looked_for_in_other_data(run_folder, monkeypatch):
-    run = evaluate.load_run(str(run_folder))
+def test_an_unseen_client_is_not_looked_for_in_other_data(run, monkeypatch):
     source = build.load_source(run.config.data)
     for other in (
         source._replace(x=255 - source.x),
@@ -202,7 +242,9 @@ def test_an_unseen_client_is_not_looked_for_in_other_data(run_folder, monkeypatc
             evaluate.own_client(run, 12)
 
 
-def test_a_place_that_cannot_be_written_is_named(run_folder, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_named(
+    run_folder, read_once, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("mine")
 
     def serve(*args):
@@ -238,17 +280,16 @@ def test_what_an_older_version_cannot_know_is_filled_in(run_folder, tmp_path):
         del record["config"][field]
     record["commit"] = "abc"
     (tmp_path / "config.json").write_text(json.dumps(record))
-    assert evaluate.load_run(str(tmp_path)).restored.round == 4
+    assert evaluate.load_run(str(tmp_path)).restored.round == 2
     record["config"]["method"]["gone"] = 3  # an option that there is no more
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"'gone' is unknown.*older .* commit abc"):
         evaluate.load_run(str(tmp_path))
 
 
-def test_mistakes_are_named(run_folder, tmp_path):
+def test_mistakes_are_named(run, run_folder, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         evaluate.load_run(str(tmp_path))
-    run = evaluate.load_run(str(run_folder))
     with pytest.raises(ValueError, match=r"10\.\.14"):
         evaluate.own_client(run, 3)
     with pytest.raises(FileNotFoundError, match="absent"):
@@ -264,8 +305,7 @@ def test_the_run_is_read_without_its_data_set(run_folder, monkeypatch):
     assert served.probability.shape == (3, 10)
 
 
-def test_outputs_that_are_not_finite_are_not_served(run_folder, tmp_path):
-    run = evaluate.load_run(str(run_folder))
+def test_outputs_that_are_not_finite_are_not_served(run):
     images, _ = evaluate.own_client(run, 10)
     bad = jax.tree.map(lambda x: np.full_like(x, np.nan), run.restored.carry.server)
     carry = run.restored.carry._replace(server=bad)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import undrawn
 
 from hyperjax.engine import checkpoint, log
 from hyperjax.launch import build, evaluate, train
@@ -14,7 +15,7 @@ from hyperjax.runs.experiment import blocks
 # One worker runs all, and compiles each program once.
 pytestmark = pytest.mark.xdist_group("families_run")
 
-NETWORKS = ("mlp", "attack_lenet", "mlp")
+NETWORKS = ("mlp", "mh_mlp", "mlp")
 
 
 def small(averaged=False, **fields):
@@ -25,13 +26,19 @@ def small(averaged=False, **fields):
     config.method.output_size, config.method.hidden_size = 8192, 2
     config.method.embedding_size, config.method.num_layers = 2, 1
     config.data.num_novel, config.data.test_fraction = 2, 0.2
-    config.evaluation.every = 1
+    config.evaluation.every, config.local.epochs = 1, 1
     config.evaluation.finetune_epochs = () if averaged else (1,)
     config.tensorboard = False
     config.update_from_flattened_dict(
         {k.replace("__", "."): v for k, v in fields.items()}
     )
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pages():
+    with undrawn():
+        yield
 
 
 _really_build = build.make_experiment
@@ -76,11 +83,11 @@ def averaged(folder: Path) -> bool:
 
 def test_the_summary_has_the_costs_of_every_family(finished):
     summary = read(finished, "summary.json")
-    # 64-200-200-10, and 1-12-12-12 channels, 5x5, then 2x2x12 to 10.
+    # 64-200-200-10 and 64-128-64-10.
     mlp = 64 * 200 + 200 + 200 * 200 + 200 + 200 * 10 + 10
-    lenet = 25 * 12 + 12 + 2 * (25 * 144 + 12) + 48 * 10 + 10
+    other = 64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
     found = {}
-    sizes = {"00_mlp": (2, mlp), "01_attack_lenet": (2, lenet), "02_mlp": (1, mlp)}
+    sizes = {"00_mlp": (2, mlp), "01_mh_mlp": (2, other), "02_mlp": (1, mlp)}
     for name, (num, numbers) in sizes.items():
         found[name] = dict(
             clients=num,
@@ -91,9 +98,9 @@ def test_the_summary_has_the_costs_of_every_family(finished):
         )
     assert summary["families"] == found
     # All clients in both rounds.
-    total = 2 * 4 * (3 * mlp + 2 * lenet)
+    total = 2 * 4 * (3 * mlp + 2 * other)
     assert summary["up_bytes_total"] == summary["down_bytes_total"] == total
-    assert summary["up_numbers"] == (3 * mlp + 2 * lenet) / 5
+    assert summary["up_numbers"] == (3 * mlp + 2 * other) / 5
     records = log.read_lines(finished / "metrics.jsonl")
     assert [r["up_bytes_total"] for r in records] == [0, total // 2, total]
 
@@ -162,7 +169,7 @@ def test_blocks_of_clients_are_equal_and_leftovers_go_to_the_first():
         "c": [6, 7],
     }
     experiment = build.build(small())
-    assert experiment.members.names == ("00_mlp", "01_attack_lenet", "02_mlp")
+    assert experiment.members.names == ("00_mlp", "01_mh_mlp", "02_mlp")
     np.testing.assert_array_equal(experiment.members.family, [0, 0, 1, 1, 2])
 
 
