@@ -26,7 +26,7 @@ from hyperjax.engine.checkpoint import write_atomically
 from hyperjax.errors import check_choice
 from hyperjax.launch import cli, finished, origin, outputs
 from hyperjax.protocols import common
-from hyperjax.sweeps import points, statistics
+from hyperjax.sweeps import points, statistics, tables
 from hyperjax.sweeps import record as sweeps
 
 # Where a run is made and what it was started from: not what it is.
@@ -207,7 +207,13 @@ def read(root: Path, entry: Mapping[str, Any], study: Study, alike: set[str]) ->
 def words(rest: Mapping[str, Any]) -> str:
     """Returns settings as short text: "alpha=0.1, partition=iid"."""
     short = points.labels(list(rest))
-    return ", ".join(f"{short[k]}={points.as_text(v)}" for k, v in rest.items())
+    texts = {
+        k: tables.setting(json.dumps(v))
+        if isinstance(v, list | tuple)
+        else points.as_text(v)
+        for k, v in rest.items()
+    }
+    return ", ".join(f"{short[k]}={text}" for k, text in texts.items())
 
 
 def rows_of(runs: Sequence[Run], study: Study) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ COLUMNS = {
     "_swapped": "swapped %",
     "_sample": "sample by sample %",
 }
+_OF_CLIENTS = ("_mean", "_std", "_p10")  # which the global test set has none of
 _FINE_TUNED = re.compile(r"(pacc|zacc)_ft(\d+)(_mean|_not_finite)?")
 _TUNED_COLUMNS = {
     ("pacc", ""): "participants %",
@@ -86,7 +87,13 @@ def accuracies(latest: Row) -> pages.Html:
     if not there:
         return pages.Html("")
     rows = [
-        (METRICS[m], _whose(latest, m), *(_float(latest.get(m + s)) for s in columns))
+        (
+            *(METRICS[m], _whose(latest, m)),
+            *(
+                None if m == "gacc" and s in _OF_CLIENTS else _float(latest.get(m + s))
+                for s in columns
+            ),
+        )
         for m in there
     ]
     said = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -458,10 +460,23 @@ def threshold(done: pd.DataFrame) -> str | None:
 
 
 def setting(value: Any) -> str:
-    """Returns a value of a setting as text."""
-    return (
-        NOTHING if value is None else f"{value:g}" if _is_number(value) else str(value)
-    )
+    """Returns a value of a setting as text, a long list by its first item.
+
+    Example:
+      >>> setting(0.10), setting('["my_nets:Slim", "mlp"]'), setting(None)
+      ('0.1', 'Slim+mlp', '–')
+    """
+    if value is None or _is_number(value):
+        return NOTHING if value is None else f"{value:g}"
+    text = str(value)
+    if not text.startswith('["'):  # as `long` keeps a list of text
+        return text
+    items = [str(item).rpartition(":")[2] for item in json.loads(text)]
+    whole = "+".join(items)
+    if len(whole) <= _LONG:
+        return whole
+    digest = hashlib.sha256(text.encode()).hexdigest()[:4]  # of equal beginnings
+    return f"{items[0]}+... ({len(items)}, {digest})"
 
 
 def _is_number(value: Any) -> bool:
