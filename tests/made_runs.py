@@ -11,9 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from hyperjax.data import picture
 from hyperjax.launch import charts, pages
+
+
+def _blank(*args) -> Figure:
+    figure = Figure((1, 1))
+    FigureCanvasAgg(figure)
+    return figure
+
 
 CHARTS = ("lines", "places", "histogram", "boxes", "sorted_dots")
 
@@ -29,7 +38,7 @@ def undrawn() -> Iterator[None]:
         patch.setattr(pages, "drawing", lambda: "")
         for name in CHARTS:
             patch.setattr(charts, name, lambda *args, **kwargs: "{}")
-        patch.setattr(picture, "partition_picture", lambda *args: None)
+        patch.setattr(picture, "partition_picture", _blank)
         patch.setattr(picture, "figure_svg", lambda figure: "<svg></svg>")
         yield
 

@@ -39,7 +39,7 @@ def inputs_of(rows, size=None):
 def programs(text, model):
     """FedAvg as a client receives it, and what deploys a client."""
     alg = fedavg(model, local=make_local())
-    server = jax.jit(alg.server.init)(KEY)
+    server = alg.server.init(KEY)
     down = alg.server.downlink(KEY, server, None)._replace(round=jnp.int32(0))
     side = with_adaptation(alg, text).client if text else alg.client
     state = side.init(KEY, KEY, down)
@@ -185,7 +185,7 @@ def test_memo_trains_on_each_input_alone_and_forgets():
 
         params = plain["params"]
         for _ in range(2):
-            step = tree.scale(jax.grad(uncertain)(params), 0.5)
+            step = tree.scale(jax.jit(jax.grad(uncertain))(params), 0.5)
             params = tree.sub(params, step)
         return model.predict({**plain, "params": params}, image[None])[0]
 
@@ -233,7 +233,7 @@ def test_memo_refuses_what_are_no_images():
 def fitting(text, model):
     """A client's message, and what deploys one that is told something."""
     alg = fedavg(model, local=make_local())
-    server = jax.jit(alg.server.init)(KEY)
+    server = alg.server.init(KEY)
     down = alg.server.downlink(KEY, server, None)._replace(round=jnp.int32(0))
     side = with_adaptation(alg, text).client
     state = side.init(KEY, KEY, down)

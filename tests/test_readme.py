@@ -19,7 +19,10 @@ from hyperjax.sweeps import points
 pytestmark = pytest.mark.xdist_group("launcher")
 
 # Command in the README -> what is added, or run instead; None: other tests have it.
-SHORT = ["--config.rounds=2", "--config.evaluation.every=2"]
+SHORT = [
+    *("--config.rounds=1", "--config.evaluation.every=1"),
+    *("--config.method.hidden=(8,)", "--config.evaluation.finetune_epochs=()"),
+]
 ONE = [
     *("--config.rounds=1", "--config.tensorboard=False"),
     *("--config.evaluation.finetune_epochs=()", "--config.data.name=digits"),
@@ -71,7 +74,7 @@ SHORTENED = {
     # Studies: see tests/studies.
     SWEEP + "experiments/studies/": None,
     "python -m experiments.train --config=configs/zero_shot.py:fedavg --w": [
-        "--config.rounds=1"
+        *("--config.rounds=1", "--config.model.hidden=(8,)")
     ],
     "python -m experiments.export": [],
     "python -m experiments.data": [],

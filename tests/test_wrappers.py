@@ -69,7 +69,7 @@ def test_statistics_at_home_may_see_what_is_deployed():
     alg = with_refreshed_statistics(plain)
     table, pool = federated.tiny().table, federated.tiny().pool
     key = jax.random.key(0)
-    server = jax.jit(alg.server.init)(key)
+    server = alg.server.init(key)
     down = Downlink(shared=(server.theta, ()), round=jnp.int32(0))
     state = alg.client.init(key, key, down)
     rows, size = jnp.asarray(table.rows[0]), jnp.asarray(table.size[0])

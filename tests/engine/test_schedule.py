@@ -19,8 +19,8 @@ from hyperjax.data.clients import Table
 from hyperjax.engine import cohorts, comm, families, schedule, sharding, stores
 
 ROOT = jax.random.key(3)
-# "fedrep" keeps a part on its clients; see the laws for all others.
-METHOD = "fedrep"
+# "fedper" keeps a part on its clients; see the laws for all others.
+METHOD = "fedper"
 
 
 def build(**options):
@@ -57,7 +57,7 @@ def test_a_cell_may_be_run_twice(kind):
     assert digest(again) == digest(once)
     chex.assert_trees_all_equal(info, info_again)
     # And with another state in between, from where the first left off.
-    sim.run(ROOT, once, 2, 1)
+    sim.run(ROOT, once, 2, 2)
     assert digest(once) == digest(again)
 
 
@@ -77,7 +77,7 @@ def test_both_stores_count_the_same_arithmetic():
     works = []
     for kind in ("device", "host"):
         sim = simulator(kind)
-        sim.run(ROOT, sim.init(ROOT), 0, 1)
+        sim.run(ROOT, sim.init(ROOT), 0, 2)
         works.append(sim.program.work)
     assert works[0].step == works[1].step > 0
     assert works[1].round == pytest.approx(works[0].round, rel=0.01)
@@ -376,14 +376,14 @@ def test_of_clients_state_the_cohorts_travels_alone():
     assert any("[4,16,4]" in shapes for shapes in sent)  # rows of a kernel
     assert not [shapes for shapes in sent if re.search(r"\[(5004|2502)\b", shapes)]
     # And stays where it is from call to call.
-    end, _ = sim.run(ROOT, start, 0, 3)
-    end, _ = sim.run(ROOT, end, 3, 1)
+    end, _ = sim.run(ROOT, start, 0, 2)
+    end, _ = sim.run(ROOT, end, 2, 2)
     assert end.seen[kept].sharding == start.seen[kept].sharding
-    again, _ = sim.run(ROOT, sim.load(jax.device_get(end)), 4, 1)
-    end, _ = sim.run(ROOT, end, 4, 1)
+    again, _ = sim.run(ROOT, sim.load(jax.device_get(end)), 4, 2)
+    end, _ = sim.run(ROOT, end, 4, 2)
     assert digest(again) == digest(end)
     # On one device the results are the same.
-    alone, _ = population(1).run(ROOT, population(1).init(ROOT), 0, 5)
+    alone, _ = population(1).run(ROOT, population(1).init(ROOT), 0, 6)
     chex.assert_trees_all_close(jax.device_get(end), jax.device_get(alone), atol=1e-5)
 
 
@@ -458,10 +458,10 @@ def on_host(tmp_path):
 def test_samples_that_travel_change_no_bit(options, tmp_path):
     if "mesh" in options:
         options = dict(mesh=sharding.client_mesh(4))
-    mine = build(store="host", **options)
+    mine = build(store="host", **options) if options else simulator("host")
     far = build(store="host", pool=on_host(tmp_path), **options)
-    expected, info = mine.run(ROOT, mine.init(ROOT), 0, 3)
-    found, info_far = far.run(ROOT, far.init(ROOT), 0, 3)
+    expected, info = mine.run(ROOT, mine.init(ROOT), 0, 2)
+    found, info_far = far.run(ROOT, far.init(ROOT), 0, 2)
     assert digest(found) == digest(expected)
     chex.assert_trees_all_equal(info_far, info)
 
@@ -487,11 +487,11 @@ def test_samples_that_do_not_fit_are_refused(tmp_path):
 def test_nobody_changes_but_participants(kind):
     sim = simulator(kind)
     carry = jax.device_get(sim.init(ROOT))
-    for start, num in ((0, 2), (2, 1)):
+    for start, num in ((0, 2), (2, 2)):
         new = jax.device_get(sim.run(ROOT, sim.load(carry), start, num)[0])
         seen = new.seen[families.ALONE]
         (ids,) = sim.participants(ROOT, start, num).values()
-        assert 3 <= len(ids) < NUM_CLIENTS and seen[ids].all()
+        assert 3 <= len(ids) < NUM_CLIENTS and seen[ids].all(), start
         others = np.setdiff1d(np.arange(NUM_CLIENTS), ids)
         for x, y in zip(*map(jax.tree.leaves, (carry[1:], new[1:])), strict=True):
             np.testing.assert_array_equal(x[others], y[others])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import make_run
+from made_runs import make_run, undrawn
 
 from hyperjax.data import picture
 from hyperjax.launch import embedding_maps, report, workdir
@@ -142,5 +142,6 @@ def test_the_page_of_a_run_shows_the_maps(tmp_path: Path) -> None:
     same["embedding"] = [[0.5] * 6] * 5
     lines = [json.dumps({**same, "round": t}) + "\n" for t in range(3)]
     (run / workdir.EMBEDDINGS).write_text("".join(lines))
-    text = Path(report.run_report(str(run))).read_text()
+    with undrawn():
+        text = Path(report.run_report(str(run))).read_text()
     assert "Embeddings over rounds" not in text

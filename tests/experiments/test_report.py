@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,32 @@ import numpy as np
 import pytest
 import vl_convert
 from launched import launch
-from made_runs import make_run, write_json, write_lines
+from made_runs import make_run, undrawn, write_json, write_lines
 
 from experiments import demo
 from hyperjax.launch import charts, origin, pages, report
 from hyperjax.protocols import zero_shot
-from hyperjax.sweeps import long
+from hyperjax.sweeps import figures, long
 
 ROOT = Path(__file__).parents[2]
+DRAWING = pages.drawing
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at charts and pictures."""
 
 
 @pytest.fixture(autouse=True)
-def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What draws charts takes seconds to pack; one test has it."""
-    monkeypatch.setattr(pages, "drawing", lambda: "")
+def drawing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What draws charts takes seconds to pack, and charts a second to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "drawn" in request.fixturenames:
+            patch.setattr(pages, "drawing", lambda: "")
+            yield
+        else:
+            with undrawn():
+                yield
 
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -85,7 +97,7 @@ def _read(path: str | Path) -> tuple[str, list[str]]:
     return text, checker.links
 
 
-def test_run_report_shows_everything(tmp_path: Path) -> None:
+def test_run_report_shows_everything(drawn, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = report.run_report(folder)
     assert path == os.path.join(folder, "report.html")
@@ -136,7 +148,7 @@ def test_run_report_shows_everything(tmp_path: Path) -> None:
     assert not list(Path(folder).glob("*.tmp"))
 
 
-def test_every_chart_is_one_that_vega_knows(tmp_path, monkeypatch) -> None:
+def test_every_chart_is_one_that_vega_knows(drawn, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(charts, "CHECKED", True)
     for name, clients in (("few", 15), ("many", 150)):
         folder = make_run(tmp_path / name, clients=clients, rounds=8)
@@ -163,13 +175,13 @@ def test_a_run_is_made_again_by_the_command_on_its_page(tmp_path: Path) -> None:
     assert "<tr><th>rounds</th><td>7</td></tr>" in text
 
 
-def test_same_files_same_page(tmp_path: Path) -> None:
+def test_same_files_same_page(drawn, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     first = Path(report.run_report(folder)).read_bytes()
     assert Path(report.run_report(folder)).read_bytes() == first
 
 
-def test_pages_stand_alone(tmp_path: Path) -> None:
+def test_pages_stand_alone(drawn, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     own = report.run_report(folder)
     both = report.comparison_report([folder], str(tmp_path / "all.html"), "All")
@@ -183,8 +195,8 @@ def test_pages_stand_alone(tmp_path: Path) -> None:
         assert all(name.startswith("xmlns") for name in addresses)
 
 
-def test_what_draws_charts_is_packed_once(tmp_path, monkeypatch, drawing) -> None:
-    monkeypatch.undo()  # the fixture's
+def test_what_draws_charts_is_packed_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "drawing", DRAWING)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(pages, "_bundle", lambda: "packed")
     pages.drawing.cache_clear()
@@ -250,7 +262,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: tuple) -> No
     assert ("No evaluation yet" in both) == (not there)
 
 
-def test_a_run_without_a_metric_beside_one_with_it(tmp_path: Path) -> None:
+def test_a_run_without_a_metric_beside_one_with_it(drawn, tmp_path: Path) -> None:
     folders = [
         make_run(tmp_path / name, novel=novel, settings={"data.novel": novel})
         for name, novel in (("whole", 5), ("part", 0))
@@ -349,6 +361,7 @@ def test_the_launcher_makes_the_page_of_one_run_or_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(figures, "all_of", lambda *_: iter(()))  # see test_figures
     make_run(tmp_path / "a/one")
     make_run(tmp_path / "a/two", finished=False)
     for folders, out, page in (
@@ -447,7 +460,7 @@ def test_almost_collapsed_embedding_is_said(tmp_path: Path) -> None:
     assert "all but collapsed" not in plain
 
 
-def test_series_of_one_colour_differ_and_bars_stay_off_the_axes() -> None:
+def test_series_of_one_colour_differ_and_bars_stay_off_the_axes(drawn) -> None:
     series = [charts.Series("a", "red"), charts.Series("b", "red", "--")]
     rows = [dict(series=s.name, x=1, y=2, name="n", low=1, high=3) for s in series]
     spec = json.loads(charts.places(rows, series, "x", "y"))
@@ -468,7 +481,7 @@ def test_series_of_one_colour_differ_and_bars_stay_off_the_axes() -> None:
         (["fedavg", "fedavg, alpha=1"], None),
     ],
 )
-def test_a_legend_has_the_method_of_all_as_its_title(names, title) -> None:
+def test_a_legend_has_the_method_of_all_as_its_title(drawn, names, title) -> None:
     series = [charts.Series(name, "red") for name in names]
     rows = [dict(series=name, x=1, y=2, name="n") for name in names]
     for spec in (
@@ -484,7 +497,7 @@ def test_a_legend_has_the_method_of_all_as_its_title(names, title) -> None:
         assert {other["title"] for other in told if other} == {title}
 
 
-def test_boxes_say_the_method_of_all_below() -> None:
+def test_boxes_say_the_method_of_all_below(drawn) -> None:
     names = ["fedavg, alpha=1", "fedavg, alpha=2"]
     series = [charts.Series(name, "red") for name in names]
     numbers = dict.fromkeys(("p10", "q1", "median", "q3", "p90", "n"), 1)
@@ -494,7 +507,7 @@ def test_boxes_say_the_method_of_all_below() -> None:
         assert {e["x"]["title"] for e in _encodings(spec)} == {title}
 
 
-def test_a_lone_series_has_a_legend_unless_its_axis_names_it() -> None:
+def test_a_lone_series_has_a_legend_unless_its_axis_names_it(drawn) -> None:
     series, rows = [charts.Series("loss", "red")], [dict(series="loss", x=1, y=2)]
     known = json.loads(charts.lines(rows, series, "loss, nats", ("x", "x")))
     other = json.loads(charts.lines(rows, series, "pACC, %", ("x", "x")))
@@ -589,7 +602,7 @@ def test_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         report.run_report(folder)
 
 
-def test_a_thousand_clients_stay_small_and_readable(tmp_path: Path) -> None:
+def test_a_thousand_clients_stay_small_and_readable(drawn, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", clients=1100, novel=100, rounds=1000)
     path = report.run_report(folder)
     text, _ = _read(path)
@@ -604,7 +617,7 @@ def test_a_thousand_clients_stay_small_and_readable(tmp_path: Path) -> None:
     assert "<td>participating</td>" in text and "class 3" not in text
 
 
-def test_many_classes_of_some_clients_stay_small(tmp_path: Path) -> None:
+def test_many_classes_of_some_clients_stay_small(drawn, tmp_path: Path) -> None:
     """Dots are drawn while they are few; the page would have another 300 kB."""
     few = make_run(tmp_path / "few", "fedavg", clients=15, classes=95, rounds=3)
     many = make_run(tmp_path / "many", "fedavg", clients=120, classes=95, rounds=3)
@@ -634,11 +647,11 @@ def test_families_have_rows_of_their_own(tmp_path: Path) -> None:
     assert cells[1] == ["01_cnn", "4", "6 to 9", "60.00", "0.00", *sent]
 
 
-def test_comparison_of_two_runs(tmp_path: Path) -> None:
+def test_comparison_of_two_runs(drawn, tmp_path: Path) -> None:
     first = make_run(tmp_path / "runs/one & two", "fedavg")
     second = make_run(tmp_path / "runs/other", "pfedhn", shift=-5.0)
     for folder in (first, second):
-        report.run_report(folder)
+        Path(folder, "report.html").touch()
     path = str(tmp_path / "pages.html")
     assert report.comparison_report([first, second], path, "Two") == path
     text, links = _read(path)
@@ -649,7 +662,7 @@ def test_comparison_of_two_runs(tmp_path: Path) -> None:
         assert _series(_charts(text)[name]) == ["fedavg", "pfedhn"]
 
 
-def test_seeds_are_one_line_with_a_band(tmp_path: Path) -> None:
+def test_seeds_are_one_line_with_a_band(drawn, tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / f"runs/{seed}", seed=seed, shift=4.0 * seed)
     path = report.comparison_report([tmp_path / "runs"], tmp_path / "x.html", "Seeds")

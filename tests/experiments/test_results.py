@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_runs import undrawn
 
 import hyperjax.protocols.common
 from hyperjax.launch import train
@@ -199,7 +200,7 @@ def test_copies_that_diverge_while_fine_tuned_have_no_accuracy(tmp_path, caplog)
     config.engine.devices = 1
     config.local.update(batch_size=8, learning_rate=1e30)
     config.evaluation.finetune_epochs = (0, 3)
-    with caplog.at_level("WARNING", logger="absl"):
+    with undrawn(), caplog.at_level("WARNING", logger="absl"):
         summary = train.train(config, str(tmp_path / "run"))
     whole = json.loads((tmp_path / "run" / "summary.json").read_text())
     for found in (summary, whole):

@@ -19,6 +19,7 @@ import launched
 import numpy as np
 import pytest
 from launched import Process, Result
+from made_runs import undrawn
 
 from hyperjax.engine import checkpoint, log
 from hyperjax.engine.progress import Silent
@@ -313,6 +314,12 @@ def recorded(**fields):
 def built_once(monkeypatch):
     """Runs of one config in one process share their compiled programs."""
     monkeypatch.setattr(build, "make_experiment", _build)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pages():
+    with undrawn():
+        yield
 
 
 _really_build = build.make_experiment

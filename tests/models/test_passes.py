@@ -49,7 +49,13 @@ def stats_of(trained):
 # Precision --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp_bn", "lenet", "resnet8", "squeezenet1_0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mlp_bn", "lenet", "resnet8"),
+        pytest.param("squeezenet1_0", marks=pytest.mark.slow),  # of the same layers
+    ],
+)
 def test_networks_compute_in_bfloat16_and_keep_float32(name):
     shape = (32, 32, 3)
     model = from_linen(ZOO[name](K), shape, K, precision="bfloat16")

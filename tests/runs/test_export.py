@@ -60,7 +60,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def generated():
-    return train("hyperfedzero", **SMALL)
+    return train("hyperfedzero", Small(), **SMALL)
 
 
 ALONE = """
@@ -142,12 +142,14 @@ def test_somebody_new_gets_the_network_for_its_inputs(generated, tmp_path):
     others = generated.network(None, 255 - X).variables["params"]["head"]["kernel"]
     assert not np.array_equal(ours, others)
     network = generated.network(None, X)
-    logits = Net().apply(network.variables, by_hand(network.header, X))
+    logits = Small().apply(network.variables, by_hand(network.header, X))
     expected = generated.probabilities(None, X)
     np.testing.assert_allclose(nn.softmax(logits), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["ditto", "hyperfedzero"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("ditto", marks=pytest.mark.slow), "hyperfedzero"]
+)
 def test_somebodys_network_needs_no_global_test_set(method, tmp_path):
     data = hj.federate(SOURCE, num_clients=4, num_novel=2, seed=1, test_fraction=0.0)
     assert data.test is None
@@ -188,7 +190,8 @@ def test_clients_of_families_get_theirs(tmp_path):
 
 
 def test_a_rule_of_its_own_is_said(tmp_path):
-    run = train("hyperfedzero", deploy_granularity="sample", **SMALL)
+    options = dict(deploy_granularity="sample", **SMALL)
+    run = train("hyperfedzero", Small(), **options)
     network = run.network(1)
     assert not network.header["plain"]
     with pytest.raises(ValueError, match=r"by the number of inputs.*cannot be written"):

@@ -10,6 +10,7 @@ from hyperjax.launch import cli
 from hyperjax.sweeps import points
 
 DIGITS = "zero_shot:hyperfedzero,data=digits"
+FEW = settings(max_examples=30)
 WORDS = st.text("abcxyz019.+-", min_size=1).filter(lambda w: ".." not in w)
 
 
@@ -20,12 +21,14 @@ def grid(*flags: str, named=None) -> list:
 # Values -----------------------------------------------------------------------------
 
 
+@FEW
 @given(st.lists(WORDS, min_size=1))
 def test_commas_part_values(words):
     assert points.values(",".join(words)) == words
     assert points.values(" , ".join(words)) == words
 
 
+@FEW
 @given(
     st.lists(st.lists(WORDS, min_size=1), min_size=1),
     st.sampled_from(["()", "[]", "{}"]),
@@ -35,6 +38,7 @@ def test_commas_within_brackets_do_not(parts, brackets):
     assert points.values(",".join(values)) == values
 
 
+@FEW
 @given(st.lists(st.text("ab,( '", min_size=0), min_size=1))
 def test_commas_within_quotes_do_not(texts):
     assert points.values(",".join(f'"{text}"' for text in texts)) == texts
@@ -188,7 +192,8 @@ VALUES = st.one_of(
     st.floats(0, 1),
     st.none(),
     st.booleans(),
-    st.text(max_size=200),
+    st.text(max_size=20),
+    st.text(max_size=8).map(lambda text: 30 * text),
     st.tuples(st.integers(0, 3), st.integers(0, 3)),
 )
 FIELDS = st.sampled_from(
@@ -199,7 +204,7 @@ POINTS = st.lists(
 )
 
 
-@settings(max_examples=50)
+@FEW
 @given(POINTS)
 def test_names_are_unique_and_every_file_system_takes_them(changed):
     names = points.name_all(changed)
@@ -209,7 +214,7 @@ def test_names_are_unique_and_every_file_system_takes_them(changed):
         assert not name.startswith((".", "-"))
 
 
-@settings(max_examples=50)
+@FEW
 @given(POINTS, POINTS)
 def test_names_stay_when_points_are_added(before, more):
     known = dict(zip(map(points.key, before), points.name_all(before), strict=True))
