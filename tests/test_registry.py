@@ -51,15 +51,6 @@ def test_every_option_has_a_default_a_type_and_a_word(name):
         assert doc, option
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_with_all_its_listed_defaults_is_the_method_with_none(name):
-    """Nothing is given twice, and no default is changed where no signature shows it."""
-    known = registry.options(name)
-    given = {k: o.default for k, o in known.items() if k not in federated.SMALL}
-    plain, full = federated.method(name), federated.build(name, **given)
-    assert federated.messages(full) == federated.messages(plain)
-
-
 def test_names_of_other_packages_and_wrong_ones():
     assert registry.find("hyperjax.algorithms.fedavg:fedavg") is fedavg
     with pytest.raises(ValueError, match=r"did you mean 'fedprox'"):

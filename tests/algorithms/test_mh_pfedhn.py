@@ -3,13 +3,12 @@
 import functools
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federated import NUM_CLASSES, make_local, tiny
+from federated import NUM_CLASSES, Normed, make_local, tiny
 from jax.flatten_util import ravel_pytree
 
 from hyperjax import training, tree, wrappers
@@ -17,7 +16,7 @@ from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.mh_pfedhn import mh_pfedhn
 from hyperjax.engine import comm, exchange, families
 from hyperjax.hypernets.multi_head import multi_head
-from hyperjax.models import MLP, ZOO, from_linen, layers
+from hyperjax.models import MLP, ZOO, from_linen
 from hyperjax.types import Batch, ClientData, Cohort, Downlink
 
 KEY = jax.random.key(0)
@@ -32,15 +31,6 @@ BARE = optax.sgd(1.0)
 ADAM = optax.adam(0.05)
 CLOSE = dict(rtol=1e-4, atol=1e-6)
 BN = "stats/batch_stats/norm/"
-
-
-class Normed(nn.Module):
-    """Batch-norm, then one linear layer."""
-
-    @nn.compact
-    def __call__(self, x, train=False, mask=None):
-        x = layers.BatchNorm(name="norm")(x, train, mask)
-        return layers.Dense(NUM_CLASSES, name="head")(x.reshape(x.shape[0], -1))
 
 
 def wrapped(module):
@@ -80,7 +70,7 @@ def start(alg):
 
 @functools.cache
 def _first(side):
-    return jax.jit(side.init)(KEY)
+    return side.init(KEY)  # draws compile slowly; step by step methods share them
 
 
 def cohort(ids, active=None):
@@ -423,7 +413,13 @@ def test_networks_of_one_size_are_one_to_the_server():
     np.testing.assert_array_equal(wide.tables["wide"], tall.tables["tall"])
 
 
-@pytest.mark.parametrize("order", [("c", "b", "a"), ("a", "b", "c"), ("b", "c", "a")])
+@pytest.mark.parametrize(
+    "order",
+    [
+        *(("c", "b", "a"), ("b", "c", "a")),
+        pytest.param(("a", "b", "c"), marks=pytest.mark.slow),
+    ],
+)
 def test_heads_are_found_by_size_whatever_families_are_called(order):
     # The largest, the smallest and the one between, under every name.
     models = dict(zip(order, networks().values(), strict=True))
@@ -485,17 +481,12 @@ def test_statistics_stay_at_home():
     [
         ("mh_cnn", 239_856, 959_424),
         ("vgg8", 274_664, 1_098_656),
-        # The others: tests/benchmarks/test_family_table.py.
-        *(
-            pytest.param(*costs, marks=pytest.mark.slow)
-            for costs in (
-                ("mh_resnet10", 353_028, 1_412_112),
-                ("mh_resnet12", 529_092, 2_116_368),
-                ("mh_resnet18", 571_236, 2_284_944),
-            )
-        ),
+        ("mh_resnet10", 353_028, 1_412_112),
+        ("mh_resnet12", 529_092, 2_116_368),
+        ("mh_resnet18", 571_236, 2_284_944),
     ],
 )
+@pytest.mark.slow  # tests/benchmarks/test_family_table.py counts them too
 def test_published_costs(name, numbers, num_bytes):
     model = from_linen(ZOO[name](100), (32, 32, 3), 100)
     alg = mh_pfedhn({name: model}, local=make_local(), family_sizes={name: 10})
@@ -509,8 +500,11 @@ def test_published_costs(name, numbers, num_bytes):
 @pytest.mark.parametrize(
     "name",
     [
-        *("mh_cnn", "mh_resnet10", "mh_mlp"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg8", "squeezenet1_1")),
+        *("mh_cnn", "mh_mlp"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("vgg8", "mh_resnet10", "squeezenet1_1")
+        ),
     ],
 )
 def test_vectors_come_back_as_they_were(name):

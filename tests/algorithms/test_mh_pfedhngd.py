@@ -81,7 +81,7 @@ def cohorts_of(number, names=tuple(NETWORKS), active=(1, 1), ids=(0, 1)):
 
 @functools.cache
 def first():
-    return jax.jit(ours().server.init)(jax.random.key(0))
+    return ours().server.init(jax.random.key(0))
 
 
 @jax.jit
@@ -125,8 +125,11 @@ BATCH = Batch(jnp.zeros((3, 1)), jnp.array([0, 1, 2]), jnp.array([1.0, 1.0, 0.0]
 STUDENT, TEACHER = (jnp.float32(DRAW.normal(size=(3, 4))) for _ in range(2))
 
 
+TAUGHT = jax.jit(jax.value_and_grad(distillation))
+
+
 def test_a_teacher_who_knows_no_more_teaches_nothing():
-    value, slope = jax.value_and_grad(distillation)(STUDENT, STUDENT, BATCH, 15.0)
+    value, slope = TAUGHT(STUDENT, STUDENT, BATCH, 15.0)
     assert value == 0
     # T^2 = 225 times the rounding of float32.
     np.testing.assert_allclose(slope, np.zeros((3, 4)), atol=225 * 1e-7)
@@ -135,7 +138,7 @@ def test_a_teacher_who_knows_no_more_teaches_nothing():
 def test_divergence_by_hand():
     p, s = (jax.nn.softmax(z / T, -1) for z in (TEACHER, STUDENT))
     expected = T**2 * np.sum(p * np.log(p / s), -1)
-    value, slope = jax.value_and_grad(distillation)(STUDENT, TEACHER, BATCH, T)
+    value, slope = TAUGHT(STUDENT, TEACHER, BATCH, T)
     # The last sample is padding.
     np.testing.assert_allclose(value, expected[:2].mean(), rtol=1e-5)
     np.testing.assert_allclose(slope[:2], T * (s - p)[:2] / 2, **CLOSE)
@@ -148,7 +151,7 @@ def test_hot_distillation_compares_centred_logits():
     limit = (gap - gap.mean(1, keepdims=True))[:2] / 4 / 2
     error = []
     for temperature in (10.0, 100.0):
-        slope = jax.grad(distillation)(STUDENT, TEACHER, BATCH, temperature)[:2]
+        slope = TAUGHT(STUDENT, TEACHER, BATCH, temperature)[1][:2]
         error.append(np.max(np.abs(slope - limit)))
     assert error[1] < error[0] / 5 and error[1] < 0.01
 
@@ -313,7 +316,7 @@ def test_whoever_has_met_no_teacher_fine_tunes_on_labels_alone():
 
 def test_it_starts_as_mh_pfedhn():
     state = first()
-    expected = jax.jit(mh().server.init)(jax.random.key(0))
+    expected = mh().server.init(jax.random.key(0))
     chex.assert_trees_all_equal(state.phi, expected.phi)
     assert state.phi["heads"].keys() == {"1", "3"}
     for name in NETWORKS:
@@ -470,13 +473,14 @@ def generated(part, size):
 
 
 @jax.jit
-def trained(theta, x, y, teacher, lam):
+def trained(theta, x, y, real, teacher, lam):
     def loss(theta):
         z, z_g = forward(theta, x), forward(teacher, x)
         log_p, log_s = jax.nn.log_softmax(z_g / T), jax.nn.log_softmax(z / T)
-        kl = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_s), -1))
-        label = jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1)
-        return lam * T**2 * kl - (1 - lam) * jnp.mean(label)
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_s), -1)
+        label = jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1)[:, 0]
+        each = lam * T**2 * kl - (1 - lam) * label
+        return jnp.sum(jnp.where(real, each, 0)) / jnp.sum(real)
 
     for _ in range(EPOCHS):
         theta = theta - LR * jax.grad(loss)(theta)
@@ -526,11 +530,14 @@ class Rewrite:
         self.values = jax.tree.unflatten(structure, list(values.values()))
 
     def round(self, order):
-        data = [inputs(part) for part in PARTS]
-        data = [(x.reshape(len(x), -1), y) for x, y in data]
-        sizes = np.array([len(y) for _, y in data])
+        # Of one size, so that a single program trains all.
+        data, sizes = [], np.array([len(part) for part in PARTS])
+        for x, y in map(inputs, PARTS):
+            rest = max(sizes) - len(y)
+            padded = [np.pad(a, (0, rest)) for a in (y, np.ones(len(y), bool))]
+            data.append((np.pad(x.reshape(len(x), -1), ((0, rest), (0, 0))), *padded))
         teacher, _ = self.pull(f"{GLOBAL} 0")
-        copies = [trained(teacher, x, y, teacher, 0.0) for x, y in data]
+        copies = [trained(teacher, *each, teacher, 0.0) for each in data]
         changes = [teacher - copy for copy in copies]
         mean = sum(n * change for n, change in zip(sizes, changes, strict=True))
         self.step(f"{GLOBAL} 0", mean / sizes.sum())

@@ -3,13 +3,10 @@
 import inspect
 import re
 
-import jax
-import optax
 import pytest
 from federated import METHODS, NUM_CLIENTS, ON_NORMS, SMALL, make_local, normed, tiny
 
 from hyperjax import calls, channels, corrections, registry, server_optimizers
-from hyperjax.engine import comm, families
 
 INF, NAN = float("inf"), float("nan")
 KINDS = {
@@ -56,25 +53,6 @@ def test_every_number_of_every_method_is_checked_by_name(method):
     for name, values in numbers_of(registry.find(method)).items():
         for value in values:
             refused(build, name, value)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_numbers_that_are_not_fixed_can_be_arguments_of_a_program(method):
-    """Nothing of a method branches on them, or makes shapes of them."""
-    build, names = on_the_tiny_model(method), registry.options(method)
-    numbers = {k: o.default for k, o in names.items() if o.type is float}
-    numbers = {k: x for k, x in numbers.items() if not names[k].fixed}
-
-    def describe(rate, decay, bound, numbers):
-        optimizer = optax.chain(
-            optax.add_decayed_weights(decay), optax.sgd(rate, momentum=0.9)
-        )
-        local = make_local(optimizer=optimizer, clip_norm=bound)
-        alg = build(local=local, **numbers)
-        for family in families.clients(alg):
-            comm.describe(families.view(alg, family))
-
-    jax.eval_shape(describe, 0.1, 0.01, 1.0, numbers)
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,13 @@ def by_hand(server, cohorts, pc, faithful):
     return phi, table, home
 
 
-@pytest.mark.parametrize("pc", [False, True])
-@pytest.mark.parametrize("faithful", [False, True])
+@pytest.mark.parametrize(
+    ("pc", "faithful"),
+    [
+        *((False, False), (False, True), (True, False)),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_exchanges_equal_the_algorithm(pc, faithful):
     alg = ours(faithful=faithful, **MOVING, **(PC if pc else {}))
     state = q.play(alg, *COHORTS)
@@ -327,8 +332,8 @@ def uplink_of(deltas):
 
 def test_a_single_family_is_the_method_itself():
     alone, key = over_families((("a", q.N),), **MOVING), jax.random.key(0)
-    server = jax.jit(alone.server.init)(key)
-    plain = jax.jit(ours(**MOVING).server.init)(key)
+    server = alone.server.init(key)
+    plain = ours(**MOVING).server.init(key)
     deltas, ids = [[1.0, -2.0], [3.0, 1.0]], (3, 1)
     down = jax.jit(alone.server.downlink)(key, server, {"a": cohort_of(*ids)})
     own = jax.jit(ours(**MOVING).server.downlink)(key, plain, cohort_of(*ids)).own
@@ -342,7 +347,7 @@ def test_a_single_family_is_the_method_itself():
 
 def test_each_family_pulls_through_its_own_slice():
     alg, key = over_families(**BARE), jax.random.key(0)
-    server = jax.jit(alg.server.init)(key)
+    server = alg.server.init(key)
     # One of two clients; family b's client is number 3 of all, and has one of its own.
     cohorts = {"a": cohort_of(1), "b": cohort_of(0)}
     deltas = {"a": [[1.0, -2.0]], "b": [[0.5, 3.0]]}
@@ -372,7 +377,7 @@ def test_each_family_pulls_through_its_own_slice():
 
 def test_unseen_clients_of_a_family_get_the_network_of_the_mean_embedding():
     alg, key = over_families(**MOVING), jax.random.key(0)
-    server = jax.jit(alg.server.init)(key)
+    server = alg.server.init(key)
     down = jax.jit(alg.server.downlink)(key, server, {"b": cohort_of(1, 0)})
     theirs = {
         "trunk": server.phi["trunk"],
@@ -409,16 +414,22 @@ def test_unseen_clients_get_the_network_of_the_mean_embedding():
     np.testing.assert_allclose(q.vector(own), expected, rtol=1e-5, atol=1e-6)
 
 
+@functools.cache
+def published(num_classes):
+    return from_linen(ZOO["pfedhn_cnn"](num_classes), (32, 32, 3), num_classes)
+
+
 @pytest.mark.parametrize(
     ("num_classes", "options", "numbers", "kept", "stored"),
     [
         (10, {}, 121_182, 0, 12_271_732),
-        (100, {}, 128_832, 0, 13_044_382),
+        # The network itself: tests/models/test_networks.py.
+        pytest.param(100, {}, 128_832, 0, 13_044_382, marks=pytest.mark.slow),
         (10, dict(keep=HEAD), 120_332, 850, 12_185_882),
     ],
 )
 def test_published_numbers(num_classes, options, numbers, kept, stored):
-    model = from_linen(ZOO["pfedhn_cnn"](num_classes), (32, 32, 3), num_classes)
+    model = published(num_classes)
     local = federated.make_local()
     messages = comm.describe(pfedhn(model, local=local, num_clients=50, **options))
     cost = comm.cost(messages)

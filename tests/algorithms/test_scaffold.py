@@ -101,7 +101,7 @@ def test_converges_to_the_optimum_where_fedavg_does_not():
     for alg in (five, ragged()):
         theta = q.vector(q.play(alg, *cohorts).server.theta)
         np.testing.assert_allclose(theta, q.optimum(), rtol=1e-4, atol=1e-5)
-    plain = q.play(q.averaged(q.steps(5)), *[q.EVERYONE] * 200)
+    plain = q.play(q.averaged(q.steps(5)), *[q.EVERYONE] * 50)
     assert np.linalg.norm(q.vector(plain.server.theta) - q.optimum()) > 0.2
 
 

@@ -1,16 +1,20 @@
 """Newcomers join a finished run, and rounds are chosen by validation."""
 
 import json
+import re
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from made_runs import undrawn
 
 from hyperjax import tree
 from hyperjax.engine import log
-from hyperjax.launch import join, saved, train
+from hyperjax.launch import build, join, origin, saved, train
+from hyperjax.launch.resolve import resolve
 from hyperjax.protocols import families as families_experiment
 from hyperjax.protocols import pfedhn, zero_shot
 
@@ -23,10 +27,31 @@ def small(config, **fields):
     config.data.num_novel, config.tensorboard = 2, False
     config.evaluation.every, config.evaluation.finetune_epochs = 1, ()
     config.local.batch_size = 16
+    config.checkpoint.keep = 3  # also that of the first state
     config.update_from_flattened_dict(
         {k.replace("__", "."): v for k, v in fields.items()}
     )
     return config
+
+
+_really_load = saved.load
+_loaded: dict[str, saved.Run] = {}
+
+
+def _load(path, field="workdir"):
+    if path not in _loaded:
+        _loaded[path] = _really_load(path, field)
+    run = _loaded[path]
+    return run._replace(config=run.config.copy_and_resolve_references())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Every run that has ended is read once."""
+    with pytest.MonkeyPatch.context() as patch, undrawn():
+        patch.setattr(saved, "load", _load)
+        patch.setattr(train.cli, "use_cores", lambda devices: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +73,21 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def untrained(finished, tmp_path_factory):
-    """Its two newcomers, before their first round."""
-    folder = tmp_path_factory.mktemp("untrained") / "run"
-    train.train(join.joining(finished, rounds=0), str(folder))
+def joined(finished, tmp_path_factory):
+    """Its two newcomers."""
+    folder = tmp_path_factory.mktemp("joined") / "run"
+    train.train(join.joining(finished, rounds=2), str(folder))
     return str(folder)
+
+
+def untrained(path, copy):
+    """A copy of a run with nothing but its first state."""
+    shutil.copytree(path, copy)
+    first, *later = sorted((copy / "checkpoints").glob("round_*"))
+    assert first.name == "round_00000000"
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    return str(copy)
 
 
 def phi(path):
@@ -65,30 +100,28 @@ def tables(path):
 
 
 def test_newcomers_with_known_networks_learn_their_embeddings_alone(
-    finished, untrained, tmp_path
+    finished, joined, tmp_path
 ):
-    config = join.joining(finished, rounds=2)
-    summary = train.train(config, str(tmp_path / "joined"))
-    before, after = phi(finished), phi(str(tmp_path / "joined"))
+    before, after = phi(finished), phi(joined)
     assert before.keys() == after.keys()
     for name, x in before.items():
         np.testing.assert_array_equal(x, after[name])
-    pairs = zip(tables(untrained), tables(str(tmp_path / "joined")), strict=True)
-    for x, y in pairs:
+    start, old = (
+        tables(untrained(path, tmp_path / name))
+        for name, path in (("start", joined), ("old", finished))
+    )
+    for x, y in zip(start, tables(joined), strict=True):
         assert x.shape[0] == 1 and np.any(x != y)
     # They are drawn anew: none is where a participant's was.
-    old = saved.load_config(finished, "run")
-    train.train(small(old, rounds=0), str(tmp_path / "old"))
-    paths = untrained, str(tmp_path / "old")
-    for x, y in zip(*map(tables, paths), strict=True):
+    for x, y in zip(start, old, strict=True):
         assert not np.any(np.all(x == y, axis=(1, 2)))
     # The two newcomers are the two unseen clients of the run.
-    rows = json.loads((tmp_path / "joined" / "clients.json").read_text())
+    rows = json.loads(Path(joined, "clients.json").read_text())
     with np.load(f"{finished}/partition.npz") as there:
         held_out, trained_on = there["novel_held_out_size"], there["novel_train_size"]
     assert [r["eval_samples"] for r in rows] == held_out.tolist()
     assert [r["train_samples"] for r in rows] == trained_on.tolist()
-    assert "zacc" not in summary
+    assert "zacc" not in json.loads(Path(joined, "summary.json").read_text())
 
 
 @pytest.mark.slow
@@ -150,50 +183,62 @@ def test_the_best_round_is_that_of_validation(finished):
 
 
 @pytest.mark.parametrize("part", ["share_heads", "share_extractor"])
-def test_other_networks_do_not_join_parts_that_are_not_shared(part, finished, tmp_path):
-    config = saved.load_config(finished, "run")
-    config.method[part] = False
-    train.train(small(config, rounds=0), str(tmp_path / "apart"))
+def test_other_networks_do_not_join_parts_that_are_not_shared(
+    part, finished, monkeypatch
+):
+    run = saved.load(finished, "run")
+    run.config.method[part] = False
+    shape = tuple(run.facts["sample_shape"].tolist())
+    model = build.make_model(run.config, shape, len(run.facts["label_names"]))
+    algorithm = build.make_algorithm(run.config, model)
+    server = jax.eval_shape(algorithm.server.init, jax.random.key(0))
+    carry = run.restored.carry._replace(server=server)
+    apart = run._replace(
+        algorithm=algorithm, restored=run.restored._replace(carry=carry)
+    )
+    monkeypatch.setitem(_loaded, "apart", apart)
     # Of the same network in another place, "00_mh_mlp", nothing was trained either.
     for others in (["mh_mlp"], ["mlp", "attack_lenet"]):
         with pytest.raises(ValueError, match=rf"families=.*{part}=False.*own$"):
-            join.joining(str(tmp_path / "apart"), families=others)
+            join.joining("apart", families=others)
     # The run's own find every part again: nothing but embeddings is left to train.
-    joined = join.joining(str(tmp_path / "apart"), rounds=1)
-    train.train(joined, str(tmp_path / "joined"))
-    before, after = phi(str(tmp_path / "apart")), phi(str(tmp_path / "joined"))
-    assert before.keys() == after.keys()
-    for name, x in before.items():
-        np.testing.assert_array_equal(x, after[name])
+    freeze = join.joining("apart", rounds=1).method.freeze
+    for path in tree.paths(server.phi):
+        assert any(re.fullmatch(pattern, path) for pattern in freeze), path
 
 
-def test_what_cannot_be_joined_is_refused(finished, untrained, tmp_path):
+def test_what_cannot_be_joined_is_refused(finished, joined, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"run='nowhere' holds no run"):
         join.joining("nowhere")
     fields = dict(data__name="digits", model__hidden=(4,), rounds=0)
     config = small(zero_shot.get_config("fedavg"), **fields)
-    train.train(config, str(tmp_path / "fedavg"))
+    (tmp_path / "fedavg").mkdir()
+    about = resolve(config).config, {"device": "cpu"}, {}
+    origin.describe(tmp_path / "fedavg", *about)
+    other = saved.load(finished, "run")._replace(config=config)
+    monkeypatch.setitem(_loaded, str(tmp_path / "fedavg"), other)
     with pytest.raises(
         ValueError, match=r"'fedavg', whose server has no hypernet.*pfedhn"
     ):
         join.joining(str(tmp_path / "fedavg"))
     with pytest.raises(ValueError, match=r"families.*'nonsense'"):
         join.joining(finished, families=["nonsense"])
-    config = join.joining(finished, rounds=0)
+    config = join.joining(finished)
     with pytest.raises(ValueError, match="itself one of newcomers"):
-        join.joining(untrained)
-    assert join.continued(untrained, [], None).to_dict() == config.to_dict()
+        join.joining(joined)
+    assert config.rounds == 2
+    assert join.continued(joined, [], None).to_dict() == config.to_dict()
     assert join.continued(str(tmp_path / "new"), [], None) is None
     for folder, run, message in (
         (finished, finished, "holds a run of other clients than newcomers"),
         (tmp_path / "fedavg", finished, "holds a run of other clients"),
-        (untrained, tmp_path / "fedavg", "holds newcomers to run='.*', not to '.*"),
+        (joined, tmp_path / "fedavg", "holds newcomers to run='.*', not to '.*"),
     ):
         with pytest.raises(ValueError, match=rf"workdir='{folder}' {message}"):
             join.main(str(run), str(folder), [], None, None)
     # Of a run that is no longer there the newcomers go on.
-    assert join.main("gone", untrained, [], None, None) == 0
-    config = join.joining(finished)
+    assert join.main("gone", joined, [], None, None) == 0
+    experiment = build.build(config)
     mistakes = [
         (dict(method__freeze=("heads/77/.*",)), "matches no variable"),
         (dict(start__take=("phi/(",)), r"start.take has 'phi/\('"),
@@ -203,6 +248,8 @@ def test_what_cannot_be_joined_is_refused(finished, untrained, tmp_path):
     ]
     for fields, message in mistakes:
         wrong = small(config.copy_and_resolve_references(), **fields)
+        # What is taken from the run is nothing that is built.
+        same = experiment if fields.keys() == {"start__take"} else None
         with pytest.raises(ValueError, match=message):
-            train.train(wrong, str(tmp_path / "y"))
+            train.train(wrong, str(tmp_path / "y"), experiment=same)
         assert not (tmp_path / "y" / "config.json").exists()
