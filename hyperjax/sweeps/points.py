@@ -137,7 +137,7 @@ def axis(flag: str, text: str, named: Mapping[str, Callable]) -> list[Texts]:
         found.append(as_texts(given))
 
     function = named[name]
-    _, *taken = inspect.signature(function).parameters.values()
+    taken = list(inspect.signature(function).parameters.values())[1:]
     if colon and not taken:
         raise ValueError(f"--{flag}={text!r}: sweep_{name}(add) takes no argument")
     for parameter in taken:
