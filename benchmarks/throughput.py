@@ -7,7 +7,8 @@ Presets are those of `benchmarks.peers`: A is a LeNet (6 and 16 channels), B an 
 instead of four. Unlike there, where a side is one process on one core, the engine has
 every core or accelerator (--devices) and the plan that it chooses itself
 (--mapper=auto), and runs all timed rounds in one call; nothing is evaluated. Every
-method is measured in a process of its own.
+method is measured in a process of its own; one that refuses the network is left out,
+and the exit code is 1.
 
 GFLOP/s are of the products and convolutions alone, counted in the traced program
 (`engine.flops`), so that they can be held against what the machine multiplies:
@@ -155,18 +156,26 @@ def main() -> int:
     for method in f.methods:
         registry.find(method, "--methods")
     records: list[dict[str, Any]] = []
+    refused: list[str] = []
     for preset in f.preset:
         for method in f.methods:
-            print(f"{preset}, {method}", file=sys.stderr, flush=True)
-            records.append(
-                round_time.fresh(measure, preset, method, f.mapper, f.devices)
-            )
+            row = f"{preset}, {method}"
+            print(row, file=sys.stderr, flush=True)
+            given = preset, method, f.mapper, f.devices
+            try:
+                records.append(round_time.fresh(measure, *given))
+            except ValueError as error:  # a network that is none for the method
+                refused.append(f"{row} is left out: {error}")
             round_time.write(f.json, records)  # stays if a later row fails
+    for line in refused:
+        print(line, file=sys.stderr)
+    if not records:
+        return 1
     first = records[0]
     where = f"{first['backend']} ({first['device']}), {first['machine']['cores']} cores"
     table = text_table([shown(record) for record in records], COLUMNS)
     print(f"JAX {first['jax']} on {where}\n\n{table}")
-    return 0
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":
