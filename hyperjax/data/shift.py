@@ -11,8 +11,9 @@ as the federation is dealt out, and are stored once. Nothing behind it knows of 
 
 So much for P(x). Where images of some classes alone are shifted, another few for each
 client, P(x | y) differs ("class_rotation"); where classes have each other's label,
-P(y | x) does ("label_swap"), which no input tells. P(y) is the partition's. Some
-benchmarks have these names the other way round. `strength` is how far all of it goes.
+P(y | x) does ("label_swap"), which no input tells; how many they are is drawn for each
+client, or `classes`. P(y) is the partition's. Some benchmarks have these names the
+other way round. `strength` is how far all of it goes.
 
 Whoever never trained has a shift of the same law ("inside"), one in the outer tenth of
 the range ("edge"), or one beyond it by half its width at most ("outside"): then no
@@ -50,8 +51,9 @@ PARAMETERS: dict[str, float] = {
     "order": 0.0,  # which order of classes these two are the first of
 }
 IDENTITY = np.array(list(PARAMETERS.values()), np.float32)
-# Of which class a sample is counts for these.
+# Of which class a sample is counts for these; how many classes, for the first two.
 BY_CLASS = ("classes", "swapped", "order")
+_HOW_MANY = BY_CLASS[:2]
 GRID = 4
 NOVEL = ("inside", "edge", "outside")
 _EDGE, _BEYOND = 0.1, 0.5  # shares of a range
@@ -169,6 +171,7 @@ class Shift(NamedTuple):
     kind: str = "none"
     strength: float = 1.0
     novel: str = "inside"
+    classes: float = 0.0
 
     def __repr__(self) -> str:
         return in_one_line(self)
@@ -184,6 +187,8 @@ class Shift(NamedTuple):
         where = "inside" if has and self.novel == "outside" else self.novel
         for number, (name, identity) in enumerate(PARAMETERS.items()):
             law = KINDS[self.kind].get(name)
+            if law is not None and self.classes and name in _HOW_MANY:
+                law = Range(self.classes, self.classes, always=True)
             if law is None:
                 columns.append(np.full(sum(sizes), identity))
                 continue
@@ -218,7 +223,13 @@ class Shift(NamedTuple):
         return {n: chosen == i for i, group in enumerate(groups) for n in group}
 
 
-def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -> Shift:
+def shift(
+    kind: str = "none",
+    *,
+    strength: float = 1.0,
+    novel: str = "inside",
+    classes: float = 0.0,
+) -> Shift:
     """Returns a shift of one kind.
 
     Args:
@@ -226,10 +237,12 @@ def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -
       strength: how far clients go from the identity, as a share of the kind's range;
         0 changes nothing.
       novel: where in the range unseen clients are: "inside", "edge" or "outside".
+      classes: share of the classes that are shifted, of the kinds where some are; 0:
+        each client's is drawn.
 
     Raises:
-      ValueError: an unknown choice, a number out of range, or a kind without an
-        outside.
+      ValueError: an unknown choice, a number out of range, a kind without an outside,
+        or `classes` of a kind that shifts all of them.
     """
     check_choice("shift", kind, KINDS)
     check_choice("shift_novel", novel, NOVEL)
@@ -240,7 +253,14 @@ def shift(kind: str = "none", *, strength: float = 1.0, novel: str = "inside") -
             f"shift_novel={novel!r} has no meaning for shift={kind!r}, which has no "
             f"edge; accepted: inside, or one of the kinds {able}"
         )
-    return Shift(kind, float(strength), novel)
+    check_number(at_least=0, at_most=1, shift_classes=classes)
+    by_class = [k for k, laws in KINDS.items() if set(laws) & set(_HOW_MANY)]
+    if classes and kind not in by_class:
+        raise ValueError(
+            f"shift_classes={classes} has no meaning for shift={kind!r}, which is of "
+            f"all classes; accepted: 0, or one of the kinds {', '.join(by_class)}"
+        )
+    return Shift(kind, float(strength), novel, float(classes))
 
 
 def varying(parameters: np.ndarray) -> dict[str, np.ndarray]:

@@ -330,7 +330,12 @@ def federate(source: sources.Source, config: ml_collections.ConfigDict) -> Feder
 
 
 def _shift(data: ml_collections.ConfigDict) -> shift.Shift:
-    return shift.shift(data.shift, strength=data.shift_strength, novel=data.shift_novel)
+    return shift.shift(
+        data.shift,
+        strength=data.shift_strength,
+        novel=data.shift_novel,
+        classes=data.shift_classes,
+    )
 
 
 def population_size(config: ml_collections.ConfigDict) -> tuple[int, str]:

@@ -56,6 +56,7 @@ NUMBERS: dict[str, Number] = {
     "data.min_size": _count(1),
     "data.samples_per_client": _count(0),
     "data.shift_strength": RATE,
+    "data.shift_classes": Number(at_least=0, at_most=1),
     "data.classes_per_client": _count(0),
     "data.ratio": Number(at_least=1),
     "data.num_groups": _count(1),
@@ -160,7 +161,8 @@ def idle(config: ml_collections.ConfigDict) -> dict[str, str]:
         if name not in taken:
             note(f"data.partition={config.data.partition!r}", f"data.{name}")
     if config.data.shift == "none":
-        note("data.shift='none'", "data.shift_strength", "data.shift_novel")
+        own = ("strength", "novel", "classes")
+        note("data.shift='none'", *(f"data.shift_{name}" for name in own))
     # A table's column of ids is no feature, whoever has its rows.
     table = config.data.name.endswith(".csv")
     if config.data.partition != "by_client_id" and not table:

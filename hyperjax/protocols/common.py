@@ -70,6 +70,10 @@ FIELDS: dict[str, tuple[Any, str]] = {
         "of clients' images: rotation, contrast, blur, ...; see Shifts",
     ),
     "data.shift_strength": (1.0, "share of the shift's range that clients are in"),
+    "data.shift_classes": (
+        0.0,
+        "class_rotation, label_swap: share of the classes; 0: each client's is drawn",
+    ),
     "data.shift_novel": ("inside", "where unseen clients are: inside, edge, outside"),
     "data.standardise": ("pool", "inputs by moments of the pool, each client, or none"),
     "model.name": ("mlp", "a network of the zoo, or package.module:Class"),

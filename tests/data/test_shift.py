@@ -79,6 +79,22 @@ def test_strength_is_a_share_of_the_way_from_the_identity():
     assert np.abs(contrast).min() >= 0.3 and (contrast < 0).any()
 
 
+@pytest.mark.parametrize("kind", ["class_rotation", "label_swap"])
+def test_a_share_of_the_classes_is_everybodys(kind):
+    name = "classes" if kind == "class_rotation" else "swapped"
+    given = shift.shift(kind, classes=0.4, strength=0.5).draw(1, 9, 3)
+    np.testing.assert_array_equal(column(given, name), np.float32(0.4))
+    drawn = shift.shift(kind).draw(1, 9, 3)
+    assert len(np.unique(column(drawn, name))) > 1
+    # Which classes they are, and how far they go, stays as it was.
+    np.testing.assert_array_equal(column(given, "order"), column(drawn, "order"))
+    y = np.arange(40, dtype=np.int32) % 10
+    parts = np.split(np.arange(40), 4)
+    called = shift.relabelled(y, parts, given[:4], 1, 10)
+    moved = [len(set(y[part][called[part] != y[part]])) for part in parts]
+    assert moved == [4 if kind == "label_swap" else 0] * 4
+
+
 @pytest.mark.parametrize("kind", shift.KINDS)
 def test_every_kind_keeps_bytes_bytes_and_nothing_else(kind):
     x = images(num=4, channels=3)
@@ -98,6 +114,8 @@ def test_every_kind_keeps_bytes_bytes_and_nothing_else(kind):
         (dict(kind="rotaton"), "shift='rotaton' is unknown; did you mean 'rotation'"),
         (dict(kind="blur", novel="far"), "shift_novel='far' is unknown"),
         (dict(kind="blur", strength=-1), "shift_strength=-1 must be .*at least 0"),
+        (dict(kind="label_swap", classes=1.5), "shift_classes=1.5 must be .*at most 1"),
+        (dict(kind="blur", classes=0.3), "shift_classes=0.3 has no meaning for .*blur"),
         (
             dict(kind="rotation360", novel="outside"),
             "no meaning for shift='rotation360'",

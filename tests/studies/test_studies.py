@@ -15,7 +15,15 @@ from hyperjax.launch import build, embedding_maps
 from hyperjax.protocols import common
 from hyperjax.sweeps import points
 
-PAPERS = ("hyperfedzero", "hyperfednet", "mh_pfedhn", "pfedhn", "shift", "atp")
+PAPERS = (
+    "hyperfedzero",
+    "hyperfednet",
+    "mh_pfedhn",
+    "pfedhn",
+    "shift",
+    "atp",
+    "flux",
+)
 SWEEPS = [
     (paper, name)
     for paper in PAPERS
