@@ -15,7 +15,14 @@ it has trained, and the server keeps running moments, which it sends with theta.
 are constants to the gradient, which runs through z into f.
 
 The loss is the usual one; with `local.balanced`, label-shift EM starts from a uniform
-prior. `virtual` mixes each step's labels anew, so that z cannot stand for a label mix.
+prior. Two things keep z from standing for a label mix: `virtual` mixes each step's
+labels anew, and with `even` z is the mean over a client's classes of their inputs'
+means,
+
+    z = sum_k w_k z_k / sum_k w_k,   w_k = min(1, share of class k / 2 %)
+
+Participants know classes by their labels. An unseen client, in two passes, by what the
+network of its last e takes each input for.
 
 Controls: e = 0 always ("constant"), e the true parameters of the client's shift
 ("oracle", see `data.shift`), f fixed: means of pixels and of their squares on a grid of
@@ -63,6 +70,8 @@ GRID = 4
 _AT_ONCE = 256  # inputs looked at at a time outside training
 _FLOOR = 1e-3  # of a deviation
 _SHARE_FLOOR = 1e-4  # of a class that a client has
+_RARE = 0.02  # share below which a class counts less where classes count evenly
+_PASSES = 2  # of an unseen client's e by its own predictions
 
 
 @hands_on(fedavg)
@@ -82,6 +91,7 @@ def hyperfedshift(
     extractor_size: int = 64,
     context: int = 64,
     virtual: bool = False,
+    even: bool = False,
     moving: float = 0.2,
     **fedavg_options,
 ) -> Algorithm:
@@ -105,6 +115,7 @@ def hyperfedshift(
       context: inputs that a training step's e is of, drawn with replacement.
       virtual: whether steps have batch and context of class shares drawn anew from the
         simplex of the classes that the client has.
+      even: whether a client's classes count evenly in z, whatever their shares.
       moving: share of a round's moments in the running ones, in (0, 1].
       **fedavg_options: of `fedavg`.
 
@@ -152,9 +163,12 @@ def hyperfedshift(
             num_directions=num_directions,
             rank=rank if form == "lowrank" else 0,
         )
-    whole = shifted(model, view, net, context, virtual)
+    num_classes = _num_classes(model)
+    whole = shifted(model, view, net, num_classes, context, virtual, even)
     alg = fedavg(whole, local=local, **fedavg_options)
-    return _with_moments(alg, view, moving) if view.moving else alg
+    if not view.moving:
+        return alg
+    return _with_moments(alg, view, moving, num_classes if even else 0)
 
 
 # What a client looks like ------------------------------------------------------------
@@ -187,6 +201,23 @@ class View(NamedTuple):
         total = clients.fold(step, jnp.zeros(self.size), data, _AT_ONCE)
         return total / jnp.maximum(data.size, 1)
 
+    def even_mean(
+        self, params: PyTree, data: ClientData, classes: Callable[[Batch], Array]
+    ) -> Array:
+        """Returns z with classes counting evenly, [E]; `classes` of a batch: [B, K]."""
+
+        def step(carry, batch):
+            sums, counts = carry
+            share = classes(batch) * batch.mask[:, None]
+            features = self.features(params, batch.x)
+            return sums + share.T @ features, counts + jnp.sum(share, 0)
+
+        num = jax.eval_shape(classes, clients.take(data, data.rows, 0, 1)).shape[-1]
+        start = jnp.zeros((num, self.size)), jnp.zeros(num)
+        sums, counts = clients.fold(step, start, data, _AT_ONCE)
+        each = sums / jnp.maximum(counts, 1e-12)[:, None]
+        return _evenly(counts / jnp.maximum(data.size, 1)) @ each
+
 
 class Extractor(nn.Module):
     """f, without normalisation, which would tell inputs of each other: [B, E]."""
@@ -215,6 +246,18 @@ def learned(model: Model, size: int, extractor: str, hidden: int) -> View:
         return module.apply({"params": params}, x)
 
     return View(size, lambda key: module.init(key, x)["params"], features)
+
+
+def _evenly(shares: Array) -> Array:
+    """Weights of classes [K], of sum 1: the same but for rare ones; 0 of nobody's."""
+    weight = jnp.minimum(shares / _RARE, 1.0)
+    return weight / jnp.maximum(jnp.sum(weight), 1e-12)
+
+
+def _num_classes(model: Model) -> int:
+    start = jax.eval_shape(model.init, jax.random.key(0))
+    blank = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    return jax.eval_shape(model.predict, start, blank).shape[-1]
 
 
 def _view(model: Model, embedding: str, size: int, extractor: str, hidden: int) -> View:
@@ -260,7 +303,13 @@ def _oracle(data: ClientData) -> Array:
 
 
 def shifted(
-    model: Model, view: View, net: HyperNet, context: int, virtual: bool
+    model: Model,
+    view: View,
+    net: HyperNet,
+    num_classes: int,
+    context: int,
+    virtual: bool,
+    even: bool,
 ) -> Model:
     """Returns `model` under a condition: {"network", "basis", "extractor"}.
 
@@ -268,12 +317,11 @@ def shifted(
       model: the network underneath.
       view: what the condition is computed by.
       net: emits, of a condition [E], what is added to the network's parameters.
+      num_classes: K.
       context: inputs that a training step's condition is of.
       virtual: see `hyperfedshift`.
+      even: likewise.
     """
-    start = jax.eval_shape(model.init, jax.random.key(0))
-    blank = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-    num_classes = jax.eval_shape(model.predict, start, blank).shape[-1]
 
     def init(key):
         # The network's own draw: it starts where FedAvg's does.
@@ -309,6 +357,8 @@ def shifted(
         if view.features is None:
             e = view.told(data)
         else:
+            if even:
+                draw = _by_class(data, _evenly(clients.class_shares(data, num_classes)))
             seen = clients.gather(
                 data.pool, draw(key_context, context), jnp.ones(context)
             )
@@ -319,7 +369,15 @@ def shifted(
     def condition(variables, inputs):
         if view.features is None:
             return view.told(inputs)
-        e = standardised(variables, view.mean(variables["params"]["extractor"], inputs))
+        extractor = variables["params"]["extractor"]
+        e = standardised(variables, view.mean(extractor, inputs))
+        for _ in range(_PASSES if even else 0):
+            own = plain(variables, e)
+
+            def taken_for(batch, own=own):
+                return jax.nn.softmax(model.predict(own, batch.x))
+
+            e = standardised(variables, view.even_mean(extractor, inputs, taken_for))
         return jnp.where(inputs.size > 0, e, 0.0)  # of nothing: a client in the middle
 
     def network(variables):
@@ -413,8 +471,11 @@ class Uplink(NamedTuple):
     description: Array  # [E]
 
 
-def _with_moments(alg: Algorithm, view: View, moving: float) -> Algorithm:
-    """Returns FedAvg of a shifted model whose server keeps the moments of z."""
+def _with_moments(alg: Algorithm, view: View, moving: float, even: int) -> Algorithm:
+    """Returns FedAvg of a shifted model whose server keeps the moments of z.
+
+    `even` is K where classes count evenly in z, and 0 where they do not.
+    """
     inner, inside = alg.server, alg.client
 
     def received(down):
@@ -439,7 +500,15 @@ def _with_moments(alg: Algorithm, view: View, moving: float) -> Algorithm:
         anchor, sent = down.shared.inner
         theta = tree.add(anchor, message.delta)
         after = inside.deploy(Downlink(shared=(theta, sent), round=down.round), state)
-        z = view.mean(after["params"]["extractor"], data)
+        extractor = after["params"]["extractor"]
+        if even:
+
+            def classes(batch):
+                return jax.nn.one_hot(batch.y, even)
+
+            z = view.even_mean(extractor, data, classes)
+        else:
+            z = view.mean(extractor, data)
         return Uplink(message, z), state, info
 
     def absorb(key, server, uplink, cohort):

@@ -13,7 +13,7 @@ from hyperjax.algorithms import fedavg as fedavg_module
 from hyperjax.algorithms import hyperfedshift as module
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.algorithms.hyperfedshift import EMBEDDINGS, FORMS, hyperfedshift
-from hyperjax.data import shift
+from hyperjax.data import clients, shift
 from hyperjax.engine import comm
 from hyperjax.models import MLP, from_linen, memory
 from hyperjax.types import Batch, ClientData, Cohort, Downlink
@@ -110,9 +110,11 @@ def test_networks_with_statistics_and_convolutions_train():
 # What it is told ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("embedding", ["learned", "moments"])
-def test_e_is_of_the_inputs_whatever_their_order_padding_or_copies(embedding):
-    whole = method(embedding=embedding).client.model
+@pytest.mark.parametrize(
+    "options", [{}, dict(embedding="moments"), dict(even=True)], ids=str
+)
+def test_e_is_of_the_inputs_whatever_their_order_padding_or_copies(options):
+    whole = method(**options).client.model
     variables = moved(whole.init(KEY))
     e = whole.serve.condition(variables, DATA)
     rows = np.asarray(DATA.rows)
@@ -169,6 +171,46 @@ def test_a_constant_e_makes_clients_alike():
     served = alg.client.model.serve
     assert served.condition(None, DATA) == ()
     assert module.MOMENTS not in alg.client.model.init(KEY).get("memory", {})
+
+
+# Classes that count evenly -----------------------------------------------------------
+
+
+def test_z_is_a_mean_over_classes_whatever_their_shares():
+    """By hand; classes of less than two percent count less."""
+    pool, labels = tiny().pool, np.asarray(tiny().pool.y)
+    rows = np.concatenate([np.flatnonzero(labels == k)[:2] for k in range(3)])
+    seen = module.learned(tiny().model, 4, "mlp", 8)
+    params = seen.init(KEY)
+    inputs = clients.gather(pool, jnp.asarray(rows), jnp.ones(6)).x
+    features = np.asarray(seen.features(params, inputs))
+
+    def z(rows):
+        def classes(batch):
+            return jax.nn.one_hot(batch.y, 3)
+
+        return seen.even_mean(params, client_data(rows), classes)
+
+    means = np.stack([features[2 * k : 2 * k + 2].mean(0) for k in range(3)])
+    np.testing.assert_allclose(z(rows), means.mean(0), rtol=1e-5, atol=1e-6)
+    skewed = np.concatenate([rows[:2], rows[:2], rows[:2], rows[2:]])
+    np.testing.assert_allclose(z(skewed), means.mean(0), rtol=1e-5, atol=1e-6)
+    few = np.concatenate([np.repeat(rows[:2], 99), rows[2:4]])
+    weight = np.array([1.0, 0.01 / 0.02])
+    expected = weight @ means[:2] / weight.sum()
+    np.testing.assert_allclose(z(few), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unseen_client_knows_classes_by_its_own_predictions():
+    """Where predictions are sure, z is a mean over predicted classes; no label counts."""
+    whole = method(even=True).client.model
+    plain = method().client.model
+    variables = moved(whole.init(KEY))
+    other = tiny().pool._replace(y=jnp.zeros_like(tiny().pool.y))
+    e = whole.serve.condition(variables, DATA)
+    blind = whole.serve.condition(variables, client_data(DATA.rows, pool=other))
+    np.testing.assert_array_equal(e, blind)
+    assert not np.allclose(e, plain.serve.condition(variables, DATA))
 
 
 # Virtual clients ---------------------------------------------------------------------
