@@ -202,7 +202,7 @@ def test_z_is_a_mean_over_classes_whatever_their_shares():
 
 
 def test_an_unseen_client_knows_classes_by_its_own_predictions():
-    """Where predictions are sure, z is a mean over predicted classes; no label counts."""
+    """By no label, though as classes that count evenly."""
     whole = method(even=True).client.model
     plain = method().client.model
     variables = moved(whole.init(KEY))
