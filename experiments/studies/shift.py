@@ -39,6 +39,14 @@ ROWS: Rows = {
     "FedAvg, hidden 560": {"method.name": "fedavg", "model.hidden": (560,)},
     "HyperFedShift": _SHIFT,
     "HyperFedShift, full": {**_SHIFT, "method.form": "full"},
+    # As many numbers up as these, most of them in the network.
+    "HyperFedShift, hidden 128": {
+        **_SHIFT,
+        "model.hidden": (128,),
+        "method.num_directions": 4,
+        "method.extractor_size": 16,
+        "method.even": True,
+    },
     "control: constant e": {**_SHIFT, "method.embedding": "constant"},
     "control: true shift": {**_SHIFT, "method.embedding": "oracle"},
     "BN-adapt": {
@@ -81,6 +89,7 @@ KINDS: Rows = {
     **{label: ROWS[label] for label in THREE},
     **{label: RIVALS[label] for label in ("FLUX", "FEROMA")},
 }
+EQUAL = ("FedAvg, hidden 196", "HyperFedShift, hidden 128")
 EVERY = (
     *("none", "rotation", "rotation360", "contrast", "contrast_off_zero", "blur"),
     *("noise", "labels", "hybrid", "hybrid360", "contrast_hybrid", "everything"),
@@ -164,6 +173,13 @@ def sweep_every_shift(add):
         add_rows(add, ROWS, THREE, **_fields(kind), **parts)
 
 
+def sweep_equal_bytes(add):
+    """The same shifts and parts, methods that send 41,000 numbers."""
+    parts = {"data.standardise": "client", "local.balanced": True}
+    for kind in EVERY:
+        add_rows(add, ROWS, EQUAL, **_fields(kind), **parts)
+
+
 def sweep_rivals(add):
     """Methods and adaptations for unseen clients; images at an angle of 0 to 180."""
     add_rows(add, RIVALS, **_fields("rotation"), **_SET_ASIDE)
@@ -216,8 +232,10 @@ def _fields(name: str) -> dict:
     return zero_shot.shift_fields(name, mixtures=True)
 
 
-def _study(asks: str, compared: str, columns=COLUMNS, rows: Rows = ROWS) -> Study:
-    return Study(asks, columns, rows, baseline="FedAvg", compared=compared)
+def _study(
+    asks: str, compared: str, columns=COLUMNS, rows: Rows = ROWS, baseline="FedAvg"
+) -> Study:
+    return Study(asks, columns, rows, baseline=baseline, compared=compared)
 
 
 STUDIES = {
@@ -251,6 +269,11 @@ STUDIES = {
     "writers": _study("And where clients are people?", "zacc_mean"),
     "every_shift": _study(
         "Where does a condition pay, beside parts that need none?", "zacc_em"
+    ),
+    "equal_bytes": _study(
+        "And at equal bytes, where most of them are the network's?",
+        "zacc_em",
+        baseline="FedAvg, hidden 196",
     ),
     "recipe": _study(
         "What do label-free parts give that need no condition?", "zacc_em"
