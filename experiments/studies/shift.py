@@ -174,8 +174,8 @@ def sweep_every_shift(add):
 
 
 def sweep_equal_bytes(add):
-    """The same shifts and parts, methods that send 41,000 numbers."""
-    parts = {"data.standardise": "client", "local.balanced": True}
+    """The same shifts; methods that send 41,000 numbers, and negatives like positives."""
+    parts = {"data.standardise": "signed", "local.balanced": True}
     for kind in EVERY:
         add_rows(add, ROWS, EQUAL, **_fields(kind), **parts)
 

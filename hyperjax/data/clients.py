@@ -1,7 +1,7 @@
 """Index tables of clients, and the batches gathered from them inside compiled code."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ class Table(NamedTuple):
         return in_one_line(self)
 
 
+_LEVELS = np.arange(256) / 255.0
 LARGE = 2**22  # numbers; a larger rectangle is not made
 
 
@@ -48,8 +49,8 @@ def table(parts: Sequence[np.ndarray], multiple: int = 1) -> Table:
 
 
 # How inputs are scaled: by the moments of all participants' training pixels, by each
-# client's own, or not at all.
-STANDARDISE = ("pool", "client", "none")
+# client's own, by these so that a negative is like its positive, or not at all.
+STANDARDISE = ("pool", "client", "signed", "none")
 POOLS = ("device", "host")  # where samples are kept
 
 
@@ -74,8 +75,9 @@ def make_pool(
       y: [n] int32.
       train_rows: [m] int, rows whose pixels define mean and standard deviation.
       standardise: "pool", "client" (the moments of all of a client's own pixels, of
-        which it need tell nobody) or "none" (0 and 1).
-      owners: rows of every client, for "client" and with `shift`.
+        which it need tell nobody), "signed" (the same, and what most pixels are is
+        below the mean, whether images are negatives or not) or "none" (0 and 1).
+      owners: rows of every client, for its own moments and with `shift`.
       shift: [len(owners), S] what each client's images have been through.
       on: "device", or "host": x stays the array it is, also one in a file that is
         mapped to memory, and `some` takes what clients need of it.
@@ -85,15 +87,17 @@ def make_pool(
     if standardise == "none" or is_tokens(x):
         channels = x.shape[-1]
         mean, std = np.zeros(channels), np.ones(channels)
-    elif standardise == "client":
+    elif standardise in ("client", "signed"):
         theirs = np.concatenate(owners)
         nobodys = np.setdiff1d(np.arange(len(x)), theirs)
         # Of nobody's samples, if there are any, those together; else everybody's.
         rest = nobodys if len(nobodys) else theirs
-        pairs = [moments(x, rows) for rows in (*owners, rest)]
+        signed = standardise == "signed"
+        pairs = [_own_moments(x, rows, signed) for rows in (*owners, rest)]
         mean, std = (np.stack(column) for column in zip(*pairs, strict=True))
     else:
         mean, std = moments(x, train_rows)
+        std = _divisor(x, mean, std)
     owner: Any = ()
     told: Any = ()
     if np.ndim(mean) == 2 or shift is not None:
@@ -107,7 +111,7 @@ def make_pool(
         put(x),
         put(y, np.int32),
         jnp.asarray(mean, jnp.float32),
-        jnp.asarray(_divisor(x, mean, std), jnp.float32),
+        jnp.asarray(std, jnp.float32),
         owner,
         told,
     )
@@ -159,7 +163,16 @@ def _divisor(x: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     return np.where(np.asarray(std) > 1e-6 * np.abs(mean), std, 1.0)
 
 
-def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
+def _own_moments(x: np.ndarray, rows: np.ndarray, signed: bool) -> tuple[Any, Any]:
+    """Mean and divisor [ch] of somebody's own; the divisor's sign is that of all."""
+    mean, std = moments(x, rows)
+    divisor = _divisor(x, mean, std)
+    return mean, divisor * (_side(x, rows, mean) if signed else 1)
+
+
+def pool_of_one(
+    x: np.ndarray, mean: Any, std: Any, shift: Any = (), *, signed: bool = False
+) -> Pool:
     """Returns the pool of somebody's unlabelled samples, scaled as a run's are.
 
     Args:
@@ -167,6 +180,7 @@ def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
       mean, std: those of the run's pool; of clients' own moments, these samples' own
         take the place.
       shift: likewise; what these have been through is not known.
+      signed: whether the run's pool was made with the moments "signed".
     """
     mean, std = jnp.asarray(mean), jnp.asarray(std)
     owner: Any = ()
@@ -174,9 +188,9 @@ def pool_of_one(x: np.ndarray, mean: Any, std: Any, shift: Any = ()) -> Pool:
     if mean.ndim == 2 or not isinstance(shift, tuple):
         owner = jnp.zeros(num, jnp.int32)
     if mean.ndim == 2:
-        own, deviation = moments(np.asarray(x), np.arange(num))
+        own, divisor = _own_moments(np.asarray(x), np.arange(num), signed)
         mean = jnp.asarray([own], jnp.float32)
-        std = jnp.asarray(_divisor(x, [own], [deviation]), jnp.float32)
+        std = jnp.asarray([divisor], jnp.float32)
     if not isinstance(shift, tuple):
         shift = jnp.asarray(IDENTITY[None])
     labels = jnp.full(num, -1, jnp.int32)
@@ -190,10 +204,19 @@ def moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
 
 def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
     """Mean and deviation [ch] of uint8 pixels in units of [0, 1]."""
-    # Moments from a histogram of the 256 levels: exact, and no float copy of x. Some
-    # 4,096 images at a time, since indexing by rows copies them.
-    levels = np.arange(256) / 255.0
     mean, std = [], []
+    for share in _shares(x, rows):
+        mean.append(share @ _LEVELS)
+        std.append(np.sqrt(share @ _LEVELS**2 - mean[-1] ** 2))
+    return mean, std
+
+
+def _shares(x: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Shares [256] of the levels of uint8 pixels, channel by channel.
+
+    Moments by these are exact, and take no float copy of x. Some 4,096 images at a
+    time, since indexing by rows copies them.
+    """
     often = None
     if len(rows) > len(x):  # some are there several times, and are looked at once
         often = np.bincount(rows, minlength=len(x))
@@ -204,10 +227,18 @@ def _moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:
         for block in np.array_split(rows, max(1, len(rows) // 4096)):
             weight = None if often is None else np.repeat(often[block], pixels)
             counts += np.bincount(x[block, ..., channel].ravel(), weight, 256)
-        share = counts / counts.sum()
-        mean.append(share @ levels)
-        std.append(np.sqrt(share @ levels**2 - mean[-1] ** 2))
-    return mean, std
+        yield counts / counts.sum()
+
+
+def _side(x: np.ndarray, rows: np.ndarray, mean: Any) -> float:
+    """-1 where the third moment about the mean of all channels is negative, else 1."""
+    if x.dtype.kind == "f":
+        blocks = np.array_split(rows, max(1, len(rows) // 4096))
+        third = sum(float(np.sum((x[b] - np.asarray(mean)) ** 3)) for b in blocks)
+    else:
+        pairs = zip(_shares(x, rows), mean, strict=True)
+        third = sum(share @ (_LEVELS - middle) ** 3 for share, middle in pairs)
+    return -1.0 if third < 0 else 1.0
 
 
 def _float_moments(x: np.ndarray, rows: np.ndarray) -> tuple[Any, Any]:

@@ -70,6 +70,7 @@ class Federation(NamedTuple):
     label_names: tuple[str, ...]
     unassigned: int = 0  # samples that the partition left to nobody
     shift: np.ndarray | None = None  # [N + M, S] what images went through, see `shift`
+    signed: bool = False  # whether inputs have `standardise="signed"`
     origin: tuple[tuple[str, str], ...] = ()  # see `facts`
 
     def __repr__(self) -> str:
@@ -247,7 +248,8 @@ def federate(
         `data.shift.shift` returns. The global test set stays as it is.
       after_shift: what is then done to all images, such as to average their pixels.
       standardise: inputs by the moments of all participants' training pixels ("pool"),
-        by each client's own ("client"), or as they are ("none", bytes in [0, 1]).
+        by each client's own ("client"), by these with a sign, so that negatives are
+        like positives ("signed", of images), or as they are ("none", bytes in [0, 1]).
         Columns of features are scaled each by its own; tokens are left as they are.
       kind: of samples [n, d]: "features", "tokens" or "images", see
         `sources.from_arrays`.
@@ -411,6 +413,7 @@ def federate(
     origin["scaled by"] = {
         "pool": "moments of all participants' training samples",
         "client": "moments of each client's own samples",
+        "signed": "moments of each client's own samples, negatives like positives",
         "none": "nothing",
     }["none" if is_tokens(source.x) else standardise]
     return Federation(
@@ -427,6 +430,7 @@ def federate(
         label_names=source.label_names,
         unassigned=unassigned,
         shift=drawn,
+        signed=standardise == "signed",
         origin=tuple(origin.items()),
     )
 
@@ -473,10 +477,15 @@ def _check_possible(source: Source, shift: str, standardise: str) -> None:
             f"shift={shift!r} is done to images; {source.name!r} has "
             f"{described(source.x)}; accepted: none, label_swap"
         )
-    if standardise == "client" and is_tokens(source.x):
+    if standardise in ("client", "signed") and is_tokens(source.x):
         raise ValueError(
-            f"standardise='client': {source.name!r} has {described(source.x)}, which "
-            "have no moments; accepted: pool, none (tokens are left as they are)"
+            f"standardise={standardise!r}: {source.name!r} has {described(source.x)}, "
+            "which have no moments; accepted: pool, none (tokens are left as they are)"
+        )
+    if standardise == "signed" and source.x.ndim != 4:
+        raise ValueError(
+            f"standardise='signed' is of images and their negatives; {source.name!r} "
+            f"has {described(source.x)}; accepted: pool, client, none"
         )
 
 

@@ -82,7 +82,10 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     facts, n = run.facts, len(images)
     nobody = len(facts["counts"])
     shift = facts.get("shift", ())
-    pool = clients.pool_of_one(images, facts["mean"], facts["std"], shift)
+    signed = run.config.data.standardise == "signed"
+    pool = clients.pool_of_one(
+        images, facts["mean"], facts["std"], shift, signed=signed
+    )
     inputs = ClientData(jnp.arange(n)[None], jnp.full(1, n), pool)
     give = deploy.deployer(run.algorithm, batch_size=run.config.evaluation.batch_size)
     (deployed,) = give(

@@ -75,7 +75,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
         "class_rotation, label_swap: share of the classes; 0: each client's is drawn",
     ),
     "data.shift_novel": ("inside", "where unseen clients are: inside, edge, outside"),
-    "data.standardise": ("pool", "inputs by moments of the pool, each client, or none"),
+    "data.standardise": ("pool", "inputs by moments: pool, client, signed, none"),
     "model.name": ("mlp", "a network of the zoo, or package.module:Class"),
     "families": (
         (),

@@ -405,7 +405,8 @@ class Run(NamedTuple):
 
     def _inputs(self, x: Any) -> ClientData:
         """Somebody's samples, as they were given to `federate`."""
-        pool = self.experiment.federation.pool
+        data = self.experiment.federation
+        pool = data.pool
         kind = sources.kind_like(x, pool.x.shape[1:], pool.x.dtype)
         found = sources.check_samples(sources.as_samples(x, "x", kind), "x")
         if found.dtype != pool.x.dtype or found.shape[1:] != pool.x.shape[1:]:
@@ -414,7 +415,9 @@ class Run(NamedTuple):
                 f"x is {found.dtype} of shape {found.shape}; this run takes "
                 f"{pool.x.dtype} [n, {shape}]"
             )
-        own = clients.pool_of_one(found, pool.mean, pool.std, pool.shift)
+        own = clients.pool_of_one(
+            found, pool.mean, pool.std, pool.shift, signed=data.signed
+        )
         rows = jnp.arange(len(found), dtype=jnp.int32)[None]
         return ClientData(rows, jnp.array([len(found)], jnp.int32), own)
 

@@ -173,6 +173,8 @@ def test_what_is_done_to_images_is_refused():
         hj.federate(FEATURES, Y, shift="rotation", **data)
     with pytest.raises(ValueError, match=r"standardise='client': .* no moments"):
         hj.federate(TOKENS, Y, kind="tokens", standardise="client", **data)
+    with pytest.raises(ValueError, match=r"standardise='signed' is of images and .*"):
+        hj.federate(FEATURES, Y, standardise="signed", **data)
     with pytest.raises(ValueError, match="178 rows of 13 features, and no pixels"):
         sources.shrink(hj.load("sklearn:wine"), 2)
 

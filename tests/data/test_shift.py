@@ -352,12 +352,36 @@ def test_a_client_is_standardised_by_all_of_its_own_pixels():
     np.testing.assert_allclose(both.mean((0, 1, 2)), 0, atol=1e-4)
 
 
-def test_outsiders_are_standardised_by_their_own_images_too():
-    found = deal(shift="contrast", standardise="client")
+@pytest.mark.parametrize("floats", [False, True])
+def test_signed_moments_make_a_negative_its_positive(floats):
+    x = source().x
+    x = x.astype(np.float32) * 3 - 7 if floats else x
+    given = source()._replace(x=x)
+
+    def dealt(kind, standardise):
+        options = dict(shift=kind, standardise=standardise, seed=1, partition="iid")
+        return federation.federate(given, num_clients=6, num_novel=3, **options)
+
+    plain, negatives = (dealt(kind, "signed") for kind in ("none", "inversion"))
+    assert 0 < (column(negatives.shift, "contrast") < 0).sum() < 9
+    for client in range(6):
+        found = [batch(data, data.train, client) for data in (plain, negatives)]
+        np.testing.assert_allclose(*found, atol=1e-4)
+        whole = [batch(plain, t, client) for t in (plain.train, plain.held_out)]
+        assert np.mean(np.concatenate(whole) ** 3) >= 0
+    as_they_are = dealt("inversion", "client")
+    assert np.any(as_they_are.pool.std != negatives.pool.std)
+    np.testing.assert_array_equal(as_they_are.pool.std, np.abs(negatives.pool.std))
+    assert negatives.signed and not as_they_are.signed
+
+
+@pytest.mark.parametrize("standardise", ["client", "signed"])
+def test_outsiders_are_standardised_by_their_own_images_too(standardise):
+    found = deal(shift="contrast", standardise=standardise)
     rows = found.novel.rows[2, : found.novel.size[2]]
     pool = found.pool
     outside = clients.pool_of_one(
-        np.asarray(pool.x)[rows], pool.mean, pool.std, pool.shift
+        np.asarray(pool.x)[rows], pool.mean, pool.std, pool.shift, signed=found.signed
     )
     alone = clients.gather(outside, jnp.arange(len(rows)), jnp.ones(len(rows)))
     np.testing.assert_allclose(alone.x, batch(found, found.novel, 2), atol=1e-5)
