@@ -174,7 +174,7 @@ def sweep_every_shift(add):
 
 
 def sweep_equal_bytes(add):
-    """The same shifts; methods that send 41,000 numbers, and negatives like positives."""
+    """The same shifts, negatives like positives; methods that send 41,000 numbers."""
     parts = {"data.standardise": "signed", "local.balanced": True}
     for kind in EVERY:
         add_rows(add, ROWS, EQUAL, **_fields(kind), **parts)
