@@ -10,8 +10,9 @@ file or the experiment's, which adds points one by one:
 add({"method.name": "fedprox", "method.mu": 0.1}).
 
 Every point is a run in a folder of its own, which `train` continues and `evaluate`
-serves. One that diverges or fails is marked, and the others go on; the exit code
-is 0 only if every point has ended well.
+serves, and has a page. Of many small runs pages take longer than the runs: --nopages
+leaves them to `hyperjax report FOLDER`. A point that diverges or fails is marked, and
+the others go on; the exit code is 0 only if every point has ended well.
 
 --tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
 swept but seeds), by what participants set aside (data.validation_fraction), or on a
@@ -65,6 +66,7 @@ class Asked(NamedTuple):
     by: str | None = None
     tune_seed: int | None = None
     plan: str = "auto"  # of points of one program
+    pages: bool = True  # of points
     command: str = ""  # for the record
 
 
@@ -163,7 +165,13 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
     statuses: dict[str, str] = {}
     pages = page.Page(there, show)
     go = functools.partial(
-        runner.run, there, show=show, each=pages.write, plan=asked.plan, read=plan.read
+        runner.run,
+        there,
+        show=show,
+        each=pages.write,
+        plan=asked.plan,
+        read=plan.read,
+        page=asked.pages,
     )
     for setting in plan.mine:
         members = setting.points
@@ -297,6 +305,9 @@ def launch() -> None:
         lockstep.PLANS,
         "Points of one program: in sequence, or side by side (map, vmap).",
     )
+    drawn = flags.DEFINE_bool(
+        "pages", True, "A page of each point; --nopages leaves them to `report FOLDER`."
+    )
 
     def run() -> int:
         path = flags.FLAGS[config.name].config_filename  # type: ignore[attr-defined]
@@ -312,6 +323,7 @@ def launch() -> None:
             by.value,
             tune_seed.value,
             plan.value,
+            drawn.value,
             command,
         )
         return main(asked)

@@ -60,6 +60,7 @@ def train(
     experiment: Experiment | None = None,
     profile: bool = False,
     stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] | None = None,
+    page: bool = True,
 ) -> dict[str, Any]:
     """Runs, or continues, one experiment in a folder.
 
@@ -78,6 +79,8 @@ def train(
       profile: whether the second call of the program of rounds, the first having
         compiled it, is traced into the folder "profile" of the run's.
       stopping: see `steps`.
+      page: whether the run gets its page at the end, which `hyperjax report` draws at
+        any time.
 
     Returns:
       The summary, also written to summary.json.
@@ -88,7 +91,7 @@ def train(
       loop.Diverged: a loss or the state is not finite. The folder keeps what is good.
       Stopped: by SIGTERM or SIGINT.
     """
-    run = steps(config, path, label, show, experiment, stopping)
+    run = steps(config, path, label, show, experiment, stopping, page)
     call: loop.Call | None = None
     number = 0
     while True:
@@ -119,6 +122,7 @@ def steps(
     show: Callable[[str, int], Progress] = Progress,
     experiment: Experiment | None = None,
     stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] | None = None,
+    page: bool = True,
 ) -> Steps:
     """`train`, but for the rounds: whoever drives it runs those.
 
@@ -133,6 +137,7 @@ def steps(
       experiment: likewise.
       stopping: a context with a function that says whether to stop; by default after
         SIGTERM or SIGINT.
+      page: likewise.
     """
     compiled.check_jax()
     resolved = resolve(config)
@@ -143,13 +148,18 @@ def steps(
         summary = hosts.of_first(origin.result(folder, resolved.config))
         if summary is not None:
             logging.info("%s is finished; nothing to do.", folder)
-            if hosts.is_first() and not (folder / workdir.REPORT).exists():
+            there = (folder / workdir.REPORT).exists()
+            if page and hosts.is_first() and not there:
                 report.run_report(str(folder))
             return summary
         show = show if hosts.is_first() else lambda label, rounds: Silent()
         with show(label or resolved.method, resolved.settings.rounds) as progress:
             stopping = stopping or stop_signals
-            return (yield from _train(resolved, experiment, folder, progress, stopping))
+            return (
+                yield from _train(
+                    resolved, experiment, folder, progress, stopping, page
+                )
+            )
 
 
 def _train(
@@ -158,6 +168,7 @@ def _train(
     folder: Path,
     progress: Progress,
     stopping: Callable[[], AbstractContextManager[Callable[[], bool]]],
+    page: bool,
 ) -> Steps:
     """Runs, or continues, an experiment in a folder that is this process's."""
     if experiment is None:
@@ -268,7 +279,7 @@ def _train(
     checkpoint.write_atomically(
         folder / workdir.SUMMARY, json.dumps(summary, indent=2) + "\n"
     )
-    if hosts.is_first():
+    if page and hosts.is_first():
         progress.stage("writing the report")
         report.run_report(str(folder))
     return summary

@@ -53,6 +53,7 @@ def run(
     how: str,
     progress: Progress,
     ended: Callable[[Point, dict[str, Any] | Exception], object],
+    page: bool = True,
 ) -> None:
     """Trains, or continues, points of one program.
 
@@ -65,6 +66,7 @@ def run(
       how: "map" or "vmap".
       progress: of all.
       ended: told of a point's summary, or of what ended it.
+      page: whether each gets its page, see `train`.
 
     Raises:
       train.Stopped, KeyboardInterrupt: it was asked to stop.
@@ -98,6 +100,7 @@ def run(
                 show=lambda *_: _Part(progress),
                 experiment=experiments[point.name],
                 stopping=lambda: contextlib.nullcontext(stop),
+                page=page,
             )
             runs.append(stack.enter_context(contextlib.closing(made)))
             on(i, functools.partial(next, made))

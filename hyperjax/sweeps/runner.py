@@ -105,6 +105,7 @@ def run(
     run_one: Callable[..., dict[str, Any]] = train.train,
     plan: str = "auto",
     read: group.Reader | None = None,
+    page: bool = True,
 ) -> dict[str, str]:
     """Trains points, or reads what they gave.
 
@@ -116,6 +117,7 @@ def run(
       run_one: `launch.train.train`, of points that take turns.
       plan: of points of one program, see `lockstep.plan`.
       read: reads their data sets; what it has read is not read again.
+      page: whether each point gets its page, see `launch.train.train`.
 
     Returns:
       {name: status}; "running" where another process is at work on it.
@@ -136,11 +138,14 @@ def run(
             built = _built(record, members, show, one_device=alone, read=read)
             if how != lockstep.SEQUENCE and built:
                 together = [point for point in members if point.name in built]
-                found |= _together(record, together, built, show, how, each)
+                found |= _together(record, together, built, show, how, each, page)
             for point in members:
                 if point.name not in found:
                     once = functools.partial(
-                        run_one, experiment=built.pop(point.name, None), show=show.point
+                        run_one,
+                        experiment=built.pop(point.name, None),
+                        show=show.point,
+                        page=page,
                     )
                     found[point.name] = _one(record, point, show, once)
                     each()
@@ -156,6 +161,7 @@ def _together(
     show: Shown,
     how: str,
     each: Callable[[], object],
+    page: bool,
 ) -> dict[str, str]:
     """Trains points of one program side by side."""
     found: dict[str, str] = {}
@@ -169,7 +175,7 @@ def _together(
         record.set_status(point.name, records.RUNNING)
     name, rounds = f"{len(points)} points, {how}", points[0].config.rounds
     with show.point(name, rounds) as progress:
-        lockstep.run(points, built, record.folder, how, progress, ended)
+        lockstep.run(points, built, record.folder, how, progress, ended, page)
     return found
 
 

@@ -49,7 +49,7 @@ def run(monkeypatch):
     monkeypatch.setattr(lockstep.together, "Together", Pretended)
     closed = []
 
-    def steps(config, path, label, show, experiment, stopping):
+    def steps(config, path, label, show, experiment, stopping, page):
         settings, state = experiment.settings, experiment.first
         with contextlib.ExitStack() as stack, stopping() as stop:
             stack.callback(closed.append, label)

@@ -31,7 +31,7 @@ class Trainer:
         self.ran: list[str] = []
         self.stop_at: int | None = None
 
-    def __call__(self, config, path, name, experiment, show, stopping=None):
+    def __call__(self, config, path, name, experiment, show, page, stopping=None):
         folder = Path(path)
         if not (folder / workdir.SUMMARY).exists():
             if len(self.ran) == self.stop_at:
@@ -54,8 +54,13 @@ def trainer(monkeypatch):
     monkeypatch.setattr(runner, "check", lambda points, read: None)
     monkeypatch.setattr(runner.group, "experiments", lambda configs, *_: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, found, "auto", None))
+    monkeypatch.setattr(runner.run, "__defaults__", defaults(found))
     return found
+
+
+def defaults(run_one) -> tuple:
+    """Those of `runner.run`, with what runs a point."""
+    return lambda: None, run_one, "auto", None, True
 
 
 def asked(folder, *flags: str, **more) -> sweep.Asked:
@@ -126,7 +131,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
             raise workdir.InUse("in use")
         return trainer(config, path, *args, **kwargs)
 
-    monkeypatch.setattr(runner.run, "__defaults__", (lambda: None, busy, "auto", None))
+    monkeypatch.setattr(runner.run, "__defaults__", defaults(busy))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
     assert statuses(tmp_path) == {
         "seed=0": "finished",
@@ -143,8 +148,7 @@ def test_a_signal_in_a_points_last_call_stops_the_sweep(trainer, tmp_path, monke
                 assert stop()
         return trainer(config, path, *args, **kwargs)
 
-    defaults = (lambda: None, ending, "auto", None)
-    monkeypatch.setattr(runner.run, "__defaults__", defaults)
+    monkeypatch.setattr(runner.run, "__defaults__", defaults(ending))
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 130
     assert statuses(tmp_path) == {
         "seed=0": "finished",
@@ -368,12 +372,12 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     )
     folder = tmp_path / "abl"
     given = asked(folder, "seed=0..1", "data.alpha=0.5,1")
-    given = given._replace(
-        arguments=("--config.rounds=1", *SMALL), baseline="data.alpha=1"
-    )
+    arguments = ("--config.rounds=1", *SMALL)
+    given = given._replace(arguments=arguments, baseline="data.alpha=1", pages=False)
     with undrawn():
         assert sweep.main(given) == 0
     assert "4 points: 4 finished" in capsys.readouterr().out
+    assert not list(folder.glob("*/report.html"))
     for name in ("table.tex", "table.md", "table.csv", "points.csv", "report.html"):
         assert (folder / name).exists(), name
     for form in ("pdf", "svg", "png"):
@@ -381,14 +385,16 @@ def test_a_sweep_of_runs_ends_in_tables_and_figures(tmp_path, monkeypatch, capsy
     point = sweep.make_plan(given).points[3]
     assert point.name == "alpha=1,seed=1"
     summary = json.loads((folder / point.name / workdir.SUMMARY).read_text())
-    assert train.train(point.config, str(folder / point.name)) == summary
+    assert train.train(point.config, folder / point.name, page=False) == summary
     assert summary["seed"] == 1 and summary["finished"]
     assert summary["compile_seconds"] == 0  # it was compiled for the first
     table = (folder / "table.md").read_text()
     (folder / "table.md").unlink()
     monkeypatch.setattr(figures, "all_of", lambda *_: iter(()))
-    assert report.main([str(folder)], None) == 0  # with the sweep's fields and baseline
+    with undrawn():  # with the sweep's fields and baseline, and pages that are missing
+        assert report.main([str(folder)], None) == 0
     assert (folder / "table.md").read_text() == table
+    assert len(list(folder.glob("*/report.html"))) == 4
 
 
 def test_points_that_are_evaluated_in_other_ways_are_trained_once(
