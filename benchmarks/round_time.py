@@ -140,6 +140,9 @@ def make_network(name: str, peer_lenet: bool) -> Any:
     """Returns a linen module; of LeNet's, perhaps that of the peers."""
     if name == "lenet" and peer_lenet:
         return models.LeNet(NUM_CLASSES, channels=(6, 16), hidden=(120, 84))
+    if name == "cnn":  # pfl-research's
+        wide = dict(channels=(32, 64), hidden=(512,))
+        return models.LeNet(NUM_CLASSES, padding="SAME", **wide)
     return models.ZOO[name](NUM_CLASSES)
 
 

@@ -4,10 +4,11 @@ python -m benchmarks.peers --presets=B32q,A32q,A128q,C32q \
     --torch=PYTHON --at=drjax=PYTHON --json=peers.json
 
 Presets, see `workload`: A is a LeNet (6 and 16 channels), B an MLP (784-200-200-10), C
-a ResNet-20 with GroupNorm; the number is the batch size, and "q" means one local epoch
-instead of four. Every side is one process on one core, the same core, in turn with
-ours; --repeats times. Rates are samples per CPU second of the fastest round, which
-another program on the machine changes least; wall seconds are beside them.
+a ResNet-20 with GroupNorm, P pfl-research's own benchmark on CIFAR-10 (5x5 kernels, 32
+and 64 channels, 50 images a client); the number is the batch size, and "q" means one
+local epoch instead of four. Every side is one process on one core, the same core, in
+turn with ours; --repeats times. Rates are samples per CPU second of the fastest round,
+which another program on the machine changes least; wall seconds are beside them.
 
 A peer is looked for in this interpreter; --torch=PYTHON names one that has PyTorch, in
 which the plain loop and PyTorch's peers are looked for, and --at=NAME=PYTHON, which may

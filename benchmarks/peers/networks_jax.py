@@ -60,6 +60,10 @@ def init(name):
         add("conv0", 5, 5, 1, 6)
         add("conv1", 5, 5, 6, 16)
         sizes = (256, 120, 84, 10)
+    elif name == "cnn":
+        add("conv0", 5, 5, 3, 32)
+        add("conv1", 5, 5, 32, 64)
+        sizes = (4096, 512, 10)
     else:
         add("stem", 3, 3, 3, 16, bias=False)
         norm("stem_norm", 16)
@@ -77,9 +81,11 @@ def init(name):
 
 
 def _apply(name, p, x):
-    if name == "lenet":
+    if name in ("lenet", "cnn"):
+        padding = 2 if name == "cnn" else 0
         for i in range(2):
-            x = _pool(jax.nn.relu(_conv(x, p[f"conv{i}"]) + p[f"conv{i}_bias"]))
+            x = _conv(x, p[f"conv{i}"], padding=padding) + p[f"conv{i}_bias"]
+            x = _pool(jax.nn.relu(x))
     if name == "resnet":
         x = jax.nn.relu(_norm(_conv(x, p["stem"], 1, 1), "stem_norm", p))
         for block, _, _, stride in _blocks():

@@ -38,6 +38,12 @@ def network(name):
             *(nn.Flatten(), nn.Linear(256, 120), nn.ReLU()),
             *(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
         )
+    if name == "cnn":
+        return nn.Sequential(
+            *(nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(4096, 512), nn.ReLU(), nn.Linear(512, 10)),
+        )
     parts = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.GroupNorm(8, 16), nn.ReLU()]
     channels = 16
     for group, features in enumerate((16, 32, 64)):

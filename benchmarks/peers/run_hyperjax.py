@@ -45,6 +45,7 @@ class ResNet20(nn.Module):
 NETWORKS = {
     "mlp": models.ZOO["mlp"](CLASSES),
     "lenet": models.LeNet(CLASSES, channels=(6, 16), hidden=(120, 84)),
+    "cnn": models.LeNet(CLASSES, channels=(32, 64), hidden=(512,), padding="SAME"),
     "resnet": ResNet20(),
 }
 
