@@ -202,7 +202,11 @@ class View(NamedTuple):
         return total / jnp.maximum(data.size, 1)
 
     def even_mean(
-        self, params: PyTree, data: ClientData, classes: Callable[[Batch], Array]
+        self,
+        params: PyTree,
+        data: ClientData,
+        classes: Callable[[Batch], Array],
+        num_classes: int,
     ) -> Array:
         """Returns z with classes counting evenly, [E]; `classes` of a batch: [B, K]."""
 
@@ -212,8 +216,7 @@ class View(NamedTuple):
             features = self.features(params, batch.x)
             return sums + share.T @ features, counts + jnp.sum(share, 0)
 
-        num = jax.eval_shape(classes, clients.take(data, data.rows, 0, 1)).shape[-1]
-        start = jnp.zeros((num, self.size)), jnp.zeros(num)
+        start = jnp.zeros((num_classes, self.size)), jnp.zeros(num_classes)
         sums, counts = clients.fold(step, start, data, _AT_ONCE)
         each = sums / jnp.maximum(counts, 1e-12)[:, None]
         return _evenly(counts / jnp.maximum(data.size, 1)) @ each
@@ -377,7 +380,8 @@ def shifted(
             def taken_for(batch, own=own):
                 return jax.nn.softmax(model.predict(own, batch.x))
 
-            e = standardised(variables, view.even_mean(extractor, inputs, taken_for))
+            z = view.even_mean(extractor, inputs, taken_for, num_classes)
+            e = standardised(variables, z)
         return jnp.where(inputs.size > 0, e, 0.0)  # of nothing: a client in the middle
 
     def network(variables):
@@ -506,7 +510,7 @@ def _with_moments(alg: Algorithm, view: View, moving: float, even: int) -> Algor
             def classes(batch):
                 return jax.nn.one_hot(batch.y, even)
 
-            z = view.even_mean(extractor, data, classes)
+            z = view.even_mean(extractor, data, classes, even)
         else:
             z = view.mean(extractor, data)
         return Uplink(message, z), state, info

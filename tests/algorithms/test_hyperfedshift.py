@@ -189,7 +189,7 @@ def test_z_is_a_mean_over_classes_whatever_their_shares():
         def classes(batch):
             return jax.nn.one_hot(batch.y, 3)
 
-        return seen.even_mean(params, client_data(rows), classes)
+        return seen.even_mean(params, client_data(rows), classes, 3)
 
     means = np.stack([features[2 * k : 2 * k + 2].mean(0) for k in range(3)])
     np.testing.assert_allclose(z(rows), means.mean(0), rtol=1e-5, atol=1e-6)
