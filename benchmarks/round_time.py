@@ -22,6 +22,10 @@ Every plan is measured in a process of its own. Peak memory is that of the proce
 to the end of the first round and so with compilation, on the CPU, and the peak in use
 on an accelerator's memory.
 
+Clients have equal sizes unless --alpha says otherwise: then their shares of all samples
+are drawn from Dirichlet(alpha), and all take part, so that a round and the centre train
+on as many samples as with equal sizes.
+
 The engine's call is one round unless --rounds_per_call says otherwise. A call has a
 fixed cost, on Linux mostly that of fresh pages for its temporary arrays where they take
 more than 32 MB: malloc returns those after every call.
@@ -84,7 +88,8 @@ class Workload(NamedTuple):
     epochs: int
     clients: int
     cohort: int
-    samples: int
+    samples: int  # of a client; the mean where sizes differ
+    alpha: float  # of the Dirichlet distribution of sizes; 0: equal
     rounds: int  # timed calls, after one that is not
     rounds_per_call: int
 
@@ -154,13 +159,24 @@ def make_pool(num_samples: int):
     return clients.make_pool(x, y, np.arange(num_samples))
 
 
+def sizes_of(work: Workload) -> np.ndarray:
+    """Returns how many samples each client has, at least one."""
+    whole = work.clients * work.samples
+    if not work.alpha:
+        return np.full(work.clients, work.samples, np.int32)
+    shares = np.random.default_rng(0).dirichlet(np.full(work.clients, work.alpha))
+    ends = np.rint(np.cumsum(shares) * (whole - work.clients)).astype(np.int32)
+    return 1 + np.diff(ends, prepend=0)
+
+
 def rounds_of(work: Workload, plan: Plan, pool) -> tuple[Callable, Callable]:
     """Returns `call(t) -> info` of rounds t, t + 1, ..., and `compile_seconds()`."""
-    num = work.clients
-    rows = np.arange(num * work.samples, dtype=np.int32).reshape(num, -1)
+    num, sizes = work.clients, sizes_of(work)
+    rows = np.zeros((num, sizes.max()), np.int32)
+    rows[np.arange(sizes.max()) < sizes[:, None]] = np.arange(sizes.sum())
     sim = schedule.simulator(
         fedavg(make_model(work.model, work.peer_lenet), local=training(work)),
-        clients.Table(rows, np.full(num, work.samples, np.int32)),
+        clients.Table(rows, sizes),
         pool,
         weight=np.ones(num),
         cohort_size=work.cohort,
@@ -270,6 +286,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("clients", 100, "Clients in the population.")
     flags.DEFINE_integer("cohort", 25, "Clients per round.")
     flags.DEFINE_integer("samples", 480, "Samples of a client.")
+    flags.DEFINE_float("alpha", 0.0, "Dirichlet's alpha of sizes; 0: equal sizes.")
     flags.DEFINE_integer("rounds", 5, "Timed calls, after one that compiles.")
     flags.DEFINE_integer("rounds_per_call", 1, "Rounds in one compiled call.")
     flags.DEFINE_list("mappers", list(sharding.MAPPERS), "How clients are mapped.")
@@ -284,7 +301,14 @@ def main() -> int:
     numbers: dict[str, Any] = {
         name: f[name].value for name in Workload._fields if name != "model"
     }
-    check_at_least(1, **{k: n for k, n in numbers.items() if k != "peer_lenet"})
+    other = ("peer_lenet", "alpha")
+    check_at_least(1, **{k: n for k, n in numbers.items() if k not in other})
+    check_at_least(0, alpha=f.alpha)
+    if f.alpha and f.cohort != f.clients:
+        raise ValueError(
+            f"cohort={f.cohort} must be clients={f.clients} with --alpha={f.alpha}, "
+            "where sizes differ"
+        )
     backend, available = fresh(backend_and_devices)
     resolve = functools.partial(
         sharding.resolve_mapper, block_size=f.block_size, backend=backend

@@ -84,12 +84,22 @@ RIVALS: Rows = {
     "HyperFedZero": _ZERO,
     "HyperFedShift": _SHIFT,
 }
+EQUAL = ("FedAvg, hidden 196", "HyperFedShift, hidden 128")
+# Rivals that send as many numbers as these.
+EQUAL_RIVALS: Rows = {
+    **{label: ROWS[label] for label in EQUAL},
+    "FedAvg + SHOT, hidden 196": {**RIVALS["FedAvg + SHOT"], "model.hidden": (196,)},
+    "BN-adapt, hidden 192": {**_BN, "model.hidden": (192,)},
+    "FedRoD, hidden 107": {**RIVALS["FedRoD"], "model.hidden": (107,)},
+    "FLUX, hidden 195": {**RIVALS["FLUX"], "model.hidden": (195,)},
+    "FEROMA, hidden 195": {**RIVALS["FEROMA"], "model.hidden": (195,)},
+    "FLowDUP, hidden 130": {**RIVALS["FLowDUP"], "model.hidden": (130,)},
+}
 THREE = ("FedAvg", "FedAvg, hidden 196", "HyperFedShift")
 KINDS: Rows = {
     **{label: ROWS[label] for label in THREE},
     **{label: RIVALS[label] for label in ("FLUX", "FEROMA")},
 }
-EQUAL = ("FedAvg, hidden 196", "HyperFedShift, hidden 128")
 EVERY = (
     *("none", "rotation", "rotation360", "contrast", "contrast_off_zero", "blur"),
     *("noise", "labels", "hybrid", "hybrid360", "contrast_hybrid", "everything"),
@@ -178,6 +188,16 @@ def sweep_equal_bytes(add):
     parts = {"data.standardise": "signed", "local.balanced": True}
     for kind in EVERY:
         add_rows(add, ROWS, EQUAL, **_fields(kind), **parts)
+
+
+def sweep_rivals_equal_bytes(add, kinds=""):
+    """Rivals at those bytes; `rivals_equal_bytes:rotation,hybrid` for these shifts."""
+    chosen = kinds.split(",") if kinds else EVERY
+    for kind in chosen:
+        check_choice("kinds", kind, EVERY)
+    parts = {"data.standardise": "signed", "local.balanced": True}
+    for kind in chosen:
+        add_rows(add, EQUAL_RIVALS, **_fields(kind), **parts)
 
 
 def sweep_rivals(add):
@@ -273,6 +293,12 @@ STUDIES = {
     "equal_bytes": _study(
         "And at equal bytes, where most of them are the network's?",
         "zacc_em",
+        baseline="FedAvg, hidden 196",
+    ),
+    "rivals_equal_bytes": _study(
+        "And beside rivals at those bytes, with those parts?",
+        "zacc_em",
+        rows=EQUAL_RIVALS,
         baseline="FedAvg, hidden 196",
     ),
     "recipe": _study(

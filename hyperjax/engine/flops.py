@@ -56,20 +56,20 @@ def work(jaxpr: core.Jaxpr, times: float = 1.0) -> Work:
             # Of loops in loops the innermost turns are the steps.
             loops += times * (body.loops or float(once > 0))
         else:
-            parts = [work(part, times * n) for part, n in _parts(kind, params)]
+            inner = [work(part, times * n) for part, n in parts(kind, params)]
             outside, inside, loops = (
                 before + sum(column)
                 for before, column in zip(
                     (outside, inside, loops),
-                    zip(*parts, strict=True) if parts else ((), (), ()),
+                    zip(*inner, strict=True) if inner else ((), (), ()),
                     strict=True,
                 )
             )
     return Work(outside, inside, loops)
 
 
-def _parts(kind: str, params: dict[str, Any]) -> Iterator[tuple[core.Jaxpr, float]]:
-    """Programs inside an equation, and how often each runs."""
+def parts(kind: str, params: dict[str, Any]) -> Iterator[tuple[core.Jaxpr, float]]:
+    """Yields the programs inside an equation of a kind, and how often each runs."""
     times = 1.0
     if kind == "scan":
         times = params["length"]

@@ -7,7 +7,7 @@ import types
 import pytest
 from launched import launch
 
-from benchmarks import generation, memory, throughput
+from benchmarks import generation, memory, roofline, round_time, throughput
 from benchmarks.peers.workload import PRESETS
 
 # One worker starts the processes of all files.
@@ -170,13 +170,44 @@ def test_generation_refuses(argument, message, monkeypatch):
 
 @pytest.mark.slow
 def test_scaling_counts_what_a_population_costs(repository, tmp_path):
-    sizes = ("--methods=scaffold", "--clients=20,5000", "--cohort=3", "--rounds=2")
+    sizes = ("--methods=scaffold", "--clients=20,5000", "--cohorts=3", "--rounds=2")
     few, many = _run(repository, tmp_path, "scaling", *sizes, "--checkpoint")
     assert (few["clients"], many["clients"]) == (20, 5000)
     assert few["milliseconds"] > 0 and few["peak_mb"] > 0
     assert many["tables_mb"] == 250 * few["tables_mb"]
     assert many["state_mb"] == pytest.approx(250 * few["state_mb"])
     assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
+
+
+@pytest.mark.slow
+def test_scaling_shares_a_cohort_between_devices_and_processes(repository, tmp_path):
+    sizes = ("--methods=scaffold", "--clients=20", "--cohorts=2,4", "--rounds=1")
+    records = _run(repository, tmp_path, "scaling", *sizes, "--layouts=1x1,1x2,2x1")
+    assert [(r["cohort"], r["layout"]) for r in records] == [
+        (cohort, layout) for cohort in (2, 4) for layout in ("1x1", "1x2", "2x1")
+    ]
+    assert all(r["milliseconds"] > 0 and r["state_mb"] > 0 for r in records)
+
+
+def test_sizes_of_clients_differ_and_sum_up_to_those_of_equal_ones():
+    of = dict(clients=25, cohort=25, samples=480, rounds=1, rounds_per_call=1)
+    work = round_time.Workload("mlp", True, 32, epochs=1, alpha=0.1, **of)
+    sizes = round_time.sizes_of(work)
+    assert sizes.sum() == 25 * 480 and sizes.min() >= 1 and sizes.max() > 5 * 480
+    assert round_time.sizes_of(work._replace(alpha=0.0)).tolist() == [480] * 25
+
+
+def test_a_roofline_counts_operations_and_products():
+    found = roofline.step("hyperfedzero", "mlp")
+    # 6 FLOPs a weight and row of the generator's last two layers, of 346 chunks of 576
+    # numbers, and of the MLP less its inputs' gradient; the rest is a third of these.
+    emitted = 6 * 346 * (220 * 220 + 220 * 576)
+    used = 128 * (6 * (784 * 200 + 200 * 200 + 200 * 10) - 2 * 784 * 200)
+    assert emitted + used < found["flops"] < 1.4 * (emitted + used)
+    assert found["floor_bytes"] < found["fused_bytes"] < found["unfused_bytes"]
+    whole = roofline.of_round("hyperfedzero", [found])
+    assert whole["steps"] == 10 * 20
+    assert whole["flops"] == 200 * found["flops"]
 
 
 @pytest.mark.slow
