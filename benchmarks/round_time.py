@@ -54,7 +54,7 @@ from hyperjax import models, tree
 from hyperjax.algorithms.fedavg import fedavg
 from hyperjax.data import clients
 from hyperjax.engine import schedule, sharding
-from hyperjax.errors import check_at_least, check_choice
+from hyperjax.errors import check_at_least, check_choice, check_number
 from hyperjax.launch import cli
 from hyperjax.launch.pages import text_table
 from hyperjax.training import Local, Phase, no_adjustment, trainer
@@ -303,7 +303,7 @@ def main() -> int:
     }
     other = ("peer_lenet", "alpha")
     check_at_least(1, **{k: n for k, n in numbers.items() if k not in other})
-    check_at_least(0, alpha=f.alpha)
+    check_number(at_least=0, alpha=f.alpha)
     if f.alpha and f.cohort != f.clients:
         raise ValueError(
             f"cohort={f.cohort} must be clients={f.clients} with --alpha={f.alpha}, "

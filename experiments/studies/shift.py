@@ -24,6 +24,7 @@ its zACC that of one network for all. Where an adaptation has found the classes'
 already, zACC + EM counts it twice.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -95,6 +96,14 @@ EQUAL_RIVALS: Rows = {
     "FEROMA, hidden 195": {**RIVALS["FEROMA"], "model.hidden": (195,)},
     "FLowDUP, hidden 130": {**RIVALS["FLowDUP"], "model.hidden": (130,)},
 }
+# Of colour images, `data=cifar16`, likewise.
+LENETS: Rows = {
+    "FedAvg, hidden 184-100": {**_FEDAVG, "model.hidden": (184, 100)},
+    "HyperFedShift, hidden 96-64": {
+        **ROWS["HyperFedShift, hidden 128"],
+        "model.hidden": (96, 64),
+    },
+}
 THREE = ("FedAvg", "FedAvg, hidden 196", "HyperFedShift")
 KINDS: Rows = {
     **{label: ROWS[label] for label in THREE},
@@ -119,6 +128,7 @@ COLUMNS = {
 
 # Strength of a shift, and Dirichlet's alpha of labels.
 LEVELS = {"low": (1 / 3, 3.0), "medium": (2 / 3, 1.0), "high": (1.0, 0.1)}
+_PARTS: dict[str, Any] = {"data.standardise": "signed", "local.balanced": True}
 _SET_ASIDE: dict[str, Any] = {"data.validation_fraction": 0.2}
 _TOLD = {
     "auroc_embedding": "AUROC of the embedding",
@@ -185,19 +195,20 @@ def sweep_every_shift(add):
 
 def sweep_equal_bytes(add):
     """The same shifts, negatives like positives; methods that send 41,000 numbers."""
-    parts = {"data.standardise": "signed", "local.balanced": True}
     for kind in EVERY:
-        add_rows(add, ROWS, EQUAL, **_fields(kind), **parts)
+        add_rows(add, ROWS, EQUAL, **_fields(kind), **_PARTS)
+
+
+def sweep_lenet(add, kinds=""):
+    """The same of LeNets that send 70,000, with data=cifar16; or `lenet:rotation`."""
+    for kind in _chosen(kinds):
+        add_rows(add, LENETS, **_fields(kind), **_PARTS)
 
 
 def sweep_rivals_equal_bytes(add, kinds=""):
     """Rivals at those bytes; `rivals_equal_bytes:rotation,hybrid` for these shifts."""
-    chosen = kinds.split(",") if kinds else EVERY
-    for kind in chosen:
-        check_choice("kinds", kind, EVERY)
-    parts = {"data.standardise": "signed", "local.balanced": True}
-    for kind in chosen:
-        add_rows(add, EQUAL_RIVALS, **_fields(kind), **parts)
+    for kind in _chosen(kinds):
+        add_rows(add, EQUAL_RIVALS, **_fields(kind), **_PARTS)
 
 
 def sweep_rivals(add):
@@ -248,6 +259,13 @@ def sweep_writers(add, ids):
     add_rows(add, ROWS, (*THREE, "BN-adapt"), **written)
 
 
+def _chosen(kinds: str) -> Sequence[str]:
+    chosen = kinds.split(",") if kinds else EVERY
+    for kind in chosen:
+        check_choice("kinds", kind, EVERY)
+    return chosen
+
+
 def _fields(name: str) -> dict:
     return zero_shot.shift_fields(name, mixtures=True)
 
@@ -294,6 +312,12 @@ STUDIES = {
         "And at equal bytes, where most of them are the network's?",
         "zacc_em",
         baseline="FedAvg, hidden 196",
+    ),
+    "lenet": _study(
+        "And of images in colour, with convolutions?",
+        "zacc_em",
+        rows=LENETS,
+        baseline="FedAvg, hidden 184-100",
     ),
     "rivals_equal_bytes": _study(
         "And beside rivals at those bytes, with those parts?",

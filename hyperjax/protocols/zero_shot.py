@@ -58,6 +58,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mnist14": {"data.name": "mnist", **_SMALL_IMAGES},
     "fashion14": {"data.name": "fashion_mnist", **_SMALL_IMAGES},
+    "cifar16": {
+        "data.name": "cifar10",
+        **_SMALL_IMAGES,
+        "model.name": "lenet",
+        "model.channels": (6, 16),
+        "model.hidden": (120, 84),
+        "model.padding": "SAME",
+        "local.learning_rate": 0.1,
+    },
 }
 # Argument `shift` -> fields, and the concentration of labels; None: as even as can be.
 SHIFTS: dict[str, tuple[dict[str, Any], float | None]] = {

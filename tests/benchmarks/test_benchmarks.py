@@ -119,7 +119,7 @@ def test_a_round_that_sums_up_puts_less_aside(repository, tmp_path):
     assert kept["temporary_mb"] > kept["stack_mb"] > 2 * summed["temporary_mb"]
     assert [(r["alpha"], r["batch"]) for r in counts[::2]] == [(0.5, 32), (0.1, 32)]
     for record in counts:
-        assert 1 < record["block"] < 1.5 < record["as_drawn"] < record["vmap"]
+        assert 1 < record["block"] < 0.9 * record["as_drawn"] < 0.9 * record["vmap"]
 
 
 @pytest.mark.slow
@@ -176,7 +176,9 @@ def test_scaling_counts_what_a_population_costs(repository, tmp_path):
     assert few["milliseconds"] > 0 and few["peak_mb"] > 0
     assert many["tables_mb"] == 250 * few["tables_mb"]
     assert many["state_mb"] == pytest.approx(250 * few["state_mb"])
-    assert many["checkpoint_mb"] > few["checkpoint_mb"] > 0
+    # What is written are clients who took part, not those outside.
+    for record in (few, many):
+        assert 0 < record["checkpoint_mb"] < 0.05
 
 
 @pytest.mark.slow
