@@ -65,6 +65,8 @@ sim = schedule.simulator(
     weight=np.ones(work.clients),
     cohort_size=work.cohort,
     sampler="uniform",
+    # 50 uplinks of 2.2 million numbers would wait for the server.
+    streaming=work.network == "cnn",
 )
 carry = sim.init(0)
 

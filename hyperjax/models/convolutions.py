@@ -21,6 +21,7 @@ from hyperjax import native
 from hyperjax.types import Array
 
 RULES = ("auto", "xla", "scan", "patches", "stripes", "onednn")
+WIDE = 64  # features with which a product is fast that is not several side by side
 # "SAME", "VALID", or ((low, high), (low, high)) for height and width. SAME is not
 # PyTorch's padding 1 of a 3x3 kernel where the stride is 2: it pads (0, 1).
 Padding: TypeAlias = str | tuple[tuple[int, int], tuple[int, int]]
@@ -230,25 +231,34 @@ def _input_gradient(x, kernel, cotangent, stride, pads):
 
 
 def _kernel_gradient(x, kernel, cotangent, stride, pads):
-    """One product; for stride 1 of column shifts of x with row shifts of the cotangent.
+    """For stride 1 products of column shifts of x with the cotangent of other rows.
 
-    That takes k copies of each side where windows take k * k of one.
+    A cotangent of few features is copied for each row, so that one product is wide
+    enough; one of `WIDE` or more has a product a row, and no copies.
     """
     size, _, channels, features = kernel.shape
     if stride > 1 or size == 1:
         windows = patches(x, size, stride, pads).reshape(-1, size * size * channels)
         return (windows.T @ cotangent.reshape(-1, features)).reshape(kernel.shape)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height, width = x.shape[1], cotangent.shape[2]
-    columns = [x[:, :height, j : j + width] for j in range(size)]
-    rows = [
+    height, width = cotangent.shape[1:3]
+    columns = jnp.concatenate([x[:, :, j : j + width] for j in range(size)], -1)
+    wide = size * channels
+    if features >= WIDE:
+        right = cotangent.reshape(-1, features).T
+        rows = [columns[:, i : i + height].reshape(-1, wide) for i in range(size)]
+        product = jnp.stack([right @ left for left in rows])
+        product = product.reshape(size, features, size, channels)
+        return product.transpose(0, 2, 3, 1)  # from [row, f, column, c]
+    moved = [
         jnp.pad(cotangent, ((0, 0), (i, size - 1 - i), (0, 0), (0, 0)))
         for i in range(size)
     ]
-    left = jnp.concatenate(columns, -1).reshape(-1, size * channels)
-    right = jnp.concatenate(rows, -1).reshape(-1, size * features)
-    product = (left.T @ right).reshape(size, channels, size, features)
-    return product.transpose(2, 0, 1, 3)  # [column, c, row, f] -> [row, column, c, f]
+    right = jnp.concatenate(moved, -1).reshape(-1, size * features)
+    product = (columns.reshape(-1, wide).T @ right).reshape(
+        size, channels, size, features
+    )
+    return product.transpose(2, 0, 1, 3)  # from [column, c, row, f]
 
 
 def _explicit(padding: Padding, x: Array, size: int, stride: int):

@@ -186,19 +186,22 @@ def test_rules_of_a_whole_network_agree():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-# Pads as PyTorch's: 1 on every side of 3x3, 2 of 5x5, also with stride 2.
+# Pads as PyTorch's: 1 on every side of 3x3, 2 of 5x5, also with stride 2. With many
+# features the kernel's gradient is another product.
 @pytest.mark.parametrize(
-    ("size", "stride", "pads"),
+    ("size", "stride", "pads", "features"),
     [
-        (1, 2, ((0, 0), (0, 0))),
-        (3, 1, ((1, 1), (1, 1))),
-        (3, 2, ((1, 1), (1, 1))),
-        (5, 2, ((2, 2), (2, 2))),
-        (3, 2, ((0, 2), (1, 0))),
+        (1, 2, ((0, 0), (0, 0)), 4),
+        (3, 1, ((1, 1), (1, 1)), 4),
+        (3, 1, ((0, 1), (2, 0)), convolutions.WIDE),
+        (5, 1, ((2, 2), (2, 2)), convolutions.WIDE),
+        (3, 2, ((1, 1), (1, 1)), 4),
+        (5, 2, ((2, 2), (2, 2)), 4),
+        (3, 2, ((0, 2), (1, 0)), 4),
     ],
 )
-def test_explicit_padding_under_all_rules(size, stride, pads):
-    x, kernel = numbers((2, 7, 8, 3), (size, size, 3, 4))
+def test_explicit_padding_under_all_rules(size, stride, pads, features):
+    x, kernel = numbers((2, 7, 8, 3), (size, size, 3, features))
     kernel /= size * np.sqrt(3)  # outputs of size 1
 
     @jax.jit
