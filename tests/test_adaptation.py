@@ -312,6 +312,18 @@ def test_atp_moves_a_tensor_along_entropy_and_statistics_to_the_inputs():
     assert entropy(normed(), moved) < entropy(normed(), plain)
 
 
+def test_atp_leaves_a_variance_a_hundredth_of_itself():
+    side, _, run = fitting("atp", normed())
+    rates = {k: jnp.float32(1e6 * k.endswith("/var")) for k in side.fit.start()}
+    plain, found = deployed("", normed()), run(rates, inputs_of(ROWS))
+    before, after = (tree.by_path(x["stats"]) for x in (plain, found))
+    variances = [k for k in before if k.endswith("/var")]
+    assert variances
+    for name in variances:
+        assert np.all(after[name] >= 0.99e-2 * before[name])
+        assert np.any(after[name] < 1.01e-2 * before[name])
+
+
 def test_rates_descend_along_the_loss_of_what_was_adapted():
     side, send, run = fitting("atp(batch_size=6)", tiny().model)
     zero, labels = side.fit.start(), np.asarray(tiny().pool.y)[ROWS]

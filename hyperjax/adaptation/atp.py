@@ -14,6 +14,8 @@ from hyperjax.models.linen import cross_entropy, masked_mean
 from hyperjax.types import ClientSide, Fit
 from hyperjax.wrappers import adapting
 
+LEAST = 0.01  # share of itself that a variance keeps, or outputs explode, then rates
+
 
 def atp(
     *,
@@ -33,8 +35,8 @@ def atp(
 
     Without batch-norm there are only weights to move. An unseen client adapts once, by
     the mean u over batches of all its inputs, which is where the paper's online form
-    arrives. Deviation: what normalises below a layer is the batch's, not the running
-    one.
+    arrives. Deviations: what normalises below a layer is the batch's, not the running
+    one, and a variance keeps a hundredth of itself, whatever its rate.
 
     Args:
       learning_rate: of rates.
@@ -76,7 +78,9 @@ def atp(
             before, rest = split.split(moving(variables))
             after = {k: before[k] - rates[k] * along[k] for k in tensors}
             after |= {
-                k: jnp.maximum(w, 0.0) for k, w in after.items() if k.endswith("/var")
+                k: jnp.maximum(w, LEAST * before[k])
+                for k, w in after.items()
+                if k.endswith("/var")
             }
             return {**variables, **split.merge({**before, **after}, rest)}
 
