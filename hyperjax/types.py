@@ -398,8 +398,9 @@ class Fit(NamedTuple):
     """What participants find out together of a trained model, for all who deploy it.
 
     They take rounds of their own, on samples that nobody trained on, whenever clients
-    are deployed; nothing of it is kept. In a round some of them are sent what is known
-    so far, answer, and the server makes more of the answers.
+    are scored; what they found last is kept beside a run, for whoever comes. In a round
+    some of them are sent what is known so far, answer, and the server makes more of the
+    answers.
 
     Attributes:
       start: `() -> fitted`, what is known before the first round.

@@ -66,7 +66,8 @@ class Evaluator(NamedTuple):
     `evaluate` scores, see `deploy.deployer`.
 
     `fit(root, carry, round)` is, by family, what participants find out together before
-    any client is deployed, see `types.Fit`; () where they need not.
+    any client is deployed, see `types.Fit`; () where they need not. `evaluate` and
+    `tune` do so too, unless `fitted=` has it.
 
     `pool` has the samples, on the devices where clients are evaluated unless they are
     on the host.
@@ -224,9 +225,9 @@ def evaluator(
         stacked = jax.tree.map(lambda *x: np.concatenate(x), *blocks)
         return {"size": population.inputs.size.copy(), **stacked}
 
-    def score(stage, whom, root, carry: schedule.Carry, round: int, epochs: int):
+    def score(stage, whom, root, carry: schedule.Carry, round, epochs: int, fitted):
         root = rng.root_key(root)
-        fitted = fit(root, carry, round)
+        fitted = fit(root, carry, round) if fitted is None else fitted
         found: dict[str, list[_Part]] = {}
         for name, parts in whom.items():
             moment, shape = deploy.moment(root, carry, round, name), _Shape.of(parts)
@@ -238,12 +239,12 @@ def evaluator(
                 found.setdefault(metric, []).append(values)
         return {metric: _together(alg, parts) for metric, parts in found.items()}
 
-    def evaluate(root, carry: schedule.Carry, round: int):
-        return score("evaluate", scored, root, carry, round, 0)
+    def evaluate(root, carry: schedule.Carry, round: int, fitted=None):
+        return score("evaluate", scored, root, carry, round, 0, fitted)
 
-    def tune(root, carry: schedule.Carry, round: int, epochs: int):
+    def tune(root, carry: schedule.Carry, round: int, epochs: int, fitted=None):
         check_at_least(0, epochs=epochs)
-        return score("tune", fine_tuned, root, carry, round, epochs)
+        return score("tune", fine_tuned, root, carry, round, epochs, fitted)
 
     deployed = deploy.deployer(
         alg,

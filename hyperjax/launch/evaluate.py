@@ -29,7 +29,16 @@ from absl import flags
 from hyperjax import registry, tree
 from hyperjax.data import clients
 from hyperjax.engine import checkpoint, deploy, log, scoring
-from hyperjax.launch import build, cli, finished, inputs, origin, outputs, saved
+from hyperjax.launch import (
+    build,
+    cli,
+    finished,
+    fits,
+    inputs,
+    origin,
+    outputs,
+    saved,
+)
 from hyperjax.launch.saved import Run
 from hyperjax.runs import likeness
 from hyperjax.types import Array, ClientData, PyTree
@@ -78,6 +87,7 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     Raises:
       FloatingPointError: outputs for some of them are not finite, so that they have no
         class.
+      ValueError: its clients adapt by what participants find out, see `fits.read`.
     """
     facts, n = run.facts, len(images)
     nobody = len(facts["counts"])
@@ -88,12 +98,15 @@ def serve(run: Run, images: np.ndarray, client: int | None = None) -> Served:
     )
     inputs = ClientData(jnp.arange(n)[None], jnp.full(1, n), pool)
     give = deploy.deployer(run.algorithm, batch_size=run.config.evaluation.batch_size)
+    fit = run.algorithm.client.fit
+    fitted = fit and {"": fits.read(run.folder, run.restored.round, fit)}
     (deployed,) = give(
         run.config.seed,
         run.restored.carry,
         run.restored.round,
         [nobody if client is None else client],
         inputs,
+        fitted=fitted,
     )
     bad = ~np.asarray(scoring.usable(deployed.logits))
     if bad.any():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
@@ -30,6 +30,7 @@ from hyperjax.launch import (
     cli,
     data,
     embedding_maps,
+    fits,
     origin,
     pages,
     report,
@@ -41,6 +42,7 @@ from hyperjax.launch.resolve import Resolved, resolve
 from hyperjax.protocols import common
 from hyperjax.runs import loop, reach, results
 from hyperjax.runs.experiment import Experiment
+from hyperjax.types import PyTree
 
 # What `steps` yields, is sent, and returns.
 Steps: TypeAlias = Generator[
@@ -208,10 +210,11 @@ def _train(
     place = checkpoints if hosts.is_first() else None
     saver = checkpoint.Saver(place, resolved.keep, experiment.simulator.held)
 
-    def score(state: loop.State, info: dict[str, Any]) -> dict[str, Any]:
-        """Evaluates and records; returns values per client."""
+    def score(state: loop.State, info: dict[str, Any]) -> _Evaluated:
+        """Evaluates and records."""
         progress.stage("evaluating")
-        values = experiment.evaluator.evaluate(settings.seed, state.carry, state.round)
+        evaluated = _evaluate(experiment, state)
+        values = evaluated.values
         _warn(folder, state.round, values)
         totals = experiment.totals(settings.seed, state.round)
         metrics = results.record(values)
@@ -223,20 +226,20 @@ def _train(
         embedding_maps.keep(folder, state.round, values, num_clients, experiment.whom)
         sent = totals["up_bytes_total"] + totals["down_bytes_total"]
         shown.update(state.round, info, log.jsonable(metrics), sent=log.size(sent))
-        return values
+        return evaluated
 
     with contextlib.closing(recorder), stopping() as stop:
-        values = None
+        evaluated = None
         if restored is None:
             if resolved.tensorboard:
                 _show_partition(recorder, experiment.federation)
-            values = score(state, {})
+            evaluated = score(state, {})
             _save(saver, state)
         else:  # the record was lost, or there is none of another's training
             if unseen:
                 score(_first(experiment, lent), {})
             if loop.is_due(settings, done) and not _is_recorded(folder, done):
-                values = score(state, _trained(folder, done))
+                evaluated = score(state, _trained(folder, done))
         while state.round < settings.rounds:
             if stop():
                 raise Stopped(state.round)
@@ -252,20 +255,19 @@ def _train(
             state = call.state
             shown.trained(call)
             shown.update(state.round, call.last, {})
-            values = None
+            evaluated = None
             if loop.is_due(settings, state.round):
-                values = score(state, call.last)
+                evaluated = score(state, call.last)
             changed = functools.partial(
                 experiment.simulator.participants, settings.seed, *rounds
             )
             _save(saver, state, changed)
-        if values is None:  # continued after the last evaluation
+        if evaluated is None:  # continued after the last evaluation
             progress.stage("evaluating")
-            values = experiment.evaluator.evaluate(
-                settings.seed, state.carry, state.round
-            )
+            evaluated = _evaluate(experiment, state)
+        fits.keep(folder, state.round, evaluated.fitted)
         summary = dict(method=resolved.method, dataset=resolved.dataset)
-        summary |= _summary(folder, experiment, state, values, progress)
+        summary |= _summary(folder, experiment, state, evaluated, progress)
         recorder.summary(summary)
     spent = dict(
         seconds=time.perf_counter() - began,
@@ -283,6 +285,19 @@ def _train(
         progress.stage("writing the report")
         report.run_report(str(folder))
     return summary
+
+
+class _Evaluated(NamedTuple):
+    """What an evaluation gave."""
+
+    values: dict[str, results.Values]  # per client, by metric
+    fitted: dict[str, PyTree]  # by family, what participants found out for it
+
+
+def _evaluate(experiment: Experiment, state: loop.State) -> _Evaluated:
+    where = experiment.settings.seed, state.carry, state.round
+    fitted = experiment.evaluator.fit(*where)
+    return _Evaluated(experiment.evaluator.evaluate(*where, fitted), fitted)
 
 
 def _first(experiment: Experiment, lent: dict[str, Any]) -> loop.State:
@@ -475,10 +490,11 @@ def _summary(
     folder: Path,
     experiment: Experiment,
     state: loop.State,
-    values: Mapping[str, results.Values],
+    evaluated: _Evaluated,
     progress: Progress,
 ) -> dict[str, Any]:
     """Sums a finished run up; writes what is known of each client."""
+    values, fitted = evaluated
     rows = results.per_client(values, experiment.federation, experiment.whom)
     if experiment.members is not None:
         names, of = experiment.members.names, experiment.members.family
@@ -512,11 +528,12 @@ def _summary(
     if experiment.by_sample is not None:
         summary |= {
             f"{metric}_sample": results.scores(metric, clients)[metric]
-            for metric, clients in experiment.by_sample.evaluate(*where).items()
+            for metric, clients in experiment.by_sample.evaluate(*where, fitted).items()
         }
     for epochs in settings.finetune_epochs:
         progress.stage(f"fine-tuning every client, {epochs} epochs")
-        tuned, suffix = experiment.evaluator.tune(*where, epochs), f"_ft{epochs}"
+        tuned = experiment.evaluator.tune(*where, epochs, fitted)
+        suffix = f"_ft{epochs}"
         summary |= results.fine_tuned(tuned, suffix)
         _warn(folder, state.round, tuned, suffix)
     records = _records(folder)

@@ -26,6 +26,7 @@ CONFIG, SUMMARY, CLIENTS = "config.json", "summary.json", "clients.json"
 PARTITION, REPORT, STORE, LOCK = "partition.npz", "report.html", "store", ".lock"
 CHECKPOINTS, PROFILE = "checkpoints", "profile"
 EMBEDDINGS = "embeddings.jsonl"
+FITTED = "fitted.npz"  # what participants found out last, for whoever is deployed
 TRAINED = "trained.json"  # whose training a run has, and what that took
 SPENT = ("seconds", "samples_per_second", "compile_seconds", "flops")
 AGAIN = "remove it: the command that made the run writes it anew"

@@ -11,7 +11,7 @@ from made_runs import undrawn
 from PIL import Image
 
 from hyperjax import rng
-from hyperjax.launch import build, evaluate, train
+from hyperjax.launch import build, evaluate, fits, train, workdir
 from hyperjax.protocols import zero_shot
 from hyperjax.types import Outputs, Serve
 
@@ -61,6 +61,34 @@ def test_an_unseen_client_gets_the_accuracy_the_run_reports(run_folder):
     (reported,) = [row for row in rows if row["client"] == 12]
     assert result["samples"] == reported["eval_samples"]
     assert result["zacc"] == pytest.approx(reported["accuracy"], abs=1e-3)
+
+
+def test_a_client_is_told_what_participants_found_out(tmp_path):
+    config = zero_shot.get_config("fedavg,data=digits,smoke")
+    config.evaluation.adapt, config.data.validation_fraction = "em", 0.3
+    config.tensorboard, config.model.hidden = False, (4,)
+    folder = tmp_path / "run"
+    train.train(config, str(folder))
+    run = _really_load(str(folder))
+    images, labels = evaluate.own_client(run, 12)
+    served = evaluate.serve(run, images, 12)
+    rows = json.loads((folder / "clients.json").read_text())
+    (reported,) = [row for row in rows if row["client"] == 12]
+    accuracy = 100 * np.mean(served.label == labels)
+    assert accuracy == pytest.approx(reported["accuracy"], abs=1e-3)
+    # It is of a round, and not of one that was never scored.
+    with pytest.raises(ValueError, match="has none of round 7"):
+        fits.read(folder, 7, run.algorithm.client.fit)
+    (folder / workdir.FITTED).write_bytes(b"half")
+    with pytest.raises(ValueError, match="summary.json: the command"):
+        evaluate.serve(run, images, 12)
+    for name in (workdir.FITTED, workdir.SUMMARY):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="what participants find out"):
+        evaluate.serve(run, images, 12)
+    train.train(config, str(folder))
+    again = evaluate.serve(run, images, 12)
+    np.testing.assert_array_equal(again.probability, served.probability)
 
 
 @pytest.fixture
