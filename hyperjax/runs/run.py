@@ -245,10 +245,11 @@ class Run(NamedTuple):
         `finetune_epochs` also "pacc_ft5" and so on, after 5 epochs.
         """
         seed, (round, carry) = self.experiment.settings.seed, self.state
-        evaluator = self.experiment.evaluator
-        found = results.record(evaluator.evaluate(seed, carry, round))
+        evaluator, where = self.experiment.evaluator, (seed, carry, round)
+        fitted = evaluator.fit(*where)
+        found = results.record(evaluator.evaluate(*where, fitted))
         for epochs in self.experiment.settings.finetune_epochs:
-            tuned = evaluator.tune(seed, carry, round, epochs)
+            tuned = evaluator.tune(*where, epochs, fitted)
             found |= results.fine_tuned(tuned, f"_ft{epochs}")
         return found
 
