@@ -80,7 +80,7 @@ def test_a_client_is_told_what_participants_found_out(tmp_path):
     with pytest.raises(ValueError, match="has none of round 7"):
         fits.read(folder, 7, run.algorithm.client.fit)
     (folder / workdir.FITTED).write_bytes(b"half")
-    with pytest.raises(ValueError, match="summary.json: the command"):
+    with pytest.raises(ValueError, match="the command that made the run writes both"):
         evaluate.serve(run, images, 12)
     for name in (workdir.FITTED, workdir.SUMMARY):
         (folder / name).unlink()
