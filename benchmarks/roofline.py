@@ -186,7 +186,7 @@ def of_round(name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
         "flops": operations,
         "bytes": num_bytes,
         "bounds": {
-            name: bound(operations, num_bytes, card) for name, card in CARDS.items()
+            card: bound(operations, num_bytes, made) for card, made in CARDS.items()
         },
         "of_steps": steps,
     }

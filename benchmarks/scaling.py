@@ -223,8 +223,9 @@ def main() -> int:
     f = flags.FLAGS
     check_at_least(1, rounds=f.rounds, samples=f.samples)
     layouts = [_whole("layouts", layout.split("x")) for layout in f.layouts]
-    for method, layout in itertools.product(f.methods, layouts):
+    for method in f.methods:
         check_choice("--methods", method, OPTIONS)
+    for layout in layouts:
         if len(layout) != 2:
             raise ValueError(f"--layouts={f.layouts} must be PROCESSESxDEVICES, as 2x1")
     rows = itertools.product(

@@ -13,7 +13,6 @@ Where clients have samples in common ("bootstrap"), a random `eval_fraction` of 
 samples is what any of them holds out, and nobody trains on these.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -546,9 +545,8 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         tables["shift"] = federation.shift
         tables["shift_names"] = np.array(list(shifts.PARAMETERS))
     participating = np.arange(len(federation.counts)) < federation.num_clients
-    part = Path(path).with_name(f".part-{Path(path).name}")
     files.write_npz(
-        part,
+        path,
         counts=federation.counts,
         participating=participating,
         num_trainers=federation.num_trainers,
@@ -562,7 +560,6 @@ def save_tables(federation: Federation, path: str | Path) -> None:
         source_prior=federation.source_prior,
         **tables,
     )
-    os.replace(part, path)
 
 
 def _nobodys(

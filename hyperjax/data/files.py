@@ -98,9 +98,11 @@ def read_table(path: str, field: str) -> dict[str, np.ndarray]:
 def write_npz(path: str | os.PathLike, **arrays: Any) -> None:
     """Writes arrays to a compressed .npz file; of `ragged.Rows` a piece at a time.
 
-    Compression is the fastest: most of such rows is padding.
+    The file is never half written. Compression is the fastest: most of such rows is
+    padding.
     """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    part = Path(path).with_name(f".part-{Path(path).name}")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         entry = archive.open  # of bytes, whose mode is "w" here
         for name, array in arrays.items():
             with entry(f"{name}.npy", "w", force_zip64=True) as file:
@@ -112,6 +114,7 @@ def write_npz(path: str | os.PathLike, **arrays: Any) -> None:
                 np.lib.format.write_array_header_1_0(file, header)
                 for piece in array.pieces():
                     file.write(piece.data)
+    os.replace(part, path)
 
 
 def _load(path: str, given: str, field: str, only: str | None = None) -> dict[str, Any]:

@@ -18,9 +18,7 @@ def keep(folder: Path, round: int, fitted: Mapping[str, PyTree]) -> None:
     leaves = jax.tree.leaves(fitted.get("", ()))
     if leaves:
         named = {str(i): np.asarray(x) for i, x in enumerate(leaves)}
-        partial = folder / f".{workdir.FITTED}"
-        files.write_npz(partial, round=round, **named)
-        partial.replace(folder / workdir.FITTED)
+        files.write_npz(folder / workdir.FITTED, round=round, **named)
 
 
 def read(folder: Path, round: int, fit: Fit) -> PyTree:
