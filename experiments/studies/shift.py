@@ -15,8 +15,8 @@ training images.
 
 Rows whose labels are skewed are compared with label-shift EM, others without.
 
-`rivals` and `rivals_hybrid` are methods and adaptations that were made for unseen
-clients; that rate is not everybody's, so that each is to have its own:
+`rivals`, `rivals_hybrid` and `cross` are methods and adaptations that were made for
+unseen clients; that rate is not everybody's, so that each is to have its own:
 `--tune=local.learning_rate=0.3,0.6 --by=pacc --tune_seed=100`. Participants set a fifth
 of their training images aside in all rows, since some adaptations are learned on these.
 PeFLL needs labels of an unseen client: its column is that of clients who have some, and
@@ -29,7 +29,14 @@ from typing import Any
 
 import ml_collections
 
-from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
+from experiments.studies.study import (
+    Fields,
+    Rows,
+    Study,
+    add_rows,
+    scale_of,
+    with_default,
+)
 from hyperjax.data import shift
 from hyperjax.errors import check_choice
 from hyperjax.protocols import zero_shot
@@ -96,6 +103,24 @@ EQUAL_RIVALS: Rows = {
     "FEROMA, hidden 195": {**RIVALS["FEROMA"], "model.hidden": (195,)},
     "FLowDUP, hidden 130": {**RIVALS["FLowDUP"], "model.hidden": (130,)},
 }
+_PARTS: Fields = {"data.standardise": "signed", "local.balanced": True}
+# Everybody's table. Rows of one training stand together.
+CROSS: Rows = {
+    "FedAvg": _FEDAVG,
+    **{
+        f"FedAvg + {name}": RIVALS[f"FedAvg + {name}"]
+        for name in ("calibrated EM", "T3A")
+    },
+    "FedAvg, standardised": {**_FEDAVG, "data.standardise": "signed"},
+    "FedAvg, balanced": RIVALS["FedAvg, balanced"],
+    "FedAvg, both, hidden 196": {**ROWS["FedAvg, hidden 196"], **_PARTS},
+    **{label: RIVALS[label] for label in ("BN-adapt", "Tent", "FedAvg + ATP")},
+    **{label: RIVALS[label] for label in ("FedRoD", "FEROMA", "FLUX", "PeFLL")},
+    **{label: RIVALS[label] for label in ("ODPFL-HN", "HyperFedZero")},
+    "control: constant e": ROWS["control: constant e"],
+    "HyperFedShift": _SHIFT,
+    "HyperFedShift, both, hidden 128": {**ROWS["HyperFedShift, hidden 128"], **_PARTS},
+}
 # Of colour images, `data=cifar16`, likewise.
 LENETS: Rows = {
     "FedAvg, hidden 184-100": {**_FEDAVG, "model.hidden": (184, 100)},
@@ -114,6 +139,11 @@ EVERY = (
     *("noise", "labels", "hybrid", "hybrid360", "contrast_hybrid", "everything"),
     "outside",
 )
+# Of everybody's table.
+KNOWN = (
+    *("none", "labels", "labels_1", "rotation", "rotation360", "contrast", "blur"),
+    *("hybrid", "everything", "outside"),
+)
 MAIN = (*THREE, "control: constant e", "BN-adapt")
 REST = ("FedAvg", "FedAvg, hidden 560", "HyperFedShift, full", "control: true shift")
 COLUMNS = {
@@ -128,7 +158,6 @@ COLUMNS = {
 
 # Strength of a shift, and Dirichlet's alpha of labels.
 LEVELS = {"low": (1 / 3, 3.0), "medium": (2 / 3, 1.0), "high": (1.0, 0.1)}
-_PARTS: dict[str, Any] = {"data.standardise": "signed", "local.balanced": True}
 _SET_ASIDE: dict[str, Any] = {"data.validation_fraction": 0.2}
 _TOLD = {
     "auroc_embedding": "AUROC of the embedding",
@@ -221,6 +250,12 @@ def sweep_rivals_hybrid(add):
     add_rows(add, RIVALS, **_fields("hybrid"), **_SET_ASIDE)
 
 
+def sweep_cross(add, kinds=""):
+    """Everybody under every shift; or `cross:rotation,hybrid` under these."""
+    for kind in _chosen(kinds, KNOWN):
+        add_rows(add, CROSS, **_fields(kind), **_SET_ASIDE)
+
+
 def sweep_context(add):
     """An unseen client's classifier from few of its inputs; 0: from all."""
     add_rows(add, ROWS, ("FedAvg",), **_fields("rotation"))
@@ -259,14 +294,17 @@ def sweep_writers(add, ids):
     add_rows(add, ROWS, (*THREE, "BN-adapt"), **written)
 
 
-def _chosen(kinds: str) -> Sequence[str]:
-    chosen = kinds.split(",") if kinds else EVERY
+def _chosen(kinds: str, known: Sequence[str] = EVERY) -> Sequence[str]:
+    chosen = kinds.split(",") if kinds else known
     for kind in chosen:
-        check_choice("kinds", kind, EVERY)
+        check_choice("kinds", kind, known)
     return chosen
 
 
 def _fields(name: str) -> dict:
+    """Fields of a shift; `labels_1`: labels of Dirichlet(1)."""
+    if name == "labels_1":
+        return {**_fields("labels"), "data.alpha": 1.0}
     return zero_shot.shift_fields(name, mixtures=True)
 
 
@@ -291,6 +329,9 @@ STUDIES = {
     ),
     "rivals_hybrid": _study(
         "And where labels are skewed as well?", "zacc_mean", _OF_RIVALS, RIVALS
+    ),
+    "cross": _study(
+        "And everybody, wherever clients may differ?", "zacc_em", _OF_RIVALS, CROSS
     ),
     "context": _study(
         "How many unlabelled inputs does an unseen client need?", "zacc_mean"

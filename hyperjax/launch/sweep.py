@@ -172,6 +172,7 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
         plan=asked.plan,
         read=plan.read,
         page=asked.pages,
+        alike={},
     )
     for setting in plan.mine:
         members = setting.points

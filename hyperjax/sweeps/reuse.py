@@ -6,7 +6,7 @@ values), so a point may begin with what a finished one has trained, and is evalu
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,11 +23,12 @@ from hyperjax.sweeps.points import Point
 _TRAINED = (workdir.CONFIG, workdir.PARTITION, workdir.CHECKPOINTS, log.TRAINING)
 
 Training: TypeAlias = tuple[tuple[str, str], ...]
+Alike: TypeAlias = dict[Training, list[Point]]
 
 
-def by_training(points: Sequence[Point]) -> dict[Training, list[Point]]:
+def by_training(points: Sequence[Point]) -> Alike:
     """Returns points by what their training follows from, fields and values."""
-    found: dict[Training, list[Point]] = {}
+    found: Alike = {}
     for point in points:
         found.setdefault(_training(point.config), []).append(point)
     return found
@@ -39,9 +40,7 @@ def once(points: Sequence[Point]) -> list[list[Point]]:
     return [alike for alike in by_training(late).values() if len(alike) > 1]
 
 
-def begin(
-    folder: Path, point: Point, alike: Mapping[Training, Sequence[Point]]
-) -> str | None:
+def begin(folder: Path, point: Point, alike: Alike) -> str | None:
     """Copies what a finished point has trained to one that has not begun.
 
     Nothing is copied where rounds before the last are to be evaluated, whose states are

@@ -106,6 +106,7 @@ def run(
     plan: str = "auto",
     read: group.Reader | None = None,
     page: bool = True,
+    alike: reuse.Alike | None = None,
 ) -> dict[str, str]:
     """Trains points, or reads what they gave.
 
@@ -118,6 +119,7 @@ def run(
       plan: of points of one program, see `lockstep.plan`.
       read: reads their data sets; what it has read is not read again.
       page: whether each point gets its page, see `launch.train.train`.
+      alike: points of earlier calls, whose training these may have; these are added.
 
     Returns:
       {name: status}; "running" where another process is at work on it.
@@ -126,7 +128,9 @@ def run(
       train.Stopped, KeyboardInterrupt: it was asked to stop.
     """
     found: dict[str, str] = {}
-    read, alike = read or group.Reader(), reuse.by_training(points)
+    read, alike = read or group.Reader(), {} if alike is None else alike
+    for training, others in reuse.by_training(points).items():
+        alike.setdefault(training, []).extend(others)
     with _stops_at_once():
         for members in grouped(points):
             for point in members:
