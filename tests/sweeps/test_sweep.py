@@ -1,6 +1,7 @@
 """The sweep command: what it runs, what it goes on with, and what it refuses."""
 
 import csv
+import functools
 import itertools
 import json
 import signal
@@ -54,13 +55,13 @@ def trainer(monkeypatch):
     monkeypatch.setattr(runner, "check", lambda points, read: None)
     monkeypatch.setattr(runner.group, "experiments", lambda configs, *_: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
-    monkeypatch.setattr(runner.run, "__defaults__", defaults(found))
+    run_by(monkeypatch, found)
     return found
 
 
-def defaults(run_one) -> tuple:
-    """Those of `runner.run`, with what runs a point."""
-    return lambda: None, run_one, "auto", None, True
+def run_by(monkeypatch, run_one) -> None:
+    """Points are run by this function."""
+    monkeypatch.setattr(runner, "run", functools.partial(runner.run, run_one=run_one))
 
 
 def asked(folder, *flags: str, **more) -> sweep.Asked:
@@ -131,7 +132,7 @@ def test_points_in_use_elsewhere_are_left_alone(trainer, tmp_path, monkeypatch):
             raise workdir.InUse("in use")
         return trainer(config, path, *args, **kwargs)
 
-    monkeypatch.setattr(runner.run, "__defaults__", defaults(busy))
+    run_by(monkeypatch, busy)
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 1
     assert statuses(tmp_path) == {
         "seed=0": "finished",
@@ -148,7 +149,7 @@ def test_a_signal_in_a_points_last_call_stops_the_sweep(trainer, tmp_path, monke
                 assert stop()
         return trainer(config, path, *args, **kwargs)
 
-    monkeypatch.setattr(runner.run, "__defaults__", defaults(ending))
+    run_by(monkeypatch, ending)
     assert sweep.main(asked(tmp_path, "seed=0..2")) == 130
     assert statuses(tmp_path) == {
         "seed=0": "finished",
@@ -443,6 +444,13 @@ def test_points_that_are_evaluated_in_other_ways_are_trained_once(
         assert (place / name).read_text() == (alone / name).read_text(), name
     del trained[:]
     assert train.train(adapted.config, str(place)) == found and not trained
+    # Trials too, and points that have the same values after them.
+    tuned = dict(tune=("local.learning_rate=0.05,0.1",), by="pacc", tune_seed=7)
+    with undrawn():
+        assert sweep.main(given("tuned")._replace(**tuned)) == 0
+    content = json.loads((tmp_path / "tuned" / record.FILE).read_text())
+    chosen = {entry["tuned"]["local.learning_rate"] for entry in content["points"]}
+    assert len(trained) == 2 + len(chosen)
     # With evaluations in between, of states that are gone, all are trained.
     own = sweep.make_plan(given("own", "--config.evaluation.every=1")).points
     assert own[0].name == first.name and not reuse.once(own)
