@@ -4,7 +4,8 @@ python -m experiments.studies.results
 
 A table stands between `<!-- record: NAME.json COLUMN,... -->` and `<!-- end -->`, where
 NAME is a file of experiments/results and the columns are some of the record's, all by
-default. Nothing else in the files is touched.
+default. `<!-- across: NAME.json COLUMN -->` has a row for every method and a column for
+every setting, with means of one column. Nothing else in the files is touched.
 """
 
 import json
@@ -21,18 +22,21 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "experiments" / "results"
 FILES = ("RESULTS.md", "README.md")
 _TABLE = re.compile(
-    r"(<!-- record: (\S+\.json)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (record|across): (\S+\.json)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
+# Of settings as headings: what says itself without its field's name.
+_FIELDS = re.compile(r"\b(shift|partition)=")
 
 
 def rewritten(text: str, records: Path = RECORDS) -> str:
     """Returns a text with all its tables as the records have them."""
 
     def table(match: re.Match) -> str:
-        opening, name, columns, closing = match.groups()
+        opening, form, name, columns, closing = match.groups()
         record = json.loads((records / name).read_text(encoding="utf-8"))
         chosen = columns.split(",") if columns else list(record["columns"])
-        return f"{opening}{markdown(record, chosen)}{closing}"
+        made = markdown(record, chosen) if form == "record" else across(record, *chosen)
+        return f"{opening}{made}{closing}"
 
     return _TABLE.sub(table, text)
 
@@ -52,6 +56,40 @@ def markdown(record: Mapping[str, Any], columns: Sequence[str]) -> str:
         _line(heads),
         "|---" * len(heads) + "|",
         *(_line([row[head] for head in heads]) for row in table),
+    ]
+    return "\n".join([*lines, "", source(record)]) + "\n"
+
+
+def across(record: Mapping[str, Any], column: str) -> str:
+    """Returns means of one column by method and setting; the best of each are bold.
+
+    A star: a difference from the baseline that is not by chance, of the column that the
+    record compares.
+
+    Raises:
+      ValueError: a column that the record does not have.
+    """
+    check_choice("column", column, record["columns"])
+    rows = {(row["label"], row["settings"]): row for row in record["rows"]}
+    labels, settings = (list(dict.fromkeys(names)) for names in zip(*rows, strict=True))
+
+    def cell(label: str, setting: str) -> str:
+        row = rows.get((label, setting), {})
+        if row.get(column) is None:
+            return "–"
+        text = f"{row[column]['mean']:.1f}"
+        others = (rows.get((other, setting), {}).get(column) for other in labels)
+        best = max(other["mean"] for other in others if other)
+        text = f"**{text}**" if row[column]["mean"] == best else text
+        pair = row.get("difference") or {}
+        sure = column == record["compared"] and pair.get("holm") is not None
+        return f"{text}\\*" if sure and pair["holm"] <= 0.05 else text
+
+    heads = [record["columns"][column], *(_FIELDS.sub("", s) for s in settings)]
+    lines = [
+        _line(heads),
+        "|---" * len(heads) + "|",
+        *(_line([x, *(cell(x, s) for s in settings)]) for x in labels),
     ]
     return "\n".join([*lines, "", source(record)]) + "\n"
 

@@ -158,6 +158,31 @@ def test_only_tables_between_marks_are_written_anew(tmp_path):
         results.rewritten(text.replace(" pacc ", " no "), tmp_path)
 
 
+def test_a_table_of_methods_by_settings(tmp_path):
+    def row(label, setting, mean, holm=None):
+        found = dict(label=label, settings=setting, pacc=mean and dict(mean=mean))
+        return found | (dict(difference=dict(holm=holm)) if holm else {})
+
+    rows = [row("A", "shift=blur, partition=iid", 90.04), row("A", "alpha=1", 80.0)]
+    rows += [row("B", "alpha=1", 85.0, 0.04), row("C", "alpha=1", None)]
+    about = dict(columns={"pacc": "pACC"}, compared="pacc", rows=rows, seeds=[0])
+    about |= dict(command="c", hardware="h", date="d", commit="abc")
+    text = results.across(about, "pacc")
+    assert text.splitlines() == [
+        "| pACC | blur, iid | alpha=1 |",
+        "|---|---|---|",
+        "| A | **90.0** | 80.0 |",
+        r"| B | – | **85.0**\* |",
+        "| C | – | – |",
+        *("", "`c`; seed 0; h; d; commit abc."),
+    ]
+    with pytest.raises(ValueError, match="column='no'"):
+        results.across(about, "no")
+    (tmp_path / "r.json").write_text(json.dumps(about))
+    marked = "<!-- across: r.json pacc -->\n{}<!-- end -->\n"
+    assert results.rewritten(marked.format("old"), tmp_path) == marked.format(text)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
