@@ -27,13 +27,27 @@ def prior_em(probs: Array, mask: Array, source: Array) -> Array:
       [K] prior at which expectation maximisation converged; `source` if n is 0.
     """
     total = jnp.maximum(jnp.sum(mask), 1.0)
+    # As many blocks as have real samples: tables are as wide as the largest client's.
+    n, block = len(mask), min(_AT_ONCE, max(len(mask), 1))
+    probs = jnp.pad(probs, ((0, -n % block), (0, 0)))
+    mask = jnp.pad(mask, (0, -n % block))
+    real = jnp.max(jnp.where(mask > 0, jnp.arange(len(mask)) + 1, 0), initial=0)
+    num_blocks = (real + block - 1) // block
 
     def step(state):
         prior, _, count = state
-        joint = probs * (prior / source)
-        # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
-        posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
-        new = jnp.sum(jnp.where(mask[:, None] > 0, posterior, 0.0), 0) / total
+        odds = prior / source
+
+        def add(i, expected):
+            part, held = (
+                jax.lax.dynamic_slice_in_dim(x, i * block, block) for x in (probs, mask)
+            )
+            joint = part * odds
+            # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
+            posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
+            return expected + jnp.sum(jnp.where(held[:, None] > 0, posterior, 0.0), 0)
+
+        new = jax.lax.fori_loop(0, num_blocks, add, jnp.zeros_like(source)) / total
         return new, jnp.max(jnp.abs(new - prior)), count + 1
 
     def moving(state):
