@@ -77,6 +77,21 @@ def test_no_calibration_only_knows_what_is_predicted():
     np.testing.assert_allclose(prior, found.prior, atol=1e-4)
 
 
+@pytest.mark.parametrize("held", [0, 1, 255, 256, 257, 700])
+def test_em_goes_through_what_a_client_holds_whatever_its_table_is(held):
+    probs = np.asarray(jax.nn.softmax(drawn(1024)[0]), np.float64)
+    source = np.array([0.5, 0.3, 0.2])
+    prior = source
+    for _ in range(1000 if held else 0):
+        joint = probs[:held] * prior / source
+        prior = np.mean(joint / joint.sum(-1, keepdims=True), 0)
+    for width in {max(held, 1), 701, 1024}:
+        mask = jnp.arange(width) < held
+        found = jnp.where(mask[:, None], probs[:width], jnp.nan)  # of padding: nothing
+        found = prior_em(found, mask.astype(jnp.float32), jnp.asarray(source))
+        np.testing.assert_allclose(found, prior, atol=2e-5)
+
+
 def test_bbse_by_hand():
     # Columns are true classes: of class 0 three quarters are found.
     confusion = jnp.array([[30.0, 4, 0], [10, 16, 0], [0, 0, 20]])

@@ -36,19 +36,25 @@ _READ = (
 
 
 class Reader:
-    """Reads the data sets of runs; neighbours that have one set read it once."""
+    """Reads the data sets of runs; neighbours that have one data set read it once.
+
+    At most twice: images that will be shifted are not brought to size yet.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[object, sources.Source] | None = None
+        self._asked: object = None
+        self._forms: dict[bool, sources.Source] = {}
 
     def __call__(self, data: ml_collections.ConfigDict) -> sources.Source:
         """Returns what `build.load_source` does."""
-        scaled = data.shift == "none"  # or it is done after they are shifted
-        asked = (scaled, *(data[name] for name in _READ))
-        if self._last is None or self._last[0] != asked:
-            self._last = None  # before another is in memory
-            self._last = asked, build.load_source(data)
-        return self._last[1]
+        shifted = data.shift != "none"
+        asked = tuple(data[name] for name in _READ)
+        if self._asked != asked:
+            self._forms.clear()  # before another is in memory
+            self._asked = asked
+        if shifted not in self._forms:
+            self._forms[shifted] = build.load_source(data)
+        return self._forms[shifted]
 
 
 def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:

@@ -96,6 +96,7 @@ def test_neighbours_read_a_data_set_once(monkeypatch):
     shifts = [config(data__shift=kind).data for kind in ("rotation", "blur", "none")]
     first, second, plain = map(read, shifts)
     assert first is second and len(names) == 2  # unshifted images are scaled first
+    assert read(shifts[0]) is first and len(names) == 2
     assert plain is read(config(seed=3, data__alpha=2.0).data)
     read(config(data__shrink=2).data)
     assert len(names) == 3
