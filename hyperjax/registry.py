@@ -6,6 +6,7 @@ signature is the one list of its options. Where it passes some on, to FedAvg or 
 generator, `hands_on` puts theirs into the signature behind its own.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -116,8 +117,14 @@ def has_traits(**traits: Any) -> Callable:
 
 def methods() -> list[str]:
     """Returns the names of all methods of the package."""
+    return list(_methods())
+
+
+@functools.cache  # a sweep asks once for every point
+def _methods() -> tuple[str, ...]:
     package = importlib.import_module("hyperjax.algorithms")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(names))
 
 
 def find(name: str, field: str = "method") -> Callable[..., Algorithm]:
@@ -195,7 +202,11 @@ def options(method: str | Callable) -> dict[str, Option]:
     Args:
       method: its name, or the function.
     """
-    function = find(method) if isinstance(method, str) else method
+    return dict(_options(find(method) if isinstance(method, str) else method))
+
+
+@functools.cache  # likewise
+def _options(function: Callable) -> dict[str, Option]:
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in SUPPLIED or name in FUNCTIONS or parameter.kind in _VARIADIC:
