@@ -30,10 +30,12 @@ from experiments.studies.study import (
     Study,
     Values,
     add_rows,
+    change,
+    chosen,
     scale_of,
     with_default,
 )
-from hyperjax.protocols import common, zero_shot
+from hyperjax.protocols import zero_shot
 
 _FEDAVG = {"method.name": "fedavg"}
 ROWS: Rows = {
@@ -83,20 +85,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "local.batch_size": 20,
         "local.learning_rate": 0.1,
         "local.learning_rate_decay": 1.0,
-        "tensorboard": False,
     }
-    if config.rounds == 2:  # smoke
-        del fields["rounds"]
-    common.change(config, fields)
-    config.evaluation.every = config.rounds
+    change(config, fields)
     return config
 
 
 def sweep_protocol(add, shift=""):
     """All methods under all three shifts; or under one, `protocol:hybrid`."""
-    for name, fields in SHIFTS.items():
-        if shift in ("", name):
-            add_rows(add, ROWS, **fields)
+    for name in chosen("shift", shift, SHIFTS):
+        add_rows(add, ROWS, **SHIFTS[name])
 
 
 def _published() -> dict[Place, Values]:

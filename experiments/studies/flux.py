@@ -24,10 +24,18 @@ from typing import Any
 
 import ml_collections
 
-from experiments.studies.study import Rows, Study, add_rows, scale_of, with_default
+from experiments.studies.study import (
+    Fields,
+    Rows,
+    Study,
+    add_rows,
+    change,
+    chosen,
+    scale_of,
+    with_default,
+)
 from hyperjax.data import shift
-from hyperjax.errors import check_choice
-from hyperjax.protocols import common, zero_shot
+from hyperjax.protocols import zero_shot
 
 ROWS: Rows = {
     "FedAvg": {"method.name": "fedavg"},
@@ -51,7 +59,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     scale, arg = scale_of(arg)
     data = "mnist" if scale == "paper" else "mnist5k"
     config = zero_shot.get_config(with_default(arg, "data", data))
-    fields: dict[str, Any] = {
+    fields: Fields = {
         "rounds": 10,
         "data.num_clients": 10,
         "data.num_novel": 10,
@@ -66,12 +74,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "local.learning_rate": 0.005,
         "local.learning_rate_decay": 1.0,
         "server.sampler": "full",
-        "tensorboard": False,
     }
-    if config.rounds == 2:  # smoke
-        del fields["rounds"]
-    common.change(config, fields)
-    config.evaluation.every = config.rounds
+    change(config, fields)
     return config
 
 
@@ -95,8 +99,7 @@ def shifts(level: int) -> dict[str, dict[str, Any]]:
 
 def sweep_levels(add, levels=""):
     """All kinds at all levels; or at some, `levels:1,4`."""
-    for level in levels.split(",") if levels else LEVELS:
-        check_choice("level", str(level), list(map(str, LEVELS)))
+    for level in chosen("levels", levels, LEVELS):
         for fields in shifts(int(level)).values():
             add_rows(add, ROWS, **fields)
 

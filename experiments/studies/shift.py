@@ -24,7 +24,6 @@ its zACC that of one network for all. Where an adaptation has found the classes'
 already, zACC + EM counts it twice.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -34,11 +33,12 @@ from experiments.studies.study import (
     Rows,
     Study,
     add_rows,
+    change,
+    chosen,
     scale_of,
     with_default,
 )
 from hyperjax.data import shift
-from hyperjax.errors import check_choice
 from hyperjax.protocols import zero_shot
 
 _SHIFT = {"method.name": "hyperfedshift"}
@@ -175,10 +175,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """scale, and METHOD, data, clients, novel, iid, alpha, shift, tuned, smoke."""
     scale, arg = scale_of(arg)
     config = zero_shot.get_config(with_default(arg, "data", "mnist14"))
-    if scale == "paper":
-        config.rounds = 800
-    config.evaluation.every = config.rounds
-    config.tensorboard = False
+    change(config, {"rounds": 800} if scale == "paper" else {})
     return config
 
 
@@ -230,13 +227,13 @@ def sweep_equal_bytes(add):
 
 def sweep_lenet(add, kinds=""):
     """The same of LeNets that send 70,000, with data=cifar16; or `lenet:rotation`."""
-    for kind in _chosen(kinds):
+    for kind in chosen("kinds", kinds, EVERY):
         add_rows(add, LENETS, **_fields(kind), **_PARTS)
 
 
 def sweep_rivals_equal_bytes(add, kinds=""):
     """Rivals at those bytes; `rivals_equal_bytes:rotation,hybrid` for these shifts."""
-    for kind in _chosen(kinds):
+    for kind in chosen("kinds", kinds, EVERY):
         add_rows(add, EQUAL_RIVALS, **_fields(kind), **_PARTS)
 
 
@@ -252,7 +249,7 @@ def sweep_rivals_hybrid(add):
 
 def sweep_cross(add, kinds=""):
     """Everybody under every shift; or `cross:rotation,hybrid` under these."""
-    for kind in _chosen(kinds, KNOWN):
+    for kind in chosen("kinds", kinds, KNOWN):
         add_rows(add, CROSS, **_fields(kind), **_SET_ASIDE)
 
 
@@ -274,8 +271,7 @@ def sweep_strangers(add):
 
 def sweep_kinds(add, level=""):
     """P(x), P(y), P(x | y), P(y | x) at all levels, as FLUX's own; or `kinds:low`."""
-    check_choice("level", level, ("", *LEVELS))
-    for strength, alpha in (LEVELS[name] for name in LEVELS if level in ("", name)):
+    for strength, alpha in (LEVELS[name] for name in chosen("level", level, LEVELS)):
         for kind in ("rotation", "class_rotation", "label_swap"):
             fields = {**_fields(kind), "data.shift_strength": strength}
             add_rows(add, KINDS, **fields)
@@ -292,13 +288,6 @@ def sweep_writers(add, ids):
     """Who wrote the digits; `writers:FILE.npz:KEY` names the writer of every image."""
     written = {"data.partition": "by_client_id", "data.client_ids": ids}
     add_rows(add, ROWS, (*THREE, "BN-adapt"), **written)
-
-
-def _chosen(kinds: str, known: Sequence[str] = EVERY) -> Sequence[str]:
-    chosen = kinds.split(",") if kinds else known
-    for kind in chosen:
-        check_choice("kinds", kind, known)
-    return chosen
 
 
 def _fields(name: str) -> dict:

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_collections
+
 from hyperjax.errors import check_choice
+from hyperjax.protocols import common
 
 Fields = Mapping[str, Any]  # {"method.name": "fedavg"}: what a point changes
 Rows = Mapping[str, Fields]  # {label: what its points change}
@@ -96,6 +99,31 @@ def with_default(arg: str, name: str, value: str) -> str:
     if not any(item.strip().startswith(f"{name}=") for item in items):
         items.append(f"{name}={value}")
     return ",".join(items)
+
+
+def change(config: ml_collections.ConfigDict, fields: Fields) -> None:
+    """Makes an experiment a study's: evaluated at its end; a smoke test stays short."""
+    if config.rounds == 2:  # smoke
+        fields = {k: v for k, v in fields.items() if k != "rounds"}
+    common.change(config, {**fields, "tensorboard": False})
+    config.evaluation.every = config.rounds
+
+
+def chosen(name: str, text: str, known: Iterable[Any]) -> list[str]:
+    """Returns what an argument of a sweep names, "a,b"; all that is known if nothing.
+
+    Raises:
+      ValueError: a part is not known.
+
+    Example:
+      >>> chosen("kinds", "blur,none", ("none", "blur", "noise"))
+      ['blur', 'none']
+    """
+    accepted = [str(each) for each in known]
+    found = text.split(",") if text else accepted
+    for each in found:
+        check_choice(name, each, accepted)
+    return found
 
 
 def add_rows(
