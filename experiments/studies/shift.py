@@ -121,6 +121,16 @@ CROSS: Rows = {
     "HyperFedShift": _SHIFT,
     "HyperFedShift, both, hidden 128": {**ROWS["HyperFedShift, hidden 128"], **_PARTS},
 }
+# Whose participants train as clients at any angle would.
+_TURNED: Fields = {"local.augment": "rotation360"}
+AUGMENTED: Rows = {
+    **{label: ROWS[label] for label in EQUAL},
+    **{f"{label}, turned": {**ROWS[label], **_TURNED} for label in EQUAL},
+    "FedAvg, hidden 196, each image turned": {
+        **ROWS["FedAvg, hidden 196"],
+        "local.augment": "rotation360(each='image')",
+    },
+}
 # Of colour images, `data=cifar16`, likewise.
 LENETS: Rows = {
     "FedAvg, hidden 184-100": {**_FEDAVG, "model.hidden": (184, 100)},
@@ -237,6 +247,12 @@ def sweep_rivals_equal_bytes(add, kinds=""):
         add_rows(add, EQUAL_RIVALS, **_fields(kind), **_PARTS)
 
 
+def sweep_augmented(add):
+    """Clients outside the range, and what it costs inside to train for them."""
+    for kind in ("rotation", "outside"):
+        add_rows(add, AUGMENTED, **_fields(kind), **_PARTS)
+
+
 def sweep_rivals(add):
     """Methods and adaptations for unseen clients; images at an angle of 0 to 180."""
     add_rows(add, RIVALS, **_fields("rotation"), **_SET_ASIDE)
@@ -342,6 +358,13 @@ STUDIES = {
         "And at equal bytes, where most of them are the network's?",
         "zacc_em",
         baseline="FedAvg, hidden 196",
+    ),
+    "augmented": _study(
+        "Can clients outside the range be trained for?",
+        "zacc_em",
+        {**COLUMNS, **_TOLD},
+        AUGMENTED,
+        "FedAvg, hidden 196",
     ),
     "lenet": _study(
         "And of images in colour, with convolutions?",

@@ -30,6 +30,7 @@ class Table(NamedTuple):
 
 
 _LEVELS = np.arange(256) / 255.0
+LEAST = 1e-3  # deviation of images by which one divides, a quarter of a byte's level
 LARGE = 2**22  # numbers; a larger rectangle is not made
 
 
@@ -157,8 +158,8 @@ def some(pool: Pool, *tables: Table, room: int = 0) -> tuple[Pool, list[Table]]:
 
 def _divisor(x: np.ndarray, mean: Any, std: Any) -> np.ndarray:
     """Deviations by which one can divide."""
-    if x.ndim > 2:  # 1e-3 is a quarter of a byte's level
-        return np.maximum(std, 1e-3)
+    if x.ndim > 2:
+        return np.maximum(std, LEAST)
     # Features have any scale; less than this is rounding of a constant.
     return np.where(np.asarray(std) > 1e-6 * np.abs(mean), std, 1.0)
 

@@ -26,7 +26,7 @@ blur, noise, contrast and brightness, Hendrycks, Dietterich 2019 (arXiv:1903.122
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +89,16 @@ class Range(NamedTuple):
         value = value * sign if self.mirrored else value
         return self.stepped(value)
 
-    def stepped(self, value: np.ndarray) -> np.ndarray:
+    def drawn(self, key: Key, num: int) -> Array:
+        """Returns [num] values, in a program."""
+        key, key_sign = jax.random.split(key)
+        value = jax.random.uniform(key, (num,), jnp.float32, self.low, self.high)
+        sign = jax.random.rademacher(key_sign, (num,), jnp.float32)
+        return self.stepped(value * sign if self.mirrored else value, jnp)
+
+    def stepped(self, value: Any, numpy: Any = np) -> Any:
         """Rounds values down to steps, if there are any."""
-        return np.floor(value / self.step) * self.step if self.step else value
+        return numpy.floor(value / self.step) * self.step if self.step else value
 
 
 TURNS = (2, 3, 4, 5)  # numbers of groups of clients, whose angles are alike
@@ -278,6 +285,20 @@ def varying(parameters: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def drawn(key: Key, kind: str, num: int, strength: float = 1.0) -> Array:
+    """Returns parameters of a kind's law, drawn in a program, [num, S]."""
+    columns = []
+    for number, (name, identity) in enumerate(PARAMETERS.items()):
+        law = KINDS[kind].get(name)
+        value = jnp.full(num, identity)
+        if law is not None:
+            found = law.drawn(jax.random.fold_in(key, number), num)
+            strength_of = 1.0 if law.always else strength
+            value = law.stepped(identity + strength_of * (found - identity), jnp)
+        columns.append(value)
+    return jnp.stack(columns, 1)
+
+
 # Classes ------------------------------------------------------------------------------
 
 
@@ -384,7 +405,7 @@ def apply(
         given = np.resize(block, _AT_ONCE)  # one shape, one program
         own = parameters[np.resize(owner[start : start + _AT_ONCE], _AT_ONCE)]
         images = (x[given].astype(np.float32) - low) / scale
-        shifted = np.asarray(_shifted(names, key, images, own, given, tables))
+        shifted = np.asarray(transformed(names, key, images, own, given, tables))
         shifted = shifted[: len(block)] * scale + low
         found[block] = shifted if floats else np.rint(shifted).astype(np.uint8)
     return found
@@ -403,7 +424,7 @@ def _permutations(seed: int, num: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _shifted(
+def transformed(
     names: tuple[str, ...],
     key: Key,
     x: Array,
@@ -411,7 +432,16 @@ def _shifted(
     rows: Array,
     tables: Array,
 ) -> Array:
-    """Images x [B, H, W, c] in [0, 1] under parameters [B, S], of which some vary."""
+    """Returns images [B, H, W, c] in [0, 1] as seen under parameters.
+
+    Args:
+      names: of the parameters that vary; the others are the identity's.
+      key: of the noise.
+      x: [B, H, W, c] in [0, 1].
+      parameters: [B, S].
+      rows: [B] numbers of the samples, each with noise of its own.
+      tables: [k, GRID^2] permutations, by number.
+    """
 
     def one(image: Array, values: Array, row: Array) -> Array:
         own: Mapping[str, Array] = {name: values[_place(name)] for name in PARAMETERS}

@@ -12,6 +12,7 @@ from absl import logging
 
 from hyperjax import (
     adaptation,
+    augmentation,
     calls,
     compiling,
     models,
@@ -88,6 +89,8 @@ def assemble(
         federation.num_classes,
         federation.vocabulary,
     )
+    if config.local.augment:
+        augmentation.check_images(federation.pool.x)
     hyper = make_hyper(config, model)
     same = like and like.hyper and like.hyper.values == hyper.values
     algorithm = like.algorithm if like and same else make_algorithm(config, model)
@@ -171,6 +174,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         adaptation.check_held_out(
             config.evaluation.adapt, config.data.validation_fraction
         )
+    if config.local.augment:
+        augmentation.factory(config.local.augment)
     check_choice("server.weights", config.server.weights, ("size", "uniform"))
     check_choice("server.sampler", config.server.sampler, cohorts.SAMPLERS)
     check_choice("engine.store", config.engine.store, schedule.STORES)
@@ -438,6 +443,8 @@ def make_algorithm(
 def _dressed(alg: Algorithm, config: ml_collections.ConfigDict) -> Algorithm:
     """A method with what its messages go through, and what its clients then do."""
     alg = through_channel(alg, config.uplink) if config.uplink else alg
+    augment = config.local.augment
+    alg = augmentation.with_augmentation(alg, augment) if augment else alg
     adapt = config.evaluation.adapt
     alg = adaptation.with_adaptation(alg, adapt) if adapt else alg
     few = config.evaluation.context

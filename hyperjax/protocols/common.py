@@ -92,6 +92,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "local.milestone_factor": (0.1, "by what it is multiplied there"),
     "local.weight_decay": (0.0, "added to the gradient"),
     "local.balanced": (False, "the loss accounts for each client's class shares"),
+    "local.augment": ("", 'each visit shifts images once more: "rotation360"'),
     "local.clip_norm": (float, "bound on the gradient's norm; None: none"),
     "server.optimizer": ("sgd", "of optax, or fedavgm, fedadagrad, fedadam, fedyogi"),
     "server.learning_rate": (1.0, "of the server"),

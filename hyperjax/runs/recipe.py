@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from hyperjax import calls, channels, models, registry
+from hyperjax import augmentation, calls, channels, models, registry
 from hyperjax.adaptation import with_adaptation
 from hyperjax.data.federation import Federation
 from hyperjax.engine import comm, families
@@ -29,6 +29,7 @@ class Recipe(NamedTuple):
     options: dict[str, Any]
     engine: dict[str, Any]
     adapt: str = ""
+    augment: str = ""
 
     def __repr__(self) -> str:
         return in_one_line(self)
@@ -46,6 +47,11 @@ class Recipe(NamedTuple):
                 self.server_opt,
                 self.settings.rounds,
                 dict(self.options),
+            )
+        if self.augment:
+            augmentation.check_images(self.data.pool.x, "augment")
+            algorithm = augmentation.with_augmentation(
+                algorithm, self.augment, "augment"
             )
         if self.uplink:
             algorithm = through_channel(algorithm, self.uplink)

@@ -46,6 +46,7 @@ def run(
     sequential: bool = False,
     uplink: str = "",
     adapt: str = "",
+    augment: str = "",
     seed: int = 0,
     every: int | None = None,
     finetune_epochs: Sequence[int] = (),
@@ -76,6 +77,8 @@ def run(
       uplink: what clients send goes through: "topk(fraction=0.3)".
       adapt: what deployed clients make of their unlabelled inputs: "bn(prior=16)",
         "t3a", ...; "em", "bbse" and "atp" need a federation with validation samples.
+      augment: at each visit a client's training images are shifted once more:
+        "rotation360", "rotation(each='image')", ...; see `hyperjax.augmentation`.
       seed: of the run; the federation has one of its own.
       every: rounds between evaluations; default: a tenth of all.
       finetune_epochs: `scores` also has copies that are fine-tuned so long.
@@ -137,6 +140,7 @@ def run(
             **({"store": "host"} if clients.is_on_host(data.pool) else {}),
         ),
         adapt,
+        augment,
     )
     built = recipe.build()
     fresh = Run(name, recipe, built, loop.start(built), ())

@@ -213,7 +213,7 @@ def test_the_identity_keeps_bits_whatever_else_clients_have():
     names = ("angle", "blocks", "blur", "contrast", "noise", "tint_0")
     rows, tables = np.arange(4), np.arange(16)[None]
     every = np.tile(shift.IDENTITY, (4, 1))
-    through = shift._shifted(
+    through = shift.transformed(
         names, shift.jax.random.key(0), x / np.float32(255), every, rows, tables
     )
     np.testing.assert_array_equal(np.rint(np.asarray(through) * 255), x)
