@@ -38,7 +38,7 @@ LAYERS = (
         "hyperjax.priors",
     ),
     ("hyperjax.algorithms",),
-    ("hyperjax.adaptation",),
+    ("hyperjax.adaptation", "hyperjax.augmentation"),
     ("hyperjax.engine",),
     ("hyperjax.runs", "hyperjax.flower"),
     ("hyperjax.protocols",),

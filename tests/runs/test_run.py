@@ -190,6 +190,13 @@ def test_deployed_clients_adapt_to_their_inputs(few):
     assert found.variables["memory"].keys() == {"supports"}
 
 
+def test_participants_images_may_be_turned_once_more(few):
+    plain, *turned = (
+        train(few, "fedavg", rounds=1, augment=text) for text in ("", *["rotation"] * 2)
+    )
+    assert same_state(*turned) and not same_state(plain, turned[0])
+
+
 def test_weights_belong_to_the_method(few):
     assert hj.registry.traits("scaffold").weights == "uniform"
     run = train(few, "scaffold", rounds=0)
@@ -216,6 +223,7 @@ def test_weights_belong_to_the_method(few):
         (dict(optimizer=optax.sgd), r"optimizer=sgd must be made, such as optax\.sgd"),
         (dict(rounds=-1), "rounds=-1 must be"),
         (dict(uplink="topq(fraction=1)"), "uplink='topq' is unknown"),
+        (dict(augment="rotatoin"), "augment='rotatoin' is unknown; did you mean"),
         (dict(adapt="t4a"), "adapt='t4a' is unknown; did you mean 't3a'"),
         (dict(adapt="bbse"), "validation_fraction above 0"),
     ],
