@@ -6,7 +6,8 @@ more angle, drawn anew. What conditions a network sees the same images as the ne
 so that a condition is trained on more than the participants' own range, and unseen
 clients beyond that may be within this. With `each="image"` every image has its own
 angle, as networks without a condition are usually trained; a condition then stands for
-no shift. What is deployed, adapted, scored and sent is as without.
+no shift. What is deployed, adapted, scored and sent is as without, and so are exchanges
+before and after that of training.
 """
 
 from collections.abc import Callable

@@ -122,7 +122,8 @@ def make_plan(asked: Asked) -> Plan:
     points.check_once(arguments, points.product([*axes, *others]))
     grid, tried = points.product(axes), points.product(others)
     names = record.names(there.read())
-    given = points.resolve(path, arguments, grid, names, more=tried[0])
+    with cli.doing("sweep", f"reading the configs of {len(grid)} points"):
+        given = points.resolve(path, arguments, grid, names, more=tried[0])
     given = runner.ordered(given)
     runner.check_baseline(asked.baseline, given)
     record.check_base(there, path, arguments)
@@ -143,7 +144,8 @@ def make_plan(asked: Asked) -> Plan:
         lockstep.plan(asked.plan, members)
     read, every = group.Reader(), [*given, *trials]
     print(f"{len(every)} points: reading data, checking each.", file=sys.stderr)
-    runner.check(every, read)
+    with cli.doing("sweep", "checking settings") as shown:
+        runner.check(every, read, shown.stage)
     return Plan(
         there,
         given,

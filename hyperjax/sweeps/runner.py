@@ -24,12 +24,17 @@ from hyperjax.sweeps.record import Record
 Item = TypeVar("Item")
 
 
-def check(points: Sequence[Point], read: group.Reader) -> None:
+def check(
+    points: Sequence[Point],
+    read: group.Reader,
+    say: Callable[[str], object] = lambda what: None,
+) -> None:
     """Builds every network and method that points have, once; nothing is compiled.
 
     Args:
       points: of a sweep, and trials.
       read: reads their data sets.
+      say: is told how far it has come.
 
     Raises:
       ValueError: it says which point cannot be, and why.
@@ -37,7 +42,8 @@ def check(points: Sequence[Point], read: group.Reader) -> None:
     first: dict[Hashable, Point] = {}
     for point in points:
         first.setdefault(group.setting(point.config), point)
-    for point in first.values():
+    for number, point in enumerate(first.values()):
+        say(f"checking setting {number + 1} of {len(first)}")
         config = point.config
         try:
             source = read(config.data)

@@ -52,7 +52,7 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch):
     found = Trainer()
-    monkeypatch.setattr(runner, "check", lambda points, read: None)
+    monkeypatch.setattr(runner, "check", lambda *args: None)
     monkeypatch.setattr(runner.group, "experiments", lambda configs, *_: configs)
     monkeypatch.setattr(sweep.cli, "use_cores", lambda devices: None)
     run_by(monkeypatch, found)
