@@ -45,9 +45,7 @@ def with_augmentation(alg: Algorithm, text: str, field: str = FIELD) -> Algorith
     Raises:
       ValueError: an unknown name or option.
     """
-    augment = factory(text, field)
-    sides = {name: augment(side) for name, side in alg.by_family(alg.client).items()}
-    return alg._replace(client=alg.as_given(sides))
+    return alg.with_clients(factory(text, field))
 
 
 def factory(text: str, field: str = FIELD) -> Callable[[ClientSide], ClientSide]:

@@ -98,7 +98,6 @@ def with_uplink(alg: Algorithm, channel: Channel, describe: Callable) -> Algorit
         uplinks = alg.as_given({name: decoded(name, wire) for name, wire in named})
         return alg.server.update(key, server, uplinks, cohorts)
 
-    sides = {name: changed(c) for name, c in alg.by_family(alg.client).items()}
     # What is on the wire has no mean.
     server = alg.server._replace(update=server_update, mean_only=False, sums=None)
-    return alg._replace(server=server, client=alg.as_given(sides), exact=())
+    return alg.with_clients(changed)._replace(server=server, exact=())

@@ -481,6 +481,13 @@ class Algorithm(NamedTuple):
         """Undoes `by_family`."""
         return by_family if self.has_families else by_family[ALONE]
 
+    def with_clients(
+        self, change: Callable[["ClientSide"], "ClientSide"]
+    ) -> "Algorithm":
+        """Returns the method with what its clients do changed, in all families."""
+        sides = {name: change(one) for name, one in self.by_family(self.client).items()}
+        return self._replace(client=self.as_given(sides))
+
     def messages(self) -> Messages:
         """Returns those of a round with one client, by abstract evaluation.
 

@@ -77,8 +77,7 @@ def with_few_inputs(alg: Algorithm, num: int) -> Algorithm:
 
         return side._replace(adapt=adapt)
 
-    sides = {name: changed(one) for name, one in alg.by_family(alg.client).items()}
-    return alg._replace(client=alg.as_given(sides))
+    return alg.with_clients(changed)
 
 
 def _trained_on(data: AdaptData) -> ClientData:

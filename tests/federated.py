@@ -160,9 +160,7 @@ def traced_once(alg: Algorithm) -> Algorithm:
             tune=compiling.traced_once(side.tune),
         )
 
-    sides = {name: of(side) for name, side in alg.by_family(alg.client).items()}
-    return alg._replace(
-        client=alg.as_given(sides),
+    return alg.with_clients(of)._replace(
         opening=alg.opening and traced_once(alg.opening),
         closing=alg.closing and traced_once(alg.closing),
     )

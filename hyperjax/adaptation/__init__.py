@@ -47,9 +47,7 @@ def with_adaptation(alg: Algorithm, text: str, field: str = FIELD) -> Algorithm:
     Raises:
       ValueError: an unknown name or option, or a network that it cannot adapt.
     """
-    make = factory(text, field)
-    sides = {family: make(side) for family, side in alg.by_family(alg.client).items()}
-    return alg._replace(client=alg.as_given(sides))
+    return alg.with_clients(factory(text, field))
 
 
 def factory(text: str, field: str = FIELD) -> Callable[[ClientSide], ClientSide]:
