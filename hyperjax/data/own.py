@@ -390,6 +390,10 @@ def _from_folder(name: str, keys: Keys, size: int) -> Source:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"data.name={name!r}: there is no such folder")
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"data.name={name!r} is the folder of a run, which hyperjax.load_run reads"
+        )
     for ending, what in ((".npz", _from_npz_files), (".json", _from_leaf)):
         here = sorted(folder.glob(f"*{ending}"))
         train, test = (sorted((folder / p).glob(f"*{ending}")) for p in PARTS)

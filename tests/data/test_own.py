@@ -278,6 +278,7 @@ FAULTS = {
     "broken/": "0.png' cannot be read",
     "clients/": r"samples of client 'b' are uint8 of shape \(4, 4\)",
     "leafless/": "is not LEAF's JSON, with user_data",
+    "run/": r"is the folder of a run, which hyperjax\.load_run reads",
 }
 
 
@@ -296,7 +297,7 @@ def test_what_is_no_data_set_is_refused_by_name(name, here):
     }
     if name in content:
         np.savez(name, **content[name])
-    for folder in ("empty", "broken/a", "clients", "leafless"):
+    for folder in ("empty", "broken/a", "clients", "leafless", "run/checkpoints"):
         (here / folder).mkdir(parents=True)
     np.save("alone.npy", X)
     (here / "text.npz").write_text("0 1")
