@@ -4,6 +4,8 @@ Saerens, Latinne, Decaestecker 2002, "Adjusting the Outputs of a Classifier to N
 Priori Probabilities", Neural Computation 14(1): `prior_em` is their equation 2.4.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,27 +29,18 @@ def prior_em(probs: Array, mask: Array, source: Array) -> Array:
       [K] prior at which expectation maximisation converged; `source` if n is 0.
     """
     total = jnp.maximum(jnp.sum(mask), 1.0)
-    # As many blocks as have real samples: tables are as wide as the largest client's.
-    n, block = len(mask), min(_AT_ONCE, max(len(mask), 1))
-    probs = jnp.pad(probs, ((0, -n % block), (0, 0)))
-    mask = jnp.pad(mask, (0, -n % block))
-    real = jnp.max(jnp.where(mask > 0, jnp.arange(len(mask)) + 1, 0), initial=0)
-    num_blocks = (real + block - 1) // block
+    expected = _expected
+    # Tables are as wide as the largest client's. A core goes through what is real, in
+    # blocks; an accelerator is faster with all at once.
+    if jax.default_backend() == "cpu" and len(mask) > _AT_ONCE:
+        short = -len(mask) % _AT_ONCE
+        probs, mask = jnp.pad(probs, ((0, short), (0, 0))), jnp.pad(mask, (0, short))
+        last = jnp.max(jnp.where(mask > 0, jnp.arange(len(mask)), -1))
+        expected = functools.partial(_expected_in, last // _AT_ONCE + 1)
 
     def step(state):
         prior, _, count = state
-        odds = prior / source
-
-        def add(i, expected):
-            part, held = (
-                jax.lax.dynamic_slice_in_dim(x, i * block, block) for x in (probs, mask)
-            )
-            joint = part * odds
-            # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
-            posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
-            return expected + jnp.sum(jnp.where(held[:, None] > 0, posterior, 0.0), 0)
-
-        new = jax.lax.fori_loop(0, num_blocks, add, jnp.zeros_like(source)) / total
+        new = expected(prior / source, probs, mask) / total
         return new, jnp.max(jnp.abs(new - prior)), count + 1
 
     def moving(state):
@@ -56,6 +49,25 @@ def prior_em(probs: Array, mask: Array, source: Array) -> Array:
     start = (source, jnp.float32(jnp.inf), jnp.int32(0))
     prior = jax.lax.while_loop(moving, step, start)[0]
     return jnp.where(jnp.sum(mask) > 0, prior, source)
+
+
+def _expected(odds: Array, probs: Array, mask: Array) -> Array:
+    """How many of the inputs are of each class [K], if it has these odds [K]."""
+    joint = probs * odds
+    # 0, not 0 / 0, for an input whose classes the prior has all ruled out.
+    posterior = joint / jnp.maximum(jnp.sum(joint, -1, keepdims=True), 1e-30)
+    return jnp.sum(jnp.where(mask[:, None] > 0, posterior, 0.0), 0)
+
+
+def _expected_in(num_blocks: Array, odds: Array, probs: Array, mask: Array) -> Array:
+    """The same of the inputs in so many blocks, the first ones."""
+
+    def add(i, total):
+        at = i * _AT_ONCE
+        blocks = (jax.lax.dynamic_slice_in_dim(x, at, _AT_ONCE) for x in (probs, mask))
+        return total + _expected(odds, *blocks)
+
+    return jax.lax.fori_loop(0, num_blocks, add, jnp.zeros_like(odds))
 
 
 def outputs_of(
