@@ -338,6 +338,12 @@ def test_rates_descend_along_the_loss_of_what_was_adapted():
     slope = (loss(name, h) - loss(name, -h)) / (2 * h)
     size = deployed("", tiny().model)["params"]["head"]["kernel"].size
     np.testing.assert_allclose(sent[name], -0.1 * slope / np.sqrt(size), rtol=0.02)
+    # Shorter, and the same way.
+    _, send, _ = fitting("atp(batch_size=6, clip=1e-3)", tiny().model)
+    short = send(zero, held_of(ROWS))
+    np.testing.assert_allclose(tree.norm(short), 1e-4, rtol=1e-5)
+    factor = tree.norm(short) / tree.norm(sent)
+    np.testing.assert_allclose(short[name], factor * sent[name], rtol=1e-5)
 
 
 # By config ---------------------------------------------------------------------------

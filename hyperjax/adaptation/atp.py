@@ -23,6 +23,7 @@ def atp(
     rounds: int = 200,
     share: float = 0.25,
     batch_size: int = 20,
+    clip: float = 0.1,
 ) -> Callable[[ClientSide], ClientSide]:
     """Moves every tensor at a rate of its own, which participants have learned.
 
@@ -36,18 +37,20 @@ def atp(
     Without batch-norm there are only weights to move. An unseen client adapts once, by
     the mean u over batches of all its inputs, which is where the paper's online form
     arrives. Deviations: what normalises below a layer is the batch's, not the running
-    one, and a variance keeps a hundredth of itself, whatever its rate.
+    one; a variance keeps a hundredth of itself, whatever its rate; steps of rates are
+    bounded, or they explode where some inputs have no contrast.
 
     Args:
       learning_rate: of rates.
       rounds: of learning them, an epoch each.
       share: of participants in a round.
       batch_size: inputs in a u.
+      clip: bound on the norm of a step of all rates, as a share of `learning_rate`.
 
     Raises:
       ValueError: a number is out of range.
     """
-    check_number(above=0, learning_rate=learning_rate)
+    check_number(above=0, learning_rate=learning_rate, clip=clip)
     check_number(above=0, at_most=1, share=share)
     check_at_least(0, rounds=rounds)
     check_at_least(1, batch_size=batch_size)
@@ -99,10 +102,9 @@ def atp(
                     return cross_entropy(logits, batch)
 
                 grads = jax.grad(loss)(rates)
-                return {
-                    k: a - learning_rate * grads[k] / math.sqrt(tensors[k].size)
-                    for k, a in rates.items()
-                }
+                steps = {k: g / math.sqrt(tensors[k].size) for k, g in grads.items()}
+                factor = clip / jnp.maximum(tree.norm(steps), clip)
+                return tree.sub(rates, tree.scale(steps, learning_rate * factor))
 
             num = clients.num_batches(held.size, batch_size)
             return jax.lax.fori_loop(0, num, step, rates)
