@@ -150,7 +150,7 @@ EVERY = (
     "outside",
 )
 # Of everybody's table.
-KNOWN = (
+CROSS_KINDS = (
     *("none", "labels", "labels_1", "rotation", "rotation360", "contrast", "blur"),
     *("hybrid", "everything", "outside"),
 )
@@ -265,7 +265,7 @@ def sweep_rivals_hybrid(add):
 
 def sweep_cross(add, kinds=""):
     """Everybody under every shift; or `cross:rotation,hybrid` under these."""
-    for kind in chosen("kinds", kinds, KNOWN):
+    for kind in chosen("kinds", kinds, CROSS_KINDS):
         add_rows(add, CROSS, **_fields(kind), **_SET_ASIDE)
 
 
