@@ -68,7 +68,7 @@ def read(
     """
     points = long.points(list(folders), fields)
     table, clients = long.table_of(points), long.clients_of(points)
-    wide = long.last(points)
+    wide = long.last(points, table)
     by = [name for name in points[0][0] if name not in ("point", "seed", "finished")]
     try:
         content = tables.content(wide, clients, by, baseline, paper)
@@ -98,9 +98,7 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
         *_failed(path.parent),
         _differing(results),
         _results(results),
-        _curves(results, series, look, names),
-        _swept(results),
-        _places(results, series, look, names),
+        *_lines(results, series, look, names),
         _clients(results, series, names),
         _partitions(results),
         _runs(results, path),
@@ -169,6 +167,26 @@ def _results(results: Results) -> str:
         parts += [pages.tabular(part.name, part.headings, rows)]
         parts += [pages.text(part.caption)]
     return pages.section("Results", *parts)
+
+
+def _lines(
+    results: Results,
+    series: Sequence[Series],
+    look: figures.Looks,
+    names: Mapping[str, str],
+) -> list[str]:
+    """Charts that tell groups by line and colour, if these are enough."""
+    if look.are_told:
+        return [
+            _curves(results, series, look, names),
+            _swept(results),
+            _places(results, series, look, names),
+        ]
+    said = (
+        f"{len(series)} groups are more than lines can tell apart: curves are drawn of "
+        f"{figures.MOST} and fewer, as by hyperjax report with the folders of some runs."
+    )
+    return [pages.section("Curves", pages.text(said))]
 
 
 def _curves(
@@ -261,8 +279,8 @@ def _places(
     note = "A small mark is a run, a large one the mean of its group."
     for more, part in look.panels(done):
         rows: list[dict[str, Any]] = []
-        for group in statistics.groups_of(part, results.by):
-            own = statistics.members(part, group).dropna(subset=["pacc", "zacc"])
+        for group, own in statistics.split(part, results.by):
+            own = own.dropna(subset=["pacc", "zacc"])
             name = names[tables.label(group)]
             rows += [
                 dict(series=name, x=r.pacc, y=r.zacc, name=r.point, mean=False)
@@ -291,9 +309,8 @@ def _clients(
     for side in (True, False):
         chosen = rows[rows["participating"] == side]
         quantiles = [
-            {"series": names[tables.label(group)], **_quantiles(own)}
-            for group in statistics.groups_of(chosen, results.by)
-            if len(own := statistics.members(chosen, group)["value"])
+            {"series": names[tables.label(group)], **_quantiles(own["value"])}
+            for group, own in statistics.split(chosen, results.by)
         ]
         if quantiles:
             who = "participants" if side else "unseen clients"

@@ -63,6 +63,8 @@ _NO_DATES: dict[str, dict[str, None]] = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
+# Groups that can be told apart in one panel.
+MOST = len(PALETTE) * len(_LINES)
 _LEGEND_LINES, _LINE_HEIGHT = 3, 0.17  # that figures have room for; inches
 _LABEL = 36  # letters of a line
 # Up to so many clients of a group are shown each by a dot.
@@ -110,6 +112,11 @@ class Looks(NamedTuple):
     legend: list[tuple[str, Look]]
     apart: str | None = None
     method: str = ""
+
+    @property
+    def are_told(self) -> bool:
+        """Whether no two groups of a panel look alike."""
+        return len(self.legend) <= MOST
 
     def panels(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         """Returns the rows of each panel, and what to add to its title."""
@@ -199,6 +206,8 @@ def all_of(
 ) -> Iterator[tuple[str, Figure]]:
     """Yields every figure that the results have something for, with its name.
 
+    None of more than `MOST` groups: nobody could tell which is which.
+
     Args:
       long: as from `long.table`.
       wide: as from `long.last`.
@@ -206,6 +215,8 @@ def all_of(
       by: columns that make a group.
     """
     look = looks(statistics.groups_of(wide, by))
+    if not look.are_told:
+        return
     metrics = [m for m in tables.NAMES if m in wide]
     for against in AXES:
         if metrics and long[against].nunique() > 1:
@@ -239,8 +250,8 @@ def by_round(
     n.
     """
     rows = long[(long["metric"] == metric) & long["bytes"].notna()]
-    for group in statistics.groups_of(long, by):
-        own = statistics.members(rows, group).groupby("round")
+    for group, own in statistics.split(rows, by):
+        own = own.groupby("round")
         frame = own[["bytes", "seconds"]].mean().reset_index()
         for name, how in (("mean", "mean"), ("std", "std"), ("n", "count")):
             frame[name] = own["value"].agg(how).to_numpy()
@@ -347,11 +358,9 @@ def distributions(clients: pd.DataFrame, by: Sequence[str], look: Looks) -> Figu
     rng = np.random.default_rng(0)  # of the dots' height alone
     for axis, kind in zip(axes, kinds, strict=True):
         chosen = rows[rows["participating"] == kind]
-        for at, group in enumerate(groups):
-            values = statistics.members(chosen, group)["value"].to_numpy(float)
-            if not len(values):
-                continue
-            color = look.of[names[at]].color
+        for group, own in statistics.split(chosen, by):
+            name, values = tables.label(group), own["value"].to_numpy(float)
+            at, color = names.index(name), look.of[name].color
             box = axis.boxplot(
                 values,
                 positions=[at],
@@ -393,8 +402,8 @@ def participants_and_unseen(
     shown = look.panels(done)
     figure, axes = _panels(len(shown), width=WIDTH / 2 * min(2, len(shown)), height=2.6)
     for axis, (more, rows) in zip(axes, shown, strict=True):
-        for group in statistics.groups_of(rows, by):
-            own = statistics.members(rows, group).dropna(subset=["pacc", "zacc"])
+        for group, own in statistics.split(rows, by):
+            own = own.dropna(subset=["pacc", "zacc"])
             if own.empty:
                 continue
             one = look.of[tables.label(group)]

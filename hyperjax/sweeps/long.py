@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from hyperjax.engine.checkpoint import read_json
@@ -182,25 +183,32 @@ def clients_of(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
     return _joined(found, _by_client, columns)
 
 
-def last(found: Sequence[tuple[Mapping[str, Any], Run]]) -> pd.DataFrame:
-    """Returns a row per point, with the newest value of every metric as a column."""
+def last(
+    found: Sequence[tuple[Mapping[str, Any], Run]], table: pd.DataFrame
+) -> pd.DataFrame:
+    """Returns a row per point, with the newest value of every metric as a column.
+
+    Args:
+      found: as from `points`.
+      table: `table_of` these.
+    """
     heads = pd.DataFrame([head for head, _ in found])
-    known = table_of(found).groupby(["point", "metric"], sort=False)["value"].last()
+    known = table.groupby(["point", "metric"], sort=False)["value"].last()
     return heads.join(known.unstack("metric"), on="point")
 
 
 def _joined(found, rows_of, columns: list[str]) -> pd.DataFrame:
-    parts = []
-    for head, run in found:
-        part = rows_of(run)
-        for at, (name, value) in enumerate(head.items()):
-            part.insert(at, name, [value] * len(part))
-        parts.append(part)
-    heads = list(found[0][0]) if found else list(POINT)
-    parts = [part for part in parts if len(part)]
-    if not parts:
+    parts = [rows_of(run) for _, run in found]
+    lengths = [len(part) for part in parts]
+    if not any(lengths):
+        heads = list(found[0][0]) if found else list(POINT)
         return pd.DataFrame(columns=[*heads, *columns])
-    return pd.concat(parts, ignore_index=True)[[*heads, *columns]]
+    heads = pd.DataFrame([head for head, _ in found], dtype=object)
+    # Where some points have none, whole numbers would become floats.
+    heads = heads.apply(lambda own: own if own.isna().any() else own.infer_objects())
+    heads = heads.loc[heads.index.repeat(lengths)].reset_index(drop=True)
+    rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return pd.concat([heads, rows[columns]], axis=1)
 
 
 def _by_round(run: Run) -> pd.DataFrame:
@@ -215,14 +223,7 @@ def _by_round(run: Run) -> pd.DataFrame:
     if rows:
         rows[-1] = {**_final(run), **rows[-1]}
     wide = pd.DataFrame(rows, columns=list(_numeric(rows)))
-    if wide.empty:
-        return wide.assign(metric=[], value=[])
-    by = [name for name in ("round", "seconds", "bytes") if name in wide]
-    long = wide.melt(by, var_name="metric", value_name="value")
-    long["value"] = pd.to_numeric(long["value"])
-    return long.dropna(subset=["value"]).reindex(
-        columns=["round", "seconds", "bytes", "metric", "value"]
-    )
+    return _melted(wide, ["round", "seconds", "bytes"])
 
 
 def _final(run: Run) -> dict[str, Any]:
@@ -263,13 +264,19 @@ def _by_client(run: Run) -> pd.DataFrame:
         {k: v for k, v in row.items() if k in by or isinstance(v, numbers.Real)}
         for row in run.clients
     ]
-    wide = pd.DataFrame(rows)
-    if wide.empty:
-        return wide
+    wide = pd.DataFrame(rows, columns=None if rows else by)
     wide["round"] = run.summary.get("rounds")
     wide["partition"] = run.about.get("data", {}).get("partition")
-    long = wide.melt(["round", *by, "partition"], var_name="metric", value_name="value")
-    return long.dropna(subset=["value"])
+    return _melted(wide, ["round", *by, "partition"])
+
+
+def _melted(wide: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Rows of `by`, metric and value, metric by metric; as `melt` at a tenth of it."""
+    metrics = [name for name in wide if name not in by]
+    values = wide[metrics].to_numpy(float, na_value=np.nan).T
+    of, at = np.nonzero(~np.isnan(values))
+    rows = wide[list(by)].take(at).reset_index(drop=True)
+    return rows.assign(metric=np.array(metrics, object)[of], value=values[of, at])
 
 
 def _scalar(value: Any) -> Any:

@@ -8,7 +8,7 @@ would take one run for many; statements about clients are resampled in two level
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,11 +211,24 @@ def parse_baseline(text: str, groups: Sequence[Mapping[str, Any]]) -> Baseline:
 
 def groups_of(wide: pd.DataFrame, by: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the settings of every group of points, in order of appearance."""
-    rows = wide[list(by)].astype(object).where(wide[list(by)].notna(), None)
+    rows = wide[list(by)].drop_duplicates()
+    rows = rows.astype(object).where(rows.notna(), None)
     found: dict[tuple, dict[str, Any]] = {}
     for row in rows.itertuples(index=False):
         found.setdefault(tuple(row), dict(zip(by, row, strict=True)))
     return list(found.values())
+
+
+def split(
+    rows: pd.DataFrame, by: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yields the settings and the rows of every group, in order of appearance.
+
+    In one pass over the rows, where `members` has one for each group.
+    """
+    each = rows.groupby(list(by), sort=False, dropna=False)
+    for group, (_, own) in zip(groups_of(rows, by), each, strict=True):
+        yield group, own
 
 
 def members(wide: pd.DataFrame, group: Mapping[str, Any]) -> pd.DataFrame:
@@ -234,8 +247,11 @@ def by_seed(wide: pd.DataFrame, metric: str) -> dict[Any, float]:
     """
     if metric not in wide:
         return {}
-    known = wide.dropna(subset=[metric])
-    return known.groupby("seed")[metric].mean().to_dict()
+    found: dict[Any, list[float]] = {}
+    for seed, value in zip(wide["seed"], wide[metric], strict=True):
+        if not np.isnan(value):
+            found.setdefault(seed, []).append(value)
+    return {seed: float(np.mean(found[seed])) for seed in sorted(found)}
 
 
 def compare(
@@ -321,7 +337,7 @@ def helped(
     """Returns which share of clients one group serves better than another, in percent.
 
     Args:
-      clients: as from `long.clients`.
+      clients: as from `long.clients`, their accuracies alone.
       group: settings of one.
       other: settings of the other; pairs are the same client of the same seed, where
         both had one partition. Clients that are served alike count half.
@@ -332,7 +348,7 @@ def helped(
     keys = ["seed", "partition", "client", "participating"]
     sides = []
     for which in (group, other):
-        rows = members(clients[clients["metric"] == "accuracy"], which)
+        rows = members(clients, which)
         sides.append(rows.drop_duplicates(keys).set_index(keys)["value"])
     both = pd.concat(sides, axis=1, join="inner", keys=["one", "other"]).reset_index()
     sign = np.sign(both["one"] - both["other"])

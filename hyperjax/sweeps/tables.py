@@ -82,6 +82,7 @@ def content(
     done = wide[wide["finished"].astype(bool)]
     names = [c for c in wide if _FURTHER.fullmatch(str(c)) and c not in metrics]
     further, served = [], []
+    accurate = clients[clients["metric"] == "accuracy"]
     for record in records:
         own = statistics.members(done, record["group"])
         found = {name: statistics.by_seed(own, name) for name in names}
@@ -90,8 +91,8 @@ def content(
         )
         other, group = record["baseline"], record["group"]
         served.append(
-            statistics.helped(clients, group, other)
-            if other not in (None, group) and len(clients)
+            statistics.helped(accurate, group, other)
+            if other not in (None, group) and len(accurate)
             else {}
         )
     costs = _costs(done, groups)

@@ -32,7 +32,7 @@ def results(tmp_path_factory):
                 )
     points = long.points(folder)
     table = long.table_of(points)
-    return table, long.last(points), long.clients_of(points)
+    return table, long.last(points, table), long.clients_of(points)
 
 
 @pytest.fixture(scope="module")

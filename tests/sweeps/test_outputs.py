@@ -205,6 +205,23 @@ def test_everything_is_written_of_runs_that_have_ended(tmp_path, monkeypatch):
     assert 'href="figures"' in page and "location.reload" not in page
 
 
+def test_more_groups_than_lines_can_tell_apart_have_no_lines(tmp_path):
+    runs = []
+    for i in range(figures.MOST + 1):
+        runs += [tmp_path / f"run{i}"]
+        make_run(runs[-1], method=f"method{i}")
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, chosen in ((few, runs[:-1]), (many, runs)):
+        folder.mkdir()
+        outputs.write(folder, chosen)
+    assert (few / "figures" / "clients.pdf").exists()
+    assert not (many / "figures").exists()
+    said = f"{figures.MOST + 1} groups are more than lines can tell apart"
+    assert said in (many / "report.html").read_text()
+    assert said not in (few / "report.html").read_text()
+    assert len((many / "table.csv").read_text().splitlines()) == figures.MOST + 2
+
+
 def test_points_that_failed_are_named_on_the_page(tmp_path):
     make_run(tmp_path / "a", rounds=4)
     entries = [

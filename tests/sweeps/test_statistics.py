@@ -143,6 +143,15 @@ def test_a_method_is_compared_whatever_options_the_baseline_lacks():
         parse_baseline("beta=3", groups)
 
 
+def test_rows_are_split_by_group_in_one_pass():
+    wide = points(fedavg={0.1: B, None: A}, ours={1.0: B, 0.1: A}).iloc[::-1]
+    found = list(statistics.split(wide, BY))
+    assert [group for group, _ in found] == statistics.groups_of(wide, BY)
+    assert {"method": "fedavg", "data.alpha": None} in [group for group, _ in found]
+    for group, own in found:
+        pd.testing.assert_frame_equal(own, statistics.members(wide, group))
+
+
 def test_unfinished_points_are_counted_but_not_averaged():
     wide = points(fedavg={1.0: A})
     wide.loc[wide["seed"] > 2, "finished"] = False
