@@ -183,8 +183,8 @@ def _lines(
             _places(results, series, look, names),
         ]
     said = (
-        f"{len(series)} groups are more than lines can tell apart: curves are drawn of "
-        f"{figures.MOST} and fewer, as by hyperjax report with the folders of some runs."
+        f"{len(series)} groups are more than lines can tell apart. Up to {figures.MOST}"
+        " have curves: hyperjax report draws those of the folders that it is given."
     )
     return [pages.section("Curves", pages.text(said))]
 

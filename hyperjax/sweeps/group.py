@@ -27,6 +27,10 @@ _DEALT = (
     *{name for names in fields.PARTITIONS.values() for name in names},
 )
 FREE = ("seed", *(f"data.{name}" for name in _DEALT))
+# Of the data, what `build.make_algorithm` goes by.
+_POPULATION = {
+    f"data.{name}" for name in ("num_clients", "num_novel", "newcomers", "pooled")
+}
 _TRAINED = ("trainers", "train", "novel_train")  # the rest is predicted
 # What `build.load_source` goes by.
 _READ = (
@@ -65,6 +69,15 @@ def key(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
 def setting(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
     """Returns a config's fields and values but for who has which samples, and seeds."""
     return _without(config, set(FREE))
+
+
+def built_of(config: ml_collections.ConfigDict) -> tuple[tuple[str, str], ...]:
+    """Returns what network and method are built of, beside samples' shape and classes.
+
+    Of the data that is how many clients there are.
+    """
+    data = {f"data.{name}" for name in config.data} - _POPULATION
+    return _without(config, {*FREE, *data})
 
 
 def _without(

@@ -42,15 +42,18 @@ def check(
     first: dict[Hashable, Point] = {}
     for point in points:
         first.setdefault(group.setting(point.config), point)
+    built: set[Hashable] = set()
     for number, point in enumerate(first.values()):
         say(f"checking setting {number + 1} of {len(first)}")
         config = point.config
         try:
             source = read(config.data)
             shape = build.sample_shape(source, config.data)
-            tokens = sources.vocabulary(source.x)
-            model = build.make_model(config, shape, source.num_classes, tokens)
-            build.make_algorithm(config, model)
+            of = shape, source.num_classes, sources.vocabulary(source.x)
+            if (known := (group.built_of(config), of)) in built:
+                continue
+            built.add(known)
+            build.make_algorithm(config, build.make_model(config, *of))
         except Exception as error:
             raise ValueError(f"the point {shown(point.fields)}: {error}") from error
 

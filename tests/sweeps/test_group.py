@@ -8,7 +8,8 @@ from hyperjax import tree
 from hyperjax.launch import build, fields
 from hyperjax.protocols import zero_shot
 from hyperjax.runs import loop
-from hyperjax.sweeps import group
+from hyperjax.sweeps import group, runner
+from hyperjax.sweeps.points import Point
 
 SMALL = {
     "rounds": 2,
@@ -109,6 +110,29 @@ def test_what_is_checked_once_has_one_setting():
     assert group.setting(config(seed=3, data__alpha=2.0)) == one
     for field in ("rounds", "local__learning_rate", "local__batch_size"):
         assert group.setting(config(**{field: 7})) != one, field
+
+
+def test_a_method_is_built_once_whatever_its_clients_have(monkeypatch):
+    configs, make = [], build.make_algorithm
+
+    def counted(config, *args):
+        configs.append(config)
+        return make(config, *args)
+
+    monkeypatch.setattr(build, "make_algorithm", counted)
+    alike = [
+        config(),
+        config(data__shift="rotation"),
+        config(data__standardise="client"),
+    ]
+    others = [
+        config(data__num_clients=5),
+        config(data__shrink=2),  # images are smaller
+        config(local__batch_size=7),
+    ]
+    points = [Point(str(i), {}, one) for i, one in enumerate([*alike, *others])]
+    runner.check(points, group.Reader())
+    assert configs == [alike[0], *others]
 
 
 def test_the_key_is_what_a_program_is_made_of():
