@@ -42,6 +42,13 @@ from hyperjax.data import shift
 from hyperjax.protocols import zero_shot
 
 _SHIFT = {"method.name": "hyperfedshift"}
+# Most of its numbers are the network's.
+_LIGHT: Fields = {
+    **_SHIFT,
+    "method.num_directions": 4,
+    "method.extractor_size": 16,
+    "method.even": True,
+}
 ROWS: Rows = {
     "FedAvg": {"method.name": "fedavg"},
     # Of as many numbers up as the low-rank and the full directions.
@@ -49,14 +56,8 @@ ROWS: Rows = {
     "FedAvg, hidden 560": {"method.name": "fedavg", "model.hidden": (560,)},
     "HyperFedShift": _SHIFT,
     "HyperFedShift, full": {**_SHIFT, "method.form": "full"},
-    # As many numbers up as these, most of them in the network.
-    "HyperFedShift, hidden 128": {
-        **_SHIFT,
-        "model.hidden": (128,),
-        "method.num_directions": 4,
-        "method.extractor_size": 16,
-        "method.even": True,
-    },
+    # As many numbers up as these.
+    "HyperFedShift, hidden 128": {**_LIGHT, "model.hidden": (128,)},
     "control: constant e": {**_SHIFT, "method.embedding": "constant"},
     "control: true shift": {**_SHIFT, "method.embedding": "oracle"},
     "BN-adapt": {
@@ -134,10 +135,13 @@ AUGMENTED: Rows = {
 # Of colour images, `data=cifar16`, likewise.
 LENETS: Rows = {
     "FedAvg, hidden 184-100": {**_FEDAVG, "model.hidden": (184, 100)},
-    "HyperFedShift, hidden 96-64": {
-        **ROWS["HyperFedShift, hidden 128"],
-        "model.hidden": (96, 64),
-    },
+    "HyperFedShift, hidden 96-64": {**_LIGHT, "model.hidden": (96, 64)},
+}
+_RESNET: Fields = {"model.name": "resnet8", "model.width": 22}
+RESNETS: Rows = {
+    "FedAvg, 22 channels": {**_FEDAVG, **_RESNET},
+    "BN-adapt, 22 channels": {**_FEDAVG, **_RESNET, "evaluation.adapt": "bn"},
+    "HyperFedShift, 16 channels": {**_LIGHT, **_RESNET, "model.width": 16},
 }
 THREE = ("FedAvg", "FedAvg, hidden 196", "HyperFedShift")
 KINDS: Rows = {
@@ -239,6 +243,12 @@ def sweep_lenet(add, kinds=""):
     """The same of LeNets that send 70,000, with data=cifar16; or `lenet:rotation`."""
     for kind in chosen("kinds", kinds, EVERY):
         add_rows(add, LENETS, **_fields(kind), **_PARTS)
+
+
+def sweep_resnet(add, kinds=""):
+    """The same of ResNet-8 that send 145,000, with data=cifar16."""
+    for kind in chosen("kinds", kinds, EVERY):
+        add_rows(add, RESNETS, **_fields(kind), **_PARTS)
 
 
 def sweep_rivals_equal_bytes(add, kinds=""):
@@ -371,6 +381,12 @@ STUDIES = {
         "zacc_em",
         rows=LENETS,
         baseline="FedAvg, hidden 184-100",
+    ),
+    "resnet": _study(
+        "And of deeper networks?",
+        "zacc_em",
+        rows=RESNETS,
+        baseline="FedAvg, 22 channels",
     ),
     "rivals_equal_bytes": _study(
         "And beside rivals at those bytes, with those parts?",
