@@ -464,11 +464,13 @@ def setting(value: Any) -> str:
     """Returns a value of a setting as text, a long list by its first item.
 
     Example:
-      >>> setting(0.10), setting('["my_nets:Slim", "mlp"]'), setting(None)
-      ('0.1', 'Slim+mlp', '–')
+      >>> setting(0.10), setting('["my_nets:Slim", "mlp"]'), setting(None), setting("")
+      ('0.1', 'Slim+mlp', '–', '–')
     """
-    if value is None or _is_number(value):
-        return NOTHING if value is None else f"{value:g}"
+    if value is None or value == "":
+        return NOTHING
+    if _is_number(value):
+        return f"{value:g}"
     text = str(value)
     if not text.startswith('["'):  # as `long` keeps a list of text
         return text
