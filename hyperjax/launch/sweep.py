@@ -16,7 +16,8 @@ the others go on; the exit code is 0 only if every point has ended well.
 
 --tune=local.learning_rate=0.03,0.1 chooses a value for each setting (all that is
 swept but seeds), by what participants set aside (data.validation_fraction), or on a
-federation of the seed --tune_seed. --by names the metric.
+federation of the seed --tune_seed. --by names the metric. A choice at an end of what
+was tried is said; the same command with more values goes on, and keeps what it had.
 
 Several processes (--process_id=i --num_processes=n, with a --coordinator that is not
 called) each run their slice of the points, as --index=i/n does.
@@ -98,6 +99,8 @@ def main(asked: Asked) -> int:
         return 0
     try:
         well = ended(run(plan, asked))
+        for said in tune.at_the_edge(plan.record.read()):
+            print(said)
         return 0 if write_results(plan.record) and well else 1
     except (train.Stopped, KeyboardInterrupt):
         entries = plan.record.read()["points"]
@@ -180,7 +183,7 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
         members = setting.points
         if setting.trials:
             tried = go(points=setting.trials)
-            members = with_values(plan, setting, tried, asked)
+            members = with_values(plan, setting, tried, asked, show)
             for point in setting.points if not members else ():
                 message = tune.unknown(tried)
                 there.set_status(point.name, record.FAILED, message)
@@ -192,13 +195,21 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
 
 
 def with_values(
-    plan: Plan, setting: Setting, tried: Mapping[str, str], asked: Asked
+    plan: Plan,
+    setting: Setting,
+    tried: Mapping[str, str],
+    asked: Asked,
+    show: live.Shown,
 ) -> list[Point]:
     """Returns the points of a setting with the values chosen for them; [] if none."""
     chosen = tune.choose(plan.record, setting, plan.tuned["by"], tried)
     if chosen is None:
         return []
     values = {field: chosen[field] for field in plan.tuned["fields"]}
+    for point in setting.points:
+        moved = tune.take_up(plan.record.folder, point, values)
+        if moved is not None:
+            show.say(f"{point.name}: what it was with other values is in {moved}")
     record.set_tuned(plan.record, setting.points, values)
     found = []
     for point in setting.points:

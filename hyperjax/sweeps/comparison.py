@@ -15,7 +15,7 @@ from hyperjax.launch import charts, finished, pages
 from hyperjax.launch.charts import Series
 from hyperjax.launch.finished import Run
 from hyperjax.launch.report_sections import METRICS
-from hyperjax.sweeps import figures, long, statistics, tables
+from hyperjax.sweeps import figures, long, statistics, tables, tune
 
 _FEW = 6  # names are listed; more are counted
 # So many clients of two groups are compared by a dot each.
@@ -95,7 +95,7 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     )
     body = [
         pages.header(title, words),
-        *_failed(path.parent),
+        *_noted(path.parent),
         _differing(results),
         _results(results),
         *_lines(results, series, look, names),
@@ -109,17 +109,18 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
     return pages.page(title, body)
 
 
-def _failed(folder: Path) -> list[pages.Html]:
-    """What a sweep's record says of points that did not end well."""
+def _noted(folder: Path) -> list[pages.Html]:
+    """What a sweep's record says of points that did not end well, and of choices."""
     try:
         found = read_json(folder / finished.SWEEP, "start the sweep again")
     except FileNotFoundError:
         return []
-    return [
-        pages.text(f"{entry['name']}: {entry['status']}: {entry['message']}", note=True)
+    said = [
+        f"{entry['name']}: {entry['status']}: {entry['message']}"
         for entry in found.get("points", ())
         if entry.get("message")
     ]
+    return [pages.text(one, note=True) for one in (*said, *tune.at_the_edge(found))]
 
 
 def _differing(results: Results) -> str:

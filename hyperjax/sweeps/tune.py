@@ -5,22 +5,30 @@ is tried: at its first seed, judged on the samples that participants set aside f
 validation; or, with --tune_seed, on a federation of that seed, judged on what its
 participants hold out. Trials are runs like any other, in the folder `tune`; what was
 tried and what was chosen is in `sweep.json` and `tuning.csv`.
+
+The same command with more values goes on: what has been tried is not tried again, and
+points for which another value is chosen now are run anew. Their run with the value
+before is kept in `tune/earlier`.
 """
 
+import contextlib
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperjax.engine.checkpoint import read_json, write_atomically
-from hyperjax.launch import finished, workdir
+from hyperjax.launch import finished, origin, workdir
+from hyperjax.protocols import common
 from hyperjax.sweeps import points
 from hyperjax.sweeps.points import SEEDS, Point, Texts
 from hyperjax.sweeps.record import DIVERGED, FAILED, FINISHED, RUNNING, Record
 
 TABLE = "tuning.csv"
+EARLIER = f"{finished.TRIALS}/earlier"
 _SUFFIXES = ("", "_mean", "_p10")
 VALIDATION = tuple(f"vacc{suffix}" for suffix in _SUFFIXES)
 PARTICIPANTS = tuple(f"pacc{suffix}" for suffix in _SUFFIXES)
@@ -157,12 +165,84 @@ def choose(
     else:
         best = None
     with record.change() as content:
+        tuned = content["tune"]["fields"]
+        of = _setting(setting.trials[0].fields, tuned)
         for entry in content["trials"]:
             if entry["name"] in found:
-                chosen = entry["name"] == best
-                entry.update(value=found[entry["name"]], chosen=chosen)
+                entry["value"] = found[entry["name"]]
+            # Of an earlier grid, too, which may have been wider.
+            if _setting(entry["fields"], tuned) == of:
+                entry["chosen"] = entry["name"] == best
         write_table(record.folder / TABLE, content)
     return next((t.fields for t in setting.trials if t.name == best), None)
+
+
+def take_up(folder: Path, point: Point, values: Mapping[str, Any]) -> str | None:
+    """Puts the run of a point aside if it was made with other values than these.
+
+    A run that was put aside with these before is taken up again.
+
+    Args:
+      folder: of the sweep.
+      point: whose values are chosen.
+      values: of the tuned fields.
+
+    Returns:
+      Where the run with other values is now; None if there is none to put aside.
+    """
+
+    def aside(own: Mapping[str, Any]) -> Path:
+        return folder / EARLIER / point.name / points.name_all([own])[0]
+
+    home, moved = folder / point.name, None
+    # Of no run, of one in use and of a damaged one `train` says what is to be said.
+    with contextlib.suppress(FileNotFoundError, ValueError), workdir.claim(home):
+        there = common.flat(origin.read(home)["config"])
+        own = {field: origin.as_tuples(there.get(field)) for field in values}
+        if own != values and not aside(own).exists():
+            aside(own).parent.mkdir(parents=True, exist_ok=True)
+            moved = home.rename(aside(own)).relative_to(folder).as_posix()
+    if aside(values).exists() and not home.exists():
+        aside(values).rename(home)
+    return moved
+
+
+def at_the_edge(content: Mapping[str, Any]) -> list[str]:
+    """Returns what to say of values that were chosen at an end of what was tried.
+
+    Args:
+      content: of `sweep.json`.
+
+    Example:
+      >>> trials = [{"fields": {"rate": x}, "value": 1 - x} for x in (0.1, 0.3, 1.0)]
+      >>> trials[0]["chosen"] = True
+      >>> at_the_edge({"tune": {"fields": ["rate"]}, "trials": trials})
+      ['rate=0.1, the smallest tried, is chosen for 1 of 1 settings.']
+    """
+    tuned = content.get("tune", {}).get("fields", ())
+    by_setting: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in content.get("trials", ()):
+        by_setting.setdefault(_setting(trial["fields"], tuned), []).append(trial)
+    counts: Counter[tuple[str, str, Any]] = Counter()
+    for trials in by_setting.values():
+        for field in tuned:
+            tried = {trial["fields"][field] for trial in trials}
+            if len(tried) < 2 or {type(value) for value in tried} - {int, float}:
+                continue
+            ends = {"smallest": min(tried), "largest": max(tried)}
+            for trial in (trial for trial in trials if trial.get("chosen")):
+                value = trial["fields"][field]
+                counts.update((field, k, value) for k, x in ends.items() if x == value)
+    return [
+        f"{field}={value}, the {end} tried, is chosen for {num} of {len(by_setting)} "
+        "settings."
+        for (field, end, value), num in counts.items()
+    ]
+
+
+def _setting(fields: Mapping[str, Any], tuned: Sequence[str]) -> str:
+    """What a trial changes beside the values that are tried."""
+    return points.key({k: v for k, v in fields.items() if k not in tuned})
 
 
 def unknown(tried: Mapping[str, str]) -> str:

@@ -11,7 +11,17 @@ import pytest
 from made_runs import undrawn
 
 from hyperjax.launch import finished, origin, report, sweep, train, workdir
-from hyperjax.sweeps import figures, live, long, points, record, reuse, runner, tune
+from hyperjax.sweeps import (
+    figures,
+    live,
+    long,
+    points,
+    record,
+    results,
+    reuse,
+    runner,
+    tune,
+)
 from hyperjax.sweeps.points import Point
 
 FEDAVG = "zero_shot:fedavg,data=digits"
@@ -266,6 +276,51 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
     assert content["tune"] == dict(fields=["local.learning_rate"], by="pacc", seed=7)
     for entry in content["points"]:
         assert entry["tuned"] == {"local.learning_rate": 0.1}
+
+
+def test_a_wider_grid_keeps_what_was_made_with_other_values(
+    trainer, tmp_path, monkeypatch, capsys
+):
+    def with_config(config, path, *args, **kwargs):
+        found = trainer(config, path, *args, **kwargs)
+        about = dict(config=origin.as_json(config))
+        (Path(path) / workdir.CONFIG).write_text(json.dumps(about))
+        return found
+
+    def go(rates: str):
+        more = dict(tune=(f"local.learning_rate={rates}",), tune_seed=7)
+        assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 0
+        return capsys.readouterr().out, len(trainer.ran)
+
+    run_by(monkeypatch, with_config)
+    monkeypatch.setattr(results, "write", lambda *args: [])
+    narrow, before = go("0.01,0.05"), tree_of(tmp_path / "seed=0")
+    assert "learning_rate=0.05, the largest tried, is chosen for 1 of 1" in narrow[0]
+    assert narrow[1] == 4
+    wide = go("0.01,0.05,0.1,0.02")
+    assert wide[1] == 8  # two trials more, and both points
+    assert "seed=1: what it was with other values is in tune/earlier/seed=1" in wide[0]
+    aside = tmp_path / "tune" / "earlier" / "seed=0" / "learning_rate=0.05"
+    assert tree_of(aside) == before and tree_of(tmp_path / "seed=0") != before
+    # Where the values before are chosen once more, these runs are taken up again.
+    assert go("0.01,0.05")[1] == 8
+    assert tree_of(tmp_path / "seed=0") == before and not aside.exists()
+    chosen = [
+        trial["fields"]["local.learning_rate"]
+        for trial in json.loads((tmp_path / record.FILE).read_text())["trials"]
+        if trial.get("chosen")
+    ]
+    assert chosen == [0.05]
+    # Not among what is compared.
+    assert len(finished.find([tmp_path])) == 2
+    inner = go("0.05,0.01,0.1,0.09")[0]
+    assert "rate=0.1, the largest tried, is chosen for 1 of 1 settings." in inner
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but its lock."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {p.name: p.read_bytes() for p in files if p.name != workdir.LOCK}
 
 
 def test_values_may_be_chosen_after_fine_tuning():
