@@ -183,7 +183,11 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
         members = setting.points
         if setting.trials:
             tried = go(points=setting.trials)
-            members = with_values(plan, setting, tried, asked, show)
+            members = with_values(plan, setting, tried, asked)
+            for point in members:
+                moved = tune.take_up(there.folder, point, plan.tuned["fields"])
+                if moved is not None:
+                    show.say(f"{point.name}: its run with other values is in {moved}")
             for point in setting.points if not members else ():
                 message = tune.unknown(tried)
                 there.set_status(point.name, record.FAILED, message)
@@ -195,21 +199,13 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
 
 
 def with_values(
-    plan: Plan,
-    setting: Setting,
-    tried: Mapping[str, str],
-    asked: Asked,
-    show: live.Shown,
+    plan: Plan, setting: Setting, tried: Mapping[str, str], asked: Asked
 ) -> list[Point]:
     """Returns the points of a setting with the values chosen for them; [] if none."""
     chosen = tune.choose(plan.record, setting, plan.tuned["by"], tried)
     if chosen is None:
         return []
     values = {field: chosen[field] for field in plan.tuned["fields"]}
-    for point in setting.points:
-        moved = tune.take_up(plan.record.folder, point, values)
-        if moved is not None:
-            show.say(f"{point.name}: what it was with other values is in {moved}")
     record.set_tuned(plan.record, setting.points, values)
     found = []
     for point in setting.points:

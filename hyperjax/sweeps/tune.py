@@ -177,15 +177,15 @@ def choose(
     return next((t.fields for t in setting.trials if t.name == best), None)
 
 
-def take_up(folder: Path, point: Point, values: Mapping[str, Any]) -> str | None:
-    """Puts the run of a point aside if it was made with other values than these.
+def take_up(folder: Path, point: Point, fields: Sequence[str]) -> str | None:
+    """Puts the run of a point aside if it was made with other values of some fields.
 
-    A run that was put aside with these before is taken up again.
+    A run that was put aside with its values before is taken up again.
 
     Args:
       folder: of the sweep.
-      point: whose values are chosen.
-      values: of the tuned fields.
+      point: with the config that it is to be run with.
+      fields: the tuned ones.
 
     Returns:
       Where the run with other values is now; None if there is none to put aside.
@@ -195,10 +195,12 @@ def take_up(folder: Path, point: Point, values: Mapping[str, Any]) -> str | None
         return folder / EARLIER / point.name / points.name_all([own])[0]
 
     home, moved = folder / point.name, None
+    config = common.flat(point.config)
+    values = {field: config[field] for field in fields}
     # Of no run, of one in use and of a damaged one `train` says what is to be said.
     with contextlib.suppress(FileNotFoundError, ValueError), workdir.claim(home):
         there = common.flat(origin.read(home)["config"])
-        own = {field: origin.as_tuples(there.get(field)) for field in values}
+        own = {field: origin.as_tuples(there.get(field)) for field in fields}
         if own != values and not aside(own).exists():
             aside(own).parent.mkdir(parents=True, exist_ok=True)
             moved = home.rename(aside(own)).relative_to(folder).as_posix()
@@ -226,13 +228,14 @@ def at_the_edge(content: Mapping[str, Any]) -> list[str]:
     counts: Counter[tuple[str, str, Any]] = Counter()
     for trials in by_setting.values():
         for field in tuned:
-            tried = {trial["fields"][field] for trial in trials}
-            if len(tried) < 2 or {type(value) for value in tried} - {int, float}:
+            tried = [trial["fields"].get(field) for trial in trials]
+            if {type(value) for value in tried} - {int, float} or len(set(tried)) < 2:
                 continue
             ends = {"smallest": min(tried), "largest": max(tried)}
-            for trial in (trial for trial in trials if trial.get("chosen")):
-                value = trial["fields"][field]
-                counts.update((field, k, value) for k, x in ends.items() if x == value)
+            for value, trial in zip(tried, trials, strict=True):
+                if trial.get("chosen"):
+                    at = ((field, end, value) for end, x in ends.items() if x == value)
+                    counts.update(at)
     return [
         f"{field}={value}, the {end} tried, is chosen for {num} of {len(by_setting)} "
         "settings."

@@ -281,25 +281,19 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
 def test_a_wider_grid_keeps_what_was_made_with_other_values(
     trainer, tmp_path, monkeypatch, capsys
 ):
-    def with_config(config, path, *args, **kwargs):
-        found = trainer(config, path, *args, **kwargs)
-        about = dict(config=origin.as_json(config))
-        (Path(path) / workdir.CONFIG).write_text(json.dumps(about))
-        return found
-
     def go(rates: str):
         more = dict(tune=(f"local.learning_rate={rates}",), tune_seed=7)
         assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 0
         return capsys.readouterr().out, len(trainer.ran)
 
-    run_by(monkeypatch, with_config)
+    run_by(monkeypatch, with_configs(trainer))
     monkeypatch.setattr(results, "write", lambda *args: [])
     narrow, before = go("0.01,0.05"), tree_of(tmp_path / "seed=0")
     assert "learning_rate=0.05, the largest tried, is chosen for 1 of 1" in narrow[0]
     assert narrow[1] == 4
     wide = go("0.01,0.05,0.1,0.02")
     assert wide[1] == 8  # two trials more, and both points
-    assert "seed=1: what it was with other values is in tune/earlier/seed=1" in wide[0]
+    assert "seed=1: its run with other values is in tune/earlier/seed=1" in wide[0]
     aside = tmp_path / "tune" / "earlier" / "seed=0" / "learning_rate=0.05"
     assert tree_of(aside) == before and tree_of(tmp_path / "seed=0") != before
     # Where the values before are chosen once more, these runs are taken up again.
@@ -315,6 +309,43 @@ def test_a_wider_grid_keeps_what_was_made_with_other_values(
     assert len(finished.find([tmp_path])) == 2
     inner = go("0.05,0.01,0.1,0.09")[0]
     assert "rate=0.1, the largest tried, is chosen for 1 of 1 settings." in inner
+
+
+def test_a_value_that_stands_for_several_puts_nothing_aside(
+    trainer, tmp_path, monkeypatch
+):
+    run_by(monkeypatch, with_configs(trainer))
+    monkeypatch.setattr(results, "write", lambda *args: [])
+    more = dict(tune=("method.name=pfedhn_pc,pfedhn",), tune_seed=7)
+    for _ in range(2):
+        assert sweep.main(asked(tmp_path, "seed=0", **more)) == 0
+    assert len(trainer.ran) == 3
+    assert not (tmp_path / tune.EARLIER).exists()
+
+
+def test_only_numbers_have_a_smallest_and_a_largest():
+    def said(*values):
+        trials = [dict(fields=dict(size=v, seed=7), chosen=True) for v in values]
+        return tune.at_the_edge(dict(tune=dict(fields=["size"]), trials=trials))
+
+    assert said(1, 2)[0].startswith("size=1, the smallest tried")
+    assert said([8], [4]) == said("a", "b") == said(True, False) == said(1, 1) == []
+    # Fields that were not tuned yet when this was tried.
+    old = [dict(fields=dict(seed=7), chosen=True)]
+    assert tune.at_the_edge(dict(tune=dict(fields=["size"]), trials=old)) == []
+    assert tune.at_the_edge({}) == []
+
+
+def with_configs(trainer):
+    """The trainer, in whose folders there is the config as well."""
+
+    def run_one(config, path, *args, **kwargs):
+        found = trainer(config, path, *args, **kwargs)
+        about = dict(config=origin.as_json(config))
+        (Path(path) / workdir.CONFIG).write_text(json.dumps(about))
+        return found
+
+    return run_one
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:
