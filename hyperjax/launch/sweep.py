@@ -187,6 +187,7 @@ def run(plan: Plan, asked: Asked) -> dict[str, str]:
             for point in members:
                 moved = tune.take_up(there.folder, point, plan.tuned["fields"])
                 if moved is not None:
+                    there.set_status(point.name, record.WAITING)
                     show.say(f"{point.name}: its run with other values is in {moved}")
             for point in setting.points if not members else ():
                 message = tune.unknown(tried)

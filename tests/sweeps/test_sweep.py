@@ -281,9 +281,9 @@ def test_values_may_be_chosen_on_a_federation_of_another_seed(trainer, tmp_path)
 def test_a_wider_grid_keeps_what_was_made_with_other_values(
     trainer, tmp_path, monkeypatch, capsys
 ):
-    def go(rates: str):
+    def go(rates: str, code=0):
         more = dict(tune=(f"local.learning_rate={rates}",), tune_seed=7)
-        assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == 0
+        assert sweep.main(asked(tmp_path, "seed=0..1", **more)) == code
         return capsys.readouterr().out, len(trainer.ran)
 
     run_by(monkeypatch, with_configs(trainer))
@@ -291,8 +291,11 @@ def test_a_wider_grid_keeps_what_was_made_with_other_values(
     narrow, before = go("0.01,0.05"), tree_of(tmp_path / "seed=0")
     assert "learning_rate=0.05, the largest tried, is chosen for 1 of 1" in narrow[0]
     assert narrow[1] == 4
-    wide = go("0.01,0.05,0.1,0.02")
-    assert wide[1] == 8  # two trials more, and both points
+    trainer.stop_at = 6
+    wide = go("0.01,0.05,0.1,0.02", code=130)
+    assert set(statuses(tmp_path).values()) == {"running", "waiting"}
+    trainer.stop_at = None
+    assert go("0.01,0.05,0.1,0.02")[1] == 8  # two trials more, and both points
     assert "seed=1: its run with other values is in tune/earlier/seed=1" in wide[0]
     aside = tmp_path / "tune" / "earlier" / "seed=0" / "learning_rate=0.05"
     assert tree_of(aside) == before and tree_of(tmp_path / "seed=0") != before
