@@ -98,7 +98,9 @@ def page(results: Results, path: Path, title: str, live: bool = False) -> str:
         *_noted(path.parent),
         _differing(results),
         _results(results),
-        *_lines(results, series, look, names),
+        _curves(results, series, look, names),
+        _swept(results),
+        _places(results, series, look, names),
         _clients(results, series, names),
         _partitions(results),
         _runs(results, path),
@@ -170,32 +172,19 @@ def _results(results: Results) -> str:
     return pages.section("Results", *parts)
 
 
-def _lines(
-    results: Results,
-    series: Sequence[Series],
-    look: figures.Looks,
-    names: Mapping[str, str],
-) -> list[str]:
-    """Charts that tell groups by line and colour, if these are enough."""
-    if look.are_told:
-        return [
-            _curves(results, series, look, names),
-            _swept(results),
-            _places(results, series, look, names),
-        ]
-    said = (
-        f"{len(series)} groups are more than lines can tell apart. Up to {figures.MOST}"
-        " have curves: hyperjax report draws those of the folders that it is given."
-    )
-    return [pages.section("Curves", pages.text(said))]
-
-
 def _curves(
     results: Results,
     series: Sequence[Series],
     look: figures.Looks,
     names: Mapping[str, str],
 ) -> str:
+    if not look.are_told:
+        said = (
+            f"{len(series)} groups are more than lines can tell apart. Up to "
+            f"{figures.MOST} have curves: hyperjax report draws those of the folders "
+            "that it is given."
+        )
+        return pages.section("Curves", pages.text(said))
     axes = {k: v for k, v in charts.AXES.items() if results.table[k].nunique() > 1}
     found = []
     for metric, name in METRICS.items():
@@ -236,6 +225,8 @@ def _swept(results: Results) -> str:
         rest = [name for name in results.by if name != field]
         groups = statistics.groups_of(done[done[field].notna()], rest)
         look = figures.looks(groups)
+        if not look.are_told:
+            continue
         series = [Series(n, _hex(o.color), o.line) for n, o in look.of.items()]
         for metric in (m for m in tables.NAMES if m in done):
             rows = []
@@ -274,7 +265,7 @@ def _places(
 ) -> str:
     """zACC against pACC."""
     done = results.wide[results.wide["finished"].astype(bool)]
-    if not {"pacc", "zacc"} <= set(done) or done.empty:
+    if not {"pacc", "zacc"} <= set(done) or done.empty or not look.are_told:
         return ""
     found = []
     note = "A small mark is a run, a large one the mean of its group."

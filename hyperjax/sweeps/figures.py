@@ -63,7 +63,7 @@ _NO_DATES: dict[str, dict[str, None]] = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
-# Groups that can be told apart in one panel.
+# Groups that can be told apart in one panel, but for values of one number.
 MOST = len(PALETTE) * len(_LINES)
 _LEGEND_LINES, _LINE_HEIGHT = 3, 0.17  # that figures have room for; inches
 _LABEL = 36  # letters of a line
@@ -116,7 +116,7 @@ class Looks(NamedTuple):
     @property
     def are_told(self) -> bool:
         """Whether no two groups of a panel look alike."""
-        return len(self.legend) <= MOST
+        return len({look for _, look in self.legend}) == len(self.legend)
 
     def panels(self, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         """Returns the rows of each panel, and what to add to its title."""
@@ -206,7 +206,7 @@ def all_of(
 ) -> Iterator[tuple[str, Figure]]:
     """Yields every figure that the results have something for, with its name.
 
-    None of more than `MOST` groups: nobody could tell which is which.
+    None with lines or marks of groups that look alike, which are more than `MOST`.
 
     Args:
       long: as from `long.table`.
@@ -215,21 +215,22 @@ def all_of(
       by: columns that make a group.
     """
     look = looks(statistics.groups_of(wide, by))
-    if not look.are_told:
-        return
     metrics = [m for m in tables.NAMES if m in wide]
-    for against in AXES:
+    for against in AXES if look.are_told else ():
         if metrics and long[against].nunique() > 1:
             yield f"curves_{against}", curves(long, by, metrics, against, look)
     done = wide[wide["finished"].astype(bool)]
     for field in by:
-        if field != "method" and metrics and len(numbers_of(done, field)) > 1:
+        if field == "method" or not metrics or len(numbers_of(done, field)) < 2:
+            continue
+        rest = [name for name in by if name != field]
+        if looks(statistics.groups_of(done[done[field].notna()], rest)).are_told:
             name = f"by_{field.replace('.', '_')}"
             last = [m for m in tables.accuracies(done) if m not in metrics][-2:]
             yield name, against_field(done, by, [*metrics, *last], field)
     if len(clients):
         yield "clients", distributions(clients, by, look)
-    if {"pacc", "zacc"} <= set(done) and len(done):
+    if {"pacc", "zacc"} <= set(done) and len(done) and look.are_told:
         yield "pacc_zacc", participants_and_unseen(done, by, look)
 
 

@@ -37,8 +37,7 @@ def write(
 
     Returns:
       The files: points.csv, points.parquet, clients.csv, table.md, table.tex,
-      table.csv, figures/*.{pdf,svg,png} (of few enough groups to tell apart) and
-      report.html.
+      table.csv, figures/*.{pdf,svg,png} and report.html.
 
     Raises:
       FileNotFoundError: there is no run.
@@ -58,8 +57,8 @@ def write(
         written.append(folder / name)
     contents = {folder / PARQUET: parquet(results.table)}
     if not live:
+        (folder / FIGURES).mkdir(exist_ok=True)
         for name, figure in figures.all_of(*results[1:5]):
-            (folder / FIGURES).mkdir(exist_ok=True)
             for form in figures.FORMATS:
                 path = folder / FIGURES / f"{name}.{form}"
                 contents[path] = figures.rendered(figure, form)

@@ -247,11 +247,7 @@ def by_seed(wide: pd.DataFrame, metric: str) -> dict[Any, float]:
     """
     if metric not in wide:
         return {}
-    found: dict[Any, list[float]] = {}
-    for seed, value in zip(wide["seed"], wide[metric], strict=True):
-        if not np.isnan(value):
-            found.setdefault(seed, []).append(value)
-    return {seed: float(np.mean(found[seed])) for seed in sorted(found)}
+    return wide.groupby("seed")[metric].mean().dropna().to_dict()
 
 
 def compare(

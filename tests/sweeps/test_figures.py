@@ -127,6 +127,22 @@ def test_groups_look_different():
     assert len(set(figures.looks(uneven).of.values())) == 3
 
 
+def test_only_what_looks_alike_is_not_drawn(results):
+    many = [{"method": f"m{i}"} for i in range(figures.MOST + 1)]
+    assert figures.looks(many[:-1]).are_told and not figures.looks(many).are_told
+    # Values of one number are shades, however many.
+    sizes = [{"method": "a", "size": v} for v in range(2 * figures.MOST)]
+    assert figures.looks(sizes).are_told
+    # Against the number that two methods are swept in there are two lines.
+    table, wide, clients = results
+    wide = pd.concat(
+        [wide.assign(**{"data.alpha": 2.0**k}) for k in range(figures.MOST)],
+        ignore_index=True,
+    )
+    names = [name for name, _ in figures.all_of(table, wide, clients[:0], BY)]
+    assert names == ["by_data_alpha"]
+
+
 def test_more_groups_than_colours_have_panels_by_a_setting():
     methods = [f"m{i}" for i in range(9)]
     groups = [{"method": m, "split": v} for v in ("iid", "skewed") for m in methods]
